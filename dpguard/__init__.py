@@ -1,0 +1,27 @@
+"""dpguard guards training with differential privacy by Opacus.
+
+Importing it is enough: ``import dpguard`` installs it in mode ``repair``, or in the mode that
+the environment variable ``DPGUARD`` names, before or after torch and Opacus.
+"""
+
+from __future__ import annotations
+
+from dpguard._activation import Guard, activate, active, install
+from dpguard._errors import (
+    DPGuardError,
+    PerSampleGradientError,
+    PrivacyViolation,
+    SettingsError,
+)
+
+__all__ = [
+    "DPGuardError",
+    "Guard",
+    "PerSampleGradientError",
+    "PrivacyViolation",
+    "SettingsError",
+    "active",
+    "install",
+]
+
+activate()

@@ -1,0 +1,256 @@
+"""Switch dpguard on and off. Imports neither torch nor Opacus nor anything else that is slow."""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+from dpguard import sink
+from dpguard._errors import DPGuardError
+from dpguard._import_hook import when_imported
+from dpguard._settings import Mode, Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import ModuleType, TracebackType
+
+    from dpguard._runtime import Runtime
+    from dpguard._status import Status
+    from dpguard.events import CheckCount, Intervention, StepAudit, Violation
+
+__all__ = ["Guard", "activate", "active", "install"]
+
+# Survives importlib.reload of this module: an activation must never be lost from sight.
+_state: dict[str, Any] = globals().get("_state", {"guard": None})
+_lock = globals().get("_lock", threading.RLock())
+
+
+class Guard:
+    """One activation of dpguard; also a context manager that ends it.
+
+    Made by :func:`dpguard.install`. Before Opacus has been imported it waits; from then on all
+    models and optimizers of Opacus in this process are guarded.
+
+    Example:
+        >>> with dpguard.install(mode="strict") as guard:
+        ...     train(model, optimizer, loader)
+        >>> guard.last_step.ok
+        True
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._runtime: Runtime | None = None
+        self._stop_waiting: Callable[[], None] | None = None
+        self._problem: str | None = None
+        self._ended = settings.mode is Mode.OFF
+
+    def __enter__(self) -> Guard:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.uninstall()
+
+    def __repr__(self) -> str:
+        return f"<dpguard.Guard mode={self.settings.mode.value} state={self.status().state}>"
+
+    # -- what it saw ---------------------------------------------------------------------------
+
+    @property
+    def interventions(self) -> tuple[Intervention, ...]:
+        """The interventions so far, oldest first (the latest 10,000)."""
+        return tuple(self._runtime.interventions) if self._runtime else ()
+
+    @property
+    def violations(self) -> tuple[Violation, ...]:
+        """The violations so far, oldest first (the latest 10,000)."""
+        return tuple(self._runtime.violations) if self._runtime else ()
+
+    @property
+    def last_step(self) -> StepAudit | None:
+        """The audit of the latest logical step whose figures are all in; see :meth:`flush`."""
+        return self._runtime.auditor.last_step if self._runtime else None
+
+    @property
+    def internal_errors(self) -> tuple[tuple[str, Exception], ...]:
+        """Errors of dpguard itself, each with the part that was switched off by it."""
+        return tuple(self._runtime.internal_errors) if self._runtime else ()
+
+    def coverage(self) -> dict[str, CheckCount]:
+        """For each parameter, in how many audited steps its per-sample gradients were all there.
+
+        Returns:
+            Qualified parameter name to :class:`dpguard.events.CheckCount`.
+        """
+        return self._runtime.auditor.coverage() if self._runtime else {}
+
+    def flush(self) -> None:
+        """Wait until all audits that are under way are complete and written."""
+        if self._runtime is not None:
+            self._runtime.flush()
+
+    def status(self) -> Status:
+        """What state this activation is in, as a frozen dataclass."""
+        from dpguard._status import Status
+
+        runtime = self._runtime
+        return Status(
+            state=self._state(),
+            mode=self.settings.mode.value,
+            problem=self._problem,
+            log_path=runtime.journal.path if runtime else None,
+            log_head=runtime.journal.head if runtime else None,
+            events_dropped=runtime.journal.dropped if runtime else 0,
+            steps=runtime.auditor.steps if runtime else 0,
+            interventions=len(self.interventions),
+            violations=len(self.violations),
+        )
+
+    def _state(self) -> str:
+        if self._ended:
+            return "uninstalled"
+        if self._problem is not None:
+            return "unguarded"
+        return "active" if self._runtime is not None else "waiting for opacus"
+
+    # -- on and off ----------------------------------------------------------------------------
+
+    def uninstall(self) -> None:
+        """Restore everything that was patched. Calling it again is harmless.
+
+        Calls whose graphs are still alive keep their records, so a backward that is due still
+        produces its per-sample gradients.
+        """
+        with _lock:
+            if _state["guard"] is self:
+                _state["guard"] = None
+            if self._stop_waiting is not None:
+                self._stop_waiting()
+                self._stop_waiting = None
+            if self._ended:
+                return
+            self._ended = True
+            if self._runtime is not None:
+                self._runtime.uninstall()
+
+    def _start(self) -> None:
+        if self.settings.log_dir is not None:
+            sink.check_log_dir(self.settings.log_dir)
+        if self.settings.key_file is not None:
+            sink.read_key(self.settings.key_file)
+        if "opacus" not in sys.modules and importlib.util.find_spec("opacus") is None:
+            self._cannot_guard(_no_opacus())
+        self._stop_waiting = when_imported("opacus", self._on_opacus, on_error=self._on_failure)
+
+    def _on_opacus(self, module: ModuleType) -> None:
+        """Opacus has been imported (or reloaded): apply the patches once."""
+        from dpguard import _compat
+
+        if self._ended or self._runtime is not None:
+            return
+        self._problem = None
+        misfit = _compat.unsupported()
+        if misfit is not None:
+            self._cannot_guard(misfit.sentence)
+            return
+        from dpguard._runtime import Runtime
+
+        runtime = Runtime(self.settings)
+        runtime.install()
+        self._runtime = runtime
+
+    def _on_failure(self, error: Exception) -> None:
+        self._cannot_guard(f"activation failed: {type(error).__name__}: {error}")
+
+    def _cannot_guard(self, problem: str) -> None:
+        """The host runs on unguarded, or in ``strict`` not at all."""
+        self._problem = problem
+        if self.settings.mode is Mode.STRICT:
+            raise DPGuardError(f"{problem}; mode strict refuses to train unguarded.")
+        sink.say(f"dpguard: {problem}; training runs unguarded.")
+
+
+def _no_opacus() -> str:
+    from dpguard import _compat
+
+    low, high = _compat.OPACUS_SUPPORTED
+    return f"Opacus is not installed (requested {low} to {high}, found none)"
+
+
+def install(**settings: Any) -> Guard:
+    """Guard every Opacus model and optimizer of this process.
+
+    Settings that are not given come from the environment. If dpguard is active already with the
+    same settings, its guard is returned; with others it is uninstalled and installed anew.
+
+    Args:
+        **settings: any of ``mode`` (``"repair"``, ``"observe"``, ``"strict"``, ``"off"``),
+            ``log_dir`` (path), ``audit_every`` (int), ``sensitive`` (bool), ``run_id`` (str) and
+            ``key_file`` (path); see the README.
+
+    Returns:
+        The guard, which is also a context manager. With mode ``off`` it does nothing.
+
+    Raises:
+        SettingsError: a setting is not valid, or the log directory cannot be written.
+        DPGuardError: in mode ``strict``, Opacus is missing or its version is not supported.
+
+    Example:
+        >>> guard = dpguard.install(mode="observe", log_dir="audit")
+        >>> guard.status().state
+        'active'
+    """
+    wanted = Settings.resolve(**settings)
+    with _lock:
+        current: Guard | None = _state["guard"]
+        if current is not None:
+            if current.settings == wanted:
+                return current
+            current.uninstall()
+        guard = Guard(wanted)
+        if wanted.mode is Mode.OFF:
+            return guard
+        _state["guard"] = guard
+        try:
+            guard._start()
+        except BaseException:
+            guard.uninstall()
+            raise
+        return guard
+
+
+def active() -> Guard | None:
+    """The guard that is active or waiting for Opacus, or ``None``."""
+    guard: Guard | None = _state["guard"]
+    return guard
+
+
+def active_runtime() -> Runtime | None:
+    """The working parts of the active guard, once Opacus has been imported."""
+    guard = active()
+    return guard._runtime if guard is not None else None
+
+
+def activate() -> None:
+    """What ``import dpguard`` does: install with the settings of the environment, once."""
+    if active() is None:
+        install()
+
+
+def _at_exit() -> None:
+    guard = active()
+    if guard is not None:
+        guard.uninstall()
+
+
+if not _state.get("at_exit"):
+    _state["at_exit"] = True
+    atexit.register(_at_exit)

@@ -1,0 +1,85 @@
+"""Find the line of the user's code that led here."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import CodeType, FrameType
+
+import torch
+
+__all__ = ["caller", "forward_caller"]
+
+_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_EXAMPLES = os.path.join(_PACKAGE, "examples") + os.sep
+_CALL_MODULE: CodeType = torch.nn.Module._call_impl.__code__
+_internal: dict[str, bool] = {}
+_shown: dict[str, str] = {}
+_outer_forwards: set[CodeType] = set()
+
+
+def _directory_of(module: str) -> str | None:
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return os.path.dirname(os.path.abspath(file)) + os.sep if file else None
+
+
+def _is_internal(filename: str) -> bool:
+    known = _internal.get(filename)
+    if known is None:
+        path = os.path.abspath(filename)
+        libraries = (_directory_of(name) for name in ("torch", "opacus", "wrapt"))
+        known = filename.startswith("<frozen") or any(
+            path.startswith(directory) for directory in libraries if directory
+        )
+        known = known or (path.startswith(_PACKAGE) and not path.startswith(_EXAMPLES))
+        _internal[filename] = known
+    return known
+
+
+def _show(frame: FrameType) -> str:
+    """``file:line``, the file relative to the working directory where it lies below it."""
+    filename = frame.f_code.co_filename
+    shown = _shown.get(filename)
+    if shown is None:
+        shown = filename
+        if not filename.startswith("<"):
+            relative = os.path.relpath(filename)
+            shown = filename if relative.startswith(os.pardir) else relative
+        _shown[filename] = shown
+    return f"{shown}:{frame.f_lineno}"
+
+
+def _first_outside(frame: FrameType | None) -> str | None:
+    while frame is not None:
+        if not _is_internal(frame.f_code.co_filename):
+            return _show(frame)
+        frame = frame.f_back
+    return None
+
+
+def caller() -> str | None:
+    """``file:line`` of the nearest frame outside torch, Opacus, wrapt and dpguard."""
+    return _first_outside(sys._getframe(1))
+
+
+def forward_caller() -> str | None:
+    """``file:line`` that called the outermost guarded module of the running forward.
+
+    That is the line ``z = model(x)`` of the training loop, not a line inside of the model.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    outermost = frame
+    while frame is not None:
+        code = frame.f_code
+        if code is _CALL_MODULE:
+            outermost = frame
+        elif code in _outer_forwards:
+            # The wrapper that Opacus put around the model: the call of it is what we look for.
+            return _first_outside(frame)
+        frame = frame.f_back
+    return _first_outside(outermost)
+
+
+def mark_outer_forward(code: CodeType) -> None:
+    """Treat calls of the function with this code as the outermost guarded call."""
+    _outer_forwards.add(code)

@@ -1,0 +1,247 @@
+"""All knowledge of versions: what is supported, and where torch and Opacus keep things.
+
+No other file may test a version or reach for a private function of torch or Opacus. Importing
+this file imports neither; the functions do, once the host has.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "OPACUS_SUPPORTED",
+    "TORCH_OLDEST",
+    "Autograd",
+    "autograd",
+    "batch_dimension",
+    "clips_rows",
+    "grad_sampler",
+    "inside_transform",
+    "is_forward_hook",
+    "optimizer_class",
+    "stock_hooks_class",
+    "unsupported",
+    "uses_stock_hooks",
+    "versions",
+    "wrapper_classes",
+]
+
+OPACUS_SUPPORTED = ("1.0.2", "1.6.0")
+TORCH_OLDEST = "2.6"
+
+
+def _release(version: str) -> tuple[int, ...]:
+    numbers: list[int] = []
+    for part in version.split("+")[0].split("."):
+        digits = "".join(ch for ch in part if ch.isdigit())
+        numbers.append(int(digits) if digits else 0)
+    return tuple(numbers)
+
+
+def installed_version(distribution: str) -> str:
+    """The version of an installed distribution, or ``"unknown"``."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def opacus_version() -> str:
+    """The version of the Opacus that is imported, which need not be the one pip knows."""
+    module = importlib.import_module("opacus")
+    version = getattr(module, "__version__", None)
+    return str(version) if version else installed_version("opacus")
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything whose behaviour the guard depends on."""
+    return {
+        "opacus": opacus_version(),
+        "torch": _torch().__version__,
+        "wrapt": installed_version("wrapt"),
+        "structlog": installed_version("structlog"),
+        "dpguard": installed_version("dpguard"),
+    }
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A package that does not fit: what was requested and what was found."""
+
+    name: str
+    requested: str
+    found: str
+
+    @property
+    def sentence(self) -> str:
+        """One line for the user."""
+        return f"{self.name} {self.found} is not supported (requested {self.requested})"
+
+
+def unsupported() -> Unsupported | None:
+    """What does not fit, or ``None`` if Opacus and torch are supported."""
+    opacus = opacus_version()
+    low, high = OPACUS_SUPPORTED
+    if not _release(low) <= _release(opacus) <= _release(high):
+        return Unsupported("Opacus", f"{low} to {high}", opacus)
+    torch_version = _torch().__version__
+    if _release(torch_version) < _release(TORCH_OLDEST):
+        return Unsupported("torch", f"{TORCH_OLDEST} or later", torch_version)
+    missing = _missing_functions()
+    if missing:
+        return Unsupported("torch", f"one that has {', '.join(missing)}", torch_version)
+    return None
+
+
+# -- torch: the running backward ---------------------------------------------------------------
+
+_ENGINE_FUNCTIONS = (
+    "_current_graph_task_id",
+    "_will_engine_execute_node",
+    "_autograd._get_current_graph_task_keep_graph",
+)
+
+
+def _torch() -> Any:
+    return importlib.import_module("torch")
+
+
+def _engine_function(name: str) -> Any:
+    found = _torch()._C
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def _missing_functions() -> list[str]:
+    return [f"torch._C.{name}" for name in _ENGINE_FUNCTIONS if _engine_function(name) is None]
+
+
+@dataclass(frozen=True)
+class Autograd:
+    """What the pairing asks the autograd engine.
+
+    Attributes:
+        graph_task_id: number of the backward that runs in this thread, or -1.
+        keeps_graph: whether the running backward was asked to retain its graph.
+        accumulates_into: whether the running backward accumulates into a leaf tensor, or will
+            return its gradient.
+        on_backward_end: have a function called when the running backward has done all its work.
+    """
+
+    graph_task_id: Callable[[], int]
+    keeps_graph: Callable[[], bool]
+    accumulates_into: Callable[[torch.Tensor], bool]
+    on_backward_end: Callable[[Callable[[], None]], None]
+
+
+@functools.lru_cache(maxsize=1)
+def autograd() -> Autograd:
+    """The engine of the torch that is imported; call only if :func:`unsupported` is ``None``."""
+    torch = _torch()
+    graph_task_id, will_execute, keeps_graph = map(_engine_function, _ENGINE_FUNCTIONS)
+    enable_grad = torch.enable_grad
+
+    def accumulates_into(leaf: Any) -> bool:
+        if not leaf.requires_grad:
+            return False
+        with enable_grad():
+            node = leaf.view_as(leaf).grad_fn.next_functions[0][0]
+        try:
+            return bool(will_execute(node))
+        except RuntimeError:
+            # torch refuses the question for a leaf whose gradient autograd.grad() will return.
+            return True
+
+    return Autograd(
+        graph_task_id=graph_task_id,
+        keeps_graph=keeps_graph,
+        accumulates_into=accumulates_into,
+        on_backward_end=torch.autograd.Variable._execution_engine.queue_callback,
+    )
+
+
+def inside_transform() -> bool:
+    """Whether torch is compiling, exporting or inside a functorch transform."""
+    torch = _torch()
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# -- Opacus: where things are --------------------------------------------------------------------
+
+
+def _grad_sample_module() -> Any:
+    return importlib.import_module("opacus.grad_sample.grad_sample_module")
+
+
+def stock_hooks_class() -> type:
+    """The class that holds Opacus's forward and backward hooks.
+
+    ``GradSampleHooks`` from 1.6 on, ``GradSampleModule`` before.
+    """
+    module = _grad_sample_module()
+    found: type = getattr(module, "GradSampleHooks", None) or module.GradSampleModule
+    return found
+
+
+def wrapper_classes() -> list[type]:
+    """The classes of Opacus that make up ``GradSampleModule``, the wrapper round a model."""
+    wrapper = _grad_sample_module().GradSampleModule
+    return [cls for cls in wrapper.__mro__ if cls.__module__.startswith("opacus.")]
+
+
+_PAIRED_METHODS = ("capture_activations_hook", "capture_backprops_hook", "rearrange_grad_samples")
+
+
+def uses_stock_hooks(cls: type, stock: type) -> bool:
+    """Whether ``cls`` captures and computes rows exactly as the stock class does."""
+    return all(
+        inspect.getattr_static(cls, name, None) is inspect.getattr_static(stock, name)
+        for name in _PAIRED_METHODS
+    )
+
+
+def is_forward_hook(hook: Any) -> bool:
+    """Whether ``hook`` is Opacus's bound ``capture_activations_hook``."""
+    return getattr(hook, "__name__", "") == "capture_activations_hook"
+
+
+def batch_dimension(module: torch.nn.Module, *, batch_first: bool) -> int:
+    """Where the batch is in the inputs and outputs of a hooked module."""
+    rnn_linear = getattr(_grad_sample_module(), "RNNLinear", None)
+    return 0 if batch_first or type(module) is rnn_linear else 1
+
+
+def grad_sampler(hooks: Any, module: torch.nn.Module) -> Callable[..., Any]:
+    """The function with which this Opacus computes the rows of ``module``.
+
+    Its signature is ``sampler(module, activations, backprops) -> {parameter: rows}``.
+    """
+    samplers = hooks.GRAD_SAMPLERS
+    if not getattr(hooks, "force_functorch", False) and type(module) in samplers:
+        sampler: Callable[..., Any] = samplers[type(module)]
+        return sampler
+    functorch: Callable[..., Any] = _grad_sample_module().ft_compute_per_sample_gradient
+    return functorch
+
+
+def optimizer_class() -> type:
+    """Opacus's ``DPOptimizer``, the base of all its optimizers."""
+    found: type = importlib.import_module("opacus.optimizers.optimizer").DPOptimizer
+    return found
+
+
+def clips_rows(optimizer: Any) -> bool:
+    """Whether this optimizer clips ``p.grad_sample``; those of ghost clipping do not."""
+    return not any("FastGradientClipping" in cls.__name__ for cls in type(optimizer).__mro__)

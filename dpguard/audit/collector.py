@@ -1,0 +1,76 @@
+"""Read figures from the device some steps later, so that the training loop never waits.
+
+A figure is copied to the host asynchronously and looked at once the copy is known to be done.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["Collector", "finite_flags"]
+
+Receiver = Callable[[list[bool]], None]
+_PENDING_AT_MOST = 256
+
+
+def finite_flags(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """For each tensor whether all its elements are finite, as one bool tensor on their device.
+
+    The norm of a tensor is finite if its elements are, and one reduction over all tensors is
+    far cheaper than ``isfinite`` on each. Norms are taken in at least float32.
+
+    Args:
+        rows: tensors on one device, of any shape.
+
+    Returns:
+        A bool tensor of shape ``(len(rows),)``.
+    """
+    with torch.no_grad():
+        norms = [
+            torch.linalg.vector_norm(r, dtype=torch.promote_types(r.dtype, torch.float32))
+            for r in rows
+        ]
+        return torch.isfinite(torch.stack([norm.to(norms[0].dtype) for norm in norms]))
+
+
+class Collector:
+    """First in, first out: figures on their way from the device, and who waits for them."""
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[torch.Tensor, Any, Receiver]] = deque()
+
+    def collect(self, flags: torch.Tensor, receive: Receiver) -> bool:
+        """Send ``flags`` to the host and call ``receive`` with them when they have arrived.
+
+        Returns:
+            ``False`` if this device cannot copy without waiting, or too much is on its way;
+            nothing is collected then.
+        """
+        if len(self._pending) >= _PENDING_AT_MOST:
+            return False
+        if flags.device.type == "cpu":
+            self._pending.append((flags, None, receive))
+        elif flags.device.type == "cuda":
+            host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+            host.copy_(flags, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record(torch.cuda.current_stream(flags.device))
+            self._pending.append((host, arrived, receive))
+        else:
+            return False
+        return True
+
+    def drain(self, *, wait: bool = False) -> None:
+        """Hand out what has arrived; with ``wait`` everything, however long it takes."""
+        while self._pending:
+            host, arrived, receive = self._pending[0]
+            if arrived is not None and not arrived.query():
+                if not wait:
+                    return
+                arrived.synchronize()
+            self._pending.popleft()
+            receive(host.tolist())

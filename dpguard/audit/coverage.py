@@ -1,0 +1,116 @@
+"""Coverage: every trainable parameter has one row per sample, of the right kind.
+
+Everything here but finiteness is metadata and needs no device work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from dpguard import diagnosis
+from dpguard.ledger import Ledger
+
+__all__ = ["CHECKS", "FINITE", "Coverage", "Failure", "examine"]
+
+PRESENT = "coverage.present"
+ROWS = "coverage.rows"
+SHAPE = "coverage.shape"
+DTYPE = "coverage.dtype"
+DEVICE = "coverage.device"
+FINITE = "coverage.finite"
+CHECKS = (PRESENT, ROWS, SHAPE, DTYPE, DEVICE, FINITE)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One check that failed, for which parameters and why."""
+
+    check: str
+    cause: str
+    parameters: tuple[str, ...]
+
+
+@dataclass
+class Coverage:
+    """What one physical batch looked like.
+
+    Attributes:
+        names: the trainable parameters of the optimizer.
+        rows: the row tensors, each of shape ``(B, *p.shape)``, with the parameter's name.
+        failures: the structural checks that failed.
+    """
+
+    names: tuple[str, ...]
+    rows: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+
+def examine(ledger: Ledger, parameters: Sequence[torch.nn.Parameter]) -> Coverage:
+    """Look at the metadata of all rows of one optimizer."""
+    coverage = Coverage(tuple(map(ledger.name_of, parameters)))
+    counts: dict[str, tuple[int, ...]] = {}
+    missing: dict[str, list[str]] = {}
+    wrong: dict[tuple[str, str], list[str]] = {}
+    for name, parameter in zip(coverage.names, parameters):
+        tensors = _row_tensors(parameter)
+        if not tensors:
+            missing.setdefault(_why_missing(ledger, parameter), []).append(name)
+            continue
+        counts[name] = tuple(len(rows) for rows in tensors)
+        for rows in tensors:
+            coverage.rows.append((name, rows))
+            for check, cause in _misfits(parameter, rows):
+                wrong.setdefault((check, cause), []).append(name)
+    if not coverage.rows:
+        missing = {diagnosis.NO_BACKWARD: list(coverage.names)}
+    coverage.failures.extend(
+        Failure(PRESENT, cause, tuple(names)) for cause, names in missing.items()
+    )
+    coverage.failures.extend(
+        Failure(check, cause, tuple(dict.fromkeys(names)))
+        for (check, cause), names in wrong.items()
+    )
+    coverage.failures.extend(_uneven(counts))
+    return coverage
+
+
+def _row_tensors(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
+    rows = getattr(parameter, "grad_sample", None)
+    if isinstance(rows, torch.Tensor):
+        return [rows]
+    return list(rows) if isinstance(rows, list) else []
+
+
+def _why_missing(ledger: Ledger, parameter: torch.nn.Parameter) -> str:
+    return diagnosis.BYPASSED if ledger.known(parameter) else diagnosis.NOT_HOOKED
+
+
+def _misfits(parameter: torch.nn.Parameter, rows: torch.Tensor) -> list[tuple[str, str]]:
+    found = []
+    if rows.shape[1:] != parameter.shape:
+        found.append((SHAPE, diagnosis.ROW_SHAPE))
+    if rows.dtype != parameter.dtype and not _same_kind(rows.dtype, parameter.dtype):
+        found.append((DTYPE, diagnosis.ROW_DTYPE))
+    if rows.device != parameter.device:
+        found.append((DEVICE, diagnosis.ROW_DEVICE))
+    return found
+
+
+def _same_kind(one: torch.dtype, other: torch.dtype) -> bool:
+    """Rows may be of another precision (autocast), not of another kind of number."""
+    return one.is_floating_point == other.is_floating_point and one.is_complex == other.is_complex
+
+
+def _uneven(counts: dict[str, tuple[int, ...]]) -> list[Failure]:
+    """Parameters whose number of rows differs from that of most others."""
+    by_count: dict[tuple[int, ...], list[str]] = {}
+    for name, count in counts.items():
+        by_count.setdefault(count, []).append(name)
+    if len(by_count) <= 1:
+        return []
+    usual = max(by_count.values(), key=len)
+    odd = [name for names in by_count.values() if names is not usual for name in names]
+    return [Failure(ROWS, diagnosis.ROW_COUNT, tuple(odd))]

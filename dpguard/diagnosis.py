@@ -1,0 +1,145 @@
+"""From a cause to a sentence and a remedy.
+
+A cause is a stable code that stands in the log. What observes names the cause; only this file
+words it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Diagnosis", "explain", "listed"]
+
+DETACH = "detach"
+UNUSED_FORWARD = "unused_forward"
+UNUSED_PARAMETER = "unused_parameter"
+ALIAS = "alias"
+
+BYPASSED = "bypassed_module"
+DOUBLE_BACKWARD = "double_backward"
+GRAPH_FREED = "graph_freed"
+SEVERAL_OUTPUTS = "several_outputs"
+NO_BACKWARD = "no_backward"
+NOT_HOOKED = "not_hooked"
+CALLS_LEFT_OVER = "calls_left_over"
+ROW_COUNT = "row_count"
+ROW_SHAPE = "row_shape"
+ROW_DTYPE = "row_dtype"
+ROW_DEVICE = "row_device"
+ROWS_NOT_FINITE = "rows_not_finite"
+BATCHES_OVERLAP = "batches_overlap"
+
+OPACUS_NO_ACCUMULATION = (
+    "Poisson sampling is not compatible with grad accumulation. "
+    "You need to call optimizer.step() after every forward/backward pass "
+    "or consider using BatchMemoryManager"
+)
+"""Opacus's own words, raised where Opacus raises them."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What a cause means and what the user can do."""
+
+    statement: str
+    remedy: str
+
+
+_DIAGNOSES = {
+    DETACH: Diagnosis(
+        "a branch of the graph was cut by detach after its forward had been recorded",
+        "nothing to do; to save its memory and time too, run the forward of that branch under "
+        "torch.no_grad()",
+    ),
+    UNUSED_FORWARD: Diagnosis(
+        "a forward pass in training mode was never backpropagated",
+        "nothing to do; to save its memory, run it under torch.no_grad() or in eval mode",
+    ),
+    UNUSED_PARAMETER: Diagnosis(
+        "a trainable parameter took no part in the loss of this step",
+        "nothing to do; its per-sample gradients are zero and noise is added all the same. "
+        "If it should never train, set requires_grad_(False) before make_private",
+    ),
+    ALIAS: Diagnosis(
+        "the DP optimizer held its own copy of an attribute of the optimizer that it wraps",
+        "nothing to do; reads and writes now go to the wrapped optimizer",
+    ),
+    BYPASSED: Diagnosis(
+        "autograd computed a gradient for a parameter of which no module call was seen, so it "
+        "has no per-sample gradients",
+        "call the module that owns the parameter instead of using the parameter directly "
+        "(F.linear(x, layer.weight) becomes layer(x)), and wrap the model with Opacus only "
+        "after its last parameter is in place",
+    ),
+    DOUBLE_BACKWARD: Diagnosis(
+        "a backward went through a graph that an earlier backward had created "
+        "(create_graph=True), which per-sample gradients do not cover",
+        "drop the gradient penalty or compute it on a model that is not private",
+    ),
+    GRAPH_FREED: Diagnosis(
+        "a call was backpropagated a second time after its graph had been freed, so its "
+        "captured inputs are gone",
+        "pass retain_graph=True to the first backward",
+    ),
+    SEVERAL_OUTPUTS: Diagnosis(
+        "a module has several differentiable outputs and the loss used another than the first; "
+        "Opacus computes per-sample gradients from the first output only",
+        "let the module return one tensor, or split it into modules that do",
+    ),
+    NO_BACKWARD: Diagnosis(
+        "no parameter of the optimizer has per-sample gradients",
+        "call loss.backward() on the output of the model that Opacus wrapped before "
+        "optimizer.step(), and check that the optimizer holds that model's parameters",
+    ),
+    NOT_HOOKED: Diagnosis(
+        "the optimizer owns a trainable parameter that belongs to no model that Opacus wrapped",
+        "make the optimizer from the parameters of the model that is given to make_private, or "
+        "freeze the parameter with requires_grad_(False)",
+    ),
+    CALLS_LEFT_OVER: Diagnosis(
+        "forwards that were cut off or never backpropagated keep Opacus from publishing "
+        "per-sample gradients, and make those that wait wrong",
+        "set DPGUARD=repair, or run these forwards under torch.no_grad()",
+    ),
+    ROW_COUNT: Diagnosis(
+        "parameters have different numbers of per-sample gradients in one batch, so the rows do "
+        "not belong to the same people",
+        "feed every layer inputs whose batch dimension is the number of samples "
+        "(batch_first as declared; position ids expanded to the batch)",
+    ),
+    ROW_SHAPE: Diagnosis(
+        "per-sample gradients do not have the shape of the parameter",
+        "check the grad sampler that is registered for this layer",
+    ),
+    ROW_DTYPE: Diagnosis(
+        "per-sample gradients are not floating point numbers of the parameter's kind",
+        "check the grad sampler that is registered for this layer",
+    ),
+    ROW_DEVICE: Diagnosis(
+        "per-sample gradients are on another device than the parameter",
+        "move the model before make_private, and do not move it afterwards",
+    ),
+    ROWS_NOT_FINITE: Diagnosis(
+        "per-sample gradients are not finite",
+        "find the samples that make the loss overflow; one of them makes the whole update NaN",
+    ),
+    BATCHES_OVERLAP: Diagnosis(
+        "some layers were backpropagated across several accumulated batches and others once per "
+        "batch, so rows of different parameters cannot be matched to people",
+        "call optimizer.step() and optimizer.zero_grad() between batches, or backpropagate each "
+        "batch completely before the next forward",
+    ),
+}
+
+
+def explain(cause: str) -> Diagnosis:
+    """The diagnosis of a cause; every cause has one."""
+    return _DIAGNOSES[cause]
+
+
+def listed(names: Sequence[str], limit: int = 6) -> str:
+    """Names for a sentence, the first ``limit`` of them and how many more."""
+    shown = ", ".join(names[:limit])
+    more = len(names) - limit
+    return f"{shown} and {more} more" if more > 0 else shown

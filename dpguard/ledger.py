@@ -1,0 +1,367 @@
+"""One record per module call: pairing, publishing and settling per-sample gradients.
+
+Opacus pairs a backward with the most recent forward of the same module (a stack) and publishes
+rows when as many backwards as forwards were seen (a counter). Here the captured inputs of a
+call belong to the autograd node of that call's output, so each call meets its own backprop
+whatever the order, and a call whose graph is freed takes its record along.
+
+Rows follow ``p.grad``: they are published in ``p.grad_sample`` as soon as they are known, for
+exactly those parameters into which the running backward accumulates.
+
+When are two calls of one parameter the same people (rows added) and when are they successive
+batches (rows listed)? As in Opacus, they are added if both calls were open at the same time.
+Opacus cannot tell a call that will never be backpropagated from one that is still to come; here
+nothing has to be guessed: a *segment* ends with the first forward after a backward, and should a
+call of an older segment be backpropagated after all, it proves that it was open across the
+boundary, and the segments in between are merged.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+
+from dpguard import _compat
+
+__all__ = ["CallKey", "Dead", "Entry", "Ledger", "ParameterState", "Tally"]
+
+CallKey: TypeAlias = "tuple[int, str | None, bool]"
+"""Identity of a module, line that called it, and whether it was in training mode."""
+
+
+class Tally:
+    """How often one module was called from one line since the last settlement."""
+
+    __slots__ = ("fired", "key", "module", "name", "opened")
+
+    def __init__(self, key: CallKey, module: torch.nn.Module, name: str) -> None:
+        self.key = key
+        self.module = weakref.ref(module)
+        self.name = name
+        self.opened = 0
+        self.fired = 0
+
+
+class Entry:
+    """The rows of one group of people: a tensor of shape ``(B, *p.shape)`` and its segments."""
+
+    __slots__ = ("first", "last", "owned", "rows")
+
+    def __init__(self, rows: torch.Tensor, first: int, last: int, *, owned: bool) -> None:
+        self.rows = rows
+        self.first = first
+        self.last = last
+        self.owned = owned
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Add ``rows`` to the first ``len(rows)`` rows, as Opacus does."""
+        if len(rows) > len(self.rows):
+            grown = rows.clone()
+            grown[: len(self.rows)] += self.rows
+            self._replace(grown)
+        elif self.owned:
+            self.rows[: len(rows)] += rows
+        elif len(rows) == len(self.rows):
+            self._replace(self.rows + rows)
+        else:
+            grown = self.rows.clone()
+            grown[: len(rows)] += rows
+            self._replace(grown)
+
+    def _replace(self, rows: torch.Tensor) -> None:
+        # Opacus marks used rows with this attribute; losing it would let them be used twice.
+        if hasattr(self.rows, "_processed"):
+            rows._processed = True  # type: ignore[attr-defined]
+        self.rows = rows
+        self.owned = True
+
+
+class ParameterState:
+    """What the ledger knows about one parameter."""
+
+    __slots__ = ("condemned", "entries", "epoch", "name", "paired", "published", "ref")
+
+    def __init__(self, parameter: torch.Tensor, forget: Callable[[Any], None]) -> None:
+        self.ref = weakref.ref(parameter, forget)
+        self.name = f"<unnamed {tuple(parameter.shape)}>"
+        self.paired = False
+        self.entries: list[Entry] = []
+        self.published: object = None
+        self.epoch = 0
+        self.condemned: str | None = None
+        """Cause why the rows of this step are missing or wrong, see :mod:`dpguard.diagnosis`."""
+
+    def sync(self, parameter: torch.Tensor) -> None:
+        """Take over what somebody else did to ``p.grad_sample`` since we published."""
+        current = getattr(parameter, "grad_sample", None)
+        if current is self.published:
+            return
+        tensors = current if isinstance(current, list) else [current]
+        self.entries = [Entry(t, -1, -1, owned=False) for t in tensors if t is not None]
+        self.published = current
+
+    def publish(self, parameter: torch.Tensor) -> None:
+        """Make ``p.grad_sample`` what Opacus expects: a tensor, or a list if accumulated."""
+        rows = [entry.rows for entry in self.entries]
+        value: object = rows[0] if len(rows) == 1 else rows
+        if isinstance(value, list) and isinstance(self.published, list):
+            self.published[:] = value
+        else:
+            self.published = value
+            parameter.grad_sample = value  # type: ignore[attr-defined]
+
+    def add(self, parameter: torch.Tensor, rows: torch.Tensor, opened: int, now: int) -> None:
+        """Add the rows of a call opened in segment ``opened``, now being segment ``now``.
+
+        Args:
+            parameter: the parameter, of shape ``S``.
+            rows: its per-sample gradients, of shape ``(B, *S)``.
+            opened: segment in which the forward call was made.
+            now: segment that is current.
+        """
+        self.sync(parameter)
+        opened = max(opened, self.epoch)
+        spanned = [e for e in self.entries if e.last >= opened]
+        if not spanned:
+            self.entries.append(Entry(rows, opened, now, owned=False))
+        else:
+            self._merge(spanned, rows, opened, now)
+        self.publish(parameter)
+
+    def _merge(self, spanned: list[Entry], rows: torch.Tensor, opened: int, now: int) -> None:
+        entry = spanned[0]
+        for other in spanned[1:]:
+            entry.add(other.rows)
+            self.entries.remove(other)
+        entry.add(rows)
+        entry.first = min(entry.first, opened)
+        entry.last = max(spanned[-1].last, now)
+
+
+@dataclass
+class _Cut:
+    """Detaches at one line since the last settlement, and the calls upstream of them."""
+
+    site: str
+    api: str
+    upstream: set[CallKey] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Dead:
+    """Calls that were never backpropagated, by the line that made it so."""
+
+    site: str | None
+    api: str | None
+    modules: tuple[str, ...]
+    parameters: tuple[str, ...]
+    calls: int
+
+
+_autograd = _compat.autograd()
+_TASKS_KEPT = 64
+
+
+class GraphTask:
+    """What one run of the autograd engine does, asked once per parameter."""
+
+    __slots__ = ("_executes", "id", "keeps_graph", "owners", "published")
+
+    def __init__(self, task_id: int) -> None:
+        self.id = task_id
+        self.keeps_graph = _autograd.keeps_graph()
+        self.published: set[int] = set()
+        self.owners: list[object] = []
+        """Models of which a call was met in this backward."""
+        self._executes: dict[int, bool] = {}
+
+    def executes(self, parameter: torch.Tensor) -> bool:
+        """Whether this backward accumulates into ``parameter`` (or returns its gradient)."""
+        key = id(parameter)
+        found = self._executes.get(key)
+        if found is None:
+            found = _autograd.accumulates_into(parameter)
+            self._executes[key] = found
+        return found
+
+
+class Ledger:
+    """All open calls and published rows of one process.
+
+    It holds tensors only through the autograd graph (activations) and through
+    ``p.grad_sample`` (rows), so it never outlives what it describes.
+    """
+
+    def __init__(self) -> None:
+        self.segment = 1
+        self.watching = False
+        """Whether calls were recorded since the last settlement; the detach patch looks here."""
+        self._closed = False
+        self._tasks: dict[int, GraphTask] = {}
+        self._parameters: dict[int, ParameterState] = {}
+        self._tallies: dict[CallKey, Tally] = {}
+        self._cuts: dict[str, _Cut] = {}
+
+    # -- forward ---------------------------------------------------------------------------
+
+    def open(self, module: torch.nn.Module, name: str, site: str | None) -> Tally:
+        """Note a call of ``module`` and return the tally it belongs to."""
+        if self._closed and _autograd.graph_task_id() == -1:
+            self.segment += 1
+            self._closed = False
+        key = (id(module), site, module.training)
+        tally = self._tallies.get(key)
+        if tally is None or tally.module() is not module:
+            tally = self._tallies[key] = Tally(key, module, name)
+        tally.opened += 1
+        self.watching = True
+        return tally
+
+    # -- backward --------------------------------------------------------------------------
+
+    def task(self) -> GraphTask:
+        """The engine run that is under way in this thread."""
+        task_id = _autograd.graph_task_id()
+        task = self._tasks.get(task_id)
+        if task is None:
+            task = self._tasks[task_id] = GraphTask(task_id)
+            # A backward that raises never reaches its end; its entry goes when others come.
+            while len(self._tasks) > _TASKS_KEPT:
+                del self._tasks[next(iter(self._tasks))]
+        return task
+
+    def end_task(self, task: GraphTask) -> None:
+        """Forget a backward that is over."""
+        self._tasks.pop(task.id, None)
+
+    def state(self, parameter: torch.Tensor) -> ParameterState:
+        """The state of ``parameter``, made on first sight."""
+        key = id(parameter)
+        state = self._parameters.get(key)
+        if state is None or state.ref() is not parameter:
+
+            def forget(ref: Any, key: int = key, states: Any = self._parameters) -> None:
+                held = states.get(key)
+                if held is not None and held.ref is ref:
+                    del states[key]
+
+            state = self._parameters[key] = ParameterState(parameter, forget)
+        return state
+
+    def known(self, parameter: torch.Tensor) -> ParameterState | None:
+        """The state of ``parameter`` if it was ever seen."""
+        state = self._parameters.get(id(parameter))
+        return state if state is not None and state.ref() is parameter else None
+
+    def synced(self, parameter: torch.Tensor) -> ParameterState:
+        """The state of ``parameter``, in step with what its ``grad_sample`` is now."""
+        state = self.state(parameter)
+        state.sync(parameter)
+        return state
+
+    def is_paired(self, parameter: torch.Tensor) -> bool:
+        """Whether every call that uses ``parameter`` as it should is recorded here."""
+        state = self.known(parameter)
+        return state is not None and state.paired
+
+    def name_of(self, parameter: torch.Tensor) -> str:
+        """Qualified name of ``parameter`` in its model, or its shape if it has none."""
+        return self.state(parameter).name
+
+    def add_rows(
+        self, parameter: torch.Tensor, rows: torch.Tensor, opened: int
+    ) -> ParameterState:
+        """Publish rows of shape ``(B, *p.shape)`` that belong to a call of segment ``opened``."""
+        state = self.state(parameter)
+        state.add(parameter, rows, opened, self.segment)
+        self._closed = True
+        return state
+
+    def forgive(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Gradients were cleared: what was wrong with them no longer matters."""
+        for parameter in parameters:
+            state = self._parameters.get(id(parameter))
+            if state is not None:
+                state.condemned = None
+
+    # -- cuts ------------------------------------------------------------------------------
+
+    def cut(self, site: str, api: str, upstream: Iterable[CallKey]) -> None:
+        """Note that ``api`` cut the graph at ``site``, above the calls ``upstream``."""
+        cut = self._cuts.get(site)
+        if cut is None:
+            cut = self._cuts[site] = _Cut(site, api)
+        cut.upstream.update(upstream)
+
+    # -- settlement ------------------------------------------------------------------------
+
+    def settle(self, parameters: Sequence[torch.Tensor]) -> list[Dead]:
+        """Close the books of a physical batch for ``parameters`` and say which calls are dead.
+
+        Called by ``optimizer.step()`` before the rows are used. Calls that were not
+        backpropagated by now are counted as dead and forgotten; one that is backpropagated
+        later all the same still finds its record in the graph, and its rows go to the step
+        that is then under way.
+
+        Args:
+            parameters: the parameters of the optimizer; calls of other modules stay open.
+        """
+        dead = self._take_dead({id(p) for p in parameters})
+        self.segment += 1
+        self._closed = False
+        for parameter in parameters:
+            state = self._parameters.get(id(parameter))
+            if state is not None:
+                state.epoch = self.segment
+        self.watching = bool(self._tallies)
+        return self._attribute(dead)
+
+    def _take_dead(self, wanted: set[int]) -> dict[CallKey, Tally]:
+        dead: dict[CallKey, Tally] = {}
+        for key, tally in list(self._tallies.items()):
+            module = tally.module()
+            if module is not None and not any(id(p) in wanted for p in module.parameters()):
+                continue
+            del self._tallies[key]
+            training = key[2]
+            # Opacus ignores forwards in eval mode, so an unused one needs no intervention.
+            if tally.opened > tally.fired and training:
+                dead[key] = tally
+        return dead
+
+    def _attribute(self, dead: dict[CallKey, Tally]) -> list[Dead]:
+        """Give each dead call to a cut below it, the rest to the lines that made them."""
+        found: list[Dead] = []
+        for cut in self._cuts.values():
+            mine = [dead.pop(key) for key in list(dead) if key in cut.upstream]
+            if mine:
+                found.append(self._dead(cut.site, cut.api, mine))
+        by_site: dict[str | None, list[Tally]] = {}
+        for key, tally in dead.items():
+            by_site.setdefault(key[1], []).append(tally)
+        found.extend(self._dead(site, None, tallies) for site, tallies in by_site.items())
+        for site, cut in list(self._cuts.items()):
+            cut.upstream &= self._tallies.keys()
+            if not cut.upstream:
+                del self._cuts[site]
+        return found
+
+    def _dead(self, site: str | None, api: str | None, tallies: list[Tally]) -> Dead:
+        parameters = [
+            self.name_of(parameter)
+            for tally in tallies
+            if (module := tally.module()) is not None
+            for parameter in module.parameters()
+            if parameter.requires_grad
+        ]
+        return Dead(
+            site,
+            api,
+            tuple(dict.fromkeys(tally.name for tally in tallies)),
+            tuple(dict.fromkeys(parameters)),
+            sum(tally.opened - tally.fired for tally in tallies),
+        )

@@ -1,0 +1,1 @@
+"""What dpguard changes in the host: one file per thing that is patched."""

@@ -1,0 +1,478 @@
+"""Opacus's grad-sample hooks: pair each module call with its own backprop.
+
+Opacus's forward hook is replaced, under the same handle, by :class:`ForwardHook`; its full
+backward hooks are taken off, so that ``nn.Module`` no longer wraps inputs and outputs. The rows
+are still computed by Opacus's own grad samplers, from the same activations and backprops.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import wrapt
+
+from dpguard import _callsite, _compat, diagnosis
+from dpguard.ledger import GraphTask, Ledger, Tally
+from dpguard.patches.detach import TALLY
+from dpguard.patching import Transaction
+
+__all__ = ["ForwardHook", "GradSamplePatch", "Pairing"]
+
+_detach = torch._C.TensorBase.detach
+_autograd = _compat.autograd()
+
+
+class Record:
+    """One call of one module, owned by the autograd node of its output.
+
+    Called by autograd with the gradients of that node's outputs, before the node runs and after
+    the user's own tensor hooks, so it sees what really flows into the module.
+    """
+
+    __slots__ = ("activations", "batch", "created_graph", "hook", "index", "module", "segment",
+                 "tally")  # fmt: skip
+
+    def __init__(
+        self, hook: ForwardHook, module: torch.nn.Module, args: Any, index: int, tally: Tally
+    ) -> None:
+        self.hook = hook
+        self.module = module
+        self.index = index
+        self.tally = tally
+        self.segment = hook.pairing.ledger.segment
+        self.created_graph: int | None = None
+        self.activations: list[Any] | None = None
+        self.batch = 0
+        if hook.computes:
+            self.activations = [_detach(a) if isinstance(a, torch.Tensor) else a for a in args]
+            self.batch = hook.pairing.batch_size(module, self.activations)
+
+    def __call__(self, grad_outputs: tuple[torch.Tensor | None, ...]) -> None:
+        backprops = grad_outputs[self.index]
+        if backprops is not None and self.hook.pairing.hooks.hooks_enabled:
+            self.hook.pairing.on_backprops(self, backprops)
+
+
+class Witness:
+    """Stands at a further output of a call: rows are computed from the first output only."""
+
+    __slots__ = ("index", "record")
+
+    def __init__(self, record: Record, index: int) -> None:
+        self.record = record
+        self.index = index
+
+    def __call__(self, grad_outputs: tuple[torch.Tensor | None, ...]) -> None:
+        pairing = self.record.hook.pairing
+        if grad_outputs[self.index] is not None and pairing.hooks.hooks_enabled:
+            pairing.condemn(self.record, diagnosis.SEVERAL_OUTPUTS)
+
+
+class ForwardHook:
+    """Stands in a module's forward hooks where Opacus's ``capture_activations_hook`` stood."""
+
+    __slots__ = ("computes", "name", "pairing")
+
+    def __init__(self, pairing: Pairing, name: str, *, computes: bool) -> None:
+        self.pairing = pairing
+        self.name = name
+        self.computes = computes
+
+    def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        pairing = self.pairing
+        if not pairing.hooks.hooks_enabled or not torch.is_grad_enabled():
+            return
+        outputs = _differentiable(output)
+        if outputs and any(p.requires_grad for p in _parameters(module)):
+            self._record(module, args, outputs)
+
+    def _record(self, module: torch.nn.Module, args: Any, outputs: list[torch.Tensor]) -> None:
+        tally = self.pairing.ledger.open(module, self.name, _callsite.forward_caller())
+        first = outputs[0]
+        record = Record(self, module, args, first.output_nr, tally)
+        node: Any = first.grad_fn
+        node.metadata.setdefault(TALLY, []).append(tally)
+        node.register_prehook(record)
+        for other in outputs[1:]:
+            other.grad_fn.register_prehook(Witness(record, other.output_nr))  # type: ignore[union-attr]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardHook:
+        pairing = self.pairing.copy_for(memo)
+        return ForwardHook(pairing, self.name, computes=self.computes)
+
+    def __reduce__(self) -> Any:
+        return (_restored_hook, (self.pairing.hooks, self.name))
+
+
+# dynamo must neither trace the bookkeeping nor bake it into a graph: as with Opacus's own hooks,
+# the graph breaks here. Setting the mark by hand keeps torch._dynamo from being imported.
+ForwardHook.__call__._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def _restored_hook(hooks: Any, name: str) -> Any:
+    """What a pickled forward hook becomes: a fresh one of the guard that is active, if any."""
+    from dpguard._activation import active_runtime
+
+    runtime = active_runtime()
+    if runtime is None:
+        return hooks.capture_activations_hook
+    pairing: Pairing = runtime.grad_sample.pairing_of(hooks)
+    return ForwardHook(pairing, name, computes=pairing.computes)
+
+
+def _differentiable(output: Any) -> list[torch.Tensor]:
+    """The tensors in a module's output that a backward can reach, in order, each once."""
+    if isinstance(output, torch.Tensor):
+        return [output] if output.grad_fn is not None else []
+    found: dict[int, torch.Tensor] = {}
+    if isinstance(output, Mapping):
+        output = output.values()
+    elif not isinstance(output, (tuple, list)):
+        return []
+    for value in output:
+        found.update((id(tensor), tensor) for tensor in _differentiable(value))
+    return list(found.values())
+
+
+def _parameters(module: torch.nn.Module) -> Iterable[torch.nn.Parameter]:
+    """The module's parameters; a lean ``module.parameters()`` for modules without children."""
+    if module._modules:
+        return module.parameters()
+    return [p for p in module._parameters.values() if p is not None]
+
+
+class Pairing:
+    """Everything about one hooked model.
+
+    Attributes:
+        hooks: Opacus's object (``GradSampleModule`` or ``GradSampleHooks``).
+        ledger: where calls and rows are noted.
+        computes: rows are computed here (``repair``, ``strict``); in ``observe`` Opacus computes
+            them and calls are only watched.
+    """
+
+    def __init__(
+        self, hooks: Any, ledger: Ledger, registry: weakref.WeakSet[Pairing], *, computes: bool
+    ) -> None:
+        self.hooks = hooks
+        self.ledger = ledger
+        self.computes = computes
+        self.loss_reduction: str = hooks.loss_reduction
+        self.batch_first: bool = hooks.batch_first
+        self._registry = registry
+        self._undo: list[Callable[[], None]] = []
+        self._parameters: list[torch.nn.Parameter] = []
+        registry.add(self)
+
+    # -- attach and release ------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Put our forward hooks where Opacus's are and take its backward hooks off."""
+        owners = _hook_dictionaries(self.hooks._module)
+        for registered, key in _handles(self.hooks):
+            if key not in registered:
+                continue
+            name, module, forward = owners[id(registered)]
+            if self.computes:
+                self._undo.append(_restorer(registered, key, registered[key]))
+                self._take_over(registered, key, name, forward=forward)
+            elif forward:
+                self._watch(module, name)
+
+    def _take_over(self, registered: Any, key: int, name: str, *, forward: bool) -> None:
+        if forward:
+            registered[key] = ForwardHook(self, name, computes=True)
+            # First, so that it sees the raw output and not what a user's hook made of it.
+            registered.move_to_end(key, last=False)
+        else:
+            options = getattr(registered.pop(key), "keywords", {})
+            self.loss_reduction = options.get("loss_reduction", self.loss_reduction)
+            self.batch_first = options.get("batch_first", self.batch_first)
+
+    def _watch(self, module: torch.nn.Module, name: str) -> None:
+        hook = ForwardHook(self, name, computes=False)
+        handle = module.register_forward_hook(hook, prepend=True)
+        self._undo.append(handle.remove)
+
+    def release(self) -> None:
+        """Put Opacus's hooks back. Calls that are still open keep their records and are served."""
+        if self._undo:
+            while self._undo:
+                self._undo.pop()()
+        elif self.computes:
+            self._rebuild()
+
+    def _rebuild(self) -> None:
+        """Give a deep copy of a paired model, which has our hooks only, those of Opacus."""
+        for registered, key in _handles(self.hooks):
+            if isinstance(registered.get(key), ForwardHook):
+                registered[key] = self.hooks.capture_activations_hook
+            elif key not in registered:
+                registered[key] = functools.partial(
+                    self.hooks.capture_backprops_hook,
+                    loss_reduction=self.loss_reduction,
+                    batch_first=self.batch_first,
+                )
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The model's parameters, whose names the ledger learns here."""
+        if not self._parameters:
+            for name, parameter in self.hooks._module.named_parameters():
+                self._parameters.append(parameter)
+                state = self.ledger.state(parameter)
+                state.name, state.paired = name, self.computes
+        return self._parameters
+
+    def copy_for(self, memo: dict[int, Any]) -> Pairing:
+        """The pairing of a deep copy of the model that is being made."""
+        copied = memo.get(id(self))
+        if copied is None:
+            hooks = copy.deepcopy(self.hooks, memo)
+            copied = Pairing(hooks, self.ledger, self._registry, computes=self.computes)
+            copied.loss_reduction = self.loss_reduction
+            copied.batch_first = self.batch_first
+            memo[id(self)] = copied
+        found: Pairing = copied
+        return found
+
+    # -- forward -----------------------------------------------------------------------------
+
+    def batch_size(self, module: torch.nn.Module, activations: list[Any]) -> int:
+        """Number of rows of this call: that of a packed sequence, or of its last input.
+
+        The last input, as Opacus: for ``EmbeddingBag`` that is ``offsets``, one per sample.
+        """
+        packed = module.__dict__.get("max_batch_len")
+        if packed is not None:
+            return int(packed)
+        dimension = _compat.batch_dimension(module, batch_first=self.batch_first)
+        for activation in reversed(activations):
+            if isinstance(activation, torch.Tensor) and activation.dim() > dimension:
+                return int(activation.shape[dimension])
+        return 0
+
+    # -- backward ----------------------------------------------------------------------------
+
+    def on_backprops(self, record: Record, backprops: torch.Tensor) -> None:
+        """Compute and publish the rows of one call."""
+        task = self._enter()
+        if torch.is_grad_enabled():
+            record.created_graph = task.id
+        wanted = [p for p in _parameters(record.module) if task.executes(p)]
+        if not wanted:
+            return
+        record.tally.fired += 1
+        if not record.hook.computes:
+            task.published.update(id(p) for p in wanted)
+            return
+        if record.created_graph not in (None, task.id):
+            self.condemn(record, diagnosis.DOUBLE_BACKWARD)
+        if record.activations is None:
+            self.condemn(record, diagnosis.GRAPH_FREED)
+            return
+        with torch.no_grad():
+            rows = self._rows(record, record.activations, backprops)
+            self._publish(record, task, rows, {id(p) for p in wanted})
+        if not task.keeps_graph:
+            record.activations = None
+
+    def _enter(self) -> GraphTask:
+        task = self.ledger.task()
+        if self not in task.owners:
+            task.owners.append(self)
+            self.parameters()
+            _autograd.on_backward_end(lambda: self._on_backward_end(task))
+        return task
+
+    def _rows(
+        self, record: Record, activations: list[Any], backprops: torch.Tensor
+    ) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """Opacus's own computation, on this call's activations and backprops."""
+        module = record.module
+        backprops = _detach(backprops)
+        if self.loss_reduction == "mean":
+            backprops = backprops * record.batch
+        elif self.loss_reduction != "sum":
+            raise ValueError(
+                f"loss_reduction = {self.loss_reduction}. "
+                "Only 'sum' and 'mean' losses are supported"
+            )
+        dimension = _compat.batch_dimension(module, batch_first=self.batch_first)
+        if dimension:
+            activations = [
+                a.movedim(dimension, 0) if isinstance(a, torch.Tensor) else a for a in activations
+            ]
+            backprops = backprops.movedim(dimension, 0)
+        found = _compat.grad_sampler(self.hooks, module)(module, activations, backprops)
+        return _separate(found, record.batch, backprops)
+
+    def _publish(
+        self,
+        record: Record,
+        task: GraphTask,
+        rows: dict[torch.nn.Parameter, torch.Tensor],
+        wanted: set[int],
+    ) -> None:
+        for parameter, mine in rows.items():
+            if id(parameter) not in wanted:
+                continue
+            state = self.ledger.add_rows(parameter, mine, record.segment)
+            task.published.add(id(parameter))
+            if len(state.entries) > 1 and not self.hooks.grad_accumulation_allowed:
+                raise ValueError(diagnosis.OPACUS_NO_ACCUMULATION)
+
+    def condemn(self, record: Record, cause: str) -> None:
+        """The rows of this call's parameters cannot be right: the step must be refused."""
+        task = self.ledger.task()
+        for parameter in _parameters(record.module):
+            if task.executes(parameter):
+                self.ledger.state(parameter).condemned = cause
+
+    def _on_backward_end(self, task: GraphTask) -> None:
+        """Notice parameters that this backward gave a gradient but no rows."""
+        self.ledger.end_task(task)
+        for parameter in self.parameters():
+            if id(parameter) not in task.published and task.executes(parameter):
+                self.ledger.state(parameter).condemned = diagnosis.BYPASSED
+
+
+def _separate(
+    found: Mapping[torch.nn.Parameter, torch.Tensor], batch: int, backprops: torch.Tensor
+) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """Rows as tensors of their own with one row per sample of the batch.
+
+    A sampler may return the backprops themselves (a bias) or one tensor for two parameters;
+    Opacus copies every result. With packed sequences a time step has rows for the first few
+    samples only; the embedding sampler returns one row for an empty batch.
+    """
+    separate: dict[torch.nn.Parameter, torch.Tensor] = {}
+    taken = {backprops.data_ptr()}
+    for parameter, rows in found.items():
+        count = len(rows)
+        if count < batch:
+            padded = rows.new_zeros((batch, *rows.shape[1:]))
+            padded[:count] = rows
+            rows = padded
+        elif batch == 0 and count:
+            rows = rows[:0]
+        elif rows.data_ptr() in taken:
+            rows = rows.clone()
+        taken.add(rows.data_ptr())
+        separate[parameter] = rows
+    return separate
+
+
+def _handles(hooks: Any) -> Iterator[tuple[Any, int]]:
+    """The dictionaries of hooks, with the keys, that Opacus's ``add_hooks`` wrote into."""
+    handles = hooks.__dict__.get("autograd_grad_sample_hooks") or getattr(
+        hooks._module, "autograd_grad_sample_hooks", ()
+    )
+    for handle in handles:
+        registered = handle.hooks_dict_ref()
+        if registered is not None:
+            yield registered, handle.id
+
+
+def _hook_dictionaries(model: torch.nn.Module) -> dict[int, tuple[str, torch.nn.Module, bool]]:
+    """Whose dictionary of hooks it is, by identity: name, module, and whether forward hooks."""
+    found: dict[int, tuple[str, torch.nn.Module, bool]] = {}
+    for name, module in model.named_modules():
+        shown = name or type(module).__name__
+        found[id(module._forward_hooks)] = (shown, module, True)
+        found[id(module._backward_hooks)] = (shown, module, False)
+    return found
+
+
+def _restorer(registered: Any, key: int, original: Any) -> Callable[[], None]:
+    """The twin of :meth:`Pairing._take_over`: the same hook at the same place."""
+    order = list(registered)
+
+    def restore() -> None:
+        current = dict(registered)
+        current[key] = original
+        ordered = [k for k in order if k in current] + [k for k in current if k not in order]
+        registered.clear()
+        registered.update((k, current[k]) for k in ordered)
+
+    return restore
+
+
+class GradSamplePatch:
+    """Pairs every model that Opacus hooks, those made before the patch included."""
+
+    def __init__(self, ledger: Ledger, *, computes: bool) -> None:
+        self._ledger = ledger
+        self._computes = computes
+        self._pairings: weakref.WeakSet[Pairing] = weakref.WeakSet()
+        self._stock = _compat.stock_hooks_class()
+
+    def install(self, transaction: Transaction) -> list[str]:
+        """Patch ``add_hooks`` and ``remove_hooks``; adopt what is hooked already.
+
+        Returns:
+            Classes of hooked models that were left alone because they compute rows in their
+            own way.
+        """
+        stock = self._stock
+        transaction.on_undo("paired models", self._release_all)
+        for name, wrapper in (("add_hooks", self._add_hooks), ("remove_hooks", self._remove_hooks)):
+            original = getattr(stock, name)
+            transaction.patch(stock, name, wrapt.FunctionWrapper(original, wrapper))
+        for cls in _compat.wrapper_classes():
+            own = vars(cls)
+            if "forward" in own:
+                _callsite.mark_outer_forward(own["forward"].__code__)
+            if "zero_grad" in own:
+                wrapper = wrapt.FunctionWrapper(own["zero_grad"], self._zero_grad)
+                transaction.patch(cls, "zero_grad", wrapper)
+        return self._adopt_living()
+
+    def pairing_of(self, hooks: Any) -> Pairing:
+        """The pairing of a hooked model, made if it has none."""
+        for pairing in self._pairings:
+            if pairing.hooks is hooks:
+                return pairing
+        return Pairing(hooks, self._ledger, self._pairings, computes=self._computes)
+
+    def refresh_parameters(self) -> None:
+        """Forget which parameters the models have; they are looked up again when needed."""
+        for pairing in self._pairings:
+            pairing._parameters = []
+
+    def _add_hooks(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        result = wrapped(*args, **kwargs)
+        if _compat.uses_stock_hooks(type(instance), self._stock):
+            self.pairing_of(instance).attach()
+        return result
+
+    def _remove_hooks(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        for pairing in list(self._pairings):
+            if pairing.hooks is instance:
+                pairing.release()
+        return wrapped(*args, **kwargs)
+
+    def _zero_grad(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        self._ledger.forgive(instance.parameters())
+        return wrapped(*args, **kwargs)
+
+    def _adopt_living(self) -> list[str]:
+        skipped: dict[str, None] = {}
+        for candidate in gc.get_objects():
+            cls = type(candidate)
+            if not issubclass(cls, self._stock):
+                continue
+            if not _compat.uses_stock_hooks(cls, self._stock):
+                skipped[cls.__qualname__] = None
+            elif getattr(candidate, "_module", None) is not None:
+                self.pairing_of(candidate).attach()
+        return list(skipped)
+
+    def _release_all(self) -> None:
+        for pairing in list(self._pairings):
+            pairing.release()

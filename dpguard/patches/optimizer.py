@@ -1,0 +1,158 @@
+"""``DPOptimizer``: look at each step before it is taken, and give each attribute one owner.
+
+The audit stands in ``pre_step``, not in ``step``: an LR scheduler takes ``step.__func__`` and
+goes round a wrapper there.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import wrapt
+
+from dpguard import _compat
+from dpguard._errors import DPGuardError
+from dpguard.audit.steps import StepAuditor
+from dpguard.ledger import Ledger
+from dpguard.patches.attributes import AttributeForwarding
+from dpguard.patching import Transaction
+
+__all__ = ["OptimizerPatch"]
+
+
+class OptimizerPatch:
+    """Guards every DP optimizer class and instance, those made before the patch included."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        auditor: StepAuditor,
+        forwarding: AttributeForwarding,
+        report: Callable[[str, Exception], None],
+    ) -> None:
+        self._ledger = ledger
+        self._auditor = auditor
+        self._forwarding = forwarding
+        self._report = report
+        self._audits = True
+        self._inside: set[int] = set()
+        self._instances: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._transaction: Transaction | None = None
+
+    def install(self, transaction: Transaction) -> None:
+        """Patch ``DPOptimizer`` and all its subclasses, and adopt the instances that exist."""
+        base = _compat.optimizer_class()
+        self._transaction = transaction
+        transaction.on_undo("adopted optimizers", self._give_back_all)
+        self._forwarding.install(transaction, base)
+        original = base.__dict__.get("__init_subclass__")
+        if original is None:
+            transaction.patch(base, "__init_subclass__", classmethod(self._subclass_hook(base)))
+        for cls in _with_subclasses(base):
+            self._guard_class(cls)
+        for instance in _instances_of(base):
+            self._adopt(instance, reconcile=True)
+
+    def stop(self) -> None:
+        """No audits from now on."""
+        self._audits = False
+
+    # -- classes --------------------------------------------------------------------------------
+
+    def _subclass_hook(self, base: type) -> Callable[..., None]:
+        def __init_subclass__(cls: type, **kwargs: Any) -> None:
+            super(base, cls).__init_subclass__(**kwargs)
+            self._guard_class(cls)
+
+        return __init_subclass__
+
+    def _guard_class(self, cls: type) -> None:
+        """Wrap what ``cls`` itself defines; what it inherits is wrapped where it is defined."""
+        transaction = self._transaction
+        if transaction is None:
+            return
+        wrappers = {
+            "__init__": self._init,
+            "pre_step": self._pre_step,
+            "zero_grad": self._zero_grad,
+        }
+        for name, wrapper in wrappers.items():
+            original = vars(cls).get(name)
+            if callable(original):
+                transaction.patch(cls, name, wrapt.FunctionWrapper(original, wrapper))
+
+    # -- instances ------------------------------------------------------------------------------
+
+    def _adopt(self, instance: Any, *, reconcile: bool) -> None:
+        self._instances.add(instance)
+        self._forwarding.adopt(instance, reconcile=reconcile)
+
+    def _give_back_all(self) -> None:
+        self._transaction = None
+        for instance in list(self._instances):
+            self._forwarding.give_back(instance)
+
+    def _init(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        self._forwarding.enter_init(instance)
+        completed = False
+        try:
+            result = wrapped(*args, **kwargs)
+            completed = True
+        finally:
+            self._forwarding.leave_init(instance, completed=completed)
+            self._instances.add(instance)
+        return result
+
+    # -- steps ----------------------------------------------------------------------------------
+
+    def _zero_grad(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        self._ledger.forgive(instance.params)
+        return wrapped(*args, **kwargs)
+
+    def _pre_step(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        key = id(instance)
+        if key in self._inside or not self._audits:
+            return wrapped(*args, **kwargs)
+        self._inside.add(key)
+        stepped = False
+        try:
+            self._audit(self._before, instance)
+            result = wrapped(*args, **kwargs)
+            stepped = True
+        finally:
+            self._inside.discard(key)
+            if not stepped:
+                self._auditor.abandon(instance)
+        self._audit(self._auditor.after_step, instance, stepped=bool(result))
+        return result
+
+    def _before(self, instance: Any) -> None:
+        if instance not in self._instances:
+            self._adopt(instance, reconcile=True)
+        self._forwarding.check(instance)
+        self._auditor.before_step(instance)
+
+    def _audit(self, function: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """Run a part of ours; what it raises on purpose goes to the user, nothing else does."""
+        if not self._audits:
+            return
+        try:
+            function(*args, **kwargs)
+        except DPGuardError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the host goes on without this part
+            self._audits = False
+            self._report("audit", error)
+
+
+def _with_subclasses(base: type) -> Iterator[type]:
+    yield base
+    for cls in base.__subclasses__():
+        yield from _with_subclasses(cls)
+
+
+def _instances_of(base: type) -> list[Any]:
+    return [found for found in gc.get_objects() if issubclass(type(found), base)]

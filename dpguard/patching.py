@@ -1,0 +1,100 @@
+"""Set attributes and put them back: a patch and its undo are twins.
+
+The record of a patch is exact: owner, name, whether the owner itself had the attribute, what it
+was, what was installed. Undoing restores absence as well as values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["ABSENT", "Patch", "Transaction"]
+
+ABSENT: Any = object()
+"""Stands for an attribute that the owner itself did not have."""
+
+
+def own_attribute(owner: Any, name: str) -> Any:
+    """What ``owner`` itself holds under ``name``, not what it inherits; else ``ABSENT``."""
+    return vars(owner).get(name, ABSENT)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One attribute that was replaced."""
+
+    owner: Any
+    name: str
+    original: Any
+    installed: Any
+
+    @classmethod
+    def apply(cls, owner: Any, name: str, installed: Any) -> Patch:
+        """Set ``owner.name`` to ``installed``."""
+        patch = cls(owner, name, own_attribute(owner, name), installed)
+        setattr(owner, name, installed)
+        return patch
+
+    @property
+    def target(self) -> str:
+        """Readable name, e.g. ``torch.Tensor.detach``."""
+        module = getattr(self.owner, "__module__", None)
+        own = getattr(self.owner, "__qualname__", None) or getattr(self.owner, "__name__", "?")
+        return f"{module}.{own}.{self.name}" if module else f"{own}.{self.name}"
+
+    def undo(self) -> bool:
+        """Restore what was there; ``False`` if somebody else has replaced it since.
+
+        In that case theirs stays, with our inert wrapper inside: taking it out would undo what
+        is not ours.
+        """
+        if own_attribute(self.owner, self.name) is not self.installed:
+            return False
+        if self.original is ABSENT:
+            delattr(self.owner, self.name)
+        else:
+            setattr(self.owner, self.name, self.original)
+        return True
+
+
+class Transaction:
+    """Undo steps in the order in which they have to be taken back."""
+
+    def __init__(self) -> None:
+        self._undo: list[tuple[str, Callable[[], bool | None]]] = []
+
+    def patch(self, owner: Any, name: str, installed: Any) -> Patch:
+        """Replace an attribute and remember how to put it back."""
+        patch = Patch.apply(owner, name, installed)
+        self._undo.append((patch.target, patch.undo))
+        return patch
+
+    def on_undo(self, target: str, undo: Callable[[], bool | None]) -> None:
+        """Remember how to take back something that is more than one attribute."""
+        self._undo.append((target, undo))
+
+    @property
+    def targets(self) -> list[str]:
+        """What has been changed so far, in order."""
+        return [target for target, _ in self._undo]
+
+    def rollback(self) -> list[tuple[str, bool]]:
+        """Undo everything, last first; say of each target whether it was restored.
+
+        A step that fails does not keep the others from being undone; the first failure is
+        raised when all have had their turn.
+        """
+        results: list[tuple[str, bool]] = []
+        failure: BaseException | None = None
+        while self._undo:
+            target, undo = self._undo.pop()
+            try:
+                results.append((target, undo() is not False))
+            except Exception as error:  # noqa: BLE001 - the others must be undone first
+                failure = failure or error
+                results.append((target, False))
+        if failure is not None:
+            raise failure
+        return results
