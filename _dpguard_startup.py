@@ -33,7 +33,7 @@ def main() -> None:
         return
     _done = True
     try:
-        import dpguard  # noqa: F401, PLC0415
+        import dpguard  # noqa: F401
     except BaseException as error:  # noqa: BLE001  SystemExit would end the interpreter, too
         _survive(error)
 
@@ -51,7 +51,7 @@ def _survive(error: BaseException) -> None:
 
 def _refuse_opacus(error: BaseException) -> bool:
     """Let the import of opacus raise; say whether the error is one that dpguard meant to raise."""
-    import importlib.util  # noqa: PLC0415  only needed here
+    import importlib.util  # only needed here
 
     # The package's __init__ has just failed, and would again. An empty package stands in for it
     # while two of its parts are imported that need nothing else.
@@ -60,8 +60,8 @@ def _refuse_opacus(error: BaseException) -> bool:
         raise ImportError("dpguard is not installed") from error
     sys.modules["dpguard"] = importlib.util.module_from_spec(spec)
     try:
-        from dpguard._errors import DPGuardError  # noqa: PLC0415
-        from dpguard._import_hook import when_imported  # noqa: PLC0415
+        from dpguard._errors import DPGuardError
+        from dpguard._import_hook import when_imported
     finally:
         del sys.modules["dpguard"]
 

@@ -10,6 +10,7 @@ module only after the callback has run.
 from __future__ import annotations
 
 import sys
+from _thread import get_ident
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -94,6 +95,8 @@ class _Finder:
         self._callback = callback
         self._on_error = on_error
         self._active = True
+        # Threads in the middle of asking the others; some of those ask everybody, us included.
+        self._asking: set[int] = set()
         # The import whose end is, or has been, reported by a stand-in or a watched spec; and
         # whether a stand-in is at it, for old loaders give the module a spec of their own.
         self._covered: ModuleSpec | None = None
@@ -111,7 +114,14 @@ class _Finder:
                 # module is being executed: perhaps by a finder that never asked this one.
                 self._watch(sys.modules.get(self._name))
                 return None
-        spec = self._ask_the_others(fullname, path, target)
+        thread = get_ident()
+        if thread in self._asking:
+            return None
+        self._asking.add(thread)
+        try:
+            spec = self._ask_the_others(fullname, path, target)
+        finally:
+            self._asking.discard(thread)
         if spec is not None and spec.loader is not None and self._active:
             stand_in = _Loader if hasattr(spec.loader, "exec_module") else _LegacyLoader
             spec.loader = cast("Loader", stand_in(self, spec))
@@ -171,10 +181,9 @@ class _Finder:
         if not _WatchedSpec.watch(spec, self):
             self._on_error(ImportError(f"cannot notice the end of the import of {self._name!r}"))
 
-    def import_ended(self, spec: ModuleSpec) -> None:
+    def import_ended(self) -> None:
         """React to the end of a watched import."""
-        module = sys.modules.get(self._name)
-        if module is None or _spec_of(module) is not spec:
+        if self._name not in sys.modules:
             return  # it failed; the host gets its own exception
         try:
             self.notify()
@@ -224,7 +233,7 @@ class _StandIn:
     def __init__(self, finder: _Finder, spec: ModuleSpec) -> None:
         self._dpguard = (finder, spec, spec.loader)
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  whatever the loader has
+    def __getattr__(self, name: str) -> Any:
         # Not self._dpguard: a copy that is not initialised yet would recurse.
         return getattr(object.__getattribute__(self, "_dpguard")[2], name)
 
@@ -285,7 +294,7 @@ class _WatchedSpec(ModuleSpec):
 
     @classmethod
     def watch(cls, spec: ModuleSpec, finder: _Finder) -> bool:
-        """Have ``finder.import_ended(spec)`` called at the end; false if that cannot be done."""
+        """Have ``finder.import_ended()`` called at the end; false if that cannot be done."""
         if type(spec) not in (ModuleSpec, cls):
             return False
         spec.__dict__.setdefault("_dpguard_watchers", []).append(finder)
@@ -300,7 +309,7 @@ class _WatchedSpec(ModuleSpec):
         watchers = spec.__dict__.pop("_dpguard_watchers", ())
         spec.__class__ = ModuleSpec
         for finder in watchers:
-            finder.import_ended(spec)
+            finder.import_ended()
 
     @property
     def _initializing(self) -> bool:

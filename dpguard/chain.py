@@ -30,9 +30,10 @@ import json
 import os
 import re
 import stat
+import sys
 from pathlib import Path
 
-__all__ = ["GENESIS", "MAX_BYTES", "ChainedFile", "Line"]
+__all__ = ["GENESIS", "ChainedFile", "Line"]
 
 Line = tuple[str, str]
 """A rendered event, an ASCII JSON object cut where ``dpguard.seq`` and ``dpguard.prev`` go:
@@ -41,14 +42,17 @@ what stands before them, and the rest with its leading comma, if any, and closin
 GENESIS = (-1, "0" * 64)
 """The head of an empty chain."""
 
-MAX_BYTES = 64 * 2**20
-"""Size at which a new segment is begun, unless another is asked for."""
-
 _FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 class ChainedFile:
     """The segments of one chain, written by one process. Not thread-safe; raises ``OSError``.
+
+    Args:
+        folder: directory of the run, made when the file is.
+        stem: name of the file up to the number of the segment.
+        key: HMAC key.
+        max_bytes: size at which a new segment is begun.
 
     Attributes:
         head: ``seq`` and SHA-256 of the last record written, or :data:`GENESIS`.
@@ -56,7 +60,7 @@ class ChainedFile:
     """
 
     def __init__(
-        self, folder: Path, stem: str, *, key: bytes | None = None, max_bytes: int = MAX_BYTES
+        self, folder: Path, stem: str, *, key: bytes | None = None, max_bytes: int = sys.maxsize
     ) -> None:
         self.head = GENESIS
         self.path: Path | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -86,13 +87,22 @@ class Event:
     def fields(self, *, loggable: bool = True) -> dict[str, Any]:
         """The event's fields for the audit log, or (``loggable=False``) those kept out of it."""
         found: dict[str, Any] = {}
-        for spec in dataclasses.fields(self):
-            key = spec.metadata.get("key")
-            value = getattr(self, spec.name)
-            if key is None or value is None or spec.metadata["data"].is_loggable != loggable:
-                continue
-            found[key] = list(value) if isinstance(value, tuple) else value
+        for name, key in _keys(type(self), loggable):
+            value = getattr(self, name)
+            if value is not None:
+                found[key] = list(value) if type(value) is tuple else value
         return found
+
+
+@functools.cache
+def _keys(cls: type[Event], loggable: bool) -> tuple[tuple[str, str], ...]:  # noqa: FBT001
+    """Attributes of an event type that are logged (or kept out), with their keys."""
+    return tuple(
+        (spec.name, spec.metadata["key"])
+        for spec in dataclasses.fields(cls)
+        if spec.metadata.get("key") is not None
+        and spec.metadata["data"].is_loggable == loggable
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ import structlog
 from structlog.typing import EventDict, Processor
 
 from dpguard._settings import Settings
-from dpguard.chain import GENESIS, MAX_BYTES, Line
+from dpguard.chain import GENESIS, Line
 from dpguard.events import (
     AuditDropped,
     Event,
@@ -30,7 +30,7 @@ from dpguard.events import (
     Severity,
     Violation,
 )
-from dpguard.sink import Sink, check_log_dir, read_key, say
+from dpguard.sink import MAX_BYTES, Sink, check_log_dir, read_key, say
 
 __all__ = ["Journal"]
 
@@ -197,7 +197,9 @@ def _logger(target: Sink | _Stderr, processors: list[Processor]) -> _EventLogger
 
 
 def _loggable(_: object, __: str, event_dict: EventDict) -> EventDict:
-    """The fields for the audit log."""
+    """The fields for the audit log; an event that itself tells about the data is not for it."""
+    if event_dict["record"].confidential:
+        raise structlog.DropEvent
     event_dict["fields"] = event_dict["record"].fields()
     return event_dict
 
@@ -206,6 +208,8 @@ def _data_dependent(_: object, __: str, event_dict: EventDict) -> EventDict:
     """The fields that only the sensitive file may have; events without any are not for it."""
     event: Event = event_dict["record"]
     found = event.fields(loggable=False)
+    if event.confidential:
+        found = {**event.fields(), **found}
     if type(event) is AuditDropped:
         found = event.fields()
     elif not found:
@@ -310,6 +314,8 @@ class _Once:
 
 def _label(event: Event) -> str | None:
     """What kind of news it is, ``None`` if it is none."""
+    if event.confidential:
+        return None
     if isinstance(event, Intervention):
         return event.action
     if isinstance(event, Violation):

@@ -16,11 +16,17 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dpguard._errors import SettingsError
-from dpguard.chain import MAX_BYTES, ChainedFile, Line
 
-__all__ = ["Sink", "check_log_dir", "read_key", "say"]
+if TYPE_CHECKING:
+    from dpguard.chain import ChainedFile, Line
+
+__all__ = ["MAX_BYTES", "Sink", "check_log_dir", "read_key", "say"]
+
+MAX_BYTES = 64 * 2**20
+"""Size at which a new segment is begun, unless another is asked for."""
 
 
 def check_log_dir(path: str | os.PathLike[str], *, mode: int = 0o777) -> None:
@@ -150,6 +156,9 @@ class Sink:
         self.writer.close()
 
     def _adopt(self, pid: int) -> _Writer:
+        # Not at the top: hashlib and json would take a third of the time of `import dpguard`.
+        from dpguard.chain import ChainedFile  # noqa: PLC0415
+
         # A list, taken at once: another thread may be adding its process's writer.
         parent = next(reversed(list(self._writers.values())), None)
         opening = None

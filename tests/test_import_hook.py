@@ -197,6 +197,7 @@ def test_submodule_reloaded_during_import(host):
     host.hook(lambda module: ready.append(module.ready))
     host.load()
     assert ready == [1]
+    assert host.errors == []
 
 
 def test_imported_again(host):
@@ -254,11 +255,12 @@ def test_private_copy_is_not_reported(host):
     """A copy executed from a spec by hand is not the module everybody imports."""
     host.hook()
     spec = importlib.util.find_spec("fakehost")
+    module = host.load()
     copy = importlib.util.module_from_spec(spec)
-    (host.folder / "fakehost" / "__init__.py").write_text("copied = 1")
     spec.loader.exec_module(copy)
-    assert copy.copied == 1
-    assert host.calls == []
+    assert copy.executions == 1
+    assert copy is not module
+    assert host.calls == [module]
     assert type(copy.__loader__) is importlib.machinery.SourceFileLoader
 
 
@@ -366,6 +368,58 @@ def test_finder_in_front_that_asks_nobody(host):
     assert ready == [1]
     assert type(module.__spec__) is importlib.machinery.ModuleSpec
     assert "_dpguard_watchers" not in vars(module.__spec__)
+
+
+def test_finder_behind_that_asks_everybody(host):
+    """A finder that finds by asking all finders (as wrapt's does) causes no second report."""
+
+    class Everybody:
+        busy = False
+
+        def find_spec(self, fullname, _path, _target=None):
+            if fullname != "fakehost" or self.busy:
+                return None
+            self.busy = True
+            try:
+                return importlib.util.find_spec(fullname)
+            finally:
+                self.busy = False
+
+    finder = Everybody()
+    sys.meta_path.insert(0, finder)
+    host.hook()
+    try:
+        module = host.load()
+    finally:
+        sys.meta_path.remove(finder)
+    assert host.calls == [module]
+
+
+def test_finders_in_front_are_not_asked_twice(host):
+    """A finder in front that declines has been asked, and is not asked again."""
+    asked = []
+
+    class Declines:
+        def find_spec(self, fullname, _path, _target=None):
+            asked.append(fullname)
+
+    host.hook()
+    finder = Declines()
+    sys.meta_path.insert(0, finder)
+    try:
+        host.load()
+    finally:
+        sys.meta_path.remove(finder)
+    assert asked.count("fakehost") == 1
+
+
+def test_import_between_registering_and_looking(host):
+    """An import by another thread at that very moment is reported by its loader only."""
+    host.hook()
+    finder = sys.meta_path[0]
+    module = host.load()
+    finder.catch_up()
+    assert host.calls == [module]
 
 
 def test_two_hooks(host):
@@ -529,7 +583,7 @@ def test_two_threads_import_at_once(host):
 
     def work():
         barrier.wait()
-        import fakehost  # noqa: PLC0415
+        import fakehost
 
         patched.append(getattr(fakehost, "patched", False))
 
@@ -607,8 +661,17 @@ def test_callback_may_import_submodules(host):
 
 
 def test_registering_is_light():
-    """The module imports nothing but sys, importlib's own parts, types and typing."""
-    allowed = {"sys", "importlib", "types", "typing", "collections", "__future__", "dpguard"}
+    """The module imports nothing but what an interpreter has at hand."""
+    allowed = {
+        "sys",
+        "importlib",
+        "types",
+        "typing",
+        "collections",
+        "_thread",
+        "__future__",
+        "dpguard",
+    }
     source = Path(_import_hook.__file__).read_text()
     found = {
         line.split()[1].partition(".")[0]

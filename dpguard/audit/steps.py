@@ -331,11 +331,11 @@ def _dead_sentence(calls: Dead) -> str:
     modules = diagnosis.listed(calls.modules)
     if calls.api:
         return (
-            f"{calls.api}() cut off {calls.calls} recorded module call(s) ({modules}); "
+            f"{calls.api}() cut off recorded calls of {modules}; "
             "their per-sample gradients are as if their forward had run under no_grad."
         )
     return (
-        f"{calls.calls} recorded module call(s) ({modules}) were never backpropagated; "
+        f"Recorded calls of {modules} were never backpropagated; "
         "they are left out of the per-sample gradients."
     )
 

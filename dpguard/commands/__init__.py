@@ -10,7 +10,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from dpguard._errors import DPGuardError, SettingsError
@@ -22,23 +22,19 @@ INTERRUPTED = 130
 
 
 class Command(Protocol):
-    """A sub-command.
-
-    Attributes:
-        name: what the user types.
-        summary: one line for ``dpguard --help``.
-        extra: the optional dependencies of dpguard that it needs, as in ``dpguard[extra]``.
-        needs: top-level modules of that extra.
-    """
+    """A sub-command."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What the user types."""
+
     @property
-    def summary(self) -> str: ...
+    def summary(self) -> str:
+        """One line for ``dpguard --help``."""
+
     @property
-    def extra(self) -> str: ...
-    @property
-    def needs(self) -> tuple[str, ...]: ...
+    def needs(self) -> Mapping[str, str]:
+        """Top-level modules that dpguard does not require, each with the extra that does."""
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Add the options of the sub-command."""
@@ -67,9 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dpguard {_version()}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
-        sub = subparsers.add_parser(
-            command.name, help=command.summary, description=command.summary
-        )
+        sub = subparsers.add_parser(command.name, help=command.summary, description=command.summary)
         command.configure(sub)
         sub.set_defaults(command=command)
     return parser
@@ -85,9 +79,10 @@ def _version() -> str:
 def _run(command: Command, options: argparse.Namespace) -> int:
     missing = [name for name in command.needs if importlib.util.find_spec(name) is None]
     if missing:
+        extras = sorted({command.needs[name] for name in missing})
         return _fail(
-            f"'dpguard {command.name}' needs {', '.join(missing)}, not installed here; "
-            f"install with: pip install 'dpguard[{command.extra}]'",
+            f"'dpguard {command.name}' needs {', '.join(missing)}, which this Python does not "
+            f"have; install with: pip install 'dpguard[{','.join(extras)}]'",
             code=2,
         )
     try:

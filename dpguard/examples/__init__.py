@@ -1,1 +1,1 @@
-"""Training programs to copy from: ordinary PyTorch and Opacus code that knows nothing of dpguard."""
+"""Programs to copy from: ordinary PyTorch and Opacus code that knows nothing of dpguard."""

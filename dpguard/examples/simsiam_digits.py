@@ -3,7 +3,7 @@
 The training loop is the one everybody writes, ``target.detach()`` included, and Opacus alone
 cannot run it: its first ``optimizer.step()`` raises ``ValueError: Per sample gradient is not
 initialized``. Nothing here refers to dpguard; activate it from outside
-(``DPGUARD=repair python train.py``) and the same loop trains.
+(``DPGUARD=repair python simsiam_digits.py``) and the same loop trains.
 
 The images are the 1,797 digits that ship inside scikit-learn. Three quarters of them are private
 and train the encoder without labels. The rest counts as public: it provides the mean image and,
@@ -69,7 +69,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Digits:
-    """Images of shape ``(N, 1, 8, 8)`` with the public mean image taken off, and labels ``(N,)``."""
+    """Images ``(N, 1, 8, 8)``, less the mean of the public ones, and labels ``(N,)``."""
 
     private: Tensor
     public: Tensor
@@ -108,6 +108,7 @@ class Encoder(nn.Module):
         self.head = nn.Linear(2 * channels * 16, width, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Embed images ``(B, 1, 8, 8)``."""
         x = F.layer_norm(images, images.shape[1:])
         x = torch.tanh(self.conv1(x))
         x = torch.tanh(self.conv2(x))
@@ -125,6 +126,7 @@ class SimSiam(nn.Module):
         nn.init.eye_(self.predictor.weight)
 
     def forward(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Prediction from the first views, and the embedding of the second ones."""
         return self.predictor(self.encoder(first)), self.encoder(second)
 
 
@@ -175,7 +177,7 @@ def train(
     model: SimSiam,
     images: Tensor,
     config: Config,
-    on_step: Callable[[int], None] = lambda step: None,
+    on_step: Callable[[int], None] | None = None,
 ) -> float:
     """Train ``model`` in place with DP-SGD.
 
@@ -207,17 +209,16 @@ def train(
             second = augment(batch).to(config.device)
             private_optimizer.zero_grad()
             prediction, target = private_model(first, second)
-            simsiam_loss(prediction, target).backward()
+            simsiam_loss(prediction, target).backward()  # type: ignore[no-untyped-call]
             private_optimizer.step()
             step += 1
-            on_step(step)
+            if on_step is not None:
+                on_step(step)
     return float(engine.get_epsilon(config.delta))
 
 
 @torch.no_grad()
-def evaluate(
-    encoder: nn.Module, digits: Digits, device: str = "cpu", draws: int = 20
-) -> Quality:
+def evaluate(encoder: nn.Module, digits: Digits, device: str = "cpu", draws: int = 20) -> Quality:
     """Measure the embedding of the public images, see :class:`Quality`.
 
     Always the same views and the same labelled images, so that encoders can be compared.
@@ -247,3 +248,18 @@ def _few_shot_accuracy(embedding: Tensor, labels: Tensor, generator: torch.Gener
     known, asked = order[rank_in_class <= SHOTS], order[rank_in_class > SHOTS]
     nearest = (embedding[asked] @ embedding[known].T).argmax(1)
     return float((labels[known][nearest] == labels[asked]).float().mean())
+
+
+def main() -> None:
+    """Train with the default hyper-parameters and print what came of it."""
+    config, digits = Config(), load_data()
+    torch.manual_seed(config.seed)
+    model = SimSiam()
+    print(f"accuracy before training: {evaluate(model.encoder, digits).accuracy:.1%}")
+    epsilon = train(model, digits.private, config)
+    print(f"accuracy after training: {evaluate(model.encoder, digits).accuracy:.1%}")
+    print(f"privacy spent: epsilon = {epsilon:.2f} at delta = {config.delta:g}")
+
+
+if __name__ == "__main__":
+    main()

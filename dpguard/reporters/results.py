@@ -71,6 +71,8 @@ class DemoResult:
         coverage: one row per trainable parameter.
         interventions: one row per line of code that dpguard repaired.
         violations: one sentence per violation found.
+        internal_errors: errors of dpguard itself.
+        raw_pixels: the images as they are, for comparison.
         untrained: the encoder before training.
         trained: the encoder after training.
         log: path of the audit log, ``None`` if there is none.
@@ -87,6 +89,8 @@ class DemoResult:
     coverage: tuple[CoverageRow, ...]
     interventions: tuple[InterventionRow, ...]
     violations: tuple[str, ...]
+    internal_errors: tuple[str, ...]
+    raw_pixels: Representation
     untrained: Representation
     trained: Representation
     log: str | None
@@ -110,4 +114,5 @@ class DemoResult:
         if not self.interventions:
             found.append("dpguard recorded no intervention")
         found.extend(self.violations)
+        found.extend(f"internal error of dpguard: {error}" for error in self.internal_errors)
         return tuple(found)

@@ -8,7 +8,12 @@ from rich.text import Text
 
 from dpguard.reporters.results import DemoResult, InterventionRow, Representation
 
-__all__ = ["demo_tables", "print_demo"]
+__all__ = ["demo_tables", "print_demo", "stdout"]
+
+
+def stdout(*, quiet: bool = False) -> Console:
+    """The console that all output for people goes to; ``quiet`` if none is wanted."""
+    return Console(quiet=quiet, highlight=False)
 
 
 def print_demo(result: DemoResult, console: Console) -> None:
@@ -24,6 +29,7 @@ def demo_tables(result: DemoResult) -> RenderableType:
         _privacy(result),
         _coverage(result),
         _interventions(result),
+        *_remedies(result),
         _representation(result),
     ]
     parts.extend(Text(f"Unexpected: {text}", style="bold red") for text in result.shortcomings)
@@ -49,7 +55,7 @@ def _privacy(result: DemoResult) -> Table:
 
 
 def _coverage(result: DemoResult) -> Table:
-    table = _table("Coverage of each parameter, in audited steps", "parameter", "yes", "no", "?")
+    table = _table("Coverage, in audited steps", "parameter", "covered", "missing", "not run")
     for row in result.coverage:
         style = None if row.complete else "bold red"
         cells = (row.parameter, f"{row.passed}", f"{row.failed}", f"{row.not_run}")
@@ -66,18 +72,29 @@ def _interventions(result: DemoResult) -> Table:
     return table
 
 
+def _remedies(result: DemoResult) -> list[RenderableType]:
+    remedies = dict.fromkeys(row.remedy for row in result.interventions if row.remedy)
+    return [Text(f"Remedy: {remedy}") for remedy in remedies]
+
+
 def _intervention_cells(row: InterventionRow) -> tuple[str, ...]:
     kind = f"{row.kind} ({row.action})"
     return row.site or "unknown", kind, "\n".join(row.modules), f"{row.times}"
 
 
 def _representation(result: DemoResult) -> Table:
-    columns = ("encoder", "5-shot accuracy", "spread", "1/sqrt(d)")
-    table = _table("Representation, on images that were not trained on", *columns)
-    for name, quality in (("untrained", result.untrained), ("trained", result.trained)):
+    columns = ("embedding", "10-shot accuracy", "spread", "1/sqrt(d)")
+    table = _table("Representation of images that were not trained on", *columns)
+    rows = (
+        ("raw pixels", result.raw_pixels),
+        ("untrained encoder", result.untrained),
+        ("trained encoder", result.trained),
+    )
+    for name, quality in rows:
         table.add_row(name, *_quality_cells(quality))
     gain = f"{100 * result.gain:+.1f} points"
-    table.add_row("gain", gain, "collapsed" if result.trained.collapsed else "no collapse", "")
+    verdict = "collapsed" if result.trained.collapsed else "no collapse"
+    table.add_row("gain over untrained", gain, verdict, "")
     return table
 
 

@@ -1,0 +1,34 @@
+"""Shared fixtures: every guard that a test installs is taken apart again and must be sound."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dpguard
+
+# The test process itself starts unguarded; tests install what they need.
+_imported = dpguard.active()
+if _imported is not None:
+    _imported.uninstall()
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_internal_errors(monkeypatch):
+    """An internal error of dpguard fails the test in which it happens."""
+    monkeypatch.setenv("DPGUARD_RAISE_INTERNAL", "1")
+    yield
+    guard = dpguard.active()
+    if guard is not None:
+        guard.uninstall()
+        assert guard.internal_errors == ()
+
+
+@pytest.fixture
+def guard():
+    """A guard in mode ``repair`` that writes no log."""
+    with dpguard.install(mode="repair") as active:
+        yield active
+        assert active.internal_errors == ()

@@ -1,0 +1,208 @@
+"""The patched detach functions are what they wrap, to everything that looks at them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from models import MLP, SimSiam
+from opacus import GradSampleModule
+from torch.nn import functional as F
+
+import dpguard
+
+ORIGINAL = {
+    (owner, name): vars(owner)[name]
+    for owner in (torch.Tensor, torch)
+    for name in ("detach", "detach_")
+}
+
+
+@pytest.fixture
+def watching(guard):
+    """A guard with an open module call, so that detach is not idle."""
+    model = GradSampleModule(SimSiam(MLP))
+    guard.open_call = model.encoder(torch.randn(3, 6))
+    return guard
+
+
+@pytest.mark.parametrize(("owner", "name"), ORIGINAL)
+def test_equal_to_the_original(guard, owner, name):
+    """Same hash, equal both ways, but another object."""
+    original, patched = ORIGINAL[owner, name], getattr(owner, name)
+    assert patched is not original
+    assert patched == original
+    assert original == patched
+    assert hash(patched) == hash(original)
+    assert {original: 1}[patched] == 1
+    assert patched.__name__ == name
+    assert patched.__doc__ == original.__doc__
+
+
+@pytest.mark.parametrize(("owner", "name"), ORIGINAL)
+def test_pickles_and_copies_as_the_original(guard, owner, name):
+    """A pickle made under the guard loads as torch's own function and needs no dpguard."""
+    patched = getattr(owner, name)
+    payload = pickle.dumps(patched)
+    assert b"dpguard" not in payload
+    assert pickle.loads(payload) == ORIGINAL[owner, name]
+    assert copy.deepcopy(patched) == ORIGINAL[owner, name]
+    assert copy.copy({"f": patched})["f"] == ORIGINAL[owner, name]
+    bound = torch.ones(2).detach
+    assert torch.equal(pickle.loads(pickle.dumps(bound))(), torch.ones(2))
+    assert torch.equal(copy.deepcopy(bound)(), torch.ones(2))
+
+
+@pytest.mark.parametrize(("owner", "name"), ORIGINAL)
+def test_uninstall_restores_identity(owner, name):
+    """After uninstall the owner holds the very object it held before."""
+    with dpguard.install(mode="repair"):
+        assert vars(owner)[name] is not ORIGINAL[owner, name]
+    assert vars(owner)[name] is ORIGINAL[owner, name]
+
+
+def test_values_storage_and_flags(watching):
+    """detach shares storage, needs no gradient, and keeps its result's identity in place."""
+    x = torch.ones(3, requires_grad=True) * 2
+    y = x.detach()
+    assert y.data_ptr() == x.data_ptr()
+    assert not y.requires_grad
+    assert torch.detach(x).data_ptr() == x.data_ptr()
+    assert torch.detach(input=x).data_ptr() == x.data_ptr()
+    assert torch.Tensor.detach(x).data_ptr() == x.data_ptr()
+    assert x.detach_() is x
+    assert not x.requires_grad
+
+
+def test_the_hosts_mistakes_raise_the_hosts_errors(watching):
+    """Wrong arguments give torch's own exceptions."""
+    for wrong in (lambda: torch.detach(), lambda: torch.Tensor.detach(3), lambda: torch.detach(3)):
+        with pytest.raises(TypeError):
+            wrong()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (x * x.detach()).sum(),
+        lambda x: (x * torch.detach(x)).sum(),
+        lambda x: (x * torch.Tensor.detach(x)).sum(),
+    ],
+    ids=["method", "function", "unbound"],
+)
+def test_compiles_without_a_graph_break(watching, backend, function):
+    """torch.compile(fullgraph=True) of code that detaches, forward and backward."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    compiled(x).backward()
+    assert torch.equal(x.grad, torch.tensor([1.0, 2.0]))
+
+
+def test_functorch_transforms(watching):
+    """vmap and grad of functions that detach."""
+
+    def f(x):
+        return (x * x.detach()).sum()
+
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert torch.equal(torch.func.vmap(torch.func.grad(f))(x), x)
+
+
+def test_jit_export_and_fake_tensors(watching):
+    """torch.jit.script, torch.export and FakeTensor see an ordinary detach."""
+
+    class Cut(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.detach() + 1
+
+    x = torch.ones(2)
+    with pytest.warns(DeprecationWarning) if _script_warns() else _nothing():
+        scripted = torch.jit.script(Cut())
+    assert torch.equal(scripted(x), x + 1)
+    exported = torch.export.export(Cut(), (x,))
+    assert torch.equal(exported.module()(x), x + 1)
+    with torch._subclasses.FakeTensorMode():
+        fake = torch.ones(2, requires_grad=True) * 2
+        assert type(fake.detach()).__name__ == "FakeTensor"
+
+
+def _script_warns():
+    import warnings
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.jit.script(torch.nn.Identity())
+    return any(issubclass(w.category, DeprecationWarning) for w in caught)
+
+
+def _nothing():
+    import contextlib
+
+    return contextlib.nullcontext()
+
+
+def test_tensor_subclasses_see_the_original_function(watching):
+    """__torch_function__ is called once per detach, with torch's own function."""
+    seen = []
+
+    class Logged(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            if getattr(func, "__name__", "") == "detach":
+                seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    x = torch.ones(2, requires_grad=True).as_subclass(Logged) * 2
+    assert type(x.detach()) is Logged
+    assert seen == [ORIGINAL[torch.Tensor, "detach"]]
+    seen.clear()
+    torch.detach(x)
+    assert len(seen) == 1
+
+
+def test_idle_detach_does_not_attribute(guard):
+    """Without an open module call the graph is not walked."""
+    x = torch.ones(2, requires_grad=True) * 2
+    x.detach()
+    assert "dpguard.tally" not in x.grad_fn.metadata
+
+
+@pytest.mark.parametrize(
+    ("api", "cut"),
+    [
+        ("Tensor.detach", lambda z: z.detach()),
+        ("Tensor.detach_", lambda z: (z * 1).detach_()),
+        ("torch.detach", lambda z: torch.detach(z)),
+        ("Tensor.detach", lambda z: torch.Tensor.detach(z)),
+    ],
+)
+def test_the_event_names_line_modules_and_parameters(guard, api, cut):
+    """The intervention says which call in which line cut off what."""
+    from opacus.optimizers import DPOptimizer
+
+    model = GradSampleModule(SimSiam(MLP))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = DPOptimizer(sgd, noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=3)
+    p = model.predictor(model.encoder(torch.randn(3, 6)))
+    z = model.encoder(torch.randn(3, 6))
+    F.mse_loss(p, cut(z)).backward()
+    optimizer.step()
+    (event,) = guard.interventions
+    assert event.kind == "detach"
+    assert api in event.body
+    line = cut.__code__.co_firstlineno
+    assert event.site.endswith(f"test_detach.py:{line}")
+    assert event.modules == ("encoder.body.0", "encoder.body.1", "encoder.body.3")
+    assert set(event.parameters) == {
+        "encoder.body.0.weight",
+        "encoder.body.0.bias",
+        "encoder.body.1.weight",
+        "encoder.body.1.bias",
+        "encoder.body.3.weight",
+    }
+    assert event.action == "repaired"
+    assert event.step == 0
