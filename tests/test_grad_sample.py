@@ -512,7 +512,7 @@ def _live_bytes():
     gc.collect()
     seen = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
             storage = thing.untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()
     return len(seen), sum(seen.values())
