@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dpguard.ledger import Entry, Ledger, ParameterState
+from dpguard.ledger import Entry, Ledger
 
 __all__ = ["Alignment", "align"]
 
@@ -81,29 +81,24 @@ def _fill(
     names = tuple(ledger.name_of(p) for p in missing)
     if not present or not all(ledger.is_paired(p) for p in [*present, *missing]):
         return Alignment(missing=names)
-    states = [ledger.synced(p) for p in present]
-    if len({len(state.entries) for state in states}) == 1:
-        template = states[0].entries
+    entries = [ledger.entries_of(p) for p in present]
+    if len({len(mine) for mine in entries}) == 1:
         if fill:
             for parameter in missing:
-                _set_entries(ledger.synced(parameter), parameter, [None] * len(template), template)
+                _set_entries(ledger, parameter, [None] * len(entries[0]), entries[0])
         return Alignment(unused=names)
-    return _fill_by_segment(ledger, present, missing, fill=fill)
+    return _fill_by_segment(ledger, [*present, *missing], fill=fill)
 
 
 def _fill_by_segment(
-    ledger: Ledger,
-    present: Sequence[torch.nn.Parameter],
-    missing: Sequence[torch.nn.Parameter],
-    *,
-    fill: bool,
+    ledger: Ledger, parameters: Sequence[torch.nn.Parameter], *, fill: bool
 ) -> Alignment:
     """Parameters took part in different batches: place each one's rows by segment."""
-    groups = _groups([ledger.synced(p) for p in present])
+    groups = _groups(ledger, parameters)
     placed: list[tuple[torch.nn.Parameter, list[Entry | None]]] = []
     conflict: list[str] = []
-    for parameter in [*present, *missing]:
-        places = _place(ledger.synced(parameter), groups)
+    for parameter in parameters:
+        places = _place(ledger.entries_of(parameter), groups)
         if places is None:
             conflict.append(ledger.name_of(parameter))
         else:
@@ -114,13 +109,15 @@ def _fill_by_segment(
     unused = [(p, places) for p, places in placed if None in places]
     if fill:
         for parameter, places in unused:
-            _set_entries(ledger.synced(parameter), parameter, places, template)
+            _set_entries(ledger, parameter, places, template)
     return Alignment(unused=tuple(ledger.name_of(p) for p, _ in unused))
 
 
-def _groups(states: Sequence[ParameterState]) -> list[tuple[int, int]]:
+def _groups(
+    ledger: Ledger, parameters: Sequence[torch.nn.Parameter]
+) -> list[tuple[int, int]]:
     """The batches: intervals of segments, those that overlap joined."""
-    intervals = sorted((entry.first, entry.last) for state in states for entry in state.entries)
+    intervals = sorted((e.first, e.last) for p in parameters for e in ledger.entries_of(p))
     groups: list[tuple[int, int]] = []
     for first, last in intervals:
         if groups and first <= groups[-1][1]:
@@ -130,10 +127,12 @@ def _groups(states: Sequence[ParameterState]) -> list[tuple[int, int]]:
     return groups
 
 
-def _place(state: ParameterState, groups: Sequence[tuple[int, int]]) -> list[Entry | None] | None:
+def _place(
+    entries: Sequence[Entry], groups: Sequence[tuple[int, int]]
+) -> list[Entry | None] | None:
     """A parameter's entry for each batch, or ``None`` if a batch has two of them."""
     places: list[Entry | None] = [None] * len(groups)
-    for entry in state.entries:
+    for entry in entries:
         index = next(i for i, (first, last) in enumerate(groups) if first <= entry.first <= last)
         if places[index] is not None:
             return None
@@ -146,18 +145,28 @@ def _any_entry(entries: Iterable[Entry | None]) -> Entry:
 
 
 def _set_entries(
-    state: ParameterState,
+    ledger: Ledger,
     parameter: torch.nn.Parameter,
     places: Sequence[Entry | None],
     template: Sequence[Entry],
 ) -> None:
+    """Publish a parameter's entries with zero rows where it has none."""
+    state = ledger.state(parameter)
+    tensors: list[torch.Tensor] = []
     entries: list[Entry] = []
     for mine, other in zip(places, template):
+        rows = _rows(other) if mine is None else _rows(mine)
         if mine is None:
             zero = torch.zeros((), dtype=parameter.dtype, device=parameter.device)
-            rows = zero.expand(len(other.rows), *parameter.shape)
-            mine = Entry(rows, other.first, other.last, owned=False)  # noqa: PLW2901
-        entries.append(mine)
+            rows = zero.expand(len(rows), *parameter.shape)
+        tensors.append(rows)
+        entries.append(mine or Entry(rows, other.first, other.last))
     state.entries = entries
-    state.publish(parameter)
+    state.publish(parameter, tensors)
 
+
+def _rows(entry: Entry) -> torch.Tensor:
+    rows = entry.rows
+    if rows is None:
+        raise RuntimeError("rows that a parameter's grad_sample holds are gone")
+    return rows

@@ -47,72 +47,68 @@ class Tally:
 
 
 class Entry:
-    """The rows of one group of people: a tensor of shape ``(B, *p.shape)`` and its segments."""
+    """One group of people: which segments it spans, and (weakly) its rows."""
 
-    __slots__ = ("first", "last", "owned", "rows")
+    __slots__ = ("_rows", "first", "last", "owned")
 
-    def __init__(self, rows: torch.Tensor, first: int, last: int, *, owned: bool) -> None:
-        self.rows = rows
+    def __init__(self, rows: torch.Tensor, first: int, last: int, *, owned: bool = False) -> None:
+        self._rows = weakref.ref(rows)
         self.first = first
         self.last = last
         self.owned = owned
+        """Whether the tensor is ours to change in place, and not one a sampler returned."""
 
-    def add(self, rows: torch.Tensor) -> None:
-        """Add ``rows`` to the first ``len(rows)`` rows, as Opacus does."""
-        if len(rows) > len(self.rows):
-            grown = rows.clone()
-            grown[: len(self.rows)] += self.rows
-            self._replace(grown)
-        elif self.owned:
-            self.rows[: len(rows)] += rows
-        elif len(rows) == len(self.rows):
-            self._replace(self.rows + rows)
+    @property
+    def rows(self) -> torch.Tensor | None:
+        """The rows, of shape ``(B, *p.shape)``, as long as ``p.grad_sample`` keeps them alive."""
+        return self._rows()
+
+    def added(self, mine: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """``mine`` with ``rows`` added to its first rows, as Opacus adds calls of one layer."""
+        if self.owned and len(rows) <= len(mine):
+            mine[: len(rows)] += rows
+            return mine
+        if len(rows) == len(mine):
+            total = mine + rows
         else:
-            grown = self.rows.clone()
-            grown[: len(rows)] += rows
-            self._replace(grown)
-
-    def _replace(self, rows: torch.Tensor) -> None:
+            longer, shorter = (mine, rows) if len(mine) > len(rows) else (rows, mine)
+            total = longer.clone()
+            total[: len(shorter)] += shorter
         # Opacus marks used rows with this attribute; losing it would let them be used twice.
-        if hasattr(self.rows, "_processed"):
-            rows._processed = True  # type: ignore[attr-defined]
-        self.rows = rows
+        if hasattr(mine, "_processed"):
+            total._processed = True  # type: ignore[attr-defined]
         self.owned = True
+        self._rows = weakref.ref(total)
+        return total
 
 
 class ParameterState:
     """What the ledger knows about one parameter."""
 
-    __slots__ = ("condemned", "entries", "epoch", "name", "paired", "published", "ref")
+    __slots__ = ("condemned", "entries", "epoch", "name", "paired", "ref")
 
     def __init__(self, parameter: torch.Tensor, forget: Callable[[Any], None]) -> None:
         self.ref = weakref.ref(parameter, forget)
         self.name = f"<unnamed {tuple(parameter.shape)}>"
         self.paired = False
         self.entries: list[Entry] = []
-        self.published: object = None
         self.epoch = 0
         self.condemned: str | None = None
         """Cause why the rows of this step are missing or wrong, see :mod:`dpguard.diagnosis`."""
 
-    def sync(self, parameter: torch.Tensor) -> None:
-        """Take over what somebody else did to ``p.grad_sample`` since we published."""
+    def sync(self, parameter: torch.Tensor) -> list[torch.Tensor]:
+        """Take over what somebody else did to ``p.grad_sample``; its tensors, one per entry."""
         current = getattr(parameter, "grad_sample", None)
-        if current is self.published:
-            return
-        tensors = current if isinstance(current, list) else [current]
-        self.entries = [Entry(t, -1, -1, owned=False) for t in tensors if t is not None]
-        self.published = current
+        tensors = list(current) if isinstance(current, list) else [current]
+        tensors = [tensor for tensor in tensors if tensor is not None]
+        known = self.entries
+        if len(known) != len(tensors) or any(e.rows is not t for e, t in zip(known, tensors)):
+            self.entries = [Entry(tensor, -1, -1) for tensor in tensors]
+        return tensors
 
-    def publish(self, parameter: torch.Tensor) -> None:
+    def publish(self, parameter: torch.Tensor, tensors: list[torch.Tensor]) -> None:
         """Make ``p.grad_sample`` what Opacus expects: a tensor, or a list if accumulated."""
-        rows = [entry.rows for entry in self.entries]
-        value: object = rows[0] if len(rows) == 1 else rows
-        if isinstance(value, list) and isinstance(self.published, list):
-            self.published[:] = value
-        else:
-            self.published = value
-            parameter.grad_sample = value  # type: ignore[attr-defined]
+        parameter.grad_sample = tensors[0] if len(tensors) == 1 else tensors  # type: ignore[attr-defined]
 
     def add(self, parameter: torch.Tensor, rows: torch.Tensor, opened: int, now: int) -> None:
         """Add the rows of a call opened in segment ``opened``, now being segment ``now``.
@@ -123,23 +119,36 @@ class ParameterState:
             opened: segment in which the forward call was made.
             now: segment that is current.
         """
-        self.sync(parameter)
+        tensors = self.sync(parameter)
         opened = max(opened, self.epoch)
-        spanned = [e for e in self.entries if e.last >= opened]
+        spanned = [i for i, entry in enumerate(self.entries) if entry.last >= opened]
         if not spanned:
-            self.entries.append(Entry(rows, opened, now, owned=False))
+            self.entries.append(Entry(rows, opened, now))
+            tensors.append(rows)
         else:
-            self._merge(spanned, rows, opened, now)
-        self.publish(parameter)
+            tensors = self._merge(tensors, spanned, rows, opened, now)
+        self.publish(parameter, tensors)
 
-    def _merge(self, spanned: list[Entry], rows: torch.Tensor, opened: int, now: int) -> None:
-        entry = spanned[0]
-        for other in spanned[1:]:
-            entry.add(other.rows)
-            self.entries.remove(other)
-        entry.add(rows)
+    def _merge(
+        self,
+        tensors: list[torch.Tensor],
+        spanned: list[int],
+        rows: torch.Tensor,
+        opened: int,
+        now: int,
+    ) -> list[torch.Tensor]:
+        """All entries that the call was open across are one group."""
+        entry, total = self.entries[spanned[0]], tensors[spanned[0]]
+        for i in spanned[1:]:
+            total = entry.added(total, tensors[i])
+        total = entry.added(total, rows)
         entry.first = min(entry.first, opened)
-        entry.last = max(spanned[-1].last, now)
+        entry.last = max(self.entries[spanned[-1]].last, now)
+        gone = set(spanned[1:])
+        self.entries = [e for i, e in enumerate(self.entries) if i not in gone]
+        kept = [t for i, t in enumerate(tensors) if i not in gone]
+        kept[spanned[0]] = total
+        return kept
 
 
 @dataclass
@@ -192,8 +201,7 @@ class GraphTask:
 class Ledger:
     """All open calls and published rows of one process.
 
-    It holds tensors only through the autograd graph (activations) and through
-    ``p.grad_sample`` (rows), so it never outlives what it describes.
+    It holds no tensor: activations belong to the autograd graph, rows to ``p.grad_sample``.
     """
 
     def __init__(self) -> None:
@@ -217,9 +225,15 @@ class Ledger:
         tally = self._tallies.get(key)
         if tally is None or tally.module() is not module:
             tally = self._tallies[key] = Tally(key, module, name)
-        tally.opened += 1
         self.watching = True
         return tally
+
+    def count_open(self, tally: Tally) -> bool:
+        """Count a call as one that should be backpropagated; recomputations do not count."""
+        if _autograd.graph_task_id() != -1:
+            return False
+        tally.opened += 1
+        return True
 
     # -- backward --------------------------------------------------------------------------
 
@@ -257,11 +271,11 @@ class Ledger:
         state = self._parameters.get(id(parameter))
         return state if state is not None and state.ref() is parameter else None
 
-    def synced(self, parameter: torch.Tensor) -> ParameterState:
-        """The state of ``parameter``, in step with what its ``grad_sample`` is now."""
+    def entries_of(self, parameter: torch.Tensor) -> list[Entry]:
+        """The groups of people of which ``parameter`` has rows now."""
         state = self.state(parameter)
         state.sync(parameter)
-        return state
+        return state.entries
 
     def is_paired(self, parameter: torch.Tensor) -> bool:
         """Whether every call that uses ``parameter`` as it should is recorded here."""

@@ -311,28 +311,39 @@ def test_pipelined_backwards_merge_their_batches(guard):
     assert_rows_equal(model, truth, torch.float64)
 
 
-def test_a_cut_that_is_used_after_all_counts(guard):
-    """A branch that is detached and settled, then backpropagated, gives its rows to that step."""
+def test_a_cut_that_is_used_after_all_in_the_same_step_counts(guard):
+    """A branch that is detached, and backpropagated later all the same, adds its rows."""
     torch.manual_seed(6)
     model = SimSiam(MLP).double()
     called, optimizer = _wrapped(model, "wrapped")
-    x1, x2 = _views(MLP, 4, torch.float64)
+    views = _views(MLP, 4, torch.float64)
+    truth = rows_of(detached_and_used, plain_copy(model), views)
+    x1, x2 = views
     z = _encoder(called)(x2)
-    loss = _loss(_predictor(called)(_encoder(called)(x1)), z.detach())
-    truth_late = rows_of(
-        lambda m, x: (_encoder(m)(x) ** 2).mean(dim=1).mean(), plain_copy(model), (x2,)
-    )
-    loss.backward()
-    before = [p.detach().clone() for p in model.parameters()]
-    with torch.no_grad():
-        optimizer.step()
-        for p, old in zip(model.parameters(), before):
-            p.data = old
+    _loss(_predictor(called)(_encoder(called)(x1)), z.detach()).backward()
+    _loss(z, x1.flatten(1)[:, :5]).backward()
+    assert_rows_equal(model, truth, torch.float64)
+    optimizer.step()
+    assert guard.interventions == ()
+
+
+def test_a_cut_that_is_used_after_the_step_counts_in_the_next(guard):
+    """A settled call that is backpropagated after all gives its rows to the step under way."""
+    torch.manual_seed(6)
+    model = nn.Linear(6, 5)
+    called = GradSampleModule(model)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = DPOptimizer(sgd, noise_multiplier=0.0, max_grad_norm=9.0, expected_batch_size=4)
+    x1, x2 = torch.randn(4, 6), torch.randn(4, 6)
+    z = called(x2)
+    ((called(x1) - z.detach()) ** 2).mean().backward()
+    optimizer.step()
     optimizer.zero_grad()
-    (z**2).mean(dim=1).mean().backward()
-    rows = model.encoder.body[0].weight.grad_sample
-    expected = truth_late["encoder.body.0.weight"]
-    assert (rows - expected).abs().max() <= 1e-10 * expected.abs().max()
+    (z * torch.arange(5.0)).sum(dim=1).mean().backward()
+    expected = torch.einsum("i,nj->nij", torch.arange(5.0), x2)
+    torch.testing.assert_close(model.weight.grad_sample, expected)
+    optimizer.step()
+    assert guard.last_step.ok
 
 
 def test_unused_parameters_get_zero_rows(guard):
@@ -531,7 +542,7 @@ def test_memory_does_not_grow(guard, program):
         optimizer.step()
         if step in (2, 49):
             alive.append(_live_bytes())
-    assert alive[0] == alive[1]
+    assert alive[1] <= alive[0]
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)

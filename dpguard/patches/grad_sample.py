@@ -35,8 +35,17 @@ class Record:
     the user's own tensor hooks, so it sees what really flows into the module.
     """
 
-    __slots__ = ("activations", "batch", "created_graph", "hook", "index", "module", "segment",
-                 "tally")  # fmt: skip
+    __slots__ = (
+        "activations",
+        "batch",
+        "created_graph",
+        "hook",
+        "index",
+        "module",
+        "segment",
+        "tally",
+        "uncounted",
+    )
 
     def __init__(
         self, hook: ForwardHook, module: torch.nn.Module, args: Any, index: int, tally: Tally
@@ -46,6 +55,8 @@ class Record:
         self.index = index
         self.tally = tally
         self.segment = hook.pairing.ledger.segment
+        self.uncounted = hook.pairing.ledger.count_open(tally)
+        """Whether the tally still waits for the first backprop of this call."""
         self.created_graph: int | None = None
         self.activations: list[Any] | None = None
         self.batch = 0
@@ -267,7 +278,9 @@ class Pairing:
         wanted = [p for p in _parameters(record.module) if task.executes(p)]
         if not wanted:
             return
-        record.tally.fired += 1
+        if record.uncounted:
+            record.uncounted = False
+            record.tally.fired += 1
         if not record.hook.computes:
             task.published.update(id(p) for p in wanted)
             return
