@@ -19,6 +19,8 @@ from types import ModuleType
 __all__ = ["main"]
 
 _done = False
+importing_dpguard = False
+"""While true, dpguard must not draw conclusions from a search path that is not complete yet."""
 
 
 def main() -> None:
@@ -28,14 +30,16 @@ def main() -> None:
     shell prompt. But training must not run unguarded because of a typing error: the import of
     opacus then raises in this process.
     """
-    global _done  # noqa: PLW0603  in a virtual environment each .pth file runs twice
+    global _done, importing_dpguard  # noqa: PLW0603  each .pth file runs twice in a venv
     if _done or not os.environ.get("DPGUARD"):
         return
-    _done = True
+    _done = importing_dpguard = True
     try:
         import dpguard  # noqa: F401
     except BaseException as error:  # noqa: BLE001  SystemExit would end the interpreter, too
         _survive(error)
+    finally:
+        importing_dpguard = False
 
 
 def _survive(error: BaseException) -> None:

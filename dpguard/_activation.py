@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import _thread
 import atexit
-import importlib.util
 import sys
-import threading
-from typing import TYPE_CHECKING, Any
 
-from dpguard import sink
 from dpguard._errors import DPGuardError
 from dpguard._import_hook import when_imported
 from dpguard._settings import Mode, Settings
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType, TracebackType
+    from typing import Any
 
     from dpguard._runtime import Runtime
     from dpguard._status import Status
@@ -25,7 +24,7 @@ __all__ = ["Guard", "activate", "active", "install"]
 
 # Survives importlib.reload of this module: an activation must never be lost from sight.
 _state: dict[str, Any] = globals().get("_state", {"guard": None})
-_lock = globals().get("_lock", threading.RLock())
+_lock: Any = globals().get("_lock", _thread.RLock())
 
 
 class Guard:
@@ -48,14 +47,14 @@ class Guard:
         self._problem: str | None = None
         self._ended = settings.mode is Mode.OFF
 
-    def __enter__(self) -> Guard:
+    def __enter__(self) -> Guard:  # noqa: PYI034 - Self would cost an import of typing
         return self
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
     ) -> None:
         self.uninstall()
 
@@ -142,15 +141,21 @@ class Guard:
                 self._runtime.uninstall()
 
     def _start(self) -> None:
+        if self.settings.log_dir is not None or self.settings.key_file is not None:
+            self._check_files()
+        if not _interpreter_is_starting() and _opacus_is_missing():
+            self._cannot_guard(_no_opacus())
+        self._stop_waiting = when_imported("opacus", self._on_opacus, on_error=self._on_failure)
+
+    def _check_files(self) -> None:
+        from dpguard import sink
+
         if self.settings.log_dir is not None:
             sink.check_log_dir(self.settings.log_dir)
         if self.settings.key_file is not None:
             sink.read_key(self.settings.key_file)
-        if "opacus" not in sys.modules and importlib.util.find_spec("opacus") is None:
-            self._cannot_guard(_no_opacus())
-        self._stop_waiting = when_imported("opacus", self._on_opacus, on_error=self._on_failure)
 
-    def _on_opacus(self, module: ModuleType) -> None:
+    def _on_opacus(self, _module: ModuleType) -> None:
         """Opacus has been imported (or reloaded): apply the patches once."""
         from dpguard import _compat
 
@@ -175,7 +180,21 @@ class Guard:
         self._problem = problem
         if self.settings.mode is Mode.STRICT:
             raise DPGuardError(f"{problem}; mode strict refuses to train unguarded.")
+        from dpguard import sink
+
         sink.say(f"dpguard: {problem}; training runs unguarded.")
+
+
+def _interpreter_is_starting() -> bool:
+    """Whether a ``.pth`` file imports us: the search path is not complete then."""
+    startup = sys.modules.get("_dpguard_startup")
+    return bool(getattr(startup, "importing_dpguard", False))
+
+
+def _opacus_is_missing() -> bool:
+    import importlib.util
+
+    return "opacus" not in sys.modules and importlib.util.find_spec("opacus") is None
 
 
 def _no_opacus() -> str:

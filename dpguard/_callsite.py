@@ -4,34 +4,35 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from types import CodeType, FrameType
 
 import torch
 
 __all__ = ["caller", "forward_caller"]
 
-_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
-_EXAMPLES = os.path.join(_PACKAGE, "examples") + os.sep
+_PACKAGE = Path(__file__).resolve().parent
+_EXAMPLES = _PACKAGE / "examples"
 _CALL_MODULE: CodeType = torch.nn.Module._call_impl.__code__
 _internal: dict[str, bool] = {}
 _shown: dict[str, str] = {}
 _outer_forwards: set[CodeType] = set()
 
 
-def _directory_of(module: str) -> str | None:
+def _directory_of(module: str) -> Path | None:
     file = getattr(sys.modules.get(module), "__file__", None)
-    return os.path.dirname(os.path.abspath(file)) + os.sep if file else None
+    return Path(file).resolve().parent if file else None
 
 
 def _is_internal(filename: str) -> bool:
     known = _internal.get(filename)
     if known is None:
-        path = os.path.abspath(filename)
-        libraries = (_directory_of(name) for name in ("torch", "opacus", "wrapt"))
+        path = Path(filename).resolve()
+        libraries = [_directory_of(name) for name in ("torch", "opacus", "wrapt")]
         known = filename.startswith("<frozen") or any(
-            path.startswith(directory) for directory in libraries if directory
+            path.is_relative_to(directory) for directory in libraries if directory
         )
-        known = known or (path.startswith(_PACKAGE) and not path.startswith(_EXAMPLES))
+        known = known or (path.is_relative_to(_PACKAGE) and not path.is_relative_to(_EXAMPLES))
         _internal[filename] = known
     return known
 

@@ -41,7 +41,7 @@ TORCH_OLDEST = "2.6"
 
 def _release(version: str) -> tuple[int, ...]:
     numbers: list[int] = []
-    for part in version.split("+")[0].split("."):
+    for part in version.partition("+")[0].split("."):
         digits = "".join(ch for ch in part if ch.isdigit())
         numbers.append(int(digits) if digits else 0)
     return tuple(numbers)

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import sys
 from _thread import get_ident
-from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
 
 from dpguard._errors import DPGuardError
 
+# typing and importlib.abc cost 10 ms and more at run time, and this is imported at start-up.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from importlib.abc import Loader  # at run time it costs 10 ms and more
+    from collections.abc import Callable, Sequence
+    from types import ModuleType
+    from typing import Any
 
 __all__ = ["when_imported"]
 
@@ -124,7 +125,7 @@ class _Finder:
             self._asking.discard(thread)
         if spec is not None and spec.loader is not None and self._active:
             stand_in = _Loader if hasattr(spec.loader, "exec_module") else _LegacyLoader
-            spec.loader = cast("Loader", stand_in(self, spec))
+            spec.loader = stand_in(self, spec)  # type: ignore[assignment]
         return spec
 
     def _ask_the_others(

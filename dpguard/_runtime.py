@@ -196,5 +196,3 @@ def _weakly(method: Callable[..., None]) -> Callable[..., None]:
             target(*args)
 
     return call
-
-

@@ -1,47 +1,63 @@
-"""What the user asked for: environment variables and keywords, validated once at start."""
+"""What the user asked for: environment variables and keywords, validated once at start.
+
+Imported at interpreter start when ``DPGUARD`` is set, so it does without dataclasses, enum, re
+and pathlib, which together would cost more than everything else that happens then.
+"""
 
 from __future__ import annotations
 
-import enum
 import os
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
 
 from dpguard._errors import SettingsError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+    from typing import Any, ClassVar
+
 __all__ = ["Mode", "Settings"]
 
-_T = TypeVar("_T")
-_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
+class Mode(str):
+    """How far dpguard may go: one of the four constants of this class."""
 
-class Mode(str, enum.Enum):
-    """How far dpguard may go."""
+    __slots__ = ()
 
-    REPAIR = "repair"
-    OBSERVE = "observe"
-    STRICT = "strict"
-    OFF = "off"
+    REPAIR: ClassVar[Mode]
+    OBSERVE: ClassVar[Mode]
+    STRICT: ClassVar[Mode]
+    OFF: ClassVar[Mode]
+
+    @property
+    def value(self) -> str:
+        """The word of the setting."""
+        return str(self)
 
     @property
     def changes_the_host(self) -> bool:
         """Whether repairs are made (``repair`` and ``strict``) or only reported (``observe``)."""
-        return self in (Mode.REPAIR, Mode.STRICT)
+        return self in ("repair", "strict")
 
 
-_MODE_WORDS = {mode.value: mode for mode in Mode} | {
+Mode.REPAIR = Mode("repair")
+Mode.OBSERVE = Mode("observe")
+Mode.STRICT = Mode("strict")
+Mode.OFF = Mode("off")
+
+_MODE_WORDS = {
+    "repair": Mode.REPAIR,
     "1": Mode.REPAIR,
     "on": Mode.REPAIR,
+    "observe": Mode.OBSERVE,
+    "strict": Mode.STRICT,
+    "off": Mode.OFF,
     "0": Mode.OFF,
 }
 
 
-@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The settings of one activation.
+    """The settings of one activation; immutable, equal if all values are.
 
     Attributes:
         mode: what dpguard may do (``DPGUARD``).
@@ -53,17 +69,35 @@ class Settings:
         key_file: file that holds the key for the HMAC of the log (``DPGUARD_KEY_FILE``).
     """
 
-    mode: Mode = Mode.REPAIR
-    log_dir: Path | None = None
-    audit_every: int = 1
-    sensitive: bool = False
-    run_id: str | None = None
-    key_file: Path | None = None
+    __slots__ = ("audit_every", "key_file", "log_dir", "mode", "run_id", "sensitive")
+
+    mode: Mode
+    log_dir: Path | None
+    audit_every: int
+    sensitive: bool
+    run_id: str | None
+    key_file: Path | None
+
+    def __init__(
+        self,
+        *,
+        mode: Mode = Mode.REPAIR,
+        log_dir: Path | None = None,
+        audit_every: int = 1,
+        sensitive: bool = False,
+        run_id: str | None = None,
+        key_file: Path | None = None,
+    ) -> None:
+        put = object.__setattr__
+        put(self, "mode", mode)
+        put(self, "log_dir", log_dir)
+        put(self, "audit_every", audit_every)
+        put(self, "sensitive", sensitive)
+        put(self, "run_id", run_id)
+        put(self, "key_file", key_file)
 
     @classmethod
-    def resolve(
-        cls, environ: Mapping[str, str] | None = None, /, **keywords: object
-    ) -> Settings:
+    def resolve(cls, environ: Mapping[str, str] | None = None, /, **keywords: object) -> Settings:
         """Combine keywords with environment variables; a keyword that is not ``None`` wins.
 
         Raises:
@@ -77,14 +111,30 @@ class Settings:
                 f"dpguard.install() got an unknown setting {unknown[0]!r}; "
                 f"valid settings are {', '.join(sorted(_FIELDS))}."
             )
-        values: dict[str, object] = {}
+        values: dict[str, Any] = {}
         for name, (variable, parse) in _FIELDS.items():
             keyword = keywords.get(name)
             if keyword is not None:
                 values[name] = parse(f"dpguard.install({name}=...)", keyword)
             elif environ.get(variable):
                 values[name] = parse(variable, environ[variable])
-        return cls(**values)  # type: ignore[arg-type]
+        return cls(**values)
+
+    def _values(self) -> tuple[object, ...]:
+        return tuple(getattr(self, name) for name in self.__slots__)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"settings do not change; install again with {name}={value!r}")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Settings) and self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.__slots__)
+        return f"Settings({shown})"
 
 
 def _invalid(source: str, value: object, valid: str) -> SettingsError:
@@ -92,7 +142,7 @@ def _invalid(source: str, value: object, valid: str) -> SettingsError:
 
 
 def _mode(source: str, value: object) -> Mode:
-    mode = _MODE_WORDS.get(str(value.value if isinstance(value, Mode) else value).lower())
+    mode = _MODE_WORDS.get(str(value).lower())
     if mode is None:
         raise _invalid(
             source, value, "'repair' (also '1', 'on'), 'observe', 'strict', 'off' (also '0')"
@@ -101,7 +151,9 @@ def _mode(source: str, value: object) -> Mode:
 
 
 def _path(source: str, value: object) -> Path:
-    if not isinstance(value, (str, os.PathLike)) or "\0" in os.fspath(value):
+    from pathlib import Path
+
+    if not isinstance(value, (str, os.PathLike)) or "\0" in str(value):
         raise _invalid(source, value, "paths")
     return Path(value).expanduser().absolute()
 
@@ -121,13 +173,16 @@ def _flag(source: str, value: object) -> bool:
 
 
 def _run_id(source: str, value: object) -> str:
-    if not isinstance(value, str) or not _RUN_ID.fullmatch(value):
+    text = str(value)
+    plain = text.replace(".", "").replace("_", "").replace("-", "")
+    good = isinstance(value, str) and text.isascii() and plain.isalnum() and text[0].isalnum()
+    if not good or len(text) > 128:  # noqa: PLR2004 - below what file systems allow for a name
         raise _invalid(
             source,
             value,
             "1 to 128 letters, digits, '.', '_' and '-', the first a letter or digit",
         )
-    return value
+    return text
 
 
 _FIELDS: dict[str, tuple[str, Callable[[str, object], object]]] = {

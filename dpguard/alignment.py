@@ -113,9 +113,7 @@ def _fill_by_segment(
     return Alignment(unused=tuple(ledger.name_of(p) for p, _ in unused))
 
 
-def _groups(
-    ledger: Ledger, parameters: Sequence[torch.nn.Parameter]
-) -> list[tuple[int, int]]:
+def _groups(ledger: Ledger, parameters: Sequence[torch.nn.Parameter]) -> list[tuple[int, int]]:
     """The batches: intervals of segments, those that overlap joined."""
     intervals = sorted((e.first, e.last) for p in parameters for e in ledger.entries_of(p))
     groups: list[tuple[int, int]] = []
@@ -154,7 +152,7 @@ def _set_entries(
     state = ledger.state(parameter)
     tensors: list[torch.Tensor] = []
     entries: list[Entry] = []
-    for mine, other in zip(places, template):
+    for mine, other in zip(places, template, strict=True):
         rows = _rows(other) if mine is None else _rows(mine)
         if mine is None:
             zero = torch.zeros((), dtype=parameter.dtype, device=parameter.device)

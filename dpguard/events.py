@@ -87,7 +87,8 @@ class Event:
     def fields(self, *, loggable: bool = True) -> dict[str, Any]:
         """The event's fields for the audit log, or (``loggable=False``) those kept out of it."""
         found: dict[str, Any] = {}
-        for name, key in _keys(type(self), loggable):
+        cls: Any = type(self)
+        for name, key in _keys(cls, loggable):
             value = getattr(self, name)
             if value is not None:
                 found[key] = list(value) if type(value) is tuple else value
@@ -95,13 +96,12 @@ class Event:
 
 
 @functools.cache
-def _keys(cls: type[Event], loggable: bool) -> tuple[tuple[str, str], ...]:  # noqa: FBT001
+def _keys(cls: Any, loggable: bool) -> tuple[tuple[str, str], ...]:
     """Attributes of an event type that are logged (or kept out), with their keys."""
     return tuple(
         (spec.name, spec.metadata["key"])
         for spec in dataclasses.fields(cls)
-        if spec.metadata.get("key") is not None
-        and spec.metadata["data"].is_loggable == loggable
+        if spec.metadata.get("key") is not None and spec.metadata["data"].is_loggable == loggable
     )
 
 
@@ -111,12 +111,8 @@ class RunStarted(Event):
 
     event_name: ClassVar[str] = "dpguard.run.started"
     mode: str = _marked(DataClass.PUBLIC, "dpguard.mode", default="")
-    versions: Mapping[str, str] | None = _marked(
-        DataClass.PUBLIC, "dpguard.versions", default=None
-    )
-    settings: Mapping[str, Any] | None = _marked(
-        DataClass.PUBLIC, "dpguard.settings", default=None
-    )
+    versions: Mapping[str, str] | None = _marked(DataClass.PUBLIC, "dpguard.versions", default=None)
+    settings: Mapping[str, Any] | None = _marked(DataClass.PUBLIC, "dpguard.settings", default=None)
     parent: str | None = _marked(DataClass.PUBLIC, "dpguard.parent", default=None)
 
 
@@ -143,6 +139,7 @@ class PatchEvent(Event):
 
     @property
     def name(self) -> str:
+        """``dpguard.patch.<action>``."""
         return f"{self.event_name}.{self.action}"
 
 
@@ -175,10 +172,12 @@ class Intervention(Event):
 
     @property
     def name(self) -> str:
+        """``dpguard.intervention.<kind>``."""
         return f"{self.event_name}.{self.kind}"
 
     @property
     def site_key(self) -> tuple[object, ...]:
+        """One line of code and what it concerns."""
         return (self.name, self.site, self.modules, self.attribute)
 
 
@@ -209,6 +208,7 @@ class Violation(Event):
 
     @property
     def site_key(self) -> tuple[object, ...]:
+        """One check that fails for one cause in one place."""
         return (self.name, self.check, self.cause, self.parameters, self.site)
 
 
@@ -253,6 +253,7 @@ class StepAudit(Event):
         return all(count.failed == 0 for count in self.checks.values())
 
     def fields(self, *, loggable: bool = True) -> dict[str, Any]:
+        """The fields, and for each check its verdict as ``dpguard.check.<name>``."""
         found = super().fields(loggable=loggable)
         for check, count in self.checks.items():
             if (check in DATA_DEPENDENT_CHECKS) != loggable:

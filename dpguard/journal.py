@@ -228,7 +228,7 @@ def _plain_fields(_: object, __: str, event_dict: EventDict) -> EventDict:
     return event_dict
 
 
-def _plain(value: Any, depth: int = 0) -> Any:  # noqa: ANN401 - anything at all
+def _plain(value: Any, depth: int = 0) -> Any:
     kind = type(value)
     if kind is str or kind is int or kind is bool or value is None:
         return value

@@ -98,11 +98,11 @@ class ParameterState:
 
     def sync(self, parameter: torch.Tensor) -> list[torch.Tensor]:
         """Take over what somebody else did to ``p.grad_sample``; its tensors, one per entry."""
-        current = getattr(parameter, "grad_sample", None)
-        tensors = list(current) if isinstance(current, list) else [current]
-        tensors = [tensor for tensor in tensors if tensor is not None]
-        known = self.entries
-        if len(known) != len(tensors) or any(e.rows is not t for e, t in zip(known, tensors)):
+        current: Any = getattr(parameter, "grad_sample", None)
+        tensors: list[torch.Tensor] = [] if current is None else [current]
+        if isinstance(current, list):
+            tensors = list(current)
+        if [id(entry.rows) for entry in self.entries] != [id(tensor) for tensor in tensors]:
             self.entries = [Entry(tensor, -1, -1) for tensor in tensors]
         return tensors
 
@@ -286,9 +286,7 @@ class Ledger:
         """Qualified name of ``parameter`` in its model, or its shape if it has none."""
         return self.state(parameter).name
 
-    def add_rows(
-        self, parameter: torch.Tensor, rows: torch.Tensor, opened: int
-    ) -> ParameterState:
+    def add_rows(self, parameter: torch.Tensor, rows: torch.Tensor, opened: int) -> ParameterState:
         """Publish rows of shape ``(B, *p.shape)`` that belong to a call of segment ``opened``."""
         state = self.state(parameter)
         state.add(parameter, rows, opened, self.segment)

@@ -157,7 +157,7 @@ class Sink:
 
     def _adopt(self, pid: int) -> _Writer:
         # Not at the top: hashlib and json would take a third of the time of `import dpguard`.
-        from dpguard.chain import ChainedFile  # noqa: PLC0415
+        from dpguard.chain import ChainedFile
 
         # A list, taken at once: another thread may be adding its process's writer.
         parent = next(reversed(list(self._writers.values())), None)

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 
-class Tampered(Exception):  # noqa: N818 - reads well in pytest.raises
+class Tampered(Exception):
     """The chain does not hold."""
 
 

@@ -163,9 +163,7 @@ def _wrapped(model, how):
     called = GradSampleModule(model) if how == "wrapped" else model
     if how == "hooks":
         model.hooks = GradSampleHooks(model)
-    optimizer = DPOptimizer(
-        sgd, noise_multiplier=0.0, max_grad_norm=0.7, expected_batch_size=4
-    )
+    optimizer = DPOptimizer(sgd, noise_multiplier=0.0, max_grad_norm=0.7, expected_batch_size=4)
     return called, optimizer
 
 
@@ -213,7 +211,7 @@ def test_update_equals_that_of_plain_opacus_under_no_grad(program, encoder):
                 loop(called, *_views(encoder, 4, torch.float64, seed=step)).backward()
                 optimizer.step()
         ends.append([p.detach().clone() for p in model.parameters()])
-    for mine, theirs in zip(*ends):
+    for mine, theirs in zip(*ends, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
 
 
@@ -392,7 +390,7 @@ def test_alternating_heads_under_accumulation(guard):
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer = DPOptimizer(sgd, noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=4)
     xs = [torch.randn(n, 6, dtype=torch.float64) for n in (3, 2, 4)]
-    for x, head in zip(xs, "aba"):
+    for x, head in zip(xs, "aba", strict=True):
         (called(x, head) ** 2).mean(dim=1).mean().backward()
     mine = [model.a.weight.grad_sample[0].clone(), model.a.weight.grad_sample[1].clone()]
     optimizer.step()
@@ -416,7 +414,7 @@ def test_a_bypassed_module_is_refused_by_name(guard):
     F.linear(h, model[1].weight, model[1].bias).sum().backward()
     with pytest.raises(dpguard.PerSampleGradientError, match=r"1\.weight.*F\.linear"):
         optimizer.step()
-    for p, old in zip(model.parameters(), before):
+    for p, old in zip(model.parameters(), before, strict=True):
         assert torch.equal(p, old)
     assert guard.violations[0].cause == "bypassed_module"
     optimizer.zero_grad()
@@ -515,7 +513,7 @@ def test_rows_are_bit_identical_where_opacus_is_right(encoder):
             called, _ = _wrapped(model, "wrapped")
             _no_grad_twin(called, *_views(encoder, 4, torch.float32)).backward()
             found.append([p.grad_sample.clone() for p in model.parameters()])
-    for plain, guarded in zip(*found):
+    for plain, guarded in zip(*found, strict=True):
         assert torch.equal(plain, guarded)
 
 
@@ -565,5 +563,5 @@ def test_memory_is_not_above_plain_opacus(encoder):
                 points.append(_live_bytes()[1])
             measured.append(points)
         del model, called, optimizer, loss
-    for plain, guarded in zip(*measured):
+    for plain, guarded in zip(*measured, strict=True):
         assert guarded <= plain

@@ -16,7 +16,7 @@ def plain_copy(model):
     fresh = copy.deepcopy(model.blueprint)()
     fresh.to(next(model.parameters()).dtype)
     fresh.load_state_dict(state)
-    for mine, theirs in zip(fresh.parameters(), model.parameters()):
+    for mine, theirs in zip(fresh.parameters(), model.parameters(), strict=True):
         mine.requires_grad_(theirs.requires_grad)
     return fresh
 

@@ -54,7 +54,7 @@ def examine(ledger: Ledger, parameters: Sequence[torch.nn.Parameter]) -> Coverag
     counts: dict[str, tuple[int, ...]] = {}
     missing: dict[str, list[str]] = {}
     wrong: dict[tuple[str, str], list[str]] = {}
-    for name, parameter in zip(coverage.names, parameters):
+    for name, parameter in zip(coverage.names, parameters, strict=True):
         tensors = _row_tensors(parameter)
         if not tensors:
             missing.setdefault(_why_missing(ledger, parameter), []).append(name)

@@ -13,7 +13,7 @@ from dpguard import _compat, diagnosis
 from dpguard._errors import DPGuardError, PerSampleGradientError, PrivacyViolation
 from dpguard._settings import Mode, Settings
 from dpguard.alignment import Alignment, align
-from dpguard.audit import coverage
+from dpguard.audit import coverage as structure
 from dpguard.audit.collector import Collector, finite_flags
 from dpguard.events import CheckCount, Event, Intervention, Severity, StepAudit, Violation
 from dpguard.ledger import Dead, Ledger
@@ -60,7 +60,7 @@ class _Logical:
 
     def audit(self) -> StepAudit:
         checks = {}
-        for check in coverage.CHECKS:
+        for check in structure.CHECKS:
             failed = len(self.failed.get(check, ()))
             skipped = not self.names or check in self.not_run
             checks[check] = CheckCount(
@@ -88,9 +88,7 @@ class StepAuditor:
         emit: is given each event.
     """
 
-    def __init__(
-        self, ledger: Ledger, settings: Settings, emit: Callable[[Event], None]
-    ) -> None:
+    def __init__(self, ledger: Ledger, settings: Settings, emit: Callable[[Event], None]) -> None:
         self._ledger = ledger
         self._settings = settings
         self._emit = emit
@@ -122,7 +120,7 @@ class StepAuditor:
         repairs = self._settings.mode.changes_the_host
         alignment = align(self._ledger, parameters, fill=repairs)
         self._say_unused(logical, alignment)
-        seen = coverage.examine(self._ledger, parameters)
+        seen = structure.examine(self._ledger, parameters)
         logical.names = seen.names
         failures = [*_failures(alignment), *_remaining(seen, alignment)]
         if not repairs and dead:
@@ -223,9 +221,9 @@ class StepAuditor:
             error, self._overdue = self._overdue, None
             raise error
 
-    def _refuse(self, logical: _Logical, failures: Sequence[coverage.Failure]) -> None:
+    def _refuse(self, logical: _Logical, failures: Sequence[structure.Failure]) -> None:
         violations = [self._violation(logical, failure) for failure in failures]
-        for failure, violation in zip(failures, violations):
+        for failure, violation in zip(failures, violations, strict=True):
             logical.fail(failure.check, failure.parameters)
             self._emit(violation)
         for violation in violations:
@@ -248,7 +246,7 @@ class StepAuditor:
             return PerSampleGradientError(message)
         return None
 
-    def _violation(self, logical: _Logical, failure: coverage.Failure) -> Violation:
+    def _violation(self, logical: _Logical, failure: structure.Failure) -> Violation:
         diagnosed = diagnosis.explain(failure.cause)
         key = (failure.check, failure.cause, failure.parameters)
         first = self._first_seen.setdefault(key, logical.number)
@@ -267,7 +265,7 @@ class StepAuditor:
             first_step=first,
         )
 
-    def _look_at_values(self, logical: _Logical, seen: coverage.Coverage) -> None:
+    def _look_at_values(self, logical: _Logical, seen: structure.Coverage) -> None:
         by_device: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
         for name, rows in seen.rows:
             by_device.setdefault(rows.device, []).append((name, rows))
@@ -277,11 +275,11 @@ class StepAuditor:
             logical.awaited += 1
             if not self._collector.collect(flags, self._receiver(logical, names)):
                 logical.awaited -= 1
-                logical.not_run.add(coverage.FINITE)
+                logical.not_run.add(structure.FINITE)
 
     def _receiver(self, logical: _Logical, names: Sequence[str]) -> Callable[[list[bool]], None]:
         def receive(finite: list[bool]) -> None:
-            broken = [name for name, good in zip(names, finite) if not good]
+            broken = [name for name, good in zip(names, finite, strict=True) if not good]
             if broken:
                 self._say_not_finite(logical, tuple(dict.fromkeys(broken)))
             logical.awaited -= 1
@@ -290,8 +288,8 @@ class StepAuditor:
         return receive
 
     def _say_not_finite(self, logical: _Logical, names: tuple[str, ...]) -> None:
-        logical.fail(coverage.FINITE, names)
-        failure = coverage.Failure(coverage.FINITE, diagnosis.ROWS_NOT_FINITE, names)
+        logical.fail(structure.FINITE, names)
+        failure = structure.Failure(structure.FINITE, diagnosis.ROWS_NOT_FINITE, names)
         violation = self._violation(logical, failure)
         self._emit(violation)
         self._overdue = self._error_for(violation)
@@ -303,24 +301,24 @@ class StepAuditor:
             self._emit(self.last_step)
 
     def _cover(self, logical: _Logical) -> None:
-        missing = logical.failed.get(coverage.PRESENT, ())
+        missing = logical.failed.get(structure.PRESENT, ())
         for name in logical.names:
             counts = self._coverage.setdefault(name, [0, 0])
             counts[name in missing] += 1
 
 
-def _failures(alignment: Alignment) -> list[coverage.Failure]:
+def _failures(alignment: Alignment) -> list[structure.Failure]:
     found = [
-        coverage.Failure(coverage.PRESENT, cause, names) for cause, names in alignment.condemned
+        structure.Failure(structure.PRESENT, cause, names) for cause, names in alignment.condemned
     ]
     if alignment.conflict:
         found.append(
-            coverage.Failure(coverage.ROWS, diagnosis.BATCHES_OVERLAP, alignment.conflict)
+            structure.Failure(structure.ROWS, diagnosis.BATCHES_OVERLAP, alignment.conflict)
         )
     return found
 
 
-def _remaining(seen: coverage.Coverage, alignment: Alignment) -> list[coverage.Failure]:
+def _remaining(seen: structure.Coverage, alignment: Alignment) -> list[structure.Failure]:
     """The failures of coverage that the alignment has not explained already."""
     explained = {name for _, names in alignment.condemned for name in names}
     explained.update(alignment.conflict)
@@ -340,8 +338,8 @@ def _dead_sentence(calls: Dead) -> str:
     )
 
 
-def _left_over(failure: coverage.Failure) -> coverage.Failure:
+def _left_over(failure: structure.Failure) -> structure.Failure:
     """In ``observe`` calls that were cut or unused are why Opacus has no rows."""
     if failure.cause in (diagnosis.BYPASSED, diagnosis.NO_BACKWARD):
-        return coverage.Failure(failure.check, diagnosis.CALLS_LEFT_OVER, failure.parameters)
+        return structure.Failure(failure.check, diagnosis.CALLS_LEFT_OVER, failure.parameters)
     return failure

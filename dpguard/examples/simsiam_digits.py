@@ -209,7 +209,7 @@ def train(
             second = augment(batch).to(config.device)
             private_optimizer.zero_grad()
             prediction, target = private_model(first, second)
-            simsiam_loss(prediction, target).backward()  # type: ignore[no-untyped-call]
+            simsiam_loss(prediction, target).backward()
             private_optimizer.step()
             step += 1
             if on_step is not None:

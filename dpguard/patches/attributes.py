@@ -80,9 +80,7 @@ class AttributeForwarding:
 
     def install(self, transaction: Transaction, cls: type) -> None:
         """Put descriptors on ``cls`` for the attributes that it aliases."""
-        names = tuple(
-            name for name in NAMES if not inspect.isdatadescriptor(_static(cls, name))
-        )
+        names = tuple(name for name in NAMES if not inspect.isdatadescriptor(_static(cls, name)))
         self._forwarded[cls] = names
         if self._changes:
             for name in names:
@@ -170,9 +168,7 @@ class AttributeForwarding:
             instance.__dict__.setdefault(_SEEN, {})[name] = value
             del instance.__dict__[name]
 
-    def _report(
-        self, instance: Any, name: str, applied: Any, *, left_alone: bool = False
-    ) -> None:
+    def _report(self, instance: Any, name: str, applied: Any, *, left_alone: bool = False) -> None:
         if not self._changes:
             reported = instance.__dict__.setdefault(_SEEN, {})
             if reported.get(name) is applied:

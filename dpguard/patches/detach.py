@@ -45,11 +45,11 @@ class _Transparent:
         return self
 
 
-class _BoundDetach(_Transparent, wrapt.BoundFunctionWrapper):  # type: ignore[misc]
+class _BoundDetach(_Transparent, wrapt.BoundFunctionWrapper[..., Any]):
     pass
 
 
-class DetachWrapper(_Transparent, wrapt.FunctionWrapper):  # type: ignore[misc]
+class DetachWrapper(_Transparent, wrapt.FunctionWrapper[..., Any]):
     """Equal to the function it wraps, with the same hash, and picklable as that function."""
 
     __bound_function_wrapper__ = _BoundDetach

@@ -96,6 +96,7 @@ class ForwardHook:
         self.computes = computes
 
     def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        """Record the call if a backward can come of it."""
         pairing = self.pairing
         if not pairing.hooks.hooks_enabled or not torch.is_grad_enabled():
             return
@@ -367,18 +368,20 @@ def _separate(
     separate: dict[torch.nn.Parameter, torch.Tensor] = {}
     taken = {backprops.data_ptr()}
     for parameter, rows in found.items():
-        count = len(rows)
-        if count < batch:
-            padded = rows.new_zeros((batch, *rows.shape[1:]))
-            padded[:count] = rows
-            rows = padded
-        elif batch == 0 and count:
-            rows = rows[:0]
-        elif rows.data_ptr() in taken:
-            rows = rows.clone()
-        taken.add(rows.data_ptr())
-        separate[parameter] = rows
+        mine = _resized(rows, batch)
+        if mine.data_ptr() in taken:
+            mine = mine.clone()
+        taken.add(mine.data_ptr())
+        separate[parameter] = mine
     return separate
+
+
+def _resized(rows: torch.Tensor, batch: int) -> torch.Tensor:
+    if len(rows) < batch:
+        padded = rows.new_zeros((batch, *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        return padded
+    return rows[:0] if batch == 0 else rows
 
 
 def _handles(hooks: Any) -> Iterator[tuple[Any, int]]:

@@ -62,12 +62,12 @@ class OptimizerPatch:
 
     # -- classes --------------------------------------------------------------------------------
 
-    def _subclass_hook(self, base: type) -> Callable[..., None]:
-        def __init_subclass__(cls: type, **kwargs: Any) -> None:
+    def _subclass_hook(self, base: Any) -> Callable[..., None]:
+        def guard_subclass(cls: Any, **kwargs: Any) -> None:
             super(base, cls).__init_subclass__(**kwargs)
             self._guard_class(cls)
 
-        return __init_subclass__
+        return guard_subclass
 
     def _guard_class(self, cls: type) -> None:
         """Wrap what ``cls`` itself defines; what it inherits is wrapped where it is defined."""
@@ -148,7 +148,7 @@ class OptimizerPatch:
             self._report("audit", error)
 
 
-def _with_subclasses(base: type) -> Iterator[type]:
+def _with_subclasses(base: type[Any]) -> Iterator[type[Any]]:
     yield base
     for cls in base.__subclasses__():
         yield from _with_subclasses(cls)
