@@ -206,12 +206,11 @@ class Ledger:
 
     def __init__(self) -> None:
         self.segment = 1
-        self.watching = False
-        """Whether calls were recorded since the last settlement; the detach patch looks here."""
+        self.open_calls: dict[CallKey, Tally] = {}
+        """Calls recorded since the last settlement; the detach patch is idle while it is empty."""
         self._closed = False
         self._tasks: dict[int, GraphTask] = {}
         self._parameters: dict[int, ParameterState] = {}
-        self._tallies: dict[CallKey, Tally] = {}
         self._cuts: dict[str, _Cut] = {}
 
     # -- forward ---------------------------------------------------------------------------
@@ -222,10 +221,9 @@ class Ledger:
             self.segment += 1
             self._closed = False
         key = (id(module), site, module.training)
-        tally = self._tallies.get(key)
+        tally = self.open_calls.get(key)
         if tally is None or tally.module() is not module:
-            tally = self._tallies[key] = Tally(key, module, name)
-        self.watching = True
+            tally = self.open_calls[key] = Tally(key, module, name)
         return tally
 
     def count_open(self, tally: Tally) -> bool:
@@ -329,16 +327,15 @@ class Ledger:
             state = self._parameters.get(id(parameter))
             if state is not None:
                 state.epoch = self.segment
-        self.watching = bool(self._tallies)
         return self._attribute(dead)
 
     def _take_dead(self, wanted: set[int]) -> dict[CallKey, Tally]:
         dead: dict[CallKey, Tally] = {}
-        for key, tally in list(self._tallies.items()):
+        for key, tally in list(self.open_calls.items()):
             module = tally.module()
             if module is not None and not any(id(p) in wanted for p in module.parameters()):
                 continue
-            del self._tallies[key]
+            del self.open_calls[key]
             training = key[2]
             # Opacus ignores forwards in eval mode, so an unused one needs no intervention.
             if tally.opened > tally.fired and training:
@@ -357,7 +354,7 @@ class Ledger:
             by_site.setdefault(key[1], []).append(tally)
         found.extend(self._dead(site, None, tallies) for site, tallies in by_site.items())
         for site, cut in list(self._cuts.items()):
-            cut.upstream &= self._tallies.keys()
+            cut.upstream &= self.open_calls.keys()
             if not cut.upstream:
                 del self._cuts[site]
         return found

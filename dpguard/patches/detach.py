@@ -67,7 +67,9 @@ def install(transaction: Transaction, ledger: Ledger, report: Callable[[Exceptio
     for owner, prefix in ((torch.Tensor, "Tensor."), (torch, "torch.")):
         for name in ("detach", "detach_"):
             original = vars(owner)[name]
-            wrapper = DetachWrapper(original, attribution.wrapper(prefix + name))
+            # Idle, this costs no call of Python: wrapt sees that the dictionary is empty.
+            enabled: Any = ledger.open_calls
+            wrapper = DetachWrapper(original, attribution.wrapper(prefix + name), enabled)
             transaction.patch(owner, name, wrapper)
     transaction.on_undo("detach attribution", attribution.stop)
 
@@ -83,11 +85,8 @@ class _Attribution:
         self._on = False
 
     def wrapper(self, api: str) -> Callable[..., Any]:
-        ledger = self._ledger
-
         def detach(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-            if ledger.watching:
-                self._attribute(api, instance, args, kwargs)
+            self._attribute(api, instance, args, kwargs)
             return wrapped(*args, **kwargs)
 
         return detach
