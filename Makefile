@@ -4,7 +4,7 @@
 #   make test            the tests;     make test PYTEST_ARGS="-k detach -x"
 #   make lint            ruff and mypy
 #   make wheel-check     build, install into an empty environment, look inside, uninstall
-#   make bench           costs at import and interpreter start
+#   make bench           costs at import, of an idle detach, of a guarded step
 #   make clean           remove all that was made here
 
 PYTHON ?= python3
@@ -35,6 +35,8 @@ wheel-check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_import.py
+	$(BIN)/python benchmarks/bench_detach.py
+	$(BIN)/python benchmarks/bench_step.py
 
 clean:
 	rm -rf .venv .ci/venv .ci/work build dist .coverage htmlcov

@@ -51,7 +51,7 @@ def check_log_dir(path: str | os.PathLike[str], *, mode: int = 0o777) -> None:
         # mkdir() says "File exists" of a file that stands where a directory should.
         cause = "ENOTDIR" if isinstance(error, FileExistsError) else _name(error)
         raise SettingsError(
-            f"DPGUARD_LOG: the directory {os.fspath(path)!r} cannot be written: "
+            f"DPGUARD_LOG (log_dir): the directory {os.fspath(path)!r} cannot be written: "
             f"{_reason(cause)}. Name a directory that can be created and "
             f"written, or unset DPGUARD_LOG to have readable lines on stderr instead."
         ) from error
