@@ -25,6 +25,7 @@ __all__ = [
     "batch_dimension",
     "clips_rows",
     "grad_sampler",
+    "has_grad_sampler",
     "inside_transform",
     "is_forward_hook",
     "optimizer_class",
@@ -223,14 +224,18 @@ def batch_dimension(module: torch.nn.Module, *, batch_first: bool) -> int:
     return 0 if batch_first or type(module) is rnn_linear else 1
 
 
+def has_grad_sampler(hooks: Any, module: torch.nn.Module) -> bool:
+    """Whether ``module`` has a registered grad sampler; functorch replays the others."""
+    return type(module) in hooks.GRAD_SAMPLERS and not getattr(hooks, "force_functorch", False)
+
+
 def grad_sampler(hooks: Any, module: torch.nn.Module) -> Callable[..., Any]:
     """The function with which this Opacus computes the rows of ``module``.
 
     Its signature is ``sampler(module, activations, backprops) -> {parameter: rows}``.
     """
-    samplers = hooks.GRAD_SAMPLERS
-    if not getattr(hooks, "force_functorch", False) and type(module) in samplers:
-        sampler: Callable[..., Any] = samplers[type(module)]
+    if has_grad_sampler(hooks, module):
+        sampler: Callable[..., Any] = hooks.GRAD_SAMPLERS[type(module)]
         return sampler
     functorch: Callable[..., Any] = _grad_sample_module().ft_compute_per_sample_gradient
     return functorch

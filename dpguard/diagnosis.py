@@ -20,6 +20,7 @@ BYPASSED = "bypassed_module"
 DOUBLE_BACKWARD = "double_backward"
 GRAPH_FREED = "graph_freed"
 SEVERAL_OUTPUTS = "several_outputs"
+INPUTS_DROPPED = "inputs_dropped"
 NO_BACKWARD = "no_backward"
 NOT_HOOKED = "not_hooked"
 CALLS_LEFT_OVER = "calls_left_over"
@@ -86,6 +87,12 @@ _DIAGNOSES = {
         "a module has several differentiable outputs and the loss used another than the first; "
         "Opacus computes per-sample gradients from the first output only",
         "let the module return one tensor, or split it into modules that do",
+    ),
+    INPUTS_DROPPED: Diagnosis(
+        "a module without a registered grad sampler was called with further inputs; Opacus "
+        "replays its forward with the first positional argument only, which gives wrong rows",
+        "pass one tensor (bind the other inputs before the call), or register a grad sampler "
+        "for the module with opacus.grad_sample.register_grad_sampler",
     ),
     NO_BACKWARD: Diagnosis(
         "no parameter of the optimizer has per-sample gradients",

@@ -184,8 +184,8 @@ class GraphTask:
         self.id = task_id
         self.keeps_graph = _autograd.keeps_graph()
         self.published: set[int] = set()
-        self.owners: list[object] = []
-        """Models of which a call was met in this backward."""
+        self.owners: set[int] = set()
+        """Identities of the models of which a call was met in this backward."""
         self._executes: dict[int, bool] = {}
 
     def executes(self, parameter: torch.Tensor) -> bool:

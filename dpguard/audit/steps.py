@@ -28,6 +28,7 @@ _MISSING = frozenset(
         diagnosis.BYPASSED,
         diagnosis.DOUBLE_BACKWARD,
         diagnosis.GRAPH_FREED,
+        diagnosis.INPUTS_DROPPED,
         diagnosis.NO_BACKWARD,
         diagnosis.SEVERAL_OUTPUTS,
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -48,7 +49,7 @@ class Record:
     )
 
     def __init__(
-        self, hook: ForwardHook, module: torch.nn.Module, args: Any, index: int, tally: Tally
+        self, hook: ForwardHook, module: torch.nn.Module, inputs: Any, index: int, tally: Tally
     ) -> None:
         self.hook = hook
         self.module = module
@@ -61,7 +62,7 @@ class Record:
         self.activations: list[Any] | None = None
         self.batch = 0
         if hook.computes:
-            self.activations = [_detach(a) if isinstance(a, torch.Tensor) else a for a in args]
+            self.activations = [_detach(a) if isinstance(a, torch.Tensor) else a for a in inputs]
             self.batch = hook.pairing.batch_size(module, self.activations)
 
     def __call__(self, grad_outputs: tuple[torch.Tensor | None, ...]) -> None:
@@ -95,19 +96,20 @@ class ForwardHook:
         self.name = name
         self.computes = computes
 
-    def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+    def __call__(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Record the call if a backward can come of it."""
         pairing = self.pairing
         if not pairing.hooks.hooks_enabled or not torch.is_grad_enabled():
             return
         outputs = _differentiable(output)
         if outputs and any(p.requires_grad for p in _parameters(module)):
-            self._record(module, args, outputs)
+            inputs = _in_order(module, args, kwargs) if kwargs else args
+            self._record(module, inputs, outputs)
 
-    def _record(self, module: torch.nn.Module, args: Any, outputs: list[torch.Tensor]) -> None:
+    def _record(self, module: torch.nn.Module, inputs: Any, outputs: list[torch.Tensor]) -> None:
         tally = self.pairing.ledger.open(module, self.name, _callsite.forward_caller())
         first = outputs[0]
-        record = Record(self, module, args, first.output_nr, tally)
+        record = Record(self, module, inputs, first.output_nr, tally)
         node: Any = first.grad_fn
         node.metadata.setdefault(TALLY, []).append(tally)
         node.register_prehook(record)
@@ -136,6 +138,12 @@ def _restored_hook(hooks: Any, name: str) -> Any:
         return hooks.capture_activations_hook
     pairing: Pairing = runtime.grad_sample.pairing_of(hooks)
     return ForwardHook(pairing, name, computes=pairing.computes)
+
+
+def _in_order(module: torch.nn.Module, args: Any, kwargs: Any) -> list[Any]:
+    """All inputs of a call in the order of the signature of ``forward``."""
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    return [*bound.args, *bound.kwargs.values()]
 
 
 def _differentiable(output: Any) -> list[torch.Tensor]:
@@ -193,13 +201,18 @@ class Pairing:
             name, module, forward = owners[id(registered)]
             if self.computes:
                 self._undo.append(_restorer(registered, key, registered[key]))
-                self._take_over(registered, key, name, forward=forward)
+                self._take_over(module, registered, key, name, forward=forward)
             elif forward:
                 self._watch(module, name)
 
-    def _take_over(self, registered: Any, key: int, name: str, *, forward: bool) -> None:
+    def _take_over(
+        self, module: torch.nn.Module, registered: Any, key: int, name: str, *, forward: bool
+    ) -> None:
         if forward:
             registered[key] = ForwardHook(self, name, computes=True)
+            with_kwargs: Any = module._forward_hooks_with_kwargs
+            with_kwargs[key] = True
+            self._undo.append(lambda: with_kwargs.pop(key, None))
             # First, so that it sees the raw output and not what a user's hook made of it.
             registered.move_to_end(key, last=False)
         else:
@@ -209,7 +222,7 @@ class Pairing:
 
     def _watch(self, module: torch.nn.Module, name: str) -> None:
         hook = ForwardHook(self, name, computes=False)
-        handle = module.register_forward_hook(hook, prepend=True)
+        handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
         self._undo.append(handle.remove)
 
     def release(self) -> None:
@@ -222,9 +235,11 @@ class Pairing:
 
     def _rebuild(self) -> None:
         """Give a deep copy of a paired model, which has our hooks only, those of Opacus."""
+        owners = _hook_dictionaries(self.hooks._module)
         for registered, key in _handles(self.hooks):
             if isinstance(registered.get(key), ForwardHook):
                 registered[key] = self.hooks.capture_activations_hook
+                owners[id(registered)][1]._forward_hooks_with_kwargs.pop(key, None)
             elif key not in registered:
                 registered[key] = functools.partial(
                     self.hooks.capture_backprops_hook,
@@ -232,14 +247,13 @@ class Pairing:
                     batch_first=self.batch_first,
                 )
 
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """The model's parameters, whose names the ledger learns here."""
-        if not self._parameters:
-            for name, parameter in self.hooks._module.named_parameters():
-                self._parameters.append(parameter)
-                state = self.ledger.state(parameter)
-                state.name, state.paired = name, self.computes
-        return self._parameters
+    def _learn_parameters(self) -> None:
+        """Once per backward: which parameters the model has, since they may be replaced."""
+        self._parameters = []
+        for name, parameter in self.hooks._module.named_parameters():
+            self._parameters.append(parameter)
+            state = self.ledger.state(parameter)
+            state.name, state.paired = name, self.computes
 
     def copy_for(self, memo: dict[int, Any]) -> Pairing:
         """The pairing of a deep copy of the model that is being made."""
@@ -290,17 +304,26 @@ class Pairing:
         if record.activations is None:
             self.condemn(record, diagnosis.GRAPH_FREED)
             return
+        if self._drops_inputs(record.module, record.activations):
+            self.condemn(record, diagnosis.INPUTS_DROPPED)
+            return
         with torch.no_grad():
             rows = self._rows(record, record.activations, backprops)
             self._publish(record, task, rows, {id(p) for p in wanted})
         if not task.keeps_graph:
             record.activations = None
 
+    def _drops_inputs(self, module: torch.nn.Module, activations: list[Any]) -> bool:
+        """Whether Opacus's functorch fallback would leave out an input that matters."""
+        if len(activations) == 1 or _compat.has_grad_sampler(self.hooks, module):
+            return False
+        return any(further is not None for further in activations[1:])
+
     def _enter(self) -> GraphTask:
         task = self.ledger.task()
-        if self not in task.owners:
-            task.owners.append(self)
-            self.parameters()
+        if id(self) not in task.owners:
+            task.owners.add(id(self))
+            self._learn_parameters()
             _autograd.on_backward_end(lambda: self._on_backward_end(task))
         return task
 
@@ -351,7 +374,7 @@ class Pairing:
     def _on_backward_end(self, task: GraphTask) -> None:
         """Notice parameters that this backward gave a gradient but no rows."""
         self.ledger.end_task(task)
-        for parameter in self.parameters():
+        for parameter in self._parameters:
             if id(parameter) not in task.published and task.executes(parameter):
                 self.ledger.state(parameter).condemned = diagnosis.BYPASSED
 
@@ -455,11 +478,6 @@ class GradSamplePatch:
             if pairing.hooks is hooks:
                 return pairing
         return Pairing(hooks, self._ledger, self._pairings, computes=self._computes)
-
-    def refresh_parameters(self) -> None:
-        """Forget which parameters the models have; they are looked up again when needed."""
-        for pairing in self._pairings:
-            pairing._parameters = []
 
     def _add_hooks(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         result = wrapped(*args, **kwargs)
