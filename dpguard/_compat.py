@@ -21,6 +21,7 @@ __all__ = [
     "OPACUS_SUPPORTED",
     "TORCH_OLDEST",
     "Autograd",
+    "allows_accumulation",
     "autograd",
     "batch_dimension",
     "clips_rows",
@@ -234,11 +235,25 @@ def grad_sampler(hooks: Any, module: torch.nn.Module) -> Callable[..., Any]:
 
     Its signature is ``sampler(module, activations, backprops) -> {parameter: rows}``.
     """
+    sampler: Callable[..., Any]
     if has_grad_sampler(hooks, module):
-        sampler: Callable[..., Any] = hooks.GRAD_SAMPLERS[type(module)]
+        sampler = hooks.GRAD_SAMPLERS[type(module)]
+    else:
+        sampler = _grad_sample_module().ft_compute_per_sample_gradient
+    if _samplers_take_lists():
         return sampler
-    functorch: Callable[..., Any] = _grad_sample_module().ft_compute_per_sample_gradient
-    return functorch
+    return lambda layer, activations, backprops: sampler(layer, activations[0], backprops)
+
+
+@functools.lru_cache(maxsize=1)
+def _samplers_take_lists() -> bool:
+    """Before 1.3 a grad sampler is given the first input and not the list of them."""
+    return _release(opacus_version()) >= (1, 3)
+
+
+def allows_accumulation(hooks: Any) -> bool:
+    """Whether a second backward before the step is allowed; not with Poisson sampling."""
+    return bool(getattr(hooks, "grad_accumulation_allowed", True))
 
 
 def optimizer_class() -> type:

@@ -161,6 +161,9 @@ def _set_entries(
         entries.append(mine or Entry(rows, other.first, other.last))
     state.entries = entries
     state.publish(parameter, tensors)
+    if parameter.grad is None:
+        # Opacus before 1.2 takes the shape of the update from here.
+        parameter.grad = torch.zeros_like(parameter)
 
 
 def _rows(entry: Entry) -> torch.Tensor:

@@ -308,7 +308,11 @@ class Pairing:
             self.condemn(record, diagnosis.INPUTS_DROPPED)
             return
         with torch.no_grad():
-            rows = self._rows(record, record.activations, backprops)
+            if record.batch:
+                rows = self._rows(record, record.activations, backprops)
+            else:
+                # Several of Opacus's samplers cannot reshape an empty batch.
+                rows = {p: p.new_zeros((0, *p.shape)) for p in wanted}
             self._publish(record, task, rows, {id(p) for p in wanted})
         if not task.keeps_graph:
             record.activations = None
@@ -361,7 +365,7 @@ class Pairing:
                 continue
             state = self.ledger.add_rows(parameter, mine, record.segment)
             task.published.add(id(parameter))
-            if len(state.entries) > 1 and not self.hooks.grad_accumulation_allowed:
+            if len(state.entries) > 1 and not _compat.allows_accumulation(self.hooks):
                 raise ValueError(diagnosis.OPACUS_NO_ACCUMULATION)
 
     def condemn(self, record: Record, cause: str) -> None:
@@ -386,7 +390,7 @@ def _separate(
 
     A sampler may return the backprops themselves (a bias) or one tensor for two parameters;
     Opacus copies every result. With packed sequences a time step has rows for the first few
-    samples only; the embedding sampler returns one row for an empty batch.
+    samples only.
     """
     separate: dict[torch.nn.Parameter, torch.Tensor] = {}
     taken = {backprops.data_ptr()}
@@ -404,15 +408,12 @@ def _resized(rows: torch.Tensor, batch: int) -> torch.Tensor:
         padded = rows.new_zeros((batch, *rows.shape[1:]))
         padded[: len(rows)] = rows
         return padded
-    return rows[:0] if batch == 0 else rows
+    return rows
 
 
 def _handles(hooks: Any) -> Iterator[tuple[Any, int]]:
     """The dictionaries of hooks, with the keys, that Opacus's ``add_hooks`` wrote into."""
-    handles = hooks.__dict__.get("autograd_grad_sample_hooks") or getattr(
-        hooks._module, "autograd_grad_sample_hooks", ()
-    )
-    for handle in handles:
+    for handle in hooks.__dict__.get("autograd_grad_sample_hooks", ()):
         registered = handle.hooks_dict_ref()
         if registered is not None:
             yield registered, handle.id
@@ -503,7 +504,7 @@ class GradSamplePatch:
                 continue
             if not _compat.uses_stock_hooks(cls, self._stock):
                 skipped[cls.__qualname__] = None
-            elif getattr(candidate, "_module", None) is not None:
+            elif "autograd_grad_sample_hooks" in candidate.__dict__:
                 self.pairing_of(candidate).attach()
         return list(skipped)
 
