@@ -308,12 +308,7 @@ class Pairing:
             self.condemn(record, diagnosis.INPUTS_DROPPED)
             return
         with torch.no_grad():
-            if record.batch:
-                rows = self._rows(record, record.activations, backprops)
-            else:
-                # Several of Opacus's samplers cannot reshape an empty batch.
-                rows = {p: p.new_zeros((0, *p.shape)) for p in wanted}
-            self._publish(record, task, rows, {id(p) for p in wanted})
+            self._take(record, task, self._arranged(record, record.activations, backprops), wanted)
         if not task.keeps_graph:
             record.activations = None
 
@@ -331,10 +326,10 @@ class Pairing:
             _autograd.on_backward_end(lambda: self._on_backward_end(task))
         return task
 
-    def _rows(
+    def _arranged(
         self, record: Record, activations: list[Any], backprops: torch.Tensor
-    ) -> dict[torch.nn.Parameter, torch.Tensor]:
-        """Opacus's own computation, on this call's activations and backprops."""
+    ) -> tuple[list[Any], torch.Tensor]:
+        """Inputs and backprops of a call as samplers want them: batch first, losses unscaled."""
         module = record.module
         backprops = _detach(backprops)
         if self.loss_reduction == "mean":
@@ -350,19 +345,35 @@ class Pairing:
                 a.movedim(dimension, 0) if isinstance(a, torch.Tensor) else a for a in activations
             ]
             backprops = backprops.movedim(dimension, 0)
-        found = _compat.grad_sampler(self.hooks, module)(module, activations, backprops)
-        return _separate(found, record.batch, backprops)
+        return activations, backprops
 
-    def _publish(
+    def _rows(
+        self,
+        module: torch.nn.Module,
+        batch: int,
+        arranged: tuple[list[Any], torch.Tensor],
+        wanted: list[torch.nn.Parameter],
+    ) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """Opacus's own computation, for the parameters that are wanted."""
+        if not batch:
+            # Several of Opacus's samplers cannot reshape an empty batch.
+            return {p: p.new_zeros((0, *p.shape)) for p in wanted}
+        activations, backprops = arranged
+        found = _compat.grad_sampler(self.hooks, module)(module, activations, backprops)
+        names = {id(p) for p in wanted}
+        found = {p: rows for p, rows in found.items() if id(p) in names}
+        return _separate(found, batch, backprops)
+
+    def _take(
         self,
         record: Record,
         task: GraphTask,
-        rows: dict[torch.nn.Parameter, torch.Tensor],
-        wanted: set[int],
+        arranged: tuple[list[Any], torch.Tensor],
+        wanted: list[torch.nn.Parameter],
     ) -> None:
+        """Publish the rows of one call."""
+        rows = self._rows(record.module, record.batch, arranged, wanted)
         for parameter, mine in rows.items():
-            if id(parameter) not in wanted:
-                continue
             state = self.ledger.add_rows(parameter, mine, record.segment)
             task.published.add(id(parameter))
             if len(state.entries) > 1 and not _compat.allows_accumulation(self.hooks):
