@@ -25,13 +25,16 @@ __all__ = [
     "autograd",
     "batch_dimension",
     "clips_rows",
+    "ghost_hooks_class",
+    "ghost_loss_class",
     "grad_sampler",
     "has_grad_sampler",
     "inside_transform",
-    "is_forward_hook",
+    "norm_sampler",
     "optimizer_class",
     "stock_hooks_class",
     "unsupported",
+    "uses_ghost_hooks",
     "uses_stock_hooks",
     "versions",
     "wrapper_classes",
@@ -203,20 +206,52 @@ def wrapper_classes() -> list[type]:
     return [cls for cls in wrapper.__mro__ if cls.__module__.startswith("opacus.")]
 
 
-_PAIRED_METHODS = ("capture_activations_hook", "capture_backprops_hook", "rearrange_grad_samples")
+_CAPTURING = ("capture_activations_hook", "capture_backprops_hook", "rearrange_grad_samples")
 
 
-def uses_stock_hooks(cls: type, stock: type) -> bool:
-    """Whether ``cls`` captures and computes rows exactly as the stock class does."""
+def _captures_as(cls: type, model: type) -> bool:
     return all(
-        inspect.getattr_static(cls, name, None) is inspect.getattr_static(stock, name)
-        for name in _PAIRED_METHODS
+        inspect.getattr_static(cls, name, None) is inspect.getattr_static(model, name)
+        for name in _CAPTURING
     )
 
 
-def is_forward_hook(hook: Any) -> bool:
-    """Whether ``hook`` is Opacus's bound ``capture_activations_hook``."""
-    return getattr(hook, "__name__", "") == "capture_activations_hook"
+def uses_stock_hooks(cls: type) -> bool:
+    """Whether ``cls`` captures and computes rows exactly as the stock class does."""
+    return _captures_as(cls, stock_hooks_class())
+
+
+def ghost_hooks_class() -> Any:
+    """The class that holds the hooks of ghost clipping, or ``None`` before it existed."""
+    name = "opacus.grad_sample.grad_sample_module_fast_gradient_clipping"
+    try:
+        module: Any = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        return None
+    hooks = getattr(module, "GradSampleHooksFastGradientClipping", None)
+    return hooks or module.GradSampleModuleFastGradientClipping
+
+
+def uses_ghost_hooks(cls: type) -> bool:
+    """Whether ``cls`` computes norms exactly as Opacus's ghost clipping does."""
+    ghost = ghost_hooks_class()
+    return ghost is not None and _captures_as(cls, ghost)
+
+
+def ghost_loss_class() -> Any:
+    """The class whose ``backward()`` runs the two backwards of ghost clipping."""
+    module: Any = importlib.import_module("opacus.utils.fast_gradient_clipping_utils")
+    return module.DPTensorFastGradientClipping
+
+
+def norm_sampler(hooks: Any, module: torch.nn.Module) -> Callable[..., Any] | None:
+    """The function with which ghost clipping computes norms without rows, if there is one."""
+    if not hooks.use_ghost_clipping:
+        return None
+    sampler: Callable[..., Any] | None = hooks.NORM_SAMPLERS.get(type(module))
+    return sampler
 
 
 def batch_dimension(module: torch.nn.Module, *, batch_first: bool) -> int:

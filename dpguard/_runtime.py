@@ -27,9 +27,10 @@ from dpguard.events import (
 )
 from dpguard.journal import Journal
 from dpguard.ledger import Ledger
-from dpguard.patches import detach
+from dpguard.patches import detach, ghost
 from dpguard.patches.attributes import AttributeForwarding
-from dpguard.patches.grad_sample import GradSamplePatch
+from dpguard.patches.ghost import GhostPairing
+from dpguard.patches.grad_sample import GradSamplePatch, Pairing
 from dpguard.patches.optimizer import OptimizerPatch
 from dpguard.patching import Transaction
 
@@ -58,7 +59,8 @@ class Runtime:
         emit = _weakly(self.emit)
         changes = settings.mode.changes_the_host
         self.auditor = StepAuditor(self.ledger, settings, emit)
-        self.grad_sample = GradSamplePatch(self.ledger, computes=changes)
+        kinds = ((Pairing, _compat.uses_stock_hooks), (GhostPairing, _compat.uses_ghost_hooks))
+        self.grad_sample = GradSamplePatch(self.ledger, kinds, computes=changes)
         self._forwarding = AttributeForwarding(emit, changes=changes)
         self.optimizer = OptimizerPatch(
             self.ledger, self.auditor, self._forwarding, _weakly(self.report_internal)
@@ -106,6 +108,7 @@ class Runtime:
             self._transaction, self.ledger, lambda error: self.report_internal("detach", error)
         )
         skipped = self.grad_sample.install(self._transaction)
+        ghost.install(self._transaction, self.grad_sample.find)
         self.optimizer.install(self._transaction)
         return skipped
 

@@ -12,7 +12,7 @@ import functools
 import gc
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from dpguard.ledger import GraphTask, Ledger, Tally
 from dpguard.patches.detach import TALLY
 from dpguard.patching import Transaction
 
-__all__ = ["ForwardHook", "GradSamplePatch", "Pairing"]
+__all__ = ["ForwardHook", "GradSamplePatch", "Pairing", "Record", "parameters_of"]
 
 _detach = torch._C.TensorBase.detach
 _autograd = _compat.autograd()
@@ -66,6 +66,7 @@ class Record:
             self.batch = hook.pairing.batch_size(module, self.activations)
 
     def __call__(self, grad_outputs: tuple[torch.Tensor | None, ...]) -> None:
+        """The backprop of this call has arrived."""
         backprops = grad_outputs[self.index]
         if backprops is not None and self.hook.pairing.hooks.hooks_enabled:
             self.hook.pairing.on_backprops(self, backprops)
@@ -102,7 +103,7 @@ class ForwardHook:
         if not pairing.hooks.hooks_enabled or not torch.is_grad_enabled():
             return
         outputs = _differentiable(output)
-        if outputs and any(p.requires_grad for p in _parameters(module)):
+        if outputs and any(p.requires_grad for p in parameters_of(module)):
             inputs = _in_order(module, args, kwargs) if kwargs else args
             self._record(module, inputs, outputs)
 
@@ -110,6 +111,8 @@ class ForwardHook:
         tally = self.pairing.ledger.open(module, self.name, _callsite.forward_caller())
         first = outputs[0]
         record = Record(self, module, inputs, first.output_nr, tally)
+        if self.computes:
+            self.pairing.on_call(module)
         node: Any = first.grad_fn
         node.metadata.setdefault(TALLY, []).append(tally)
         node.register_prehook(record)
@@ -160,7 +163,7 @@ def _differentiable(output: Any) -> list[torch.Tensor]:
     return list(found.values())
 
 
-def _parameters(module: torch.nn.Module) -> Iterable[torch.nn.Parameter]:
+def parameters_of(module: torch.nn.Module) -> Iterable[torch.nn.Parameter]:
     """The module's parameters; a lean ``module.parameters()`` for modules without children."""
     if module._modules:
         return module.parameters()
@@ -260,7 +263,7 @@ class Pairing:
         copied = memo.get(id(self))
         if copied is None:
             hooks = copy.deepcopy(self.hooks, memo)
-            copied = Pairing(hooks, self.ledger, self._registry, computes=self.computes)
+            copied = type(self)(hooks, self.ledger, self._registry, computes=self.computes)
             copied.loss_reduction = self.loss_reduction
             copied.batch_first = self.batch_first
             memo[id(self)] = copied
@@ -268,6 +271,9 @@ class Pairing:
         return found
 
     # -- forward -----------------------------------------------------------------------------
+
+    def on_call(self, module: torch.nn.Module) -> None:
+        """A call of ``module`` was recorded."""
 
     def batch_size(self, module: torch.nn.Module, activations: list[Any]) -> int:
         """Number of rows of this call: that of a packed sequence, or of its last input.
@@ -290,7 +296,7 @@ class Pairing:
         task = self._enter()
         if torch.is_grad_enabled():
             record.created_graph = task.id
-        wanted = [p for p in _parameters(record.module) if task.executes(p)]
+        wanted = [p for p in parameters_of(record.module) if task.executes(p)]
         if not wanted:
             return
         if record.uncounted:
@@ -382,7 +388,7 @@ class Pairing:
     def condemn(self, record: Record, cause: str) -> None:
         """The rows of this call's parameters cannot be right: the step must be refused."""
         task = self.ledger.task()
-        for parameter in _parameters(record.module):
+        for parameter in parameters_of(record.module):
             if task.executes(parameter):
                 self.ledger.state(parameter).condemned = cause
 
@@ -455,10 +461,23 @@ def _restorer(registered: Any, key: int, original: Any) -> Callable[[], None]:
 
 
 class GradSamplePatch:
-    """Pairs every model that Opacus hooks, those made before the patch included."""
+    """Pairs every model that Opacus hooks, those made before the patch included.
 
-    def __init__(self, ledger: Ledger, *, computes: bool) -> None:
+    Args:
+        ledger: where calls and rows are noted.
+        kinds: kinds of pairing, each with a test of the class of Opacus's hooks that it suits.
+        computes: whether rows are computed here or calls only watched (``observe``).
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        kinds: Sequence[tuple[type[Pairing], Callable[[type], bool]]],
+        *,
+        computes: bool,
+    ) -> None:
         self._ledger = ledger
+        self._kinds = kinds
         self._computes = computes
         self._pairings: weakref.WeakSet[Pairing] = weakref.WeakSet()
         self._stock = _compat.stock_hooks_class()
@@ -484,23 +503,32 @@ class GradSamplePatch:
                 transaction.patch(cls, "zero_grad", wrapper)
         return self._adopt_living()
 
+    def find(self, hooks: Any) -> Pairing | None:
+        """The pairing of a hooked model, if it has one."""
+        return next((pairing for pairing in self._pairings if pairing.hooks is hooks), None)
+
     def pairing_of(self, hooks: Any) -> Pairing:
         """The pairing of a hooked model, made if it has none."""
-        for pairing in self._pairings:
-            if pairing.hooks is hooks:
-                return pairing
-        return Pairing(hooks, self._ledger, self._pairings, computes=self._computes)
+        found = self.find(hooks)
+        if found is not None:
+            return found
+        kind = self._kind(type(hooks)) or Pairing
+        return kind(hooks, self._ledger, self._pairings, computes=self._computes)
+
+    def _kind(self, cls: type) -> type[Pairing] | None:
+        """How models hooked by ``cls`` are paired; ``None`` if it has hooks of its own."""
+        return next((kind for kind, suits in self._kinds if suits(cls)), None)
 
     def _add_hooks(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         result = wrapped(*args, **kwargs)
-        if _compat.uses_stock_hooks(type(instance), self._stock):
+        if self._kind(type(instance)) is not None:
             self.pairing_of(instance).attach()
         return result
 
     def _remove_hooks(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        for pairing in list(self._pairings):
-            if pairing.hooks is instance:
-                pairing.release()
+        pairing = self.find(instance)
+        if pairing is not None:
+            pairing.release()
         return wrapped(*args, **kwargs)
 
     def _zero_grad(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -513,7 +541,7 @@ class GradSamplePatch:
             cls = type(candidate)
             if not issubclass(cls, self._stock):
                 continue
-            if not _compat.uses_stock_hooks(cls, self._stock):
+            if self._kind(cls) is None:
                 skipped[cls.__qualname__] = None
             elif "autograd_grad_sample_hooks" in candidate.__dict__:
                 self.pairing_of(candidate).attach()
