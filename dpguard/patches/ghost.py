@@ -47,7 +47,8 @@ class _Contribution:
     def norms(self) -> torch.Tensor | None:
         """Norm of each sample's gradient, of shape ``(B,)``."""
         if self.rows is not None:
-            return torch.linalg.vector_norm(self.rows.flatten(start_dim=1), dim=-1)
+            norms: torch.Tensor = torch.linalg.vector_norm(self.rows.flatten(start_dim=1), dim=-1)
+            return norms
         return self.norm
 
 
@@ -132,7 +133,10 @@ class GhostPairing(Pairing):
     def _on_backward_end(self, task: GraphTask) -> None:
         self.ledger.end_task(task)
         for parameter in self._parameters:
-            if id(parameter) not in task.published and task.executes(parameter):
+            if id(parameter) in task.published:
+                # Settled once more, with all others, when Opacus asks for the norms.
+                parameter._norm_sample = self._norms_of(parameter)  # type: ignore[attr-defined]
+            elif task.executes(parameter):
                 self._condemn(parameter, diagnosis.BYPASSED)
 
     def _condemn(self, parameter: torch.Tensor, cause: str) -> None:
