@@ -131,6 +131,9 @@ class GhostPairing(Pairing):
                 self._condemn(parameter, cause)
 
     def _on_backward_end(self, task: GraphTask) -> None:
+        if not self.computes:
+            super()._on_backward_end(task)
+            return
         self.ledger.end_task(task)
         for parameter in self._parameters:
             if id(parameter) in task.published:
