@@ -2,6 +2,8 @@
 #
 #   make demo            the demonstration, on real digits, offline once the environment exists
 #   make test            the tests;     make test PYTEST_ARGS="-k detach -x"
+#   make test-releases   exactness on the oldest and other releases of Opacus
+#   make test-opacus     Opacus's own tests with and without dpguard (long)
 #   make lint            ruff and mypy
 #   make wheel-check     build, install into an empty environment, look inside, uninstall
 #   make bench           costs at import, of an idle detach, of a guarded step
@@ -14,16 +16,29 @@ PYTEST_ARGS ?=
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.complete
 # The last Opacus whose DP optimizer copies attributes instead of forwarding them; for the tests.
-OLD_OPACUS = $(VENV)/opacus-1.5.1
-OLD_OPACUS_STAMP = $(OLD_OPACUS)/.complete
+ALIASING = 1.5.1
+# Releases on which exactness is tested, besides the pinned one.
+RELEASES = 1.0.2 1.4.1 1.5.1 1.5.4
+OPACUS_TESTS ?=
+PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test lint wheel-check bench clean
+.PHONY: demo test test-releases test-opacus lint wheel-check bench clean
 
 demo: $(STAMP)
 	$(BIN)/dpguard demo
 
-test: $(STAMP) $(OLD_OPACUS_STAMP)
+test: $(STAMP) $(VENV)/opacus-$(ALIASING)/.complete
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-releases: $(RELEASES:%=$(VENV)/opacus-%/.complete)
+	set -e; for release in $(RELEASES); do \
+		echo "Opacus $$release"; \
+		PYTHONPATH="$(VENV)/opacus-$$release" $(BIN)/python -m pytest -q -W default $(PYTEST_ARGS) \
+			tests/test_grad_sample.py tests/test_ghost.py tests/test_detach.py; \
+	done
+
+test-opacus: $(STAMP) $(VENV)/torchvision/.complete
+	PYTHONPATH="tests:$(VENV)/torchvision" $(BIN)/python -m opacus_suite $(OPACUS_TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -49,14 +64,18 @@ clean:
 $(STAMP): pyproject.toml constraints.txt
 	rm -rf "$(VENV)"
 	$(PYTHON) -m venv "$(VENV)"
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt \
-		torch==2.13.0 opacus==1.6.0 -e ".[demo,test,dev]"
+	$(PIP) -c constraints.txt torch==2.13.0 opacus==1.6.0 -e ".[demo,test,dev]"
 	touch "$@"
 
-# Beside the environment's own Opacus, out of reach of it: a test puts it first on the search path
-# of an interpreter of its own.
-$(OLD_OPACUS_STAMP): $(STAMP)
-	rm -rf "$(OLD_OPACUS)"
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps \
-		--target "$(OLD_OPACUS)" opacus==1.5.1
+# Beside the environment's own Opacus, out of reach of it: whoever wants one of these puts it
+# first on the search path of an interpreter of its own.
+$(VENV)/opacus-%/.complete: $(STAMP)
+	rm -rf "$(@D)"
+	$(PIP) --no-deps --target "$(@D)" opacus==$*
+	touch "$@"
+
+# Opacus's tests want torchvision's transforms, whose Python parts any build of it has.
+$(VENV)/torchvision/.complete: $(STAMP)
+	rm -rf "$(@D)"
+	$(PIP) --no-deps --target "$(@D)" torchvision pillow
 	touch "$@"

@@ -5,26 +5,28 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import opacus.grad_sample
 import opacus.optimizers
 import pytest
 import torch
+import torch._dynamo  # which replaces parts of torch: not to happen inside of a test
 from models import MLP, SimSiam
 from opacus import GradSampleModule
 from opacus.grad_sample import AbstractGradSampleModule, GradSampleHooks
 from opacus.optimizers import DPOptimizer
+from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 from torch.nn import functional as F
 from truth import assert_rows_equal, plain_copy, rows_of
 
 import dpguard
 from dpguard._status import Status
-from dpguard.patching import Patch, Transaction
+from dpguard.patching import Transaction
 
 ROOT = Path(__file__).resolve().parent.parent
 MODES = ("repair", "observe", "strict")
@@ -89,14 +91,10 @@ def subclasses(cls):
 
 def owners():
     """Everything that dpguard patches."""
-    found = [
-        torch,
-        torch.Tensor,
-        GradSampleHooks,
-        AbstractGradSampleModule,
-        *subclasses(DPOptimizer),
-    ]
-    return [*dict.fromkeys([*found, *subclasses(GradSampleModule)])]
+    roots = (DPOptimizer, GradSampleHooks, GradSampleModule)
+    found = [cls for root in roots for cls in subclasses(root)]
+    found += [torch, torch.Tensor, AbstractGradSampleModule, DPTensorFastGradientClipping]
+    return [*dict.fromkeys(found)]
 
 
 def held(things):
@@ -113,7 +111,11 @@ def changes(before, after):
     for owner, old in before.items():
         new = after[owner]
         found += [f"{owner}.{name} gone" for name in old.keys() - new.keys()]
-        found += [f"{owner}.{name} new" for name in new.keys() - old.keys()]
+        found += [
+            f"{owner}.{name} new"
+            for name in new.keys() - old.keys()
+            if not isinstance(new[name], types.ModuleType)  # torch imports parts of itself late
+        ]
         found += [
             f"{owner}.{name} other"
             for name in old.keys() & new.keys()
@@ -160,17 +162,13 @@ def output(done):
 
 
 def test_the_patched_owners_are_those(unchanged):
-    """What the tests below look at is exactly what is patched."""
+    """What the tests below look at is what is patched: each patch shows as one change."""
     before = held(owners())
     with dpguard.install(mode="repair") as guard:
-        patched = set(guard._runtime._transaction.targets)
-        found = {name.rpartition(" ")[0] for name in changes(before, held(owners()))}
-    not_attributes = {"adopted optimizers", "paired models", "detach attribution"}
-    assert {re.sub(r"^torch\._tensor\.|^\.torch", "torch", n) for n in found} == {
-        re.sub(r"^torch\._tensor\.", "torch", n) for n in patched - not_attributes
-    } or {n.rpartition(".")[2] for n in found} == {
-        n.rpartition(".")[2] for n in patched - not_attributes
-    }
+        targets = set(guard._runtime._transaction.targets)
+        found = changes(before, held(owners()))
+    patched = sorted(t.rpartition(".")[2] for t in targets if " " not in t)
+    assert sorted(name.rpartition(" ")[0].rpartition(".")[2] for name in found) == patched
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -250,9 +248,11 @@ def test_each_class_is_wrapped_once(guard):
 
 def test_context_manager_on_an_exception(unchanged):
     """The guard ends with the block, and the exception is the user's own."""
-    with pytest.raises(ZeroDivisionError, match="mine"), dpguard.install(mode="repair") as guard:
-        assert dpguard.active() is guard
-        raise ZeroDivisionError("mine")
+    guard = dpguard.install(mode="repair")
+    with pytest.raises(ZeroDivisionError, match="mine"):  # noqa: PT012, SIM117
+        with guard as entered:
+            assert dpguard.active() is guard is entered
+            raise ZeroDivisionError("mine")
     assert dpguard.active() is None
     assert guard.status().state == "uninstalled"
 
@@ -575,29 +575,6 @@ def test_reloading_opacus():
     assert output(done) == ["guarded", "plain"]
 
 
-RELOADED = (
-    """
-        import importlib, opacus, dpguard, test_activation as t
-        old = t.DPOptimizer, t.GradSampleModule
-        dpguard.active().uninstall()
-        before = t.held(t.owners())
-        guard = dpguard.install()
-        import opacus.optimizers.optimizer, opacus.grad_sample.grad_sample_module
-        """,
-    """
-        check()  # the classes that were imported before
-        fresh = importlib.import_module("{module}")
-        after = dict(vars(fresh.{cls}))
-        training = t.Training({keyword}=fresh.{cls})
-        training.step()
-        print("fresh", guard.status().steps, guard.last_step.ok)
-        dpguard.active().uninstall()
-        assert t.changes(before, t.held(t.owners())) == []
-        assert not [n for n, v in vars(fresh.{cls}).items() if type(v).__name__ == "FunctionWrapper"]
-        """,
-)
-
-
 @pytest.mark.parametrize(
     ("module", "cls", "keyword"),
     [
@@ -606,15 +583,29 @@ RELOADED = (
     ],
 )
 def test_reloading_a_submodule(module, cls, keyword):
-    """A reload makes new classes: they are guarded like the old ones, which stay guarded."""
-    before, after = (part.replace("\n        ", "\n") for part in RELOADED)
+    """A reload makes new classes: they are guarded like the old ones, and restored with them."""
     done = run(
         PROGRAM
-        + before
-        + f"importlib.reload(sys.modules[{module!r}])\n"
-        + after.format(module=module, cls=cls, keyword=keyword)
+        + textwrap.dedent(
+            f"""
+            import importlib, opacus, dpguard, test_activation as t
+            dpguard.active().uninstall()
+            before = t.held(t.owners())
+            guard = dpguard.install()
+            fresh = importlib.reload(sys.modules[{module!r}]).{cls}
+            t.Training({keyword}=fresh).step()
+            assert guard.status().steps == 1 and guard.last_step.ok
+            assert [i.kind for i in guard.interventions] == ["detach"]
+            guard.uninstall()
+            assert t.changes(before, t.held(t.owners())) == []
+            held = [type(value).__name__ for value in vars(fresh).values()]
+            assert "FunctionWrapper" not in held
+            t.Training({keyword}=fresh).step_fails_as_in_opacus()
+            print("restored")
+            """
+        )
     )
-    assert output(done) == ["guarded", "fresh", "2", "True"]
+    assert output(done) == ["restored"]
 
 
 def test_script_that_imports_dpguard_under_a_set_variable():
@@ -733,7 +724,7 @@ def test_another_opacus_strict(fake_opacus, first):
     ],
 )
 @pytest.mark.parametrize("mode", MODES)
-def test_bad_settings(unchanged, monkeypatch, mode, variable, value, valid):
+def test_bad_settings(monkeypatch, mode, variable, value, valid):
     """Each bad variable stops the install in each mode, naming itself and what is valid."""
     monkeypatch.setenv("DPGUARD", mode)
     monkeypatch.setenv(variable, value)
@@ -841,13 +832,16 @@ def test_fork(tmp_path):
     """A forked child is guarded and writes a log of its own."""
     done = run(
         """
-        import os
+        import os, signal
+        import torch
+        torch.set_num_threads(1)  # threads of a pool do not survive a fork
         import dpguard, opacus, test_activation
         guard = dpguard.active()
         training = test_activation.Training()
         training.step()
         child = os.fork()
         if not child:
+            signal.alarm(60)
             training.step()
             training.step()
             assert guard.status().steps == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import opacus.grad_sample
 import pytest
 import torch
 from models import ENCODERS, MLP, InPlaceCNN, SimSiam
@@ -12,6 +13,9 @@ from truth import plain_copy, rows_of
 
 import dpguard
 
+pytest.importorskip("opacus.grad_sample.grad_sample_module_fast_gradient_clipping")
+# Models hooked without a wrapper came with Opacus 1.6.
+WRAP = [True, False] if hasattr(opacus.grad_sample, "GradSampleHooks") else [True]
 C = 0.3
 
 
@@ -94,7 +98,7 @@ def _truth(program, model, views):
     return norms, {name: torch.einsum("n,n...->...", factors, r) for name, r in rows.items()}
 
 
-@pytest.mark.parametrize("wrap", [True, False], ids=["wrapped", "hooks"])
+@pytest.mark.parametrize("wrap", WRAP, ids=lambda wrap: "wrapped" if wrap else "hooks")
 @pytest.mark.parametrize("ghost", [True, False], ids=["ghost", "fast"])
 @pytest.mark.parametrize("encoder", [*ENCODERS, InPlaceCNN])
 @pytest.mark.parametrize("program", PROGRAMS)

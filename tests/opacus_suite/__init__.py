@@ -1,0 +1,1 @@
+"""Opacus's own tests, run with and without dpguard."""

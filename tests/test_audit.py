@@ -1,0 +1,712 @@
+"""Each step is looked at: what is found is told, refused or kept confidential, without waiting."""
+
+from __future__ import annotations
+
+import collections
+import json
+
+import pytest
+import torch
+from models import MLP
+from opacus import GradSampleModule, PrivacyEngine
+from opacus.optimizers import DPOptimizer
+from opacus.utils.batch_memory_manager import BatchMemoryManager
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dpguard
+from dpguard import diagnosis
+from dpguard.audit import coverage
+from dpguard.audit.collector import Collector, finite_flags
+from dpguard.events import CheckCount
+
+DATA = torch.utils.data.TensorDataset(
+    torch.linspace(-1, 1, 16 * 6).reshape(16, 6), torch.arange(16) % 5
+)
+
+
+class Training:
+    """An MLP with a DP optimizer; ``step`` is one step on four samples."""
+
+    def __init__(self, sigma=0.0, parameters=None):
+        torch.manual_seed(1)
+        self.model = MLP()
+        self.called = GradSampleModule(self.model)
+        parameters = [*self.model.parameters(), *(parameters or ())]
+        self.optimizer = DPOptimizer(
+            torch.optim.SGD(parameters, lr=0.1),
+            noise_multiplier=sigma,
+            max_grad_norm=1.0,
+            expected_batch_size=4,
+        )
+
+    def backward(self, x=None):
+        self.optimizer.zero_grad()
+        x = DATA.tensors[0][:4] if x is None else x
+        (self.called(x) ** 2).mean().backward()
+
+    def step(self, x=None):
+        self.backward(x)
+        self.optimizer.step()
+
+    def values(self):
+        return [p.detach().clone() for p in self.model.parameters()]
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def with_nan():
+    x = DATA.tensors[0][:4].clone()
+    x[1, 2] = float("nan")
+    return x
+
+
+def events(folder, name=None):
+    """The events of the log in ``folder``, in order."""
+    (path,) = [p for p in folder.glob("*/*.jsonl") if "sensitive" not in p.name]
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return [e for e in found if name in (None, e["event_name"])]
+
+
+def causes(guard):
+    return [v.cause for v in guard.violations]
+
+
+# -- each step ---------------------------------------------------------------------------------
+
+
+def test_counts_of_a_step(guard):
+    """The audit of a step counts each parameter in each check."""
+    training = Training()
+    assert guard.last_step is None
+    for number in range(3):
+        training.step()
+        audit = guard.last_step
+        assert (audit.step, audit.parameters, audit.physical_batches) == (number, 5, 1)
+        assert audit.optimizer == "DPOptimizer"
+        assert audit.checks == dict.fromkeys(coverage.CHECKS, CheckCount(passed=5))
+        assert audit.ok
+    assert guard.coverage() == {
+        name: CheckCount(passed=3) for name, _ in training.model.named_parameters()
+    }
+    assert guard.status().steps == 3
+
+
+def test_each_step_is_in_the_log(tmp_path):
+    """One event per logical step, with its verdicts, in order."""
+    with dpguard.install(mode="repair", log_dir=tmp_path):
+        training = Training()
+        for _ in range(4):
+            training.step()
+    audited = events(tmp_path, "dpguard.step.audited")
+    assert [e["dpguard.step"] for e in audited] == [0, 1, 2, 3]
+    for event in audited:
+        assert event["severity_text"] == "INFO"
+        assert event["dpguard.parameter_count"] == 5
+        verdicts = {k: v for k, v in event.items() if k.startswith("dpguard.check.")}
+        loggable = set(coverage.CHECKS) - {coverage.FINITE}
+        assert verdicts == {f"dpguard.check.{check}": "pass" for check in loggable}
+    assert events(tmp_path, "dpguard.run.ended")[0]["dpguard.steps"] == 4
+
+
+def test_audit_every(tmp_path):
+    """With ``audit_every=3`` every third step has an event; structure is checked in all."""
+    with dpguard.install(mode="repair", log_dir=tmp_path, audit_every=3) as guard:
+        training = Training()
+        for _ in range(7):
+            training.step()
+        training.backward()
+        training.model.body[0].weight.grad_sample = training.model.body[0].weight.grad_sample[:2]
+        with pytest.raises(dpguard.PrivacyViolation):
+            training.optimizer.step()
+        assert guard.status().steps == 7
+    found = events(tmp_path, "dpguard.step.audited")
+    assert [e["dpguard.step"] for e in found] == [0, 3, 6, 7]
+    assert found[-1]["dpguard.check.coverage.rows"] == "fail"
+
+
+def test_two_optimizers_are_counted_apart(guard):
+    """Each optimizer has steps of its own; parameters are not mixed up."""
+    one, two = Training(), Training()
+    one.step()
+    one.step()
+    two.step()
+    assert guard.last_step.step == 0
+    assert guard.status().steps == 3
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+def test_row_counts_that_differ_are_refused(mode, tmp_path):
+    """Rows of different people in one step: the step is refused, the parameters do not change."""
+    with dpguard.install(mode=mode, log_dir=tmp_path) as guard:
+        training = Training(sigma=1.0)
+        training.step()
+        before = training.values()
+        training.backward()
+        odd = training.model.body[1].bias
+        odd.grad_sample = odd.grad_sample[:3]
+        with pytest.raises(dpguard.PrivacyViolation, match=r"body\.1\.bias.*Remedy: "):
+            training.optimizer.step()
+        assert same(training.values(), before)
+        (violation,) = guard.violations
+        assert violation.parameters == ("body.1.bias",)
+        assert (violation.cause, violation.step) == (diagnosis.ROW_COUNT, 1)
+        assert violation.severity.value == "CRITICAL"
+        assert guard.last_step.checks["coverage.rows"] == CheckCount(passed=4, failed=1)
+        training.step()
+        assert guard.last_step.step == 1
+        assert guard.last_step.ok
+        assert not same(training.values(), before)
+    (event,) = events(tmp_path, "dpguard.violation")
+    assert event["severity_text"] == "CRITICAL"
+    assert event["dpguard.parameters"] == ["body.1.bias"]
+
+
+def test_observe_lets_the_step_go_on():
+    """In ``observe`` it is told, and Opacus does what it does."""
+    with dpguard.install(mode="observe") as guard:
+        training = Training()
+        training.backward()
+        odd = training.model.body[1].bias
+        odd.grad_sample = odd.grad_sample[:3]
+        with pytest.raises(RuntimeError, match="stack"):
+            training.optimizer.step()
+        assert causes(guard) == [diagnosis.ROW_COUNT]
+
+
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+def test_missing_rows_are_refused_by_name(mode):
+    """A parameter whose rows are gone although it has a gradient is named."""
+    with dpguard.install(mode=mode) as guard:
+        training = Training()
+        before = training.values()
+        x = DATA.tensors[0][:4]
+        h = training.model.body[2](training.model.body[1](training.model.body[0](x)))
+        nn.functional.linear(h, training.model.body[3].weight).mean().backward()
+        with pytest.raises(dpguard.PerSampleGradientError, match=r"body\.3\.weight"):
+            training.optimizer.step()
+        assert same(training.values(), before)
+        assert causes(guard) == [diagnosis.BYPASSED]
+        assert guard.coverage()["body.3.weight"] == CheckCount(failed=1)
+
+
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+def test_a_parameter_of_no_wrapped_model_is_refused(mode):
+    """A parameter that Opacus never hooked is told as such, with the remedy for that."""
+    with dpguard.install(mode=mode) as guard:
+        extra = nn.Parameter(torch.zeros(7, 3))
+        training = Training(parameters=[extra])
+        training.backward()
+        with pytest.raises(dpguard.PerSampleGradientError, match=r"\(7, 3\).*no model that Opacus"):
+            training.optimizer.step()
+        assert causes(guard) == [diagnosis.NOT_HOOKED]
+
+
+def test_a_step_without_a_backward_is_refused(guard):
+    """Without any rows there is one violation, not one per parameter."""
+    training = Training()
+    with pytest.raises(dpguard.PerSampleGradientError, match=r"loss\.backward\(\)"):
+        training.optimizer.step()
+    assert causes(guard) == [diagnosis.NO_BACKWARD]
+
+
+WRONG = [
+    (lambda rows: rows.reshape(len(rows), -1), diagnosis.ROW_SHAPE, "coverage.shape"),
+    (lambda rows: rows.to(torch.int64), diagnosis.ROW_DTYPE, "coverage.dtype"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "cause", "check"), WRONG, ids=["shape", "dtype"])
+def test_wrong_shape_and_dtype(spoil, cause, check):
+    """Told in ``repair``; in ``strict`` the step is refused before the parameters change."""
+    for mode in ("repair", "strict"):
+        with dpguard.install(mode=mode) as guard:
+            training = Training()
+            before = training.values()
+            training.backward()
+            odd = training.model.body[0].weight
+            odd.grad_sample = spoil(odd.grad_sample)
+            if mode == "strict":
+                with pytest.raises(dpguard.PerSampleGradientError, match=r"body\.0\.weight"):
+                    training.optimizer.step()
+                assert same(training.values(), before)
+            else:
+                training.optimizer.step()
+            assert causes(guard) == [cause]
+            assert guard.last_step.checks[check] == CheckCount(passed=4, failed=1)
+
+
+def test_rows_of_another_precision_are_fine(guard):
+    """Rows in half precision, as under autocast, are rows."""
+    training = Training()
+    training.backward()
+    for p in training.model.parameters():
+        p.grad_sample = p.grad_sample.to(torch.bfloat16)
+    training.optimizer.step()
+    assert guard.last_step.ok
+    assert guard.violations == ()
+
+
+# -- rows that are not finite: confidential ---------------------------------------------------------
+
+
+def test_rows_that_are_not_finite(tmp_path, capfd):
+    """Told to the program that asks; nothing on stderr, nothing of it in the audit log."""
+    with dpguard.install(mode="repair", log_dir=tmp_path, run_id="r") as guard:
+        training = Training()
+        training.step(with_nan())
+        guard.flush()
+        assert causes(guard) == [diagnosis.ROWS_NOT_FINITE]
+        assert "body.0.weight" in guard.violations[0].parameters
+        assert guard.violations[0].confidential
+        assert not guard.last_step.ok
+        assert guard.last_step.checks["coverage.finite"].failed == 5
+    text = "".join(path.read_text() for path in tmp_path.glob("r/*"))
+    assert "finite" not in text
+    assert 'dpguard.violation"' not in text
+    assert capfd.readouterr().err == ""
+    with dpguard.install(mode="repair"):
+        Training().step(with_nan())
+    assert capfd.readouterr().err == ""
+
+
+def test_the_audit_log_does_not_tell_whether_rows_were_finite(tmp_path):
+    """The logs of a run with a NaN and of one without are the same but for time and chain."""
+    logs = []
+    for name, x in (("good", None), ("bad", with_nan())):
+        with dpguard.install(mode="repair", log_dir=tmp_path / name, run_id="r"):
+            training = Training()
+            for _ in range(2):
+                training.step(x)
+            del training
+        logs.append(events(tmp_path / name))
+        for event in logs[-1]:
+            del event["timestamp"], event["dpguard.prev"]
+    assert logs[0] == logs[1]
+
+
+def test_the_sensitive_file_does(tmp_path):
+    """With ``sensitive`` it stands in the file of its own, each line marked."""
+    with dpguard.install(mode="repair", log_dir=tmp_path, run_id="r", sensitive=True):
+        Training().step(with_nan())
+    (path,) = tmp_path.glob("r/*sensitive*")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {line["dpguard.data"] for line in lines} == {"sensitive"}
+    told = {line["event_name"]: line for line in lines}
+    assert told["dpguard.violation"]["dpguard.cause"] == diagnosis.ROWS_NOT_FINITE
+    assert told["dpguard.step.audited"]["dpguard.check.coverage.finite"] == "fail"
+    assert "finite" not in json.dumps(events(tmp_path))
+
+
+def test_strict_refuses_rows_that_are_not_finite():
+    """Where the figures are at hand at once the step is refused before the parameters change."""
+    with dpguard.install(mode="strict") as guard:
+        training = Training()
+        training.step()
+        before = training.values()
+        with pytest.raises(dpguard.PerSampleGradientError, match="finite"):
+            training.step(with_nan())
+        assert same(training.values(), before)
+        assert guard.last_step.step == 1
+        assert guard.last_step.checks["coverage.finite"].failed == 5
+        training.step()
+        assert guard.last_step.ok
+        assert guard.status().steps == 2
+
+
+class Late:
+    """Stands for a device event: the figures arrive when it says so."""
+
+    def __init__(self):
+        self.there = False
+
+    def query(self):
+        return self.there
+
+    def synchronize(self):
+        self.there = True
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Figures are on their way until told that they have arrived."""
+    pending = []
+
+    def collect(self, flags, receive):
+        pending.append(Late())
+        self._pending.append((flags, pending[-1], receive))
+        return True
+
+    monkeypatch.setattr(Collector, "collect", collect)
+    return pending
+
+
+def test_figures_that_arrive_later(guard, late):
+    """A step's audit is told when its figures are in, in order; flush waits for all."""
+    training = Training()
+    for x in (None, with_nan(), None):
+        training.model.load_state_dict(MLP().state_dict())
+        training.step(x)
+    assert guard.last_step is None
+    late[0].there = True
+    training.model.load_state_dict(MLP().state_dict())
+    training.step()
+    assert guard.last_step.step == 0
+    assert guard.violations == ()
+    guard.flush()
+    assert all(event.there for event in late)
+    assert guard.last_step.step == 3
+    assert [v.step for v in guard.violations] == [1]
+
+
+def test_strict_raises_at_the_first_step_after_it_is_known(late):
+    """The step whose figures came late is past; the next one is refused, once."""
+    with dpguard.install(mode="strict") as guard:
+        training = Training()
+        training.step(with_nan())
+        training.model.load_state_dict(MLP().state_dict())
+        training.step()
+        late[0].there = late[1].there = True
+        guard.flush()
+        before = training.values()
+        with pytest.raises(dpguard.PerSampleGradientError, match="in step 0"):
+            training.step()
+        assert same(training.values(), before)
+        training.step()
+        guard.flush()
+        assert guard.last_step.step == 2
+        assert guard.last_step.ok
+
+
+def test_uninstall_waits_for_all_figures(tmp_path, late):
+    """No audit is lost because the run ends."""
+    with dpguard.install(mode="repair", log_dir=tmp_path):
+        training = Training()
+        for _ in range(3):
+            training.step()
+    assert [e["dpguard.step"] for e in events(tmp_path, "dpguard.step.audited")] == [0, 1, 2]
+
+
+def test_too_much_on_its_way_is_not_run_rather_than_waited_for(guard, monkeypatch):
+    """Beyond a bound figures are not collected, and the audit says so."""
+    monkeypatch.setattr(Collector, "collect", lambda *_: False)
+    Training().step()
+    assert guard.last_step.checks["coverage.finite"] == CheckCount(not_run=5)
+    assert guard.last_step.ok
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_finite_flags(dtype):
+    """One flag per tensor, right for large values, infinities, NaN and empty batches."""
+    largest = torch.finfo(dtype).max
+    # Squares have to fit into the type in which norms are taken: at least float32.
+    big = torch.full((3, 4), largest if dtype is torch.float16 else largest**0.5 / 8, dtype=dtype)
+    bad = torch.zeros(2, 5, dtype=dtype)
+    bad[1, 3] = float("inf")
+    worse = torch.zeros(6, dtype=dtype)
+    worse[0] = float("nan")
+    empty = torch.zeros(0, 7, dtype=dtype)
+    flags = finite_flags([big, bad, worse, empty])
+    assert flags.dtype is torch.bool
+    assert flags.tolist() == [True, False, False, True]
+
+
+# -- the optimizers of Opacus ---------------------------------------------------------------------------
+
+
+def private(model, *, batch_size=8, **options):
+    options = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "poisson_sampling": False} | options
+    return PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=torch.utils.data.DataLoader(DATA, batch_size=batch_size),
+        **options,
+    )
+
+
+def clipped(kind):
+    """A model with the optimizer that ``make_private`` gives it."""
+    torch.manual_seed(2)
+    model = MLP()
+    if kind == "adaptive":
+        return private(
+            model,
+            clipping="adaptive",
+            target_unclipped_quantile=0.5,
+            clipbound_learning_rate=0.2,
+            max_clipbound=10.0,
+            min_clipbound=0.01,
+            unclipped_num_std=1.0,
+        )
+    if kind == "per_layer":
+        return private(model, clipping="per_layer", max_grad_norm=[1.0] * 5)
+    return private(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("flat", "DPOptimizer"),
+        ("adaptive", "AdaClipDPOptimizer"),
+        ("per_layer", "DPPerLayerOptimizer"),
+    ],
+)
+def test_each_step_is_counted_once(guard, tmp_path, kind, name):
+    """Optimizers whose ``pre_step`` calls that of their base are audited once per step."""
+    model, optimizer, loader = clipped(kind)
+    for _ in range(2):
+        for x, y in loader:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    assert guard.status().steps == 4
+    assert guard.last_step.step == 3
+    assert guard.last_step.optimizer == name
+    assert guard.last_step.checks == dict.fromkeys(coverage.CHECKS, CheckCount(passed=5))
+    assert guard.coverage()["body.0.weight"] == CheckCount(passed=4)
+
+
+@pytest.mark.parametrize("kind", ["flat", "per_layer"])
+def test_batch_memory_manager(tmp_path, kind):
+    """One audit per logical step, which knows how many physical batches it was made of."""
+    with dpguard.install(mode="repair", log_dir=tmp_path) as guard:
+        model, optimizer, loader = clipped(kind)
+        physical = []
+        with BatchMemoryManager(
+            data_loader=loader, max_physical_batch_size=3, optimizer=optimizer
+        ) as batches:
+            for x, y in batches:
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                physical.append(guard.status().steps)
+        assert physical == [0, 0, 1, 1, 1, 2]
+        assert guard.last_step.physical_batches == 3
+        assert guard.last_step.ok
+    assert [e["dpguard.step"] for e in events(tmp_path, "dpguard.step.audited")] == [0, 1]
+    text = "".join(path.read_text() for path in tmp_path.glob("*/*"))
+    assert "physical" not in text, "how many batches there were depends on the data"
+
+
+def test_a_failure_in_one_physical_batch_is_one_of_the_logical_step(guard):
+    """A NaN in the first of three physical batches shows in the audit of the logical step."""
+    model, optimizer, loader = clipped("flat")
+    with BatchMemoryManager(
+        data_loader=loader, max_physical_batch_size=3, optimizer=optimizer
+    ) as batches:
+        for number, (x, y) in enumerate(batches):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            (loss * (float("nan") if number == 0 else 1.0)).backward()
+            optimizer.step()
+            if number == 2:
+                break
+    assert guard.last_step.physical_batches == 3
+    assert guard.last_step.checks["coverage.finite"] == CheckCount(failed=5)
+
+
+def test_an_optimizer_without_trainable_parameters(guard):
+    """Nothing to check is not a failure, as in Opacus."""
+    model = MLP()
+    for p in model.parameters():
+        p.requires_grad_(False)
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        expected_batch_size=4,
+    )
+    optimizer.zero_grad()
+    optimizer.step()
+    assert guard.last_step.parameters == 0
+    assert guard.last_step.ok
+    assert {c.verdict for c in guard.last_step.checks.values()} == {"not_run"}
+    assert guard.status().steps == 1
+
+
+def test_ghost_clipping_is_left_alone():
+    """Optimizers of ghost clipping have no rows: not a bit changes, and checks are not run."""
+    ends = []
+    for mode in ("off", "repair"):
+        with dpguard.install(mode=mode) as guard:
+            torch.manual_seed(3)
+            model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+            model, optimizer, criterion, loader = private(
+                model, grad_sample_mode="ghost", criterion=nn.CrossEntropyLoss()
+            )
+            for x, y in loader:
+                optimizer.zero_grad()
+                criterion(model(x), y).backward()
+                optimizer.step()
+            ends.append([p.detach().clone() for p in model.parameters()])
+            if mode == "repair":
+                assert guard.violations == guard.interventions == ()
+                assert {c.verdict for c in guard.last_step.checks.values()} == {"not_run"}
+                assert guard.status().steps == 2
+    assert same(*ends)
+
+
+# -- errors of our own ---------------------------------------------------------------------------------
+
+
+def test_an_internal_error_is_said_once_and_training_goes_on(monkeypatch, capfd):
+    """What fails in the audit is switched off; the updates are those of plain Opacus."""
+    monkeypatch.delenv("DPGUARD_RAISE_INTERNAL", raising=False)
+    ends = []
+    for mode in ("off", "repair"):
+        with dpguard.install(mode=mode) as guard:
+            training = Training()
+            training.step()
+            with monkeypatch.context() as broken:
+                broken.setattr(coverage, "examine", lambda *_: 1 / 0)
+                training.step()
+                training.step()
+            training.step()
+            ends.append(training.values())
+    assert same(*ends)
+    ((part, error),) = guard.internal_errors
+    assert part == "audit"
+    assert isinstance(error, ZeroDivisionError)
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "'audit'" in said[0]
+    assert guard.status().steps == 1, "the part is off from then on"
+
+
+def test_an_error_in_the_users_step_hook_is_the_users(guard):
+    """The host's own exceptions pass unchanged, and the next step is audited as ever."""
+    training = Training()
+
+    def fail(_optimizer):
+        raise ZeroDivisionError("in the hook")
+
+    training.optimizer.attach_step_hook(fail)
+    with pytest.raises(ZeroDivisionError, match="in the hook"):
+        training.step()
+    assert guard.status().steps == 0
+    training.optimizer.attach_step_hook(None)
+    training.step()
+    assert guard.last_step.step == 0
+    assert guard.last_step.ok
+
+
+# -- no waiting -----------------------------------------------------------------------------------------
+
+WAITING = (
+    "_local_scalar_dense",
+    "item",
+    "nonzero",
+    "is_nonzero",
+    "equal",
+    "masked_select",
+    "unique",
+    "_unique2",
+    "allclose",
+)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations with which the host waits for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        result = func(*args, **kwargs)
+        copies = name in ("_to_copy", "copy_") and not kwargs.get("non_blocking")
+        if name in WAITING or (copies and _to_host(args, result)):
+            self.seen[name] += 1
+        return result
+
+
+def _to_host(args, result):
+    source = args[1] if len(args) > 1 and isinstance(args[1], torch.Tensor) else args[0]
+    return result.device.type == "cpu" and source.device.type != "cpu"
+
+
+def waits(mode, program, steps=3):
+    with dpguard.install(mode=mode):
+        training = Training(sigma=1.0)
+        x = DATA.tensors[0][:4]
+        training.step(x)
+        with Waits() as counted:
+            for _ in range(steps):
+                program(training, x)
+        return counted.seen
+
+
+def plain_step(training, x):
+    training.step(x)
+
+
+def step_with_a_cut(training, x):
+    training.optimizer.zero_grad()
+    z = training.called(x * 2)
+    ((training.called(x) - z.detach()) ** 2).mean().backward()
+    training.optimizer.step()
+
+
+def accumulated_step(training, x):
+    training.backward(x)
+    (training.called(x) ** 2).mean().backward()
+    training.optimizer.step()
+
+
+@pytest.mark.parametrize("mode", ["repair", "observe", "strict"])
+@pytest.mark.parametrize("program", [plain_step, accumulated_step])
+def test_the_guard_adds_no_wait(mode, program):
+    """No operation that waits for the device is called more often than by plain Opacus."""
+    plain = waits("off", program)
+    assert waits(mode, program) - plain == collections.Counter()
+
+
+def test_a_cut_adds_no_wait():
+    """Neither do settling and attributing a cut."""
+    assert waits("repair", step_with_a_cut) - waits("off", plain_step) == collections.Counter()
+
+
+def test_the_counter_counts():
+    """The instrument sees what it is for."""
+    with Waits() as counted:
+        torch.ones(3).sum().item()
+        torch.ones(3).nonzero()
+        torch.equal(torch.ones(2), torch.ones(2))
+    assert counted.seen["_local_scalar_dense"] == 1
+    assert counted.seen["nonzero"] == counted.seen["equal"] == 1
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["repair", "observe", "strict"])
+def test_no_synchronisation_on_cuda(mode):
+    """Guarded training synchronises host and device nowhere, by CUDA's own account."""
+    with dpguard.install(mode=mode) as guard:
+        torch.manual_seed(4)
+        model = MLP().cuda()
+        called = GradSampleModule(model)
+        optimizer = DPOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            expected_batch_size=4,
+        )
+        x = DATA.tensors[0][:4].cuda()
+        for step in range(6):
+            torch.cuda.set_sync_debug_mode("error" if step else "default")
+            try:
+                optimizer.zero_grad()
+                (called(x) ** 2).mean().backward()
+                optimizer.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        guard.flush()
+        assert guard.last_step.step == 5
+        assert guard.last_step.checks == dict.fromkeys(coverage.CHECKS, CheckCount(passed=5))

@@ -1,0 +1,420 @@
+"""Programs that once went wrong, each shrunk to what it takes."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import threading
+
+import pytest
+import torch
+from opacus import GradSampleModule
+from opacus.grad_sample import GradSampleHooks, register_grad_sampler
+from opacus.layers import DPLSTM
+from opacus.optimizers import DPOptimizer
+from test_random_programs import (
+    Backward,
+    Design,
+    Forward,
+    Freeze,
+    Input,
+    Take,
+    Zero,
+    check,
+)
+from torch import nn
+from torch.nn.utils import rnn
+from torch.optim.swa_utils import AveragedModel
+
+import dpguard
+
+ENCODED = (Input(3), Forward(-1, "encoder"), Backward((-1,)))
+"""Forward and backward of the encoder on a new batch."""
+
+PROGRAMS = {
+    # Gradient accumulation with reentrant checkpoints: the batches were added row by row, since
+    # their forwards run without gradients and so never ended a segment.
+    "reentrant_checkpoints_of_two_batches": (
+        Design(),
+        (
+            Input(3),
+            Forward(-1, through="reentrant"),
+            Backward((-1,)),
+            Input(2),
+            Forward(-1, through="reentrant"),
+            Backward((-1,)),
+            Take(),
+        ),
+    ),
+    "reentrant_checkpoint_after_a_plain_batch": (
+        Design(),
+        (
+            Input(3),
+            Forward(-1),
+            Backward((-1,)),
+            Forward(0, through="reentrant"),
+            Backward((-1,)),
+            Take(),
+        ),
+    ),
+    # Opacus hooks a module once for each place in which it stands; each hook added the rows.
+    "module_in_two_places": (Design(shared=True), (Input(3), Forward(-1), Backward((-1,)), Take())),
+    # In-place changes of an output that is a view drop the node that carried the record.
+    "in_place_after_a_linear_layer_with_three_dimensions": (
+        Design(blocks=(("linear3d", "relu_"),)),
+        (*ENCODED, Take()),
+    ),
+    "in_place_after_an_instance_norm": (
+        Design(blocks=(("instance_norm", "relu_"),)),
+        (*ENCODED, Take()),
+    ),
+    # As many groups of rows, but of different batches: they were clipped as the same people.
+    "heads_that_took_turns": (
+        Design(frozen=(0,)),
+        (
+            Input(3),
+            Forward(-1, "head", 0),
+            Backward((-1,)),
+            Input(3),
+            Forward(-1, "head", 1),
+            Backward((-1,)),
+            Take(),
+        ),
+    ),
+    "heads_that_took_turns_with_batches_of_two_sizes": (
+        Design(frozen=(0,)),
+        (
+            Input(3),
+            Forward(-1, "head", 0),
+            Backward((-1,)),
+            Input(1),
+            Forward(-1, "head", 1),
+            Backward((-1,)),
+            Take(),
+        ),
+    ),
+    "stages_that_took_turns": (
+        Design(),
+        (
+            Input(0),
+            Forward(-1, "head", 0),
+            Backward((-1,)),
+            Input(2),
+            Forward(-1, "encoder"),
+            Backward((-1,)),
+            Take(),
+        ),
+    ),
+    # A packed sequence left its batch size on the layers, and later batches used it.
+    "packed_and_plain_sequences_in_turn": (
+        Design(blocks=(("alternating_gru", "none"),)),
+        (*ENCODED, Take(), *ENCODED, Take(), Input(2), *ENCODED[1:], Take()),
+    ),
+    # A call made while the weight was frozen has no part in its gradient.
+    "weight_frozen_in_one_of_two_calls": (
+        Design(),
+        (
+            Input(3),
+            Freeze(0, frozen=True),
+            Forward(0, "encoder"),
+            Freeze(0, frozen=False),
+            Forward(0, "encoder"),
+            Backward((-1, -2)),
+            Take(),
+        ),
+    ),
+    # zero_grad() clears p.grad of frozen parameters, and must clear their rows.
+    "zero_grad_while_frozen": (
+        Design(),
+        (
+            Input(3),
+            Forward(-1),
+            Backward((-1,)),
+            Freeze(0, frozen=True),
+            Zero(),
+            Freeze(0, frozen=False),
+            Forward(0),
+            Backward((-1,)),
+            Take(),
+        ),
+    ),
+    # functorch replays a copy of the module that has the user's forward hooks, too.
+    "forward_hook_on_a_functorch_module": (
+        Design(blocks=(("raw", "none"),), forward_hook=0, hooks_first=True),
+        (*ENCODED, Take()),
+    ),
+    "forward_hook_on_a_functorch_module_after_wrapping": (
+        Design(blocks=(("raw", "none"),), forward_hook=0),
+        (*ENCODED, Take()),
+    ),
+    # A backward in the step after the one in which its forward was made.
+    "backward_after_the_step": (
+        Design(),
+        (
+            Input(3),
+            Forward(-1),
+            Forward(0),
+            Backward((-1,), kind="retain"),
+            Take(),
+            Backward((-1, -2)),
+            Take(),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_program(guard, name):
+    """Rows and update equal ground truth."""
+    check(*PROGRAMS[name])
+    assert guard.violations == ()
+
+
+def _optimizer(model, **options):
+    options = {"noise_multiplier": 0.0, "max_grad_norm": 1.0, "expected_batch_size": 2, **options}
+    return DPOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **options)
+
+
+def _mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+
+def _residual(model):
+    """How far the mean of the rows is from the gradient of a mean loss."""
+    return max(float((p.grad_sample.mean(dim=0) - p.grad).abs().max()) for p in model.parameters())
+
+
+def _copies():
+    return {
+        "wrapped": lambda model: copy.deepcopy(GradSampleModule(model)),
+        "hooks": lambda model: (
+            setattr(model, "hooks", GradSampleHooks(model)),
+            copy.deepcopy(model),
+        )[1],
+        "averaged": lambda model: AveragedModel(GradSampleModule(model)).module,
+    }
+
+
+@pytest.mark.parametrize("how", _copies())
+def test_a_copy_of_a_hooked_model_trains(guard, how):
+    """A deep copy is made, and has rows of its own; the original has none from it."""
+    model = _mlp()
+    copied = _copies()[how](model)
+    optimizer = _optimizer(copied)
+    copied(torch.randn(2, 3).double()).mean().backward()
+    assert _residual(copied) < 1e-12
+    optimizer.step()
+    assert all(p.grad_sample is None for p in model.parameters())
+    assert guard.violations == ()
+
+
+def test_a_copy_made_between_forward_and_backward(guard):
+    """Original and copy train on, each with its own rows."""
+    model = GradSampleModule(_mlp())
+    out = model(torch.randn(2, 3).double())
+    copied = copy.deepcopy(model)
+    out.mean().backward()
+    copied(torch.randn(2, 3).double()).mean().backward()
+    assert _residual(model) < 1e-12
+    assert _residual(copied) < 1e-12
+    assert guard.violations == ()
+
+
+def test_two_models_in_two_threads(guard):
+    """Rows are right, and no thread stumbles over what the other one notes."""
+    errors = []
+
+    def train(seed):
+        try:
+            _train_with_cuts(seed)
+        except Exception as error:  # noqa: BLE001 - raised in the main thread below
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    threads = [threading.Thread(target=train, args=(seed,)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(interval)
+    assert errors == []
+    assert guard.internal_errors == ()
+
+
+def _train_with_cuts(seed):
+    generator = torch.Generator().manual_seed(seed)
+    model = _mlp()
+    called, optimizer = GradSampleModule(model), _optimizer(model)
+    for _ in range(60):
+        optimizer.zero_grad()
+        for batch in (2, 3):
+            x = torch.randn(batch, 3, generator=generator, dtype=torch.float64)
+            (called(x) - called(x + 1).detach()).pow(2).mean().backward()
+        for p in model.parameters():
+            assert [len(rows) for rows in p.grad_sample] == [2, 3]
+            mean = sum(rows.mean(dim=0) for rows in p.grad_sample)
+            torch.testing.assert_close(mean, p.grad, rtol=0, atol=1e-12)
+        optimizer.step()
+
+
+class _Packed(nn.Module):
+    """A recurrent layer over packed sequences and a head on the last state."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = DPLSTM(3, 2, batch_first=True), nn.Linear(2, 1)
+
+    def forward(self, packed):
+        return self.head(self.lstm(packed)[1][0][-1])
+
+
+def test_packed_sequences_that_are_not_sorted(guard):
+    """A person's row has the same place in all layers, or the step is refused."""
+    torch.manual_seed(0)
+    model = _Packed().double()
+    plain = _Packed().double()
+    plain.load_state_dict(model.state_dict())
+    called, optimizer = GradSampleModule(model), _optimizer(model)
+    sequences = [torch.randn(n, 3).double() for n in (2, 4, 3)]
+    called(rnn.pack_sequence(sequences, enforce_sorted=False)).mean().backward()
+    rows = {name: p.grad_sample for name, p in model.named_parameters()}
+    try:
+        optimizer.step()
+    except dpguard.DPGuardError:
+        return
+    for i, sequence in enumerate(sequences):
+        plain.zero_grad()
+        plain(rnn.pack_sequence([sequence])).mean().backward()
+        for name, p in plain.named_parameters():
+            torch.testing.assert_close(rows[name][i], p.grad, rtol=0, atol=1e-10)
+    assert guard.violations == ()
+
+
+@pytest.mark.parametrize("activation", [nn.Identity, nn.ReLU, nn.LeakyReLU, nn.Tanh])
+def test_gradient_penalty_is_refused(guard, activation):
+    """Also where the second backward passes by the outputs of the layers, as without curvature."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), activation(), nn.Linear(4, 1)).double()
+    called, optimizer = GradSampleModule(model), _optimizer(model)
+    x = torch.randn(2, 3).double().requires_grad_()
+    (slope,) = torch.autograd.grad(called(x).sum(), x, create_graph=True)
+    (called(torch.randn(2, 3).double()).mean() + slope.pow(2).sum(dim=1).mean()).backward()
+    with pytest.raises(dpguard.PerSampleGradientError, match="create_graph=True"):
+        optimizer.step()
+    assert guard.violations
+
+
+def test_gradients_of_parameters_before_the_backward(guard):
+    """``autograd.grad`` of the parameters, to look at them, and a backward: the rows of one."""
+    model = _mlp()
+    loss = GradSampleModule(model)(torch.randn(2, 3).double()).mean()
+    torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    loss.backward()
+    assert _residual(model) < 1e-12
+    assert guard.internal_errors == ()
+
+
+class _Weighted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return (x * self.weight).sum(dim=1)
+
+
+def test_a_sampler_that_returns_its_activations(guard, monkeypatch):
+    """Rows do not change when the user reuses the memory of the input."""
+    monkeypatch.setattr(GradSampleHooks, "GRAD_SAMPLERS", dict(GradSampleHooks.GRAD_SAMPLERS))
+    register_grad_sampler(_Weighted)(lambda layer, inputs, _: {layer.weight: inputs[0]})
+    model = nn.Sequential(_Weighted())
+    x = torch.randn(2, 3)
+    expected = x.clone()
+    GradSampleModule(model, loss_reduction="sum")(x).sum().backward()
+    x.zero_()
+    assert torch.equal(model[0].weight.grad_sample, expected)
+    assert guard.violations == ()
+
+
+def test_installed_after_a_step_that_failed():
+    """What an unguarded, failed step left in the modules has no part in guarded rows."""
+    model = _mlp()
+    called, optimizer = GradSampleModule(model), _optimizer(model)
+    (
+        called(torch.randn(4, 3).double()) - called(torch.randn(4, 3).double()).detach()
+    ).sum().backward()
+    with pytest.raises(ValueError, match="not initialized"):
+        optimizer.step()
+    with dpguard.install(mode="repair") as guard:
+        optimizer.zero_grad()
+        called(torch.randn(2, 3).double()).mean().backward()
+        assert _residual(model) < 1e-12
+        assert len(model[0].weight.grad_sample) == 2
+        optimizer.step()
+        assert guard.violations == ()
+
+
+def test_uninstalled_between_forward_and_backward():
+    """Open calls are served, and Opacus goes on as if nothing had been."""
+    model = _mlp()
+    with dpguard.install(mode="repair"):
+        called, optimizer = GradSampleModule(model), _optimizer(model)
+        target = called(torch.randn(2, 3).double()).detach()
+        loss = (called(torch.randn(2, 3).double()) - target).pow(2).mean()
+    for _ in range(2):
+        loss.backward()
+        assert _residual(model) < 1e-12
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = called(torch.randn(2, 3).double()).mean()
+
+
+def test_a_functional_transform_of_the_model(guard):
+    """``torch.func`` on the hooked model leaves no trace in the next step."""
+    model = _mlp()
+    called, optimizer = GradSampleModule(model), _optimizer(model)
+    x = torch.randn(2, 3).double()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    torch.func.grad(lambda ps: torch.func.functional_call(model, ps, (x,)).sum())(parameters)
+    called(x).mean().backward()
+    assert _residual(model) < 1e-12
+    optimizer.step()
+    assert guard.interventions == ()
+
+
+@pytest.mark.parametrize("inner", [True, False])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_models(guard, backend, inner):
+    """Compiled before wrapping or after it, rows are right and cuts are repaired."""
+    model = _mlp()
+    called = GradSampleModule(torch.compile(model, backend=backend) if inner else model)
+    called = called if inner else torch.compile(called, backend=backend)
+    optimizer = _optimizer(model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        target = called(torch.randn(2, 3).double()).detach()
+        (called(torch.randn(2, 3).double()) - target).pow(2).mean().backward()
+        assert _residual(model) < 1e-12
+        optimizer.step()
+    assert guard.violations == ()
+
+
+def test_observing_changes_no_bit():
+    """In mode observe, rows and updates are those of unguarded Opacus, bit for bit."""
+    ends = []
+    for mode in ("off", "observe"):
+        with dpguard.install(mode=mode):
+            model = _mlp()
+            called, optimizer = GradSampleModule(model), _optimizer(model)
+            generator = torch.Generator().manual_seed(0)
+            found = []
+            for _ in range(3):
+                optimizer.zero_grad(set_to_none=True)
+                x = torch.randn(2, 3, generator=generator).double()
+                called(x).pow(2).mean().backward()
+                found += [p.grad_sample.clone() for p in model.parameters()]
+                optimizer.step()
+            ends.append([*found, *(p.detach().clone() for p in model.parameters())])
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
