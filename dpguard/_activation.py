@@ -156,10 +156,13 @@ class Guard:
             sink.read_key(self.settings.key_file)
 
     def _on_opacus(self, _module: ModuleType) -> None:
-        """Opacus has been imported (or reloaded): apply the patches once."""
+        """Opacus has been imported: apply the patches; reloaded: patch what is new in it."""
         from dpguard import _compat
 
-        if self._ended or self._runtime is not None:
+        if self._ended:
+            return
+        if self._runtime is not None:
+            self._runtime.patch_opacus()
             return
         self._problem = None
         misfit = _compat.unsupported()

@@ -59,8 +59,20 @@ def _first_outside(frame: FrameType | None) -> str | None:
 
 
 def caller() -> str | None:
-    """``file:line`` of the nearest frame outside torch, Opacus, wrapt and dpguard."""
-    return _first_outside(sys._getframe(1))
+    """``file:line`` of the nearest frame outside torch, Opacus, wrapt and dpguard.
+
+    ``None`` if it is Opacus that called for purposes of its own: it detaches each activation.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    opacus = _directory_of("opacus")
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if opacus is not None and path.is_relative_to(opacus):
+            return None
+        if not path.is_relative_to(_PACKAGE) and path.parent.name != "wrapt":
+            break
+        frame = frame.f_back
+    return _first_outside(frame)
 
 
 def forward_caller() -> str | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -187,7 +186,7 @@ def inside_transform() -> bool:
 
 
 def _grad_sample_module() -> Any:
-    return importlib.import_module("opacus.grad_sample.grad_sample_module")
+    return importlib.import_module(_STOCK)
 
 
 def stock_hooks_class() -> type:
@@ -206,38 +205,45 @@ def wrapper_classes() -> list[type]:
     return [cls for cls in wrapper.__mro__ if cls.__module__.startswith("opacus.")]
 
 
-_CAPTURING = ("capture_activations_hook", "capture_backprops_hook", "rearrange_grad_samples")
+_STOCK = "opacus.grad_sample.grad_sample_module"
+_GHOST = "opacus.grad_sample.grad_sample_module_fast_gradient_clipping"
 
 
-def _captures_as(cls: type, model: type) -> bool:
+def _methods_come_from(cls: type, module: str, *names: str) -> bool:
+    """Whether the class from which ``cls`` has these methods is one of ``module``'s.
+
+    By name and not by identity, so that classes from before a reload are recognised as well.
+    """
     return all(
-        inspect.getattr_static(cls, name, None) is inspect.getattr_static(model, name)
-        for name in _CAPTURING
+        next((c.__module__ for c in cls.__mro__ if name in vars(c)), None) == module
+        for name in names
     )
 
 
 def uses_stock_hooks(cls: type) -> bool:
     """Whether ``cls`` captures and computes rows exactly as the stock class does."""
-    return _captures_as(cls, stock_hooks_class())
-
-
-def ghost_hooks_class() -> Any:
-    """The class that holds the hooks of ghost clipping, or ``None`` before it existed."""
-    name = "opacus.grad_sample.grad_sample_module_fast_gradient_clipping"
-    try:
-        module: Any = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        return None
-    hooks = getattr(module, "GradSampleHooksFastGradientClipping", None)
-    return hooks or module.GradSampleModuleFastGradientClipping
+    capturing = ("capture_activations_hook", "capture_backprops_hook", "rearrange_grad_samples")
+    return _methods_come_from(cls, _STOCK, *capturing)
 
 
 def uses_ghost_hooks(cls: type) -> bool:
     """Whether ``cls`` computes norms exactly as Opacus's ghost clipping does."""
-    ghost = ghost_hooks_class()
-    return ghost is not None and _captures_as(cls, ghost)
+    capturing = ("capture_activations_hook", "capture_backprops_hook", "get_norm_sample")
+    return _methods_come_from(cls, _GHOST, *capturing) and _methods_come_from(
+        cls, _STOCK, "rearrange_grad_samples"
+    )
+
+
+def ghost_hooks_class() -> Any:
+    """The class that holds the hooks of ghost clipping, or ``None`` before it existed."""
+    try:
+        module: Any = importlib.import_module(_GHOST)
+    except ModuleNotFoundError as error:
+        if error.name != _GHOST:
+            raise
+        return None
+    hooks = getattr(module, "GradSampleHooksFastGradientClipping", None)
+    return hooks or module.GradSampleModuleFastGradientClipping
 
 
 def ghost_loss_class() -> Any:

@@ -78,16 +78,7 @@ class Runtime:
             skipped = self._apply()
         except BaseException as error:
             self._transaction.rollback()
-            self.journal.write(
-                PatchEvent(
-                    action="failed",
-                    severity=Severity.ERROR,
-                    target="Opacus",
-                    cause=type(error).__name__,
-                    body="Activation failed half-way and was undone; training runs unguarded.",
-                )
-            )
-            self.journal.close()
+            self._record_failure(error)
             raise
         for cls in skipped:
             self.journal.write(
@@ -103,10 +94,32 @@ class Runtime:
             body = f"{target} was patched."
             self.journal.write(PatchEvent(action="applied", target=target, body=body))
 
+    def _record_failure(self, error: BaseException) -> None:
+        """In the log only: on stderr the guard itself says so, in one line."""
+        if self.settings.log_dir is not None:
+            self.journal.write(
+                PatchEvent(
+                    action="failed",
+                    severity=Severity.ERROR,
+                    target="Opacus",
+                    cause=type(error).__name__,
+                    body="Activation failed half-way and was undone; training runs unguarded.",
+                )
+            )
+        self.journal.close()
+
     def _apply(self) -> list[str]:
         detach.install(
             self._transaction, self.ledger, lambda error: self.report_internal("detach", error)
         )
+        return self.patch_opacus()
+
+    def patch_opacus(self) -> list[str]:
+        """Patch Opacus, or after a reload of parts of it what is new.
+
+        Returns:
+            Classes of hooked models that were left alone.
+        """
         skipped = self.grad_sample.install(self._transaction)
         ghost.install(self._transaction, self.grad_sample.find)
         self.optimizer.install(self._transaction)

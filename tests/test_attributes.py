@@ -566,10 +566,12 @@ def test_uninstall_after_a_delete():
     """An attribute that is gone stays gone; everything else is given back all the same."""
     with dpguard.install(mode="repair"):
         first, last = Training(), Training()
+        kept = first.inner.defaults
         for training in (first, last):
             del training.dp.defaults
     for training in (first, last):
         assert forwarded(training.dp) == {"defaults"}
+        training.inner.defaults = kept
         assert training.applied_lr() == pytest.approx(0.1, rel=1e-12)
     assert "param_groups" not in vars(DPOptimizer)
 

@@ -98,6 +98,8 @@ class StepAuditor:
         self._coverage: dict[str, list[int]] = {}
         self._first_seen: dict[tuple[object, ...], int] = {}
         self._overdue: DPGuardError | None = None
+        self.steps = 0
+        """Number of logical steps that were taken, over all optimizers."""
         self.last_step: StepAudit | None = None
 
     # -- called by the optimizer patch ---------------------------------------------------------
@@ -135,6 +137,7 @@ class StepAuditor:
     def after_step(self, optimizer: Any, *, stepped: bool) -> None:
         """Close the logical step, unless the physical batch was only accumulated."""
         if stepped:
+            self.steps += 1
             logical = self._steps[optimizer]
             self._steps[optimizer] = _Logical(logical.number + 1, self._settings.audit_every)
             if logical.audited:
@@ -150,11 +153,6 @@ class StepAuditor:
             self._steps[optimizer] = _Logical(logical.number, self._settings.audit_every)
 
     # -- asked by the guard --------------------------------------------------------------------
-
-    @property
-    def steps(self) -> int:
-        """Number of logical steps that were taken, over all optimizers."""
-        return sum(logical.number for logical in self._steps.values())
 
     def flush(self) -> None:
         """Wait for all figures that are on their way."""
@@ -269,6 +267,8 @@ class StepAuditor:
     def _look_at_values(self, logical: _Logical, seen: structure.Coverage) -> None:
         by_device: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
         for name, rows in seen.rows:
+            if not (rows.is_floating_point() or rows.is_complex()):
+                continue  # said already; there is nothing that could be infinite
             by_device.setdefault(rows.device, []).append((name, rows))
         for named in by_device.values():
             names = [name for name, _ in named]

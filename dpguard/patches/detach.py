@@ -110,7 +110,9 @@ class _Attribution:
         frontier = tuple(_calls_above(tensor.grad_fn, stop_at_call=True))
         if not frontier:
             return
-        site = _callsite.caller() or "?"
+        site = _callsite.caller()
+        if site is None:
+            return
         known = (site, frontier)
         upstream = self._known.get(known)
         if upstream is None:

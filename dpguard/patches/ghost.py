@@ -209,4 +209,5 @@ def install(transaction: Transaction, pairing_of: Any) -> None:
             (_compat.ghost_loss_class(), "backward", backward),
         ):
             original = vars(owner)[name]
-            transaction.patch(owner, name, wrapt.FunctionWrapper(original, wrapper))
+            if not isinstance(original, wrapt.FunctionWrapper):
+                transaction.patch(owner, name, wrapt.FunctionWrapper(original, wrapper))

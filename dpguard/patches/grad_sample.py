@@ -480,28 +480,39 @@ class GradSamplePatch:
         self._kinds = kinds
         self._computes = computes
         self._pairings: weakref.WeakSet[Pairing] = weakref.WeakSet()
-        self._stock = _compat.stock_hooks_class()
+        self._patched: set[type] = set()
 
     def install(self, transaction: Transaction) -> list[str]:
         """Patch ``add_hooks`` and ``remove_hooks``; adopt what is hooked already.
+
+        Calling it again patches the classes that a reload of Opacus has made since.
 
         Returns:
             Classes of hooked models that were left alone because they compute rows in their
             own way.
         """
-        stock = self._stock
-        transaction.on_undo("paired models", self._release_all)
+        if not self._patched:
+            transaction.on_undo("paired models", self._release_all)
+        self._patch_stock(transaction, _compat.stock_hooks_class())
+        for cls in _compat.wrapper_classes():
+            self._patch_wrapper(transaction, cls)
+        return self._adopt_living()
+
+    def _patch_stock(self, transaction: Transaction, stock: type) -> None:
+        if stock in self._patched:
+            return
+        self._patched.add(stock)
         for name, wrapper in (("add_hooks", self._add_hooks), ("remove_hooks", self._remove_hooks)):
             original = getattr(stock, name)
             transaction.patch(stock, name, wrapt.FunctionWrapper(original, wrapper))
-        for cls in _compat.wrapper_classes():
-            own = vars(cls)
-            if "forward" in own:
-                _callsite.mark_outer_forward(own["forward"].__code__)
-            if "zero_grad" in own:
-                wrapper = wrapt.FunctionWrapper(own["zero_grad"], self._zero_grad)
-                transaction.patch(cls, "zero_grad", wrapper)
-        return self._adopt_living()
+
+    def _patch_wrapper(self, transaction: Transaction, cls: type) -> None:
+        own = vars(cls)
+        if "forward" in own:
+            _callsite.mark_outer_forward(own["forward"].__code__)
+        if "zero_grad" in own and not isinstance(own["zero_grad"], wrapt.FunctionWrapper):
+            wrapper = wrapt.FunctionWrapper(own["zero_grad"], self._zero_grad)
+            transaction.patch(cls, "zero_grad", wrapper)
 
     def find(self, hooks: Any) -> Pairing | None:
         """The pairing of a hooked model, if it has one."""
@@ -539,7 +550,9 @@ class GradSamplePatch:
         skipped: dict[str, None] = {}
         for candidate in gc.get_objects():
             cls = type(candidate)
-            if not issubclass(cls, self._stock):
+            if not any(issubclass(cls, stock) for stock in self._patched):
+                continue
+            if self.find(candidate) is not None:
                 continue
             if self._kind(cls) is None:
                 skipped[cls.__qualname__] = None

@@ -41,12 +41,19 @@ class OptimizerPatch:
         self._inside: set[int] = set()
         self._instances: weakref.WeakSet[Any] = weakref.WeakSet()
         self._transaction: Transaction | None = None
+        self._wrapped: set[tuple[type, str]] = set()
 
     def install(self, transaction: Transaction) -> None:
-        """Patch ``DPOptimizer`` and all its subclasses, and adopt the instances that exist."""
+        """Patch ``DPOptimizer`` and all its subclasses, and adopt the instances that exist.
+
+        Calling it again patches the classes that a reload of Opacus has made since.
+        """
         base = _compat.optimizer_class()
+        if (base, "__init__") in self._wrapped:
+            return
+        if self._transaction is None:
+            transaction.on_undo("adopted optimizers", self._give_back_all)
         self._transaction = transaction
-        transaction.on_undo("adopted optimizers", self._give_back_all)
         self._forwarding.install(transaction, base)
         original = base.__dict__.get("__init_subclass__")
         if original is None:
@@ -81,8 +88,13 @@ class OptimizerPatch:
         }
         for name, wrapper in wrappers.items():
             original = vars(cls).get(name)
-            if callable(original):
+            if callable(original) and not self._is_wrapped(cls, name):
                 transaction.patch(cls, name, wrapt.FunctionWrapper(original, wrapper))
+                self._wrapped.add((cls, name))
+
+    def _is_wrapped(self, cls: type, name: str) -> bool:
+        """Whether ``cls`` was met before: it may inherit on several ways."""
+        return (cls, name) in self._wrapped
 
     # -- instances ------------------------------------------------------------------------------
 
