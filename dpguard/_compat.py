@@ -234,22 +234,27 @@ def uses_ghost_hooks(cls: type) -> bool:
     )
 
 
-def ghost_hooks_class() -> Any:
-    """The class that holds the hooks of ghost clipping, or ``None`` before it existed."""
+def _attribute_of(module: str, *names: str) -> Any:
+    """The first of these attributes that an optional module of Opacus has, or ``None``."""
     try:
-        module: Any = importlib.import_module(_GHOST)
+        found = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != _GHOST:
+        if error.name != module:
             raise
         return None
-    hooks = getattr(module, "GradSampleHooksFastGradientClipping", None)
-    return hooks or module.GradSampleModuleFastGradientClipping
+    return next((vars(found)[name] for name in names if name in vars(found)), None)
+
+
+def ghost_hooks_class() -> Any:
+    """The class that holds the hooks of ghost clipping, or ``None`` before 1.5."""
+    hooks = "GradSampleHooksFastGradientClipping"  # from 1.6 on
+    return _attribute_of(_GHOST, hooks, "GradSampleModuleFastGradientClipping")
 
 
 def ghost_loss_class() -> Any:
-    """The class whose ``backward()`` runs the two backwards of ghost clipping."""
-    module: Any = importlib.import_module("opacus.utils.fast_gradient_clipping_utils")
-    return module.DPTensorFastGradientClipping
+    """The class whose ``backward()`` runs both backwards, or ``None`` before 1.5.2."""
+    module = "opacus.utils.fast_gradient_clipping_utils"
+    return _attribute_of(module, "DPTensorFastGradientClipping")
 
 
 def norm_sampler(hooks: Any, module: torch.nn.Module) -> Callable[..., Any] | None:

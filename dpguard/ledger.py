@@ -345,7 +345,7 @@ class Ledger:
     def _attribute(self, dead: dict[CallKey, Tally]) -> list[Dead]:
         """Give each dead call to a cut below it, the rest to the lines that made them."""
         found: list[Dead] = []
-        for cut in self._cuts.values():
+        for cut in list(self._cuts.values()):  # other threads cut as well
             mine = [dead.pop(key) for key in list(dead) if key in cut.upstream]
             if mine:
                 found.append(self._dead(cut.site, cut.api, mine))

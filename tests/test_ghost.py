@@ -13,7 +13,7 @@ from truth import plain_copy, rows_of
 
 import dpguard
 
-pytest.importorskip("opacus.grad_sample.grad_sample_module_fast_gradient_clipping")
+pytest.importorskip("opacus.utils.fast_gradient_clipping_utils")
 # Models hooked without a wrapper came with Opacus 1.6.
 WRAP = [True, False] if hasattr(opacus.grad_sample, "GradSampleHooks") else [True]
 C = 0.3

@@ -893,7 +893,7 @@ _wanted = int(os.environ.get("DPGUARD_TEST_PROGRAMS", "0"))
 
 
 @settings(
-    max_examples=_wanted or 400,
+    max_examples=_wanted or 600,
     derandomize=not _wanted,
     deadline=None,
     database=None,

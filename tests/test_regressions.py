@@ -401,6 +401,7 @@ def test_a_functional_transform_of_the_model(guard):
     assert guard.interventions == ()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # by dynamo
 @pytest.mark.parametrize("inner", [True, False])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_models(guard, backend, inner):

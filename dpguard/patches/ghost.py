@@ -202,12 +202,10 @@ def install(transaction: Transaction, pairing_of: Any) -> None:
             pairing.begin()
         return wrapped(*args, **kwargs)
 
-    ghost = _compat.ghost_hooks_class()
-    if ghost is not None:
-        for owner, name, wrapper in (
-            (ghost, "get_norm_sample", get_norm_sample),
-            (_compat.ghost_loss_class(), "backward", backward),
-        ):
-            original = vars(owner)[name]
-            if not isinstance(original, wrapt.FunctionWrapper):
-                transaction.patch(owner, name, wrapt.FunctionWrapper(original, wrapper))
+    for owner, name, wrapper in (
+        (_compat.ghost_hooks_class(), "get_norm_sample", get_norm_sample),
+        (_compat.ghost_loss_class(), "backward", backward),
+    ):
+        original = vars(owner).get(name) if owner is not None else None
+        if original is not None and not isinstance(original, wrapt.FunctionWrapper):
+            transaction.patch(owner, name, wrapt.FunctionWrapper(original, wrapper))

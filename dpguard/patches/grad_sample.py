@@ -13,7 +13,7 @@ import gc
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import wrapt
@@ -170,6 +170,10 @@ def parameters_of(module: torch.nn.Module) -> Iterable[torch.nn.Parameter]:
     return [p for p in module._parameters.values() if p is not None]
 
 
+Registry: TypeAlias = "weakref.WeakValueDictionary[int, Pairing]"
+"""Pairings by the identity of Opacus's object."""
+
+
 class Pairing:
     """Everything about one hooked model.
 
@@ -180,9 +184,7 @@ class Pairing:
             them and calls are only watched.
     """
 
-    def __init__(
-        self, hooks: Any, ledger: Ledger, registry: weakref.WeakSet[Pairing], *, computes: bool
-    ) -> None:
+    def __init__(self, hooks: Any, ledger: Ledger, registry: Registry, *, computes: bool) -> None:
         self.hooks = hooks
         self.ledger = ledger
         self.computes = computes
@@ -191,7 +193,7 @@ class Pairing:
         self._registry = registry
         self._undo: list[Callable[[], None]] = []
         self._parameters: list[torch.nn.Parameter] = []
-        registry.add(self)
+        registry[id(hooks)] = self
 
     # -- attach and release ------------------------------------------------------------------
 
@@ -479,7 +481,7 @@ class GradSamplePatch:
         self._ledger = ledger
         self._kinds = kinds
         self._computes = computes
-        self._pairings: weakref.WeakSet[Pairing] = weakref.WeakSet()
+        self._pairings: Registry = weakref.WeakValueDictionary()
         self._patched: set[type] = set()
 
     def install(self, transaction: Transaction) -> list[str]:
@@ -516,7 +518,8 @@ class GradSamplePatch:
 
     def find(self, hooks: Any) -> Pairing | None:
         """The pairing of a hooked model, if it has one."""
-        return next((pairing for pairing in self._pairings if pairing.hooks is hooks), None)
+        found = self._pairings.get(id(hooks))
+        return found if found is not None and found.hooks is hooks else None
 
     def pairing_of(self, hooks: Any) -> Pairing:
         """The pairing of a hooked model, made if it has none."""
@@ -561,5 +564,5 @@ class GradSamplePatch:
         return list(skipped)
 
     def _release_all(self) -> None:
-        for pairing in list(self._pairings):
+        for pairing in list(self._pairings.values()):
             pairing.release()
