@@ -137,14 +137,14 @@ class Autograd:
     Attributes:
         graph_task_id: number of the backward that runs in this thread, or -1.
         keeps_graph: whether the running backward was asked to retain its graph.
-        accumulates_into: whether the running backward accumulates into a leaf tensor, or will
-            return its gradient.
+        role_of: what the running backward does with a leaf tensor: 0 nothing, 1 accumulate
+            into it, 2 return its gradient (``torch.autograd.grad``).
         on_backward_end: have a function called when the running backward has done all its work.
     """
 
     graph_task_id: Callable[[], int]
     keeps_graph: Callable[[], bool]
-    accumulates_into: Callable[[torch.Tensor], bool]
+    role_of: Callable[[torch.Tensor], int]
     on_backward_end: Callable[[Callable[[], None]], None]
 
 
@@ -155,21 +155,21 @@ def autograd() -> Autograd:
     graph_task_id, will_execute, keeps_graph = map(_engine_function, _ENGINE_FUNCTIONS)
     enable_grad = torch.enable_grad
 
-    def accumulates_into(leaf: Any) -> bool:
+    def role_of(leaf: Any) -> int:
         if not leaf.requires_grad:
-            return False
+            return 0
         with enable_grad():
             node = leaf.view_as(leaf).grad_fn.next_functions[0][0]
         try:
-            return bool(will_execute(node))
+            return int(will_execute(node))
         except RuntimeError:
             # torch refuses the question for a leaf whose gradient autograd.grad() will return.
-            return True
+            return 2
 
     return Autograd(
         graph_task_id=graph_task_id,
         keeps_graph=keeps_graph,
-        accumulates_into=accumulates_into,
+        role_of=role_of,
         on_backward_end=torch.autograd.Variable._execution_engine.queue_callback,
     )
 
@@ -269,6 +269,58 @@ def batch_dimension(module: torch.nn.Module, *, batch_first: bool) -> int:
     """Where the batch is in the inputs and outputs of a hooked module."""
     rnn_linear = getattr(_grad_sample_module(), "RNNLinear", None)
     return 0 if batch_first or type(module) is rnn_linear else 1
+
+
+def is_rnn_linear(module: torch.nn.Module) -> bool:
+    """Whether this is a layer of one of Opacus's recurrent cells."""
+    return type(module) is getattr(_grad_sample_module(), "RNNLinear", None)
+
+
+def is_recurrent(module: torch.nn.Module) -> bool:
+    """Whether this is one of Opacus's recurrent models (DPRNN, DPGRU, DPLSTM)."""
+    base: Any = _attribute_of("opacus.layers.dp_rnn", "DPRNNBase")
+    return base is not None and isinstance(module, base)
+
+
+def cell_layers(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers inside of the cells of a recurrent model."""
+    return [layer for layer in module.modules() if is_rnn_linear(layer)]
+
+
+def is_replayed(module: torch.nn.Module) -> bool:
+    """Whether functorch replays this module to compute its rows."""
+    return "ft_compute_sample_grad" in module.__dict__
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def replay_without_hooks(module: torch.nn.Module, batch_first: bool) -> Callable[[], None]:
+    """Have functorch replay ``module`` itself and not what the user's hooks make of it.
+
+    Opacus copies the module together with its hooks, but records its inputs after the
+    forward-pre hooks and, here, its output before the forward hooks.
+
+    Returns:
+        A function that puts Opacus's own copy back.
+    """
+    prepare: Any = _attribute_of("opacus.grad_sample.functorch", "prepare_layer")
+    original = module.__dict__["ft_compute_sample_grad"]
+    parts = [(part, name, part.__dict__[name]) for part in module.modules() for name in _HOOKS]
+    if not any(hooks for _, _, hooks in parts):
+        return lambda: None
+    try:
+        for part, name, hooks in parts:
+            part.__dict__[name] = type(hooks)()
+        prepare(module, batch_first=batch_first)
+    finally:
+        for part, name, hooks in parts:
+            part.__dict__[name] = hooks
+
+    def undo() -> None:
+        module.__dict__["ft_compute_sample_grad"] = original
+
+    return undo
 
 
 def has_grad_sampler(hooks: Any, module: torch.nn.Module) -> bool:

@@ -63,7 +63,11 @@ class Runtime:
         self.grad_sample = GradSamplePatch(self.ledger, kinds, computes=changes)
         self._forwarding = AttributeForwarding(emit, changes=changes)
         self.optimizer = OptimizerPatch(
-            self.ledger, self.auditor, self._forwarding, _weakly(self.report_internal)
+            self.ledger,
+            self.auditor,
+            self._forwarding,
+            _weakly(self.report_internal),
+            repairs=changes,
         )
         self._transaction = Transaction()
         self._intervened = 0
@@ -165,7 +169,8 @@ class Runtime:
             self._intervened += 1
             self.interventions.append(event)
         elif isinstance(event, Violation):
-            self._violated += 1
+            # The log must not tell how many there were that it may not tell.
+            self._violated += not event.confidential
             self.violations.append(event)
         self.journal.write(event)
 

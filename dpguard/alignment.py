@@ -8,11 +8,12 @@ rows belong to which batch, nothing is filled in.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from dpguard import diagnosis
 from dpguard.ledger import Entry, Ledger
 
 __all__ = ["Alignment", "align"]
@@ -27,12 +28,14 @@ class Alignment:
         missing: have no rows, and none can be filled in.
         condemned: cause and names of those whose rows cannot be right.
         conflict: names of those whose batches cannot be matched with the others'.
+        conflict_cause: why not.
     """
 
     unused: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     condemned: tuple[tuple[str, tuple[str, ...]], ...] = ()
     conflict: tuple[str, ...] = ()
+    conflict_cause: str = diagnosis.BATCHES_OVERLAP
 
 
 def align(ledger: Ledger, parameters: Sequence[torch.nn.Parameter], *, fill: bool) -> Alignment:
@@ -56,60 +59,32 @@ def align(ledger: Ledger, parameters: Sequence[torch.nn.Parameter], *, fill: boo
             missing.append(parameter)
         if rows is not None:
             present.append(parameter)
-    found = Alignment(condemned=tuple((cause, tuple(names)) for cause, names in condemned.items()))
-    if found.condemned or (not missing and _counts_agree(present)):
-        return found
-    return _fill(ledger, present, missing, fill=fill)
+    if condemned:
+        causes = tuple((cause, tuple(names)) for cause, names in condemned.items())
+        return Alignment(condemned=causes)
+    if not present or not all(ledger.is_paired(p) for p in parameters):
+        return Alignment(missing=tuple(ledger.name_of(p) for p in missing))
+    return _match(ledger, parameters, fill=fill)
 
 
-def _batches(parameter: torch.nn.Parameter) -> int:
-    rows = parameter.grad_sample  # type: ignore[attr-defined]
-    return len(rows) if isinstance(rows, list) else 1
-
-
-def _counts_agree(parameters: Sequence[torch.nn.Parameter]) -> bool:
-    return len({_batches(parameter) for parameter in parameters}) <= 1
-
-
-def _fill(
-    ledger: Ledger,
-    present: Sequence[torch.nn.Parameter],
-    missing: Sequence[torch.nn.Parameter],
-    *,
-    fill: bool,
-) -> Alignment:
-    names = tuple(ledger.name_of(p) for p in missing)
-    if not present or not all(ledger.is_paired(p) for p in [*present, *missing]):
-        return Alignment(missing=names)
-    entries = [ledger.entries_of(p) for p in present]
-    if len({len(mine) for mine in entries}) == 1:
-        if fill:
-            for parameter in missing:
-                _set_entries(ledger, parameter, [None] * len(entries[0]), entries[0])
-        return Alignment(unused=names)
-    return _fill_by_segment(ledger, [*present, *missing], fill=fill)
-
-
-def _fill_by_segment(
-    ledger: Ledger, parameters: Sequence[torch.nn.Parameter], *, fill: bool
-) -> Alignment:
-    """Parameters took part in different batches: place each one's rows by segment."""
+def _match(ledger: Ledger, parameters: Sequence[torch.nn.Parameter], *, fill: bool) -> Alignment:
+    """Place each parameter's rows by the batch they belong to."""
     groups = _groups(ledger, parameters)
-    placed: list[tuple[torch.nn.Parameter, list[Entry | None]]] = []
-    conflict: list[str] = []
-    for parameter in parameters:
-        places = _place(ledger.entries_of(parameter), groups)
-        if places is None:
-            conflict.append(ledger.name_of(parameter))
-        else:
-            placed.append((parameter, places))
-    if conflict:
-        return Alignment(conflict=tuple(conflict))
-    template = [_any_entry(places[i] for _, places in placed) for i in range(len(groups))]
-    unused = [(p, places) for p, places in placed if None in places]
+    placed = [(p, _place(ledger.entries_of(p), groups)) for p in parameters]
+    torn = tuple(ledger.name_of(p) for p, places in placed if places is None)
+    if torn:
+        return Alignment(conflict=torn, conflict_cause=diagnosis.BATCHES_OVERLAP)
+    whole = [(p, places) for p, places in placed if places is not None]
+    complete = [places for _, places in whole if None not in places]
+    if not complete:
+        # Nothing tells two batches from two parts of one. Zero rows would let each person
+        # count twice in the one case, matching by position would mix people in the other.
+        names = tuple(ledger.name_of(p) for p in parameters)
+        return Alignment(conflict=names, conflict_cause=diagnosis.BATCHES_UNRELATED)
+    unused = [(p, places) for p, places in whole if None in places]
     if fill:
         for parameter, places in unused:
-            _set_entries(ledger, parameter, places, template)
+            _set_entries(ledger, parameter, places, complete[0])
     return Alignment(unused=tuple(ledger.name_of(p) for p, _ in unused))
 
 
@@ -138,27 +113,27 @@ def _place(
     return places
 
 
-def _any_entry(entries: Iterable[Entry | None]) -> Entry:
-    return next(entry for entry in entries if entry is not None)
-
-
 def _set_entries(
     ledger: Ledger,
     parameter: torch.nn.Parameter,
     places: Sequence[Entry | None],
-    template: Sequence[Entry],
+    template: Sequence[Entry | None],
 ) -> None:
     """Publish a parameter's entries with zero rows where it has none."""
     state = ledger.state(parameter)
     tensors: list[torch.Tensor] = []
     entries: list[Entry] = []
     for mine, other in zip(places, template, strict=True):
-        rows = _rows(other) if mine is None else _rows(mine)
+        entry = mine or other
+        if entry is None:
+            raise RuntimeError("no parameter has rows in a batch")
+        rows = _rows(entry)
         if mine is None:
             zero = torch.zeros((), dtype=parameter.dtype, device=parameter.device)
             rows = zero.expand(len(rows), *parameter.shape)
+            entry = Entry(rows, entry.first, entry.last)
         tensors.append(rows)
-        entries.append(mine or Entry(rows, other.first, other.last))
+        entries.append(entry)
     state.entries = entries
     state.publish(parameter, tensors)
     if parameter.grad is None:

@@ -30,6 +30,7 @@ ROW_DTYPE = "row_dtype"
 ROW_DEVICE = "row_device"
 ROWS_NOT_FINITE = "rows_not_finite"
 BATCHES_OVERLAP = "batches_overlap"
+BATCHES_UNRELATED = "batches_unrelated"
 
 OPACUS_NO_ACCUMULATION = (
     "Poisson sampling is not compatible with grad accumulation. "
@@ -130,6 +131,12 @@ _DIAGNOSES = {
     ROWS_NOT_FINITE: Diagnosis(
         "per-sample gradients are not finite",
         "find the samples that make the loss overflow; one of them makes the whole update NaN",
+    ),
+    BATCHES_UNRELATED: Diagnosis(
+        "different parameters were backpropagated in different forward/backward rounds and none "
+        "took part in all of them, so it cannot be said whether the rounds saw the same people",
+        "run all forwards of a batch before its first backward, or call optimizer.step() and "
+        "optimizer.zero_grad() between batches",
     ),
     BATCHES_OVERLAP: Diagnosis(
         "some layers were backpropagated across several accumulated batches and others once per "

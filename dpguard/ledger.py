@@ -49,12 +49,14 @@ class Tally:
 class Entry:
     """One group of people: which segments it spans, and (weakly) its rows."""
 
-    __slots__ = ("_rows", "first", "last", "owned")
+    __slots__ = ("_rows", "captured", "first", "last", "owned")
 
     def __init__(self, rows: torch.Tensor, first: int, last: int, *, owned: bool = False) -> None:
         self._rows = weakref.ref(rows)
         self.first = first
         self.last = last
+        self.captured = False
+        """Whether the rows come from a backward that left ``p.grad`` alone."""
         self.owned = owned
         """Whether the tensor is ours to change in place, and not one a sampler returned."""
 
@@ -85,12 +87,15 @@ class Entry:
 class ParameterState:
     """What the ledger knows about one parameter."""
 
-    __slots__ = ("condemned", "entries", "epoch", "name", "paired", "ref")
+    __slots__ = ("condemned", "entries", "epoch", "hooked", "name", "paired", "ref")
 
     def __init__(self, parameter: torch.Tensor, forget: Callable[[Any], None]) -> None:
         self.ref = weakref.ref(parameter, forget)
         self.name = f"<unnamed {tuple(parameter.shape)}>"
+        self.hooked = False
+        """Whether it belongs to a model that Opacus wrapped."""
         self.paired = False
+        """Whether its rows are computed here."""
         self.entries: list[Entry] = []
         self.epoch = 0
         self.condemned: str | None = None
@@ -110,20 +115,39 @@ class ParameterState:
         """Make ``p.grad_sample`` what Opacus expects: a tensor, or a list if accumulated."""
         parameter.grad_sample = tensors[0] if len(tensors) == 1 else tensors  # type: ignore[attr-defined]
 
-    def add(self, parameter: torch.Tensor, rows: torch.Tensor, opened: int, now: int) -> None:
+    def add(
+        self,
+        parameter: torch.Tensor,
+        rows: torch.Tensor,
+        opened: int,
+        now: int,
+        *,
+        captured: bool = False,
+    ) -> None:
         """Add the rows of a call opened in segment ``opened``, now being segment ``now``.
+
+        Rows follow ``p.grad``: those of ``torch.autograd.grad(loss, parameters)`` stand only as
+        long as no backward accumulates into the parameter.
 
         Args:
             parameter: the parameter, of shape ``S``.
             rows: its per-sample gradients, of shape ``(B, *S)``.
             opened: segment in which the forward call was made.
             now: segment that is current.
+            captured: the backward returns the gradient and leaves ``p.grad`` alone.
         """
         tensors = self.sync(parameter)
+        if captured and any(not entry.captured for entry in self.entries):
+            return
+        if not captured and any(entry.captured for entry in self.entries):
+            tensors = [t for t, e in zip(tensors, self.entries, strict=True) if not e.captured]
+            self.entries = [entry for entry in self.entries if not entry.captured]
         opened = max(opened, self.epoch)
         spanned = [i for i, entry in enumerate(self.entries) if entry.last >= opened]
         if not spanned:
-            self.entries.append(Entry(rows, opened, now))
+            entry = Entry(rows, opened, now)
+            entry.captured = captured
+            self.entries.append(entry)
             tensors.append(rows)
         else:
             tensors = self._merge(tensors, spanned, rows, opened, now)
@@ -178,7 +202,7 @@ _TASKS_KEPT = 64
 class GraphTask:
     """What one run of the autograd engine does, asked once per parameter."""
 
-    __slots__ = ("_executes", "id", "keeps_graph", "owners", "published")
+    __slots__ = ("_roles", "id", "keeps_graph", "owners", "published")
 
     def __init__(self, task_id: int) -> None:
         self.id = task_id
@@ -186,15 +210,21 @@ class GraphTask:
         self.published: set[int] = set()
         self.owners: set[int] = set()
         """Identities of the models of which a call was met in this backward."""
-        self._executes: dict[int, bool] = {}
+        self._roles: dict[int, int] = {}
 
     def executes(self, parameter: torch.Tensor) -> bool:
-        """Whether this backward accumulates into ``parameter`` (or returns its gradient)."""
+        """Whether this backward accumulates into ``parameter`` or returns its gradient."""
+        return self._role(parameter) > 0
+
+    def captures(self, parameter: torch.Tensor) -> bool:
+        """Whether this backward only returns the gradient, leaving ``p.grad`` alone."""
+        return self._role(parameter) > 1
+
+    def _role(self, parameter: torch.Tensor) -> int:
         key = id(parameter)
-        found = self._executes.get(key)
+        found = self._roles.get(key)
         if found is None:
-            found = _autograd.accumulates_into(parameter)
-            self._executes[key] = found
+            found = self._roles[key] = _autograd.role_of(parameter)
         return found
 
 
@@ -215,11 +245,18 @@ class Ledger:
 
     # -- forward ---------------------------------------------------------------------------
 
-    def open(self, module: torch.nn.Module, name: str, site: str | None) -> Tally:
-        """Note a call of ``module`` and return the tally it belongs to."""
+    def boundary(self) -> None:
+        """A hooked module is called: after a backward, this begins the next segment.
+
+        Calls under ``no_grad`` count as well: those of a reentrant checkpoint are recorded only
+        when they are recomputed, inside of a backward.
+        """
         if self._closed and _autograd.graph_task_id() == -1:
             self.segment += 1
             self._closed = False
+
+    def open(self, module: torch.nn.Module, name: str, site: str | None) -> Tally:
+        """Note a call of ``module`` and return the tally it belongs to."""
         key = (id(module), site, module.training)
         tally = self.open_calls.get(key)
         if tally is None or tally.module() is not module:
@@ -280,14 +317,21 @@ class Ledger:
         state = self.known(parameter)
         return state is not None and state.paired
 
+    def is_hooked(self, parameter: torch.Tensor) -> bool:
+        """Whether ``parameter`` belongs to a model that Opacus wrapped."""
+        state = self.known(parameter)
+        return state is not None and state.hooked
+
     def name_of(self, parameter: torch.Tensor) -> str:
         """Qualified name of ``parameter`` in its model, or its shape if it has none."""
         return self.state(parameter).name
 
-    def add_rows(self, parameter: torch.Tensor, rows: torch.Tensor, opened: int) -> ParameterState:
+    def add_rows(
+        self, parameter: torch.Tensor, rows: torch.Tensor, opened: int, *, captured: bool
+    ) -> ParameterState:
         """Publish rows of shape ``(B, *p.shape)`` that belong to a call of segment ``opened``."""
         state = self.state(parameter)
-        state.add(parameter, rows, opened, self.segment)
+        state.add(parameter, rows, opened, self.segment, captured=captured)
         self._closed = True
         return state
 

@@ -745,6 +745,8 @@ def _aligned(groups, trainable, model):
         aligned[name] = places
     if any(len(size) > 1 for size in sizes):
         return "different numbers of rows in one batch"
+    if not any(all(places) for places in aligned.values()):
+        return "nothing tells two batches from two parts of one"
     shapes = {name: (p.shape, p.dtype) for name, p in model.named_parameters()}
     return {
         name: [

@@ -85,7 +85,7 @@ def _row_tensors(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
 
 
 def _why_missing(ledger: Ledger, parameter: torch.nn.Parameter) -> str:
-    return diagnosis.BYPASSED if ledger.known(parameter) else diagnosis.NOT_HOOKED
+    return diagnosis.BYPASSED if ledger.is_hooked(parameter) else diagnosis.NOT_HOOKED
 
 
 def _misfits(parameter: torch.nn.Parameter, rows: torch.Tensor) -> list[tuple[str, str]]:

@@ -20,7 +20,7 @@ from dpguard.ledger import Dead, Ledger
 
 __all__ = ["StepAuditor"]
 
-_PRIVACY = frozenset({diagnosis.ROW_COUNT, diagnosis.BATCHES_OVERLAP})
+_PRIVACY = frozenset({diagnosis.ROW_COUNT, diagnosis.BATCHES_OVERLAP, diagnosis.BATCHES_UNRELATED})
 """Causes with which rows no longer belong to one person each: the guarantee does not hold."""
 
 _MISSING = frozenset(
@@ -30,6 +30,7 @@ _MISSING = frozenset(
         diagnosis.GRAPH_FREED,
         diagnosis.INPUTS_DROPPED,
         diagnosis.NO_BACKWARD,
+        diagnosis.NOT_HOOKED,
         diagnosis.SEVERAL_OUTPUTS,
     }
 )
@@ -132,6 +133,8 @@ class StepAuditor:
         if logical.audited:
             self._look_at_values(logical, seen)
             self._collector.drain()
+            if self._overdue is not None:
+                self._close_refused(logical)
             self._raise_overdue()
 
     def after_step(self, optimizer: Any, *, stepped: bool) -> None:
@@ -214,6 +217,12 @@ class StepAuditor:
             )
         )
 
+    def _close_refused(self, logical: _Logical) -> None:
+        """The audit of a step that is refused: it will have no end of its own."""
+        self._cover(logical)
+        self.last_step = logical.audit()
+        self._emit(self.last_step)
+
     def _raise_overdue(self) -> None:
         """Raise what was found about an earlier step once its figures had arrived."""
         if self._overdue is not None:
@@ -228,9 +237,7 @@ class StepAuditor:
         for violation in violations:
             error = self._error_for(violation)
             if error is not None:
-                self._cover(logical)
-                self.last_step = logical.audit()
-                self._emit(self.last_step)
+                self._close_refused(logical)
                 raise error
 
     def _error_for(self, violation: Violation) -> DPGuardError | None:
@@ -314,7 +321,7 @@ def _failures(alignment: Alignment) -> list[structure.Failure]:
     ]
     if alignment.conflict:
         found.append(
-            structure.Failure(structure.ROWS, diagnosis.BATCHES_OVERLAP, alignment.conflict)
+            structure.Failure(structure.ROWS, alignment.conflict_cause, alignment.conflict)
         )
     return found
 

@@ -47,7 +47,9 @@ class ForwardedAttribute:
         if self.name in own or self._forwarding.is_constructing(instance):
             own[self.name] = value
         else:
-            setattr(self._inner(instance), self.name, value)
+            inner = self._inner(instance)
+            setattr(inner, self.name, value)
+            self._forwarding.note_write(instance, self.name, getattr(inner, self.name, value))
 
     def __delete__(self, instance: Any) -> None:
         if self.name in instance.__dict__:
@@ -142,13 +144,20 @@ class AttributeForwarding:
             seen[name] = value
             self._report(instance, name, value)
 
+    def note_write(self, instance: Any, name: str, value: Any) -> None:
+        """What was written through the wrapper is no divergence."""
+        seen = instance.__dict__.get(_SEEN)
+        if seen is not None and name in seen:
+            seen[name] = value
+
     def give_back(self, instance: Any) -> None:
         """The twin of :meth:`adopt`: plain aliases again, of what is applied now."""
         seen = instance.__dict__.pop(_SEEN, None) or {}
         inner = instance.__dict__.get("original_optimizer")
         for name in seen:
-            if name not in instance.__dict__:
-                instance.__dict__[name] = getattr(inner, name)
+            value = getattr(inner, name, ABSENT)
+            if name not in instance.__dict__ and value is not ABSENT:
+                instance.__dict__[name] = value
 
     def check(self, instance: Any) -> None:
         """In ``observe``: report aliases that have diverged since the last look."""

@@ -91,6 +91,9 @@ class GhostPairing(Pairing):
         if sampler is None or not record.batch or len(alone) < len(wanted):
             self._take_rows(record, arranged, wanted)
             return
+        if record.order is not None:
+            self._take_rows(record, arranged, wanted)
+            return
         activations, backprops = arranged
         norms = sampler(record.module, activations, backprops)
         if any(parameter not in norms for parameter in wanted):
@@ -106,7 +109,7 @@ class GhostPairing(Pairing):
     def _take_rows(
         self, record: Record, arranged: Arranged, wanted: list[torch.nn.Parameter]
     ) -> None:
-        for parameter, rows in self._rows(record.module, record.batch, arranged, wanted).items():
+        for parameter, rows in self._rows(record, arranged, wanted).items():
             found = self._found.setdefault(id(parameter), _Contribution())
             self._materialise(found, parameter)
             found.add_rows(rows)
@@ -121,14 +124,7 @@ class GhostPairing(Pairing):
             self._condemn(parameter, diagnosis.GRAPH_FREED)
             return
         (record, arranged), found.call, found.norm = found.call, None, None
-        found.rows = self._rows(record.module, record.batch, arranged, [parameter])[parameter]
-
-    def condemn(self, record: Record, cause: str) -> None:
-        """The norms of this call's parameters cannot be right."""
-        task = self.ledger.task()
-        for parameter in parameters_of(record.module):
-            if task.executes(parameter):
-                self._condemn(parameter, cause)
+        found.rows = self._rows(record, arranged, [parameter])[parameter]
 
     def _on_backward_end(self, task: GraphTask) -> None:
         if not self.computes:

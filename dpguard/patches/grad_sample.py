@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 import torch
 import wrapt
+from torch.nn.utils.rnn import PackedSequence
 
 from dpguard import _callsite, _compat, diagnosis
 from dpguard.ledger import GraphTask, Ledger, Tally
@@ -39,12 +40,13 @@ class Record:
     __slots__ = (
         "activations",
         "batch",
-        "created_graph",
         "hook",
         "index",
         "module",
+        "order",
         "segment",
         "tally",
+        "trained",
         "uncounted",
     )
 
@@ -55,12 +57,14 @@ class Record:
         self.module = module
         self.index = index
         self.tally = tally
+        self.trained = frozenset(id(p) for p in parameters_of(module) if p.requires_grad)
+        """Parameters through which this call's graph leads; freezing later changes nothing."""
         self.segment = hook.pairing.ledger.segment
         self.uncounted = hook.pairing.ledger.count_open(tally)
         """Whether the tally still waits for the first backprop of this call."""
-        self.created_graph: int | None = None
         self.activations: list[Any] | None = None
         self.batch = 0
+        self.order = hook.pairing.orders.get(id(module))
         if hook.computes:
             self.activations = [_detach(a) if isinstance(a, torch.Tensor) else a for a in inputs]
             self.batch = hook.pairing.batch_size(module, self.activations)
@@ -97,15 +101,29 @@ class ForwardHook:
         self.name = name
         self.computes = computes
 
-    def __call__(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Record the call if a backward can come of it."""
+    def __call__(
+        self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> torch.Tensor | None:
+        """Record the call if a backward can come of it.
+
+        Returns:
+            What takes the place of the output, if it has to be replaced.
+        """
         pairing = self.pairing
+        if _compat.inside_transform():
+            return None
+        pairing.ledger.boundary()
         if not pairing.hooks.hooks_enabled or not torch.is_grad_enabled():
-            return
+            return None
         outputs = _differentiable(output)
-        if outputs and any(p.requires_grad for p in parameters_of(module)):
-            inputs = _in_order(module, args, kwargs) if kwargs else args
-            self._record(module, inputs, outputs)
+        if not outputs or not any(p.requires_grad for p in parameters_of(module)):
+            return None
+        inputs = _in_order(module, args, kwargs) if kwargs else args
+        replaced = None
+        if self.computes and isinstance(output, torch.Tensor) and output._is_view():
+            replaced = _own_output(output, [*inputs, *parameters_of(module)])
+        self._record(module, inputs, outputs if replaced is None else [replaced])
+        return replaced
 
     def _record(self, module: torch.nn.Module, inputs: Any, outputs: list[torch.Tensor]) -> None:
         tally = self.pairing.ledger.open(module, self.name, _callsite.forward_caller())
@@ -149,6 +167,21 @@ def _in_order(module: torch.nn.Module, args: Any, kwargs: Any) -> list[Any]:
     return [*bound.args, *bound.kwargs.values()]
 
 
+def _own_output(output: torch.Tensor, others: Sequence[Any]) -> torch.Tensor | None:
+    """The same values and storage with a node that an in-place operation cannot drop.
+
+    A change in place of a view gives the view a new node, and the one with the record would not
+    be met again. Views of what somebody else holds are left alone: there, the change in place
+    has to reach the base.
+    """
+    storage = output.untyped_storage().data_ptr()
+    for other in others:
+        if isinstance(other, torch.Tensor) and other.untyped_storage().data_ptr() == storage:
+            return None
+    owned: torch.Tensor = torch.ops.aten._unsafe_view(output, output.shape)
+    return owned
+
+
 def _differentiable(output: Any) -> list[torch.Tensor]:
     """The tensors in a module's output that a backward can reach, in order, each once."""
     if isinstance(output, torch.Tensor):
@@ -184,12 +217,23 @@ class Pairing:
             them and calls are only watched.
     """
 
-    def __init__(self, hooks: Any, ledger: Ledger, registry: Registry, *, computes: bool) -> None:
+    def __init__(
+        self,
+        hooks: Any,
+        ledger: Ledger,
+        registry: Registry,
+        loss_reduction: str,
+        batch_first: bool,
+        *,
+        computes: bool,
+    ) -> None:
         self.hooks = hooks
         self.ledger = ledger
         self.computes = computes
-        self.loss_reduction: str = hooks.loss_reduction
-        self.batch_first: bool = hooks.batch_first
+        self.loss_reduction = loss_reduction
+        self.batch_first = batch_first
+        self.orders: dict[int, torch.Tensor] = {}
+        """For layers of a recurrent cell fed with packed sequences: from rows to samples."""
         self._registry = registry
         self._undo: list[Callable[[], None]] = []
         self._parameters: list[torch.nn.Parameter] = []
@@ -200,15 +244,44 @@ class Pairing:
     def attach(self) -> None:
         """Put our forward hooks where Opacus's are and take its backward hooks off."""
         owners = _hook_dictionaries(self.hooks._module)
+        if self.computes:
+            self._prepare_modules()
+        served: set[int] = set()
         for registered, key in _handles(self.hooks):
             if key not in registered:
                 continue
             name, module, forward = owners[id(registered)]
+            again = forward and id(module) in served
+            if forward:
+                served.add(id(module))
             if self.computes:
                 self._undo.append(_restorer(registered, key, registered[key]))
-                self._take_over(module, registered, key, name, forward=forward)
-            elif forward:
+                if again:
+                    # Opacus hooks a module once for each place at which it is registered.
+                    del registered[key]
+                else:
+                    self._take_over(module, registered, key, name, forward=forward)
+            elif forward and not again:
                 self._watch(module, name)
+
+    def _prepare_modules(self) -> None:
+        for module in self.hooks._module.modules():
+            if _compat.is_recurrent(module):
+                handle = module.register_forward_pre_hook(self._learn_packing)
+                self._undo.append(handle.remove)
+            elif _compat.is_replayed(module):
+                self._undo.append(_compat.replay_without_hooks(module, self.batch_first))
+
+    def _learn_packing(self, module: torch.nn.Module, args: Any) -> None:
+        """Before a recurrent model runs: how the rows of its cells map to samples."""
+        packed = args[0] if args and isinstance(args[0], PackedSequence) else None
+        order = packed.unsorted_indices if packed is not None else None
+        for layer in _compat.cell_layers(module):
+            # Opacus leaves this behind when a forward is not backpropagated.
+            layer.__dict__.pop("max_batch_len", None)
+            self.orders.pop(id(layer), None)
+            if order is not None:
+                self.orders[id(layer)] = order
 
     def _take_over(
         self, module: torch.nn.Module, registered: Any, key: int, name: str, *, forward: bool
@@ -258,16 +331,18 @@ class Pairing:
         for name, parameter in self.hooks._module.named_parameters():
             self._parameters.append(parameter)
             state = self.ledger.state(parameter)
-            state.name, state.paired = name, self.computes
+            state.name, state.paired, state.hooked = name, self.computes, True
 
     def copy_for(self, memo: dict[int, Any]) -> Pairing:
         """The pairing of a deep copy of the model that is being made."""
         copied = memo.get(id(self))
         if copied is None:
             hooks = copy.deepcopy(self.hooks, memo)
-            copied = type(self)(hooks, self.ledger, self._registry, computes=self.computes)
-            copied.loss_reduction = self.loss_reduction
-            copied.batch_first = self.batch_first
+            # Opacus's object may be half-copied yet: nothing is asked of it here.
+            reductions = (self.loss_reduction, self.batch_first)
+            copied = type(self)(
+                hooks, self.ledger, self._registry, *reductions, computes=self.computes
+            )
             memo[id(self)] = copied
         found: Pairing = copied
         return found
@@ -283,7 +358,7 @@ class Pairing:
         The last input, as Opacus: for ``EmbeddingBag`` that is ``offsets``, one per sample.
         """
         packed = module.__dict__.get("max_batch_len")
-        if packed is not None:
+        if packed is not None and _compat.is_rnn_linear(module):
             return int(packed)
         dimension = _compat.batch_dimension(module, batch_first=self.batch_first)
         for activation in reversed(activations):
@@ -297,8 +372,10 @@ class Pairing:
         """Compute and publish the rows of one call."""
         task = self._enter()
         if torch.is_grad_enabled():
-            record.created_graph = task.id
-        wanted = [p for p in parameters_of(record.module) if task.executes(p)]
+            self.condemn(record, diagnosis.DOUBLE_BACKWARD)
+        wanted = [
+            p for p in parameters_of(record.module) if id(p) in record.trained and task.executes(p)
+        ]
         if not wanted:
             return
         if record.uncounted:
@@ -307,8 +384,6 @@ class Pairing:
         if not record.hook.computes:
             task.published.update(id(p) for p in wanted)
             return
-        if record.created_graph not in (None, task.id):
-            self.condemn(record, diagnosis.DOUBLE_BACKWARD)
         if record.activations is None:
             self.condemn(record, diagnosis.GRAPH_FREED)
             return
@@ -357,12 +432,12 @@ class Pairing:
 
     def _rows(
         self,
-        module: torch.nn.Module,
-        batch: int,
+        record: Record,
         arranged: tuple[list[Any], torch.Tensor],
         wanted: list[torch.nn.Parameter],
     ) -> dict[torch.nn.Parameter, torch.Tensor]:
         """Opacus's own computation, for the parameters that are wanted."""
+        module, batch = record.module, record.batch
         if not batch:
             # Several of Opacus's samplers cannot reshape an empty batch.
             return {p: p.new_zeros((0, *p.shape)) for p in wanted}
@@ -370,7 +445,12 @@ class Pairing:
         found = _compat.grad_sampler(self.hooks, module)(module, activations, backprops)
         names = {id(p) for p in wanted}
         found = {p: rows for p, rows in found.items() if id(p) in names}
-        return _separate(found, batch, backprops)
+        held = [t for t in (*activations, backprops) if isinstance(t, torch.Tensor)]
+        rows = _separate(found, batch, held)
+        if record.order is None:
+            return rows
+        # Packed sequences are sorted by length; the other layers see the user's order.
+        return {p: mine.index_select(0, record.order) for p, mine in rows.items()}
 
     def _take(
         self,
@@ -380,39 +460,44 @@ class Pairing:
         wanted: list[torch.nn.Parameter],
     ) -> None:
         """Publish the rows of one call."""
-        rows = self._rows(record.module, record.batch, arranged, wanted)
+        rows = self._rows(record, arranged, wanted)
         for parameter, mine in rows.items():
-            state = self.ledger.add_rows(parameter, mine, record.segment)
+            state = self.ledger.add_rows(
+                parameter, mine, record.segment, captured=task.captures(parameter)
+            )
             task.published.add(id(parameter))
             if len(state.entries) > 1 and not _compat.allows_accumulation(self.hooks):
                 raise ValueError(diagnosis.OPACUS_NO_ACCUMULATION)
 
     def condemn(self, record: Record, cause: str) -> None:
         """The rows of this call's parameters cannot be right: the step must be refused."""
-        task = self.ledger.task()
         for parameter in parameters_of(record.module):
-            if task.executes(parameter):
-                self.ledger.state(parameter).condemned = cause
+            if id(parameter) in record.trained:
+                self._condemn(parameter, cause)
+
+    def _condemn(self, parameter: torch.Tensor, cause: str) -> None:
+        state = self.ledger.state(parameter)
+        state.condemned = state.condemned or cause
 
     def _on_backward_end(self, task: GraphTask) -> None:
         """Notice parameters that this backward gave a gradient but no rows."""
         self.ledger.end_task(task)
         for parameter in self._parameters:
             if id(parameter) not in task.published and task.executes(parameter):
-                self.ledger.state(parameter).condemned = diagnosis.BYPASSED
+                self._condemn(parameter, diagnosis.BYPASSED)
 
 
 def _separate(
-    found: Mapping[torch.nn.Parameter, torch.Tensor], batch: int, backprops: torch.Tensor
+    found: Mapping[torch.nn.Parameter, torch.Tensor], batch: int, held: Sequence[torch.Tensor]
 ) -> dict[torch.nn.Parameter, torch.Tensor]:
     """Rows as tensors of their own with one row per sample of the batch.
 
-    A sampler may return the backprops themselves (a bias) or one tensor for two parameters;
+    A sampler may return what it was given (a bias: the backprops) or one tensor for two;
     Opacus copies every result. With packed sequences a time step has rows for the first few
     samples only.
     """
     separate: dict[torch.nn.Parameter, torch.Tensor] = {}
-    taken = {backprops.data_ptr()}
+    taken = {tensor.data_ptr() for tensor in held}
     for parameter, rows in found.items():
         mine = _resized(rows, batch)
         if mine.data_ptr() in taken:
@@ -527,7 +612,8 @@ class GradSamplePatch:
         if found is not None:
             return found
         kind = self._kind(type(hooks)) or Pairing
-        return kind(hooks, self._ledger, self._pairings, computes=self._computes)
+        reductions = (hooks.loss_reduction, hooks.batch_first)
+        return kind(hooks, self._ledger, self._pairings, *reductions, computes=self._computes)
 
     def _kind(self, cls: type) -> type[Pairing] | None:
         """How models hooked by ``cls`` are paired; ``None`` if it has hooks of its own."""

@@ -32,7 +32,10 @@ class OptimizerPatch:
         auditor: StepAuditor,
         forwarding: AttributeForwarding,
         report: Callable[[str, Exception], None],
+        *,
+        repairs: bool,
     ) -> None:
+        self._repairs = repairs
         self._ledger = ledger
         self._auditor = auditor
         self._forwarding = forwarding
@@ -121,7 +124,14 @@ class OptimizerPatch:
     # -- steps ----------------------------------------------------------------------------------
 
     def _zero_grad(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        self._ledger.forgive(instance.params)
+        parameters = [p for group in instance.param_groups for p in group["params"]]
+        self._ledger.forgive(parameters)
+        if self._repairs:
+            for parameter in parameters:
+                # Opacus clears those that are trainable now; rows of one that was frozen in
+                # between would be used as an extra batch once it thaws.
+                if not parameter.requires_grad and hasattr(parameter, "grad_sample"):
+                    parameter.grad_sample = None
         return wrapped(*args, **kwargs)
 
     def _pre_step(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
