@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,7 @@ __all__ = [
     "autograd",
     "batch_dimension",
     "clips_rows",
+    "eager",
     "ghost_hooks_class",
     "ghost_loss_class",
     "grad_sampler",
@@ -172,6 +174,31 @@ def autograd() -> Autograd:
         role_of=role_of,
         on_backward_end=torch.autograd.Variable._execution_engine.queue_callback,
     )
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def eager(function: _F) -> _F:
+    """Have dynamo neither trace nor compile ``function``; as with Opacus's hooks the graph breaks.
+
+    ``torch._dynamo`` is not imported for it: its own decorator is applied once it is there.
+    """
+    disabled: Callable[..., Any] | None = None
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal disabled
+        if disabled is None:
+            dynamo = sys.modules.get("torch._dynamo")
+            if not hasattr(dynamo, "disable"):
+                return function(*args, **kwargs)
+            disabled = dynamo.disable(function)  # type: ignore[union-attr]
+            importlib.import_module("torch._dynamo.eval_frame").skip_code(call.__code__)  # type: ignore[attr-defined]
+        return disabled(*args, **kwargs)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return cast("_F", call)
 
 
 def inside_transform() -> bool:

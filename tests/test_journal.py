@@ -123,7 +123,7 @@ def test_open_refuses_what_cannot_be_written(tmp_path, name):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_text("")
-    with pytest.raises(SettingsError, match=rf"DPGUARD_LOG: .*{name}.*\(ENOTDIR\)"):
+    with pytest.raises(SettingsError, match=rf"DPGUARD_LOG .*{name}.*\(ENOTDIR\)"):
         Journal.open(Settings(log_dir=tmp_path / "log", run_id="run"))
 
 

@@ -101,7 +101,9 @@ def test_file_in_place_of_the_directory(tmp_path, below):
     with pytest.raises(SettingsError) as caught:
         check_log_dir(path)
     message = str(caught.value)
-    assert message.startswith(f"DPGUARD_LOG: the directory {str(path)!r} cannot be written: ")
+    assert message.startswith(
+        f"DPGUARD_LOG (log_dir): the directory {str(path)!r} cannot be written: "
+    )
     assert "Not a directory (ENOTDIR). Name a directory that" in message
 
 

@@ -101,6 +101,7 @@ class ForwardHook:
         self.name = name
         self.computes = computes
 
+    @_compat.eager
     def __call__(
         self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any
     ) -> torch.Tensor | None:
@@ -143,11 +144,6 @@ class ForwardHook:
 
     def __reduce__(self) -> Any:
         return (_restored_hook, (self.pairing.hooks, self.name))
-
-
-# dynamo must neither trace the bookkeeping nor bake it into a graph: as with Opacus's own hooks,
-# the graph breaks here. Setting the mark by hand keeps torch._dynamo from being imported.
-ForwardHook.__call__._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _restored_hook(hooks: Any, name: str) -> Any:
