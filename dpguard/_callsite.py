@@ -14,7 +14,8 @@ __all__ = ["caller", "forward_caller"]
 _PACKAGE = Path(__file__).resolve().parent
 _EXAMPLES = _PACKAGE / "examples"
 _CALL_MODULE: CodeType = torch.nn.Module._call_impl.__code__
-_internal: dict[str, bool] = {}
+_OURS, _OPACUS, _TORCH, _USERS = range(4)
+_kinds: dict[str, int] = {}
 _shown: dict[str, str] = {}
 _outer_forwards: set[CodeType] = set()
 
@@ -24,17 +25,24 @@ def _directory_of(module: str) -> Path | None:
     return Path(file).resolve().parent if file else None
 
 
-def _is_internal(filename: str) -> bool:
-    known = _internal.get(filename)
+def _kind(filename: str) -> int:
+    """Whose code a file is; looked up once per file."""
+    known = _kinds.get(filename)
     if known is None:
-        path = Path(filename).resolve()
-        libraries = [_directory_of(name) for name in ("torch", "opacus", "wrapt")]
-        known = filename.startswith("<frozen") or any(
-            path.is_relative_to(directory) for directory in libraries if directory
-        )
-        known = known or (path.is_relative_to(_PACKAGE) and not path.is_relative_to(_EXAMPLES))
-        _internal[filename] = known
+        known = _kinds[filename] = _look_up(filename)
     return known
+
+
+def _look_up(filename: str) -> int:
+    path = Path(filename).resolve()
+    if path.is_relative_to(_EXAMPLES):
+        return _USERS
+    homes = {"dpguard": _OURS, "wrapt": _OURS, "opacus": _OPACUS, "torch": _TORCH}
+    for module, kind in homes.items():
+        directory = _directory_of(module)
+        if directory is not None and path.is_relative_to(directory):
+            return kind
+    return _TORCH if filename.startswith("<frozen") else _USERS
 
 
 def _show(frame: FrameType) -> str:
@@ -52,7 +60,7 @@ def _show(frame: FrameType) -> str:
 
 def _first_outside(frame: FrameType | None) -> str | None:
     while frame is not None:
-        if not _is_internal(frame.f_code.co_filename):
+        if _kind(frame.f_code.co_filename) == _USERS:
             return _show(frame)
         frame = frame.f_back
     return None
@@ -64,14 +72,10 @@ def caller() -> str | None:
     ``None`` if it is Opacus that called for purposes of its own: it detaches each activation.
     """
     frame: FrameType | None = sys._getframe(1)
-    opacus = _directory_of("opacus")
-    while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if opacus is not None and path.is_relative_to(opacus):
-            return None
-        if not path.is_relative_to(_PACKAGE) and path.parent.name != "wrapt":
-            break
+    while frame is not None and _kind(frame.f_code.co_filename) == _OURS:
         frame = frame.f_back
+    if frame is not None and _kind(frame.f_code.co_filename) == _OPACUS:
+        return None
     return _first_outside(frame)
 
 
