@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from dpguard import diagnosis
-from dpguard.ledger import Entry, Ledger
+from dpguard.ledger import UNKNOWN, Entry, Ledger
 
 __all__ = ["Alignment", "align"]
 
@@ -69,6 +69,12 @@ def align(ledger: Ledger, parameters: Sequence[torch.nn.Parameter], *, fill: boo
 
 def _match(ledger: Ledger, parameters: Sequence[torch.nn.Parameter], *, fill: bool) -> Alignment:
     """Place each parameter's rows by the batch they belong to."""
+    counts = {len(ledger.entries_of(p)) for p in parameters}
+    if len(counts) == 1 and any(
+        e.first == UNKNOWN for p in parameters for e in ledger.entries_of(p)
+    ):
+        # Somebody put rows of their own there: matched by position, as Opacus does.
+        return Alignment()
     groups = _groups(ledger, parameters)
     placed = [(p, _place(ledger.entries_of(p), groups)) for p in parameters]
     torn = tuple(ledger.name_of(p) for p, places in placed if places is None)

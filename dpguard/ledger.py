@@ -27,7 +27,10 @@ import torch
 
 from dpguard import _compat
 
-__all__ = ["CallKey", "Dead", "Entry", "Ledger", "ParameterState", "Tally"]
+__all__ = ["UNKNOWN", "CallKey", "Dead", "Entry", "Ledger", "ParameterState", "Tally"]
+
+UNKNOWN = -1
+"""Segment of rows that are not from here."""
 
 CallKey: TypeAlias = "tuple[int, str | None, bool]"
 """Identity of a module, line that called it, and whether it was in training mode."""
@@ -108,8 +111,20 @@ class ParameterState:
         if isinstance(current, list):
             tensors = list(current)
         if [id(entry.rows) for entry in self.entries] != [id(tensor) for tensor in tensors]:
-            self.entries = [Entry(tensor, -1, -1) for tensor in tensors]
+            self.entries = self._replaced(tensors)
         return tensors
+
+    def _replaced(self, tensors: list[torch.Tensor]) -> list[Entry]:
+        """Entries for rows that somebody else has put in the place of ours.
+
+        As many tensors as before are the same batches with other values; of others nothing is
+        known.
+        """
+        if len(tensors) == len(self.entries):
+            spans = [(entry.first, entry.last) for entry in self.entries]
+        else:
+            spans = [(UNKNOWN, UNKNOWN)] * len(tensors)
+        return [Entry(rows, *span) for rows, span in zip(tensors, spans, strict=True)]
 
     def publish(self, parameter: torch.Tensor, tensors: list[torch.Tensor]) -> None:
         """Make ``p.grad_sample`` what Opacus expects: a tensor, or a list if accumulated."""
