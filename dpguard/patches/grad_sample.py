@@ -139,7 +139,7 @@ class ForwardHook:
             other.grad_fn.register_prehook(Witness(record, other.output_nr))  # type: ignore[union-attr]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ForwardHook:
-        pairing = self.pairing.copy_for(memo)
+        pairing = copy.deepcopy(self.pairing, memo)
         return ForwardHook(pairing, self.name, computes=self.computes)
 
     def __reduce__(self) -> Any:
@@ -329,7 +329,7 @@ class Pairing:
             state = self.ledger.state(parameter)
             state.name, state.paired, state.hooked = name, self.computes, True
 
-    def copy_for(self, memo: dict[int, Any]) -> Pairing:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pairing:
         """The pairing of a deep copy of the model that is being made."""
         copied = memo.get(id(self))
         if copied is None:
