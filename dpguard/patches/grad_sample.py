@@ -171,9 +171,10 @@ def _own_output(output: torch.Tensor, others: Sequence[Any]) -> torch.Tensor | N
     has to reach the base.
     """
     storage = output.untyped_storage().data_ptr()
-    for other in others:
-        if isinstance(other, torch.Tensor) and other.untyped_storage().data_ptr() == storage:
-            return None
+    if output.numel():  # all empty tensors have the same address, and nothing to reach
+        for other in others:
+            if isinstance(other, torch.Tensor) and other.untyped_storage().data_ptr() == storage:
+                return None
     owned: torch.Tensor = torch.ops.aten._unsafe_view(output, output.shape)
     return owned
 
