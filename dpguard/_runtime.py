@@ -30,8 +30,9 @@ from dpguard.ledger import Ledger
 from dpguard.patches import detach, ghost
 from dpguard.patches.attributes import AttributeForwarding
 from dpguard.patches.ghost import GhostPairing
-from dpguard.patches.grad_sample import GradSamplePatch, Pairing
+from dpguard.patches.grad_sample import GradSamplePatch
 from dpguard.patches.optimizer import OptimizerPatch
+from dpguard.patches.pairing import Pairing
 from dpguard.patching import Transaction
 
 __all__ = ["Runtime"]

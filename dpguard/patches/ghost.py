@@ -17,7 +17,8 @@ import wrapt
 from dpguard import _compat, diagnosis
 from dpguard._errors import PerSampleGradientError
 from dpguard.ledger import GraphTask
-from dpguard.patches.grad_sample import Pairing, Record, parameters_of
+from dpguard.patches.pairing import Pairing
+from dpguard.patches.records import Record, parameters_of
 from dpguard.patching import Transaction
 
 __all__ = ["GhostPairing", "install"]

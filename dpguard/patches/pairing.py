@@ -1,0 +1,369 @@
+"""Everything about one model that Opacus hooked: each call meets its own backprop.
+
+Opacus's forward hooks are replaced, under the same handles, by :class:`ForwardHook`; its full
+backward hooks are taken off, so that ``nn.Module`` no longer wraps inputs and outputs. The rows
+are still computed by Opacus's own grad samplers, from the same activations and backprops.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch.nn.utils.rnn import PackedSequence
+
+from dpguard import _compat, diagnosis
+from dpguard.ledger import GraphTask, Ledger
+from dpguard.patches.records import ForwardHook, Record, parameters_of
+
+__all__ = ["Pairing", "Registry"]
+
+_detach = torch._C.TensorBase.detach
+_autograd = _compat.autograd()
+
+Registry: TypeAlias = "weakref.WeakValueDictionary[int, Pairing]"
+"""Pairings by the identity of Opacus's object."""
+
+
+class Pairing:
+    """Everything about one hooked model.
+
+    Attributes:
+        hooks: Opacus's object (``GradSampleModule`` or ``GradSampleHooks``).
+        ledger: where calls and rows are noted.
+        computes: rows are computed here (``repair``, ``strict``); in ``observe`` Opacus computes
+            them and calls are only watched.
+    """
+
+    def __init__(
+        self,
+        hooks: Any,
+        ledger: Ledger,
+        registry: Registry,
+        loss_reduction: str,
+        batch_first: bool,
+        *,
+        computes: bool,
+    ) -> None:
+        self.hooks = hooks
+        self.ledger = ledger
+        self.computes = computes
+        self.loss_reduction = loss_reduction
+        self.batch_first = batch_first
+        self.orders: dict[int, torch.Tensor] = {}
+        """For layers of a recurrent cell fed with packed sequences: from rows to samples."""
+        self._registry = registry
+        self._undo: list[Callable[[], None]] = []
+        self._parameters: list[torch.nn.Parameter] = []
+        registry[id(hooks)] = self
+
+    # -- attach and release ------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Put our forward hooks where Opacus's are and take its backward hooks off."""
+        owners = _hook_dictionaries(self.hooks._module)
+        if self.computes:
+            self._prepare_modules()
+        served: set[int] = set()
+        for registered, key in _handles(self.hooks):
+            if key not in registered:
+                continue
+            name, module, forward = owners[id(registered)]
+            again = forward and id(module) in served
+            if forward:
+                served.add(id(module))
+            if self.computes:
+                self._undo.append(_restorer(registered, key, registered[key]))
+                if again:
+                    # Opacus hooks a module once for each place at which it is registered.
+                    del registered[key]
+                else:
+                    self._take_over(module, registered, key, name, forward=forward)
+            elif forward and not again:
+                self._watch(module, name)
+
+    def _prepare_modules(self) -> None:
+        for module in self.hooks._module.modules():
+            if _compat.is_recurrent(module):
+                handle = module.register_forward_pre_hook(self._learn_packing)
+                self._undo.append(handle.remove)
+            elif _compat.is_replayed(module):
+                self._undo.append(_compat.replay_without_hooks(module, self.batch_first))
+
+    def _learn_packing(self, module: torch.nn.Module, args: Any) -> None:
+        """Before a recurrent model runs: how the rows of its cells map to samples."""
+        packed = args[0] if args and isinstance(args[0], PackedSequence) else None
+        order = packed.unsorted_indices if packed is not None else None
+        for layer in _compat.cell_layers(module):
+            # Opacus leaves this behind when a forward is not backpropagated.
+            layer.__dict__.pop("max_batch_len", None)
+            self.orders.pop(id(layer), None)
+            if order is not None:
+                self.orders[id(layer)] = order
+
+    def _take_over(
+        self, module: torch.nn.Module, registered: Any, key: int, name: str, *, forward: bool
+    ) -> None:
+        if forward:
+            registered[key] = ForwardHook(self, name, computes=True)
+            with_kwargs: Any = module._forward_hooks_with_kwargs
+            with_kwargs[key] = True
+            self._undo.append(lambda: with_kwargs.pop(key, None))
+            # First, so that it sees the raw output and not what a user's hook made of it.
+            registered.move_to_end(key, last=False)
+        else:
+            options = getattr(registered.pop(key), "keywords", {})
+            self.loss_reduction = options.get("loss_reduction", self.loss_reduction)
+            self.batch_first = options.get("batch_first", self.batch_first)
+
+    def _watch(self, module: torch.nn.Module, name: str) -> None:
+        hook = ForwardHook(self, name, computes=False)
+        handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+        self._undo.append(handle.remove)
+
+    def release(self) -> None:
+        """Put Opacus's hooks back. Calls that are still open keep their records and are served."""
+        if self._undo:
+            while self._undo:
+                self._undo.pop()()
+        elif self.computes:
+            self._rebuild()
+
+    def _rebuild(self) -> None:
+        """Give a deep copy of a paired model, which has our hooks only, those of Opacus."""
+        owners = _hook_dictionaries(self.hooks._module)
+        for registered, key in _handles(self.hooks):
+            if isinstance(registered.get(key), ForwardHook):
+                registered[key] = self.hooks.capture_activations_hook
+                owners[id(registered)][1]._forward_hooks_with_kwargs.pop(key, None)
+            elif key not in registered:
+                registered[key] = functools.partial(
+                    self.hooks.capture_backprops_hook,
+                    loss_reduction=self.loss_reduction,
+                    batch_first=self.batch_first,
+                )
+
+    def _learn_parameters(self) -> None:
+        """Once per backward: which parameters the model has, since they may be replaced."""
+        self._parameters = []
+        for name, parameter in self.hooks._module.named_parameters():
+            self._parameters.append(parameter)
+            state = self.ledger.state(parameter)
+            state.name, state.paired, state.hooked = name, self.computes, True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pairing:
+        """The pairing of a deep copy of the model that is being made."""
+        copied = memo.get(id(self))
+        if copied is None:
+            hooks = copy.deepcopy(self.hooks, memo)
+            # Opacus's object may be half-copied yet: nothing is asked of it here.
+            reductions = (self.loss_reduction, self.batch_first)
+            copied = type(self)(
+                hooks, self.ledger, self._registry, *reductions, computes=self.computes
+            )
+            memo[id(self)] = copied
+        found: Pairing = copied
+        return found
+
+    # -- forward -----------------------------------------------------------------------------
+
+    def on_call(self, module: torch.nn.Module) -> None:
+        """A call of ``module`` was recorded."""
+
+    def batch_size(self, module: torch.nn.Module, activations: list[Any]) -> int:
+        """Number of rows of this call: that of a packed sequence, or of its last input.
+
+        The last input, as Opacus: for ``EmbeddingBag`` that is ``offsets``, one per sample.
+        """
+        packed = module.__dict__.get("max_batch_len")
+        if packed is not None and _compat.is_rnn_linear(module):
+            return int(packed)
+        dimension = _compat.batch_dimension(module, batch_first=self.batch_first)
+        for activation in reversed(activations):
+            if isinstance(activation, torch.Tensor) and activation.dim() > dimension:
+                return int(activation.shape[dimension])
+        return 0
+
+    # -- backward ----------------------------------------------------------------------------
+
+    def on_backprops(self, record: Record, backprops: torch.Tensor) -> None:
+        """Compute and publish the rows of one call."""
+        task = self._enter()
+        if torch.is_grad_enabled():
+            self.condemn(record, diagnosis.DOUBLE_BACKWARD)
+        wanted = [
+            p for p in parameters_of(record.module) if id(p) in record.trained and task.executes(p)
+        ]
+        if not wanted:
+            return
+        if record.uncounted:
+            record.uncounted = False
+            record.tally.fired += 1
+        if not record.hook.computes:
+            task.published.update(id(p) for p in wanted)
+            return
+        if record.activations is None:
+            self.condemn(record, diagnosis.GRAPH_FREED)
+            return
+        if self._drops_inputs(record.module, record.activations):
+            self.condemn(record, diagnosis.INPUTS_DROPPED)
+            return
+        with torch.no_grad():
+            self._take(record, task, self._arranged(record, record.activations, backprops), wanted)
+        if not task.keeps_graph:
+            record.activations = None
+
+    def _drops_inputs(self, module: torch.nn.Module, activations: list[Any]) -> bool:
+        """Whether Opacus's functorch fallback would leave out an input that matters."""
+        if len(activations) == 1 or _compat.has_grad_sampler(self.hooks, module):
+            return False
+        return any(further is not None for further in activations[1:])
+
+    def _enter(self) -> GraphTask:
+        task = self.ledger.task()
+        if id(self) not in task.owners:
+            task.owners.add(id(self))
+            self._learn_parameters()
+            _autograd.on_backward_end(lambda: self._on_backward_end(task))
+        return task
+
+    def _arranged(
+        self, record: Record, activations: list[Any], backprops: torch.Tensor
+    ) -> tuple[list[Any], torch.Tensor]:
+        """Inputs and backprops of a call as samplers want them: batch first, losses unscaled."""
+        module = record.module
+        backprops = _detach(backprops)
+        if self.loss_reduction == "mean":
+            backprops = backprops * record.batch
+        elif self.loss_reduction != "sum":
+            raise ValueError(
+                f"loss_reduction = {self.loss_reduction}. "
+                "Only 'sum' and 'mean' losses are supported"
+            )
+        dimension = _compat.batch_dimension(module, batch_first=self.batch_first)
+        if dimension:
+            activations = [
+                a.movedim(dimension, 0) if isinstance(a, torch.Tensor) else a for a in activations
+            ]
+            backprops = backprops.movedim(dimension, 0)
+        return activations, backprops
+
+    def _rows(
+        self,
+        record: Record,
+        arranged: tuple[list[Any], torch.Tensor],
+        wanted: list[torch.nn.Parameter],
+    ) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """Opacus's own computation, for the parameters that are wanted."""
+        module, batch = record.module, record.batch
+        if not batch:
+            # Several of Opacus's samplers cannot reshape an empty batch.
+            return {p: p.new_zeros((0, *p.shape)) for p in wanted}
+        activations, backprops = arranged
+        found = _compat.grad_sampler(self.hooks, module)(module, activations, backprops)
+        names = {id(p) for p in wanted}
+        found = {p: rows for p, rows in found.items() if id(p) in names}
+        held = [t for t in (*activations, backprops) if isinstance(t, torch.Tensor)]
+        rows = _separate(found, batch, held)
+        if record.order is None:
+            return rows
+        # Packed sequences are sorted by length; the other layers see the user's order.
+        return {p: mine.index_select(0, record.order) for p, mine in rows.items()}
+
+    def _take(
+        self,
+        record: Record,
+        task: GraphTask,
+        arranged: tuple[list[Any], torch.Tensor],
+        wanted: list[torch.nn.Parameter],
+    ) -> None:
+        """Publish the rows of one call."""
+        rows = self._rows(record, arranged, wanted)
+        for parameter, mine in rows.items():
+            state = self.ledger.add_rows(
+                parameter, mine, record.segment, captured=task.captures(parameter)
+            )
+            task.published.add(id(parameter))
+            if len(state.entries) > 1 and not _compat.allows_accumulation(self.hooks):
+                raise ValueError(diagnosis.OPACUS_NO_ACCUMULATION)
+
+    def condemn(self, record: Record, cause: str) -> None:
+        """The rows of this call's parameters cannot be right: the step must be refused."""
+        for parameter in parameters_of(record.module):
+            if id(parameter) in record.trained:
+                self._condemn(parameter, cause)
+
+    def _condemn(self, parameter: torch.Tensor, cause: str) -> None:
+        state = self.ledger.state(parameter)
+        state.condemned = state.condemned or cause
+
+    def _on_backward_end(self, task: GraphTask) -> None:
+        """Notice parameters that this backward gave a gradient but no rows."""
+        self.ledger.end_task(task)
+        for parameter in self._parameters:
+            if id(parameter) not in task.published and task.executes(parameter):
+                self._condemn(parameter, diagnosis.BYPASSED)
+
+
+def _separate(
+    found: Mapping[torch.nn.Parameter, torch.Tensor], batch: int, held: Sequence[torch.Tensor]
+) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """Rows as tensors of their own with one row per sample of the batch.
+
+    A sampler may return what it was given (a bias: the backprops) or one tensor for two;
+    Opacus copies every result. With packed sequences a time step has rows for the first few
+    samples only.
+    """
+    separate: dict[torch.nn.Parameter, torch.Tensor] = {}
+    taken = {tensor.data_ptr() for tensor in held}
+    for parameter, rows in found.items():
+        mine = _resized(rows, batch)
+        if mine.data_ptr() in taken:
+            mine = mine.clone()
+        taken.add(mine.data_ptr())
+        separate[parameter] = mine
+    return separate
+
+
+def _resized(rows: torch.Tensor, batch: int) -> torch.Tensor:
+    if len(rows) < batch:
+        padded = rows.new_zeros((batch, *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        return padded
+    return rows
+
+
+def _handles(hooks: Any) -> Iterator[tuple[Any, int]]:
+    """The dictionaries of hooks, with the keys, that Opacus's ``add_hooks`` wrote into."""
+    for handle in hooks.__dict__.get("autograd_grad_sample_hooks", ()):
+        registered = handle.hooks_dict_ref()
+        if registered is not None:
+            yield registered, handle.id
+
+
+def _hook_dictionaries(model: torch.nn.Module) -> dict[int, tuple[str, torch.nn.Module, bool]]:
+    """Whose dictionary of hooks it is, by identity: name, module, and whether forward hooks."""
+    found: dict[int, tuple[str, torch.nn.Module, bool]] = {}
+    for name, module in model.named_modules():
+        shown = name or type(module).__name__
+        found[id(module._forward_hooks)] = (shown, module, True)
+        found[id(module._backward_hooks)] = (shown, module, False)
+    return found
+
+
+def _restorer(registered: Any, key: int, original: Any) -> Callable[[], None]:
+    """The twin of :meth:`Pairing._take_over`: the same hook at the same place."""
+    order = list(registered)
+
+    def restore() -> None:
+        current = dict(registered)
+        current[key] = original
+        ordered = [k for k in order if k in current] + [k for k in current if k not in order]
+        registered.clear()
+        registered.update((k, current[k]) for k in ordered)
+
+    return restore
