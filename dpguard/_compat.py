@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OPACUS_SUPPORTED",
+    "REPLAY",
     "TORCH_OLDEST",
     "Autograd",
     "allows_accumulation",
@@ -33,6 +34,7 @@ __all__ = [
     "inside_transform",
     "norm_sampler",
     "optimizer_class",
+    "replay_preparer",
     "stock_hooks_class",
     "unsupported",
     "uses_ghost_hooks",
@@ -314,40 +316,16 @@ def cell_layers(module: torch.nn.Module) -> list[torch.nn.Module]:
     return [layer for layer in module.modules() if is_rnn_linear(layer)]
 
 
-def is_replayed(module: torch.nn.Module) -> bool:
-    """Whether functorch replays this module to compute its rows."""
-    return "ft_compute_sample_grad" in module.__dict__
+REPLAY = "ft_compute_sample_grad"
+"""Attribute of a module in which Opacus keeps the function that replays it."""
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def replay_without_hooks(module: torch.nn.Module, batch_first: bool) -> Callable[[], None]:
-    """Have functorch replay ``module`` itself and not what the user's hooks make of it.
-
-    Opacus copies the module together with its hooks, but records its inputs after the
-    forward-pre hooks and, here, its output before the forward hooks.
-
-    Returns:
-        A function that puts Opacus's own copy back.
-    """
-    prepare: Any = _attribute_of("opacus.grad_sample.functorch", "prepare_layer")
-    original = module.__dict__["ft_compute_sample_grad"]
-    parts = [(part, name, part.__dict__[name]) for part in module.modules() for name in _HOOKS]
-    if not any(hooks for _, _, hooks in parts):
-        return lambda: None
-    try:
-        for part, name, hooks in parts:
-            part.__dict__[name] = type(hooks)()
-        prepare(module, batch_first=batch_first)
-    finally:
-        for part, name, hooks in parts:
-            part.__dict__[name] = hooks
-
-    def undo() -> None:
-        module.__dict__["ft_compute_sample_grad"] = original
-
-    return undo
+def replay_preparer() -> Callable[..., None] | None:
+    """Opacus's ``prepare_layer(layer, batch_first=...)``, or ``None`` before 1.3."""
+    found: Callable[..., None] | None = _attribute_of(
+        "opacus.grad_sample.functorch", "prepare_layer"
+    )
+    return found
 
 
 def has_grad_sampler(hooks: Any, module: torch.nn.Module) -> bool:

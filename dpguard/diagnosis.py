@@ -21,6 +21,8 @@ DOUBLE_BACKWARD = "double_backward"
 GRAPH_FREED = "graph_freed"
 SEVERAL_OUTPUTS = "several_outputs"
 INPUTS_DROPPED = "inputs_dropped"
+NO_TENSOR_INPUT = "no_tensor_input"
+STRUCTURED_OUTPUT = "structured_output"
 NO_BACKWARD = "no_backward"
 NOT_HOOKED = "not_hooked"
 CALLS_LEFT_OVER = "calls_left_over"
@@ -94,6 +96,18 @@ _DIAGNOSES = {
         "replays its forward with the first positional argument only, which gives wrong rows",
         "pass one tensor (bind the other inputs before the call), or register a grad sampler "
         "for the module with opacus.grad_sample.register_grad_sampler",
+    ),
+    NO_TENSOR_INPUT: Diagnosis(
+        "a module without a registered grad sampler was called with something else than a tensor "
+        "as its first input, so there is no batch dimension by which to replay it",
+        "pass the batch as the first positional argument, or register a grad sampler for the "
+        "module with opacus.grad_sample.register_grad_sampler",
+    ),
+    STRUCTURED_OUTPUT: Diagnosis(
+        "a module without a registered grad sampler returned something else than one tensor, "
+        "which Opacus cannot replay",
+        "let the module that owns the parameters return one tensor, and put it into a tuple, "
+        "dict or dataclass in the module around it",
     ),
     NO_BACKWARD: Diagnosis(
         "no parameter of the optimizer has per-sample gradients",

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from dpguard import _compat, diagnosis
 from dpguard.ledger import GraphTask, Ledger
 from dpguard.patches.records import ForwardHook, Record, parameters_of
+from dpguard.patches.replay import replay
 
 __all__ = ["Pairing", "Registry"]
 
@@ -91,8 +92,6 @@ class Pairing:
             if _compat.is_recurrent(module):
                 handle = module.register_forward_pre_hook(self._learn_packing)
                 self._undo.append(handle.remove)
-            elif _compat.is_replayed(module):
-                self._undo.append(_compat.replay_without_hooks(module, self.batch_first))
 
     def _learn_packing(self, module: torch.nn.Module, args: Any) -> None:
         """Before a recurrent model runs: how the rows of its cells map to samples."""
@@ -209,19 +208,13 @@ class Pairing:
         if record.activations is None:
             self.condemn(record, diagnosis.GRAPH_FREED)
             return
-        if self._drops_inputs(record.module, record.activations):
-            self.condemn(record, diagnosis.INPUTS_DROPPED)
+        if record.outline is not None and (cause := _unreplayable(record)) is not None:
+            self.condemn(record, cause)
             return
         with torch.no_grad():
             self._take(record, task, self._arranged(record, record.activations, backprops), wanted)
         if not task.keeps_graph:
-            record.activations = None
-
-    def _drops_inputs(self, module: torch.nn.Module, activations: list[Any]) -> bool:
-        """Whether Opacus's functorch fallback would leave out an input that matters."""
-        if len(activations) == 1 or _compat.has_grad_sampler(self.hooks, module):
-            return False
-        return any(further is not None for further in activations[1:])
+            record.activations = record.outline = None
 
     def _enter(self) -> GraphTask:
         task = self.ledger.task()
@@ -264,7 +257,11 @@ class Pairing:
             # Several of Opacus's samplers cannot reshape an empty batch.
             return {p: p.new_zeros((0, *p.shape)) for p in wanted}
         activations, backprops = arranged
-        found = _compat.grad_sampler(self.hooks, module)(module, activations, backprops)
+        sampler = _compat.grad_sampler(self.hooks, module)
+        if record.outline is not None:
+            found = replay(sampler, module, record.outline, arranged, batch_first=self.batch_first)
+        else:
+            found = sampler(module, activations, backprops)
         names = {id(p) for p in wanted}
         found = {p: rows for p, rows in found.items() if id(p) in names}
         held = [t for t in (*activations, backprops) if isinstance(t, torch.Tensor)]
@@ -307,6 +304,16 @@ class Pairing:
         for parameter in self._parameters:
             if id(parameter) not in task.published and task.executes(parameter):
                 self._condemn(parameter, diagnosis.BYPASSED)
+
+
+def _unreplayable(record: Record) -> str | None:
+    """Why Opacus's functorch fallback, one tensor in and one out, cannot replay a call."""
+    first, *further = record.activations or [None]
+    if not isinstance(first, torch.Tensor):
+        return diagnosis.NO_TENSOR_INPUT
+    if any(value is not None for value in further):
+        return diagnosis.INPUTS_DROPPED
+    return diagnosis.STRUCTURED_OUTPUT if record.structured else None
 
 
 def _separate(

@@ -7,6 +7,7 @@ node; autograd hands it the backprop of just that call.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ import torch
 from dpguard import _callsite, _compat, diagnosis
 from dpguard.ledger import Tally
 from dpguard.patches.detach import TALLY
+from dpguard.patches.replay import outline
 
 if TYPE_CHECKING:
     from dpguard.patches.pairing import Pairing
@@ -39,14 +41,23 @@ class Record:
         "index",
         "module",
         "order",
+        "outline",
         "segment",
+        "structured",
         "tally",
         "trained",
         "uncounted",
     )
 
     def __init__(
-        self, hook: ForwardHook, module: torch.nn.Module, inputs: Any, index: int, tally: Tally
+        self,
+        hook: ForwardHook,
+        module: torch.nn.Module,
+        inputs: Any,
+        index: int,
+        tally: Tally,
+        *,
+        structured: bool = False,
     ) -> None:
         self.hook = hook
         self.module = module
@@ -60,7 +71,13 @@ class Record:
         self.activations: list[Any] | None = None
         self.batch = 0
         self.order = hook.pairing.orders.get(id(module))
+        self.outline: torch.nn.Module | None = None
+        """For functorch to replay, if the module has no registered grad sampler."""
+        self.structured = structured
+        """Whether the call returned something else than one tensor."""
         if hook.computes:
+            if not _compat.has_grad_sampler(hook.pairing.hooks, module):
+                self.outline = outline(module)
             self.activations = [_detach(a) if isinstance(a, torch.Tensor) else a for a in inputs]
             self.batch = hook.pairing.batch_size(module, self.activations)
 
@@ -111,24 +128,36 @@ class ForwardHook:
         pairing.ledger.boundary()
         if not pairing.hooks.hooks_enabled or not torch.is_grad_enabled():
             return None
+        structured = not isinstance(output, torch.Tensor)
         outputs = _differentiable(output)
         if not outputs or not any(p.requires_grad for p in parameters_of(module)):
             return None
         inputs = _in_order(module, args, kwargs) if kwargs else args
         replaced = None
-        if self.computes and isinstance(output, torch.Tensor) and output._is_view():
+        if self.computes and not structured and output._is_view():
             replaced = _own_output(output, [*inputs, *parameters_of(module)])
-        self._record(module, inputs, outputs if replaced is None else [replaced])
+        outputs = outputs if replaced is None else [replaced]
+        self._record(module, inputs, outputs, structured=structured)
         return replaced
 
-    def _record(self, module: torch.nn.Module, inputs: Any, outputs: list[torch.Tensor]) -> None:
-        tally = self.pairing.ledger.open(module, self.name, _callsite.forward_caller())
+    def _record(
+        self,
+        module: torch.nn.Module,
+        inputs: Any,
+        outputs: list[torch.Tensor],
+        *,
+        structured: bool,
+    ) -> None:
         first = outputs[0]
-        record = Record(self, module, inputs, first.output_nr, tally)
+        node: Any = first.grad_fn
+        tallies = node.metadata.setdefault(TALLY, [])
+        if any(tally.module() is module for tally in tallies):
+            return  # a second wrapper round the same module: the call is recorded already
+        tally = self.pairing.ledger.open(module, self.name, _callsite.forward_caller())
+        tallies.append(tally)
+        record = Record(self, module, inputs, first.output_nr, tally, structured=structured)
         if self.computes:
             self.pairing.on_call(module)
-        node: Any = first.grad_fn
-        node.metadata.setdefault(TALLY, []).append(tally)
         node.register_prehook(record)
         for other in outputs[1:]:
             other.grad_fn.register_prehook(Witness(record, other.output_nr))  # type: ignore[union-attr]
@@ -181,6 +210,8 @@ def _differentiable(output: Any) -> list[torch.Tensor]:
     found: dict[int, torch.Tensor] = {}
     if isinstance(output, Mapping):
         output = output.values()
+    elif dataclasses.is_dataclass(output):
+        output = [getattr(output, field.name) for field in dataclasses.fields(output)]
     elif not isinstance(output, (tuple, list)):
         return []
     for value in output:
