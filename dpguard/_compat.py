@@ -25,6 +25,7 @@ __all__ = [
     "allows_accumulation",
     "autograd",
     "batch_dimension",
+    "can_be_replayed",
     "clips_rows",
     "eager",
     "ghost_hooks_class",
@@ -33,6 +34,7 @@ __all__ = [
     "has_grad_sampler",
     "inside_transform",
     "norm_sampler",
+    "on_module_registration",
     "optimizer_class",
     "replay_preparer",
     "stock_hooks_class",
@@ -326,6 +328,26 @@ def replay_preparer() -> Callable[..., None] | None:
         "opacus.grad_sample.functorch", "prepare_layer"
     )
     return found
+
+
+def can_be_replayed(module: torch.nn.Module) -> bool:
+    """Whether Opacus's functorch fallback takes this module."""
+    if replay_preparer() is None or isinstance(module, _torch().nn.EmbeddingBag):
+        return False
+    return next(module.buffers(), None) is None
+
+
+def on_module_registration(hook: Callable[..., None]) -> Callable[[], None]:
+    """Call ``hook(parent, name, child)`` before any module becomes a part of another.
+
+    Returns:
+        A function that ends it.
+    """
+    register = importlib.import_module(
+        "torch.nn.modules.module"
+    ).register_module_module_registration_hook
+    remove: Callable[[], None] = register(hook).remove
+    return remove
 
 
 def has_grad_sampler(hooks: Any, module: torch.nn.Module) -> bool:

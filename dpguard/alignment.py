@@ -50,6 +50,9 @@ def align(ledger: Ledger, parameters: Sequence[torch.nn.Parameter], *, fill: boo
     present: list[torch.nn.Parameter] = []
     condemned: dict[str, list[str]] = {}
     for parameter in parameters:
+        if fill and not hasattr(parameter, "summed_grad"):
+            # Opacus sets it when the optimizer is made, on what is trainable then.
+            parameter.summed_grad = None  # type: ignore[attr-defined]
         state = ledger.known(parameter)
         rows = getattr(parameter, "grad_sample", None)
         cause = state.condemned if state is not None else None

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import wrapt
 
 from dpguard import _callsite, _compat
@@ -50,6 +51,9 @@ class GradSamplePatch:
         """
         if not self._patched:
             transaction.on_undo("paired models", self._release_all)
+            if self._computes:
+                stop = _compat.on_module_registration(self._on_registration)
+                transaction.on_undo("registration of modules", stop)
         self._patch_stock(transaction, _compat.stock_hooks_class())
         for cls in _compat.wrapper_classes():
             self._patch_wrapper(transaction, cls)
@@ -104,6 +108,13 @@ class GradSamplePatch:
     def _zero_grad(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         self._ledger.forgive(instance.parameters())
         return wrapped(*args, **kwargs)
+
+    def _on_registration(self, parent: torch.nn.Module, name: str, module: Any) -> None:
+        """A part is added to a module, or replaced: if the model is paired, pair the part too."""
+        if module is not None:
+            for pairing in list(self._pairings.values()):
+                if pairing.includes(parent):
+                    pairing.extend(parent, name, module)
 
     def _adopt_living(self) -> list[str]:
         skipped: dict[str, None] = {}

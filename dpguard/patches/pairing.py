@@ -57,6 +57,8 @@ class Pairing:
         self.batch_first = batch_first
         self.orders: dict[int, torch.Tensor] = {}
         """For layers of a recurrent cell fed with packed sequences: from rows to samples."""
+        self._members: set[int] | None = None
+        """Identities of the modules of the model; of those that were in it, too."""
         self._registry = registry
         self._undo: list[Callable[[], None]] = []
         self._parameters: list[torch.nn.Parameter] = []
@@ -67,8 +69,6 @@ class Pairing:
     def attach(self) -> None:
         """Put our forward hooks where Opacus's are and take its backward hooks off."""
         owners = _hook_dictionaries(self.hooks._module)
-        if self.computes:
-            self._prepare_modules()
         served: set[int] = set()
         for registered, key in _handles(self.hooks):
             if key not in registered:
@@ -86,12 +86,76 @@ class Pairing:
                     self._take_over(module, registered, key, name, forward=forward)
             elif forward and not again:
                 self._watch(module, name)
+        if self.computes:
+            self._extend(self.hooks._module, "")
 
-    def _prepare_modules(self) -> None:
-        for module in self.hooks._module.modules():
-            if _compat.is_recurrent(module):
+    def includes(self, module: torch.nn.Module) -> bool:
+        """Whether ``module`` is a part of this model."""
+        if self._members is not None and id(module) not in self._members:
+            return False
+        model = _model_of(self.hooks)
+        if model is None:
+            return False
+        parts = list(model.modules())
+        self._members = {id(part) for part in parts}
+        return any(part is module for part in parts)
+
+    def extend(self, parent: torch.nn.Module, name: str, added: torch.nn.Module) -> None:
+        """``added`` is about to become the part ``name`` of ``parent``, a part of this model."""
+        prefix = next((n for n, m in self.hooks._module.named_modules() if m is parent), "")
+        if self._is_replayed(prefix):
+            return
+        self._extend(added, f"{prefix}.{name}" if prefix else name)
+        if self._members is not None:
+            self._members.update(id(part) for part in added.modules())
+
+    def _is_replayed(self, path: str) -> bool:
+        """Whether functorch replays the part at ``path`` or a module around it."""
+        around = self.hooks._module
+        modules = [around]
+        for name in path.split(".") if path else []:
+            around = around._modules[name]
+            modules.append(around)
+        return any(self._has_hook(m) and not self._is_sampled(m) for m in modules)
+
+    def _extend(self, module: torch.nn.Module, name: str) -> None:
+        """Hook what Opacus has not: parts that were frozen when it looked, or not yet there.
+
+        As Opacus, a module that has parameters of its own and no grad sampler is replayed
+        whole. One that contains such parts and is frozen is left alone, with what it contains
+        hooked; should its own parameters be trained, the step is refused.
+        """
+        if _compat.is_recurrent(module):
+            if self._learn_packing not in module._forward_pre_hooks.values():
                 handle = module.register_forward_pre_hook(self._learn_packing)
                 self._undo.append(handle.remove)
+        elif self._is_late(module):
+            hook = ForwardHook(self, name or type(module).__name__, computes=True, late=True)
+            handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+            self._undo.append(handle.remove)
+        if self._has_hook(module) and not self._is_sampled(module):
+            return
+        for key, child in module._modules.items():
+            if child is not None:
+                self._extend(child, f"{name}.{key}" if name else key)
+
+    def _is_late(self, module: torch.nn.Module) -> bool:
+        own = [p for p in module._parameters.values() if p is not None]
+        if not own or self._has_hook(module):
+            return False
+        if self._is_sampled(module):
+            return True
+        if not _compat.can_be_replayed(module):
+            return False
+        alone = sum(1 for _ in module.parameters()) == len(own)
+        return alone or any(p.requires_grad for p in own)
+
+    def _is_sampled(self, module: torch.nn.Module) -> bool:
+        return _compat.is_recurrent(module) or _compat.has_grad_sampler(self.hooks, module)
+
+    def _has_hook(self, module: torch.nn.Module) -> bool:
+        hooks = module._forward_hooks.values()
+        return any(isinstance(hook, ForwardHook) and hook.pairing is self for hook in hooks)
 
     def _learn_packing(self, module: torch.nn.Module, args: Any) -> None:
         """Before a recurrent model runs: how the rows of its cells map to samples."""
@@ -342,6 +406,13 @@ def _resized(rows: torch.Tensor, batch: int) -> torch.Tensor:
         padded[: len(rows)] = rows
         return padded
     return rows
+
+
+def _model_of(hooks: Any) -> torch.nn.Module | None:
+    """The model that is hooked, or ``None`` while Opacus's object is being copied."""
+    own = hooks.__dict__
+    model: torch.nn.Module | None = own.get("_module") or own.get("_modules", {}).get("_module")
+    return model
 
 
 def _handles(hooks: Any) -> Iterator[tuple[Any, int]]:

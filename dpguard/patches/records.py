@@ -106,12 +106,14 @@ class Witness:
 class ForwardHook:
     """Stands in a module's forward hooks where Opacus's ``capture_activations_hook`` stood."""
 
-    __slots__ = ("computes", "name", "pairing")
+    __slots__ = ("computes", "late", "name", "pairing")
 
-    def __init__(self, pairing: Pairing, name: str, *, computes: bool) -> None:
+    def __init__(self, pairing: Pairing, name: str, *, computes: bool, late: bool = False) -> None:
         self.pairing = pairing
         self.name = name
         self.computes = computes
+        self.late = late
+        """Whether Opacus has no hook here: the module was frozen or not there when wrapped."""
 
     @_compat.eager
     def __call__(
@@ -123,6 +125,8 @@ class ForwardHook:
             What takes the place of the output, if it has to be replaced.
         """
         pairing = self.pairing
+        if self.late and not any(p.requires_grad for p in parameters_of(module)):
+            return None
         if _compat.inside_transform():
             return None
         pairing.ledger.boundary()
@@ -164,21 +168,25 @@ class ForwardHook:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ForwardHook:
         pairing = copy.deepcopy(self.pairing, memo)
-        return ForwardHook(pairing, self.name, computes=self.computes)
+        return ForwardHook(pairing, self.name, computes=self.computes, late=self.late)
 
     def __reduce__(self) -> Any:
-        return (_restored_hook, (self.pairing.hooks, self.name))
+        return (_restored_hook, (self.pairing.hooks, self.name, self.late))
 
 
-def _restored_hook(hooks: Any, name: str) -> Any:
+def _restored_hook(hooks: Any, name: str, late: bool) -> Any:
     """What a pickled forward hook becomes: a fresh one of the guard that is active, if any."""
     from dpguard._activation import active_runtime
 
     runtime = active_runtime()
     if runtime is None:
-        return hooks.capture_activations_hook
+        return _no_hook if late else hooks.capture_activations_hook
     pairing: Pairing = runtime.grad_sample.pairing_of(hooks)
-    return ForwardHook(pairing, name, computes=pairing.computes)
+    return ForwardHook(pairing, name, computes=pairing.computes, late=late)
+
+
+def _no_hook(_module: torch.nn.Module, _args: Any, _kwargs: Any, _output: Any) -> None:
+    """Stands where Opacus has no hook."""
 
 
 def _in_order(module: torch.nn.Module, args: Any, kwargs: Any) -> list[Any]:
