@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from opacus.layers import DPLSTM
 from torch import nn
@@ -100,7 +102,9 @@ class Functorch(nn.Module):
         return self.last(torch.tanh(self.scale(self.first(x))))
 
 
-ENCODERS = (MLP, CNN, Recurrent, Functorch)
+FUNCTORCH = importlib.util.find_spec("opacus.grad_sample.functorch") is not None
+"""Whether this Opacus replays layers without a grad sampler; from 1.2 on."""
+ENCODERS = (MLP, CNN, Recurrent, Functorch) if FUNCTORCH else (MLP, CNN, Recurrent)
 
 
 class SimSiam(nn.Module):

@@ -7,7 +7,7 @@ import gc
 import opacus.grad_sample
 import pytest
 import torch
-from models import CNN, ENCODERS, MLP, Functorch, InPlaceCNN, Recurrent, SimSiam
+from models import CNN, ENCODERS, MLP, InPlaceCNN, Recurrent, SimSiam
 from opacus import GradSampleModule, PrivacyEngine
 from opacus.optimizers import DPOptimizer
 from torch import nn
@@ -18,9 +18,6 @@ import dpguard
 
 # Models hooked without a wrapper came with Opacus 1.6.
 GradSampleHooks = getattr(opacus.grad_sample, "GradSampleHooks", None)
-# Before 1.2 a layer without a grad sampler was refused.
-if not hasattr(opacus.grad_sample, "GradSampleModuleExpandedWeights"):
-    ENCODERS = tuple(encoder for encoder in ENCODERS if encoder is not Functorch)
 HOW = ["wrapped", "engine"] + (["hooks"] if GradSampleHooks else [])
 
 

@@ -23,19 +23,6 @@ __all__ = ["StepAuditor"]
 _PRIVACY = frozenset({diagnosis.ROW_COUNT, diagnosis.BATCHES_OVERLAP, diagnosis.BATCHES_UNRELATED})
 """Causes with which rows no longer belong to one person each: the guarantee does not hold."""
 
-_MISSING = frozenset(
-    {
-        diagnosis.BYPASSED,
-        diagnosis.DOUBLE_BACKWARD,
-        diagnosis.GRAPH_FREED,
-        diagnosis.INPUTS_DROPPED,
-        diagnosis.NO_BACKWARD,
-        diagnosis.NOT_HOOKED,
-        diagnosis.SEVERAL_OUTPUTS,
-    }
-)
-"""Causes with which rows are missing or wrong; Opacus cannot go on either."""
-
 
 @dataclass
 class _Logical:
@@ -248,7 +235,8 @@ class StepAuditor:
             return None
         if violation.severity is Severity.CRITICAL:
             return PrivacyViolation(message)
-        if violation.cause in _MISSING or mode is Mode.STRICT:
+        # Without rows, or with wrong ones, Opacus cannot go on either.
+        if violation.check == structure.PRESENT or mode is Mode.STRICT:
             return PerSampleGradientError(message)
         return None
 

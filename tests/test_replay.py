@@ -1,0 +1,229 @@
+"""Layers without a registered grad sampler, which functorch replays: as they were when called."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from models import FUNCTORCH
+from opacus import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from torch import nn
+from truth import assert_rows_equal, rows_of
+
+import dpguard
+
+pytestmark = pytest.mark.skipif(not FUNCTORCH, reason="this Opacus has no functorch fallback")
+DTYPE = torch.float64
+
+
+class Tempered(nn.Module):
+    """Owns a raw parameter, and behaves as its attributes say at the time of the call."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4, 4))
+        self.temperature = 1.0
+        self.kept = None
+
+    def forward(self, x):
+        out = x @ self.weight / self.temperature
+        if not self.training:
+            out = out * 2
+        self.kept = out
+        return out
+
+
+class Net(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.first, self.layer = nn.Linear(3, 4), layer
+
+    def forward(self, x):
+        return self.layer(torch.tanh(self.first(x)))
+
+
+def loss_of(model, x):
+    return (model(x) ** 2).mean(dim=-1).mean()
+
+
+def models(make):
+    """A wrapped model and a plain one with the same parameters."""
+    torch.manual_seed(0)
+    model, plain = Net(make()).to(DTYPE), Net(make()).to(DTYPE)
+    plain.load_state_dict(model.state_dict())
+    return GradSampleModule(model), plain
+
+
+def batch(seed=0):
+    return torch.randn(4, 3, generator=torch.Generator().manual_seed(seed), dtype=DTYPE)
+
+
+def test_attributes_as_at_the_call(guard):
+    """A temperature that is annealed and a training mode that is changed, also before the backward."""
+    wrapped, plain = models(Tempered)
+    layer = wrapped._module.layer
+    for seed, (temperature, training) in enumerate([(1.0, True), (0.5, True), (0.25, False)]):
+        for model in (layer, plain.layer):
+            model.temperature = temperature
+            model.train(training)
+        x = batch(seed)
+        truth = rows_of(loss_of, plain, [x])
+        wrapped.zero_grad()
+        loss = loss_of(wrapped, x)
+        layer.temperature = 100.0
+        layer.train(not training)
+        loss.backward()
+        assert_rows_equal(wrapped, truth, DTYPE)
+    assert guard.internal_errors == ()
+
+
+def test_hooks_are_not_replayed(guard):
+    """The user's hooks run once per call, and not again for the rows."""
+    wrapped, plain = models(Tempered)
+    seen = []
+    wrapped._module.layer.register_forward_hook(lambda *_: seen.append("forward"))
+    wrapped._module.layer.register_forward_pre_hook(lambda *_: seen.append("before"))
+    x = batch()
+    truth = rows_of(loss_of, plain, [x])
+    loss_of(wrapped, x).backward()
+    assert seen == ["before", "forward"]
+    assert_rows_equal(wrapped, truth, DTYPE)
+
+
+def test_the_layer_is_as_it_was(guard):
+    """A replay leaves nothing behind in the layer, and its parameters have their data."""
+    wrapped, _ = models(Tempered)
+    layer = wrapped._module.layer
+    before = set(layer.__dict__)
+    loss_of(wrapped, batch()).backward()
+    assert set(layer.__dict__) == before
+    assert layer.weight.device.type == "cpu"
+    assert "__deepcopy__" not in layer.__dict__
+
+
+class Shared(nn.Module):
+    """Uses one part twice and one parameter in two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(4))
+        self.part = nn.Linear(4, 4)
+        self.again = self.part
+        self.other = nn.Linear(4, 4)
+        self.other.weight = self.part.weight
+
+    def forward(self, x):
+        return self.other(self.again(self.part(x) * self.scale))
+
+
+def test_parts_and_parameters_that_are_shared(guard):
+    """What is shared inside of a replayed layer is shared in the replay."""
+    wrapped, plain = models(Shared)
+    x = batch()
+    truth = rows_of(loss_of, plain, [x])
+    loss_of(wrapped, x).backward()
+    assert_rows_equal(wrapped, truth, DTYPE)
+
+
+@dataclasses.dataclass
+class Output:
+    hidden: torch.Tensor
+    note: str = ""
+
+
+class Structured(Tempered):
+    """Returns its output in some structure."""
+
+    def __init__(self, build):
+        super().__init__()
+        self.build = build
+
+    def forward(self, x):
+        return self.build(super().forward(x))
+
+
+STRUCTURES = {
+    "dict": (lambda t: {"hidden": t}, lambda out: out["hidden"]),
+    "tuple": (lambda t: (t, None), lambda out: out[0]),
+    "nested": (lambda t: {"a": [t]}, lambda out: out["a"][0]),
+    "dataclass": (Output, lambda out: out.hidden),
+}
+
+
+class Unwraps(nn.Module):
+    def __init__(self, layer, read):
+        super().__init__()
+        self.first, self.layer, self.read = nn.Linear(3, 4), layer, read
+
+    def forward(self, x):
+        return self.read(self.layer(self.first(x)))
+
+
+def step(model):
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        noise_multiplier=0.0,
+        max_grad_norm=1.0,
+        expected_batch_size=4,
+    )
+    loss_of(model, batch().to(next(model.parameters()).dtype)).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_structured_outputs_of_replayed_layers_are_refused_by_name(guard, kind):
+    """Opacus cannot replay them: the step is refused and says which layer and what to do."""
+    build, read = STRUCTURES[kind]
+    model = GradSampleModule(Unwraps(Structured(build), read))
+    with pytest.raises(dpguard.PerSampleGradientError, match=r"layer\.weight.*one tensor"):
+        step(model)
+
+
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_structured_outputs_round_sampled_layers(guard, kind):
+    """A module without parameters of its own may return what it likes."""
+    build, read = STRUCTURES[kind]
+
+    class Container(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return build(self.inner(x))
+
+    torch.manual_seed(0)
+    model, plain = Unwraps(Container(), read).to(DTYPE), Unwraps(Container(), read).to(DTYPE)
+    plain.load_state_dict(model.state_dict())
+    wrapped = GradSampleModule(model)
+    truth = rows_of(loss_of, plain, [batch()])
+    loss_of(wrapped, batch()).backward()
+    assert_rows_equal(wrapped, truth, DTYPE)
+    assert guard.interventions == ()
+
+
+class NoInput(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.rand(4))
+
+    def forward(self, scale=1.0):
+        return self.bias * scale
+
+
+class Adds(nn.Module):
+    def __init__(self, *args):
+        super().__init__()
+        self.first, self.layer, self.args = nn.Linear(3, 4), NoInput(), args
+
+    def forward(self, x):
+        return self.first(x) + self.layer(*self.args)
+
+
+@pytest.mark.parametrize("args", [(), (2.0,)], ids=["nothing", "a number"])
+def test_a_layer_without_a_tensor_input_is_refused_by_name(guard, args):
+    """There is no batch dimension by which to replay it."""
+    with pytest.raises(dpguard.PerSampleGradientError, match=r"layer\.bias.*first input"):
+        step(GradSampleModule(Adds(*args)))
