@@ -7,6 +7,7 @@ the environment variable ``DPGUARD`` names, before or after torch and Opacus.
 from __future__ import annotations
 
 from dpguard._activation import Guard, activate, active, install
+from dpguard._declare import one_batch
 from dpguard._errors import (
     DPGuardError,
     PerSampleGradientError,
@@ -22,6 +23,7 @@ __all__ = [
     "SettingsError",
     "active",
     "install",
+    "one_batch",
 ]
 
 activate()

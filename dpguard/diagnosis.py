@@ -37,9 +37,10 @@ BATCHES_UNRELATED = "batches_unrelated"
 OPACUS_NO_ACCUMULATION = (
     "Poisson sampling is not compatible with grad accumulation. "
     "You need to call optimizer.step() after every forward/backward pass "
-    "or consider using BatchMemoryManager"
+    "or consider using BatchMemoryManager. If all backward passes of this step saw the same "
+    "people, row by row, put them into `with dpguard.one_batch():`"
 )
-"""Opacus's own words, raised where Opacus raises them."""
+"""Opacus's own words, raised where Opacus raises them, and the way out that it has not."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from typing import Any, TypeAlias
 import torch
 
 from dpguard import _compat
+from dpguard._declare import declares_one_batch
 
 __all__ = ["UNKNOWN", "CallKey", "Dead", "Entry", "Ledger", "ParameterState", "Tally"]
 
@@ -266,7 +267,7 @@ class Ledger:
         Calls under ``no_grad`` count as well: those of a reentrant checkpoint are recorded only
         when they are recomputed, inside of a backward.
         """
-        if self._closed and _autograd.graph_task_id() == -1:
+        if self._closed and _autograd.graph_task_id() == -1 and not declares_one_batch():
             self.segment += 1
             self._closed = False
 
