@@ -6,6 +6,10 @@ compared are medians over rounds of the thread's CPU time, which other processes
 on a GPU, wall-clock time with synchronisation around each turn.
 
     python benchmarks/bench_step.py [--rounds N] [--device cpu|cuda] [--batch 16 64 256]
+                                    [--part step|pairing]
+
+``--part pairing`` times forward and backward alone, without the optimizer, and compares the peak
+of memory allocated in them.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from opacus import GradSampleModule
@@ -109,39 +115,81 @@ class Training:
         self.x = inputs(batch).to(device)
         self.y = torch.randint(10, (batch,), device=device)
 
-    def step(self) -> None:
-        """One training step."""
+    def pairing(self) -> None:
+        """Forward and backward, which compute the per-sample gradients."""
         self.optimizer.zero_grad()
         nn.functional.cross_entropy(self.model(self.x), self.y).backward()
+
+    def step(self) -> None:
+        """One training step."""
+        self.pairing()
         self.optimizer.step()
 
-    def turn(self, steps: int) -> float:
+    def turn(self, part: Callable[[], None], steps: int) -> float:
         """Seconds per step."""
         clock = time.thread_time if self.device.type == "cpu" else time.perf_counter
-        self.step()
+        part()
         self._wait()
         start = clock()
         for _ in range(steps):
-            self.step()
+            part()
         self._wait()
         return (clock() - start) / steps
+
+    def peak(self, part: Callable[[], None]) -> int:
+        """Largest number of bytes that were allocated at once, above those before."""
+        part()
+        self.optimizer.zero_grad()  # what is left of it is not freed while we count
+        self._wait()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            part()
+            return torch.cuda.max_memory_allocated(self.device) - before
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            part()
+        results = profile.profiler.kineto_results
+        changes = [e for e in results.events() if e.name() == "[memory]"]
+        changes.sort(key=lambda e: e.start_ns())
+        return max(accumulate(e.nbytes() for e in changes))
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
-def compare(name: str, batch: int, device: torch.device, rounds: int) -> tuple[float, float]:
-    """Median seconds per step, plain and guarded."""
+@dataclass(frozen=True)
+class Comparison:
+    """Medians over rounds, plain and guarded."""
+
+    plain: float
+    guarded: float
+    ratio: float
+    plain_peak: int
+    guarded_peak: int
+
+
+def compare(name: str, batch: int, device: torch.device, rounds: int, part: str) -> Comparison:
+    """Seconds per step and peak memory; the ratio is the median of the rounds' ratios."""
     dpguard.install(mode="off")
     training = Training(name, batch, device)
-    steps = max(3, int(SECONDS_PER_TURN / training.turn(3)))
+    timed = getattr(training, part)
+    steps = max(3, int(SECONDS_PER_TURN / training.turn(timed, 3)))
     plain, guarded = [], []
     for _ in range(rounds):
         with dpguard.install(mode="repair"):
-            guarded.append(training.turn(steps))
-        plain.append(training.turn(steps))
-    return statistics.median(plain), statistics.median(guarded)
+            guarded.append(training.turn(timed, steps))
+        plain.append(training.turn(timed, steps))
+    with dpguard.install(mode="repair"):
+        guarded_peak = training.peak(timed)
+    return Comparison(
+        statistics.median(plain),
+        statistics.median(guarded),
+        statistics.median(g / p for g, p in zip(guarded, plain, strict=True)),
+        training.peak(timed),
+        guarded_peak,
+    )
 
 
 def main() -> None:
@@ -150,17 +198,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 64, 256])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--part", default="step", choices=["step", "pairing"])
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, {options.device}")
-    print(f"{'model':<14}{'batch':>6}{'plain ms':>10}{'guarded ms':>12}{'ratio':>8}")
-    for name in MODELS:
+    print(f"torch {torch.__version__}, {options.device}, {options.part}")
+    print(f"{'model':<14}{'batch':>6}{'plain ms':>10}{'guarded ms':>12}{'ratio':>8}{'memory':>8}")
+    for name in options.models:
         for batch in options.batch:
-            plain, guarded = compare(name, batch, options.device, options.rounds)
+            found = compare(name, batch, options.device, options.rounds, options.part)
             print(
-                f"{name:<14}{batch:>6}{plain * 1e3:>10.3f}{guarded * 1e3:>12.3f}"
-                f"{guarded / plain:>8.2f}",
+                f"{name:<14}{batch:>6}{found.plain * 1e3:>10.3f}{found.guarded * 1e3:>12.3f}"
+                f"{found.ratio:>8.2f}{found.guarded_peak / found.plain_peak:>8.3f}",
                 flush=True,
             )
 
