@@ -146,6 +146,11 @@ class Training:
             before = torch.cuda.memory_allocated(self.device)
             part()
             return torch.cuda.max_memory_allocated(self.device) - before
+        return max(self._profiled_peak(part) for _ in range(3))
+
+    def _profiled_peak(self, part: Callable[[], None]) -> int:
+        """As the profiler sees it; blocks from before its start can make it too small."""
+        self.optimizer.zero_grad()
         activities = [torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
             part()

@@ -37,6 +37,7 @@ __all__ = [
     "on_module_registration",
     "optimizer_class",
     "replay_preparer",
+    "rows_are_fresh",
     "stock_hooks_class",
     "unsupported",
     "uses_ghost_hooks",
@@ -360,14 +361,27 @@ def grad_sampler(hooks: Any, module: torch.nn.Module) -> Callable[..., Any]:
 
     Its signature is ``sampler(module, activations, backprops) -> {parameter: rows}``.
     """
+    sampler = _registered_sampler(hooks, module)
+    if _samplers_take_lists():
+        return sampler
+    return lambda layer, activations, backprops: sampler(layer, activations[0], backprops)
+
+
+def _registered_sampler(hooks: Any, module: torch.nn.Module) -> Callable[..., Any]:
     sampler: Callable[..., Any]
     if has_grad_sampler(hooks, module):
         sampler = hooks.GRAD_SAMPLERS[type(module)]
     else:
         sampler = _grad_sample_module().ft_compute_per_sample_gradient
-    if _samplers_take_lists():
-        return sampler
-    return lambda layer, activations, backprops: sampler(layer, activations[0], backprops)
+    return sampler
+
+
+def rows_are_fresh(hooks: Any, module: torch.nn.Module) -> bool:
+    """Whether the rows of ``module`` are tensors that its sampler keeps no reference to.
+
+    True of Opacus's own samplers, unless they return what they were given.
+    """
+    return _registered_sampler(hooks, module).__module__.startswith("opacus.")
 
 
 @functools.lru_cache(maxsize=1)

@@ -62,7 +62,7 @@ class Entry:
         self.captured = False
         """Whether the rows come from a backward that left ``p.grad`` alone."""
         self.owned = owned
-        """Whether the tensor is ours to change in place, and not one a sampler returned."""
+        """Whether the tensor is ours to change in place, and not one that somebody put there."""
 
     @property
     def rows(self) -> torch.Tensor | None:
@@ -71,15 +71,16 @@ class Entry:
 
     def added(self, mine: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """``mine`` with ``rows`` added to its first rows, as Opacus adds calls of one layer."""
-        if self.owned and len(rows) <= len(mine):
-            mine[: len(rows)] += rows
+        count, more = mine.shape[0], rows.shape[0]
+        if self.owned and more <= count:
+            (mine if more == count else mine[:more]).add_(rows)
             return mine
-        if len(rows) == len(mine):
+        if more == count:
             total = mine + rows
         else:
-            longer, shorter = (mine, rows) if len(mine) > len(rows) else (rows, mine)
+            longer, shorter = (mine, rows) if count > more else (rows, mine)
             total = longer.clone()
-            total[: len(shorter)] += shorter
+            total[: shorter.shape[0]] += shorter
         # Opacus marks used rows with this attribute; losing it would let them be used twice.
         if hasattr(mine, "_processed"):
             total._processed = True  # type: ignore[attr-defined]
@@ -139,6 +140,7 @@ class ParameterState:
         now: int,
         *,
         captured: bool = False,
+        owned: bool = False,
     ) -> None:
         """Add the rows of a call opened in segment ``opened``, now being segment ``now``.
 
@@ -151,6 +153,7 @@ class ParameterState:
             opened: segment in which the forward call was made.
             now: segment that is current.
             captured: the backward returns the gradient and leaves ``p.grad`` alone.
+            owned: nobody else holds ``rows``; others are copied before they are kept.
         """
         tensors = self.sync(parameter)
         if captured and any(not entry.captured for entry in self.entries):
@@ -161,7 +164,8 @@ class ParameterState:
         opened = max(opened, self.epoch)
         spanned = [i for i, entry in enumerate(self.entries) if entry.last >= opened]
         if not spanned:
-            entry = Entry(rows, opened, now)
+            rows = rows if owned else rows.clone()
+            entry = Entry(rows, opened, now, owned=True)
             entry.captured = captured
             self.entries.append(entry)
             tensors.append(rows)
@@ -343,11 +347,17 @@ class Ledger:
         return self.state(parameter).name
 
     def add_rows(
-        self, parameter: torch.Tensor, rows: torch.Tensor, opened: int, *, captured: bool
+        self,
+        parameter: torch.Tensor,
+        rows: torch.Tensor,
+        opened: int,
+        *,
+        captured: bool,
+        owned: bool,
     ) -> ParameterState:
         """Publish rows of shape ``(B, *p.shape)`` that belong to a call of segment ``opened``."""
         state = self.state(parameter)
-        state.add(parameter, rows, opened, self.segment, captured=captured)
+        state.add(parameter, rows, opened, self.segment, captured=captured, owned=owned)
         self._closed = True
         return state
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -315,11 +315,27 @@ class Pairing:
         arranged: tuple[list[Any], torch.Tensor],
         wanted: list[torch.nn.Parameter],
     ) -> dict[torch.nn.Parameter, torch.Tensor]:
-        """Opacus's own computation, for the parameters that are wanted."""
+        """The rows of one call, as tensors that nobody else holds."""
+        sampled = self._sampled(record, arranged, wanted)
+        return {p: rows if owned else rows.clone() for p, (rows, owned) in sampled.items()}
+
+    def _sampled(
+        self,
+        record: Record,
+        arranged: tuple[list[Any], torch.Tensor],
+        wanted: list[torch.nn.Parameter],
+    ) -> dict[torch.nn.Parameter, tuple[torch.Tensor, bool]]:
+        """Opacus's own computation, for the parameters that are wanted.
+
+        Returns:
+            Rows, and whether nobody else holds their memory: a sampler may return what it was
+            given (a bias: the backprops), one tensor for two, or what it keeps. Opacus copies
+            every result.
+        """
         module, batch = record.module, record.batch
         if not batch:
             # Several of Opacus's samplers cannot reshape an empty batch.
-            return {p: p.new_zeros((0, *p.shape)) for p in wanted}
+            return {p: (p.new_zeros((0, *p.shape)), True) for p in wanted}
         activations, backprops = arranged
         sampler = _compat.grad_sampler(self.hooks, module)
         if record.outline is not None:
@@ -327,13 +343,20 @@ class Pairing:
         else:
             found = sampler(module, activations, backprops)
         names = {id(p) for p in wanted}
-        found = {p: rows for p, rows in found.items() if id(p) in names}
-        held = [t for t in (*activations, backprops) if isinstance(t, torch.Tensor)]
-        rows = _separate(found, batch, held)
-        if record.order is None:
-            return rows
-        # Packed sequences are sorted by length; the other layers see the user's order.
-        return {p: mine.index_select(0, record.order) for p, mine in rows.items()}
+        taken = {_storage(t) for t in (*activations, backprops) if isinstance(t, torch.Tensor)}
+        fresh = _compat.rows_are_fresh(self.hooks, module)
+        sampled: dict[torch.nn.Parameter, tuple[torch.Tensor, bool]] = {}
+        for parameter, rows in found.items():
+            if id(parameter) in names:
+                mine = _resized(rows, batch)
+                if record.order is not None:
+                    # Packed sequences are sorted by length; other layers see the user's order.
+                    mine = mine.index_select(0, record.order)
+                storage = _storage(mine)
+                own = fresh or mine is not rows
+                sampled[parameter] = mine, own and storage not in taken and 0 not in mine.stride()
+                taken.add(storage)
+        return sampled
 
     def _take(
         self,
@@ -343,10 +366,13 @@ class Pairing:
         wanted: list[torch.nn.Parameter],
     ) -> None:
         """Publish the rows of one call."""
-        rows = self._rows(record, arranged, wanted)
-        for parameter, mine in rows.items():
+        for parameter, (rows, owned) in self._sampled(record, arranged, wanted).items():
             state = self.ledger.add_rows(
-                parameter, mine, record.segment, captured=task.captures(parameter)
+                parameter,
+                rows,
+                record.segment,
+                captured=task.captures(parameter),
+                owned=owned,
             )
             task.published.add(id(parameter))
             if len(state.entries) > 1 and not _compat.allows_accumulation(self.hooks):
@@ -380,30 +406,16 @@ def _unreplayable(record: Record) -> str | None:
     return diagnosis.STRUCTURED_OUTPUT if record.structured else None
 
 
-def _separate(
-    found: Mapping[torch.nn.Parameter, torch.Tensor], batch: int, held: Sequence[torch.Tensor]
-) -> dict[torch.nn.Parameter, torch.Tensor]:
-    """Rows as tensors of their own with one row per sample of the batch.
-
-    A sampler may return what it was given (a bias: the backprops) or one tensor for two;
-    Opacus copies every result. With packed sequences a time step has rows for the first few
-    samples only.
-    """
-    separate: dict[torch.nn.Parameter, torch.Tensor] = {}
-    taken = {tensor.data_ptr() for tensor in held}
-    for parameter, rows in found.items():
-        mine = _resized(rows, batch)
-        if mine.data_ptr() in taken:
-            mine = mine.clone()
-        taken.add(mine.data_ptr())
-        separate[parameter] = mine
-    return separate
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _resized(rows: torch.Tensor, batch: int) -> torch.Tensor:
-    if len(rows) < batch:
+    """One row for each sample: with packed sequences a time step has the first few only."""
+    count = rows.shape[0]
+    if count < batch:
         padded = rows.new_zeros((batch, *rows.shape[1:]))
-        padded[: len(rows)] = rows
+        padded[:count] = rows
         return padded
     return rows
 
