@@ -298,9 +298,21 @@ def norm_sampler(hooks: Any, module: torch.nn.Module) -> Callable[..., Any] | No
 
 
 def batch_dimension(module: torch.nn.Module, *, batch_first: bool) -> int:
-    """Where the batch is in the inputs and outputs of a hooked module."""
-    rnn_linear = getattr(_grad_sample_module(), "RNNLinear", None)
-    return 0 if batch_first or type(module) is rnn_linear else 1
+    """Where the batch is in the inputs and outputs of a hooked module.
+
+    Layers inside of Opacus's own models have an order of their own: those of recurrent cells are
+    batch first, and a ``SequenceBias`` says so itself.
+    """
+    if is_rnn_linear(module):
+        return 0
+    if type(module) is _sequence_bias():
+        return 0 if module.batch_first else 1
+    return 0 if batch_first else 1
+
+
+@functools.lru_cache(maxsize=1)
+def _sequence_bias() -> Any:
+    return _attribute_of("opacus.layers.dp_multihead_attention", "SequenceBias")
 
 
 def is_rnn_linear(module: torch.nn.Module) -> bool:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 import threading
 
+import opacus.grad_sample
 import pytest
 import torch
 from opacus import GradSampleModule
-from opacus.grad_sample import GradSampleHooks, register_grad_sampler
-from opacus.layers import DPLSTM
+from opacus.grad_sample import register_grad_sampler
+from opacus.layers import DPLSTM, DPMultiheadAttention
 from opacus.optimizers import DPOptimizer
 from test_random_programs import (
     Backward,
@@ -25,8 +27,11 @@ from test_random_programs import (
 from torch import nn
 from torch.nn.utils import rnn
 from torch.optim.swa_utils import AveragedModel
+from truth import assert_rows_equal, rows_of
 
 import dpguard
+
+GradSampleHooks = getattr(opacus.grad_sample, "GradSampleHooks", GradSampleModule)
 
 ENCODED = (Input(3), Forward(-1, "encoder"), Backward((-1,)))
 """Forward and backward of the encoder on a new batch."""
@@ -446,3 +451,55 @@ def test_a_copied_recurrent_model_learns_its_own_packing(guard):
     assert hook.__self__ is guard._runtime.grad_sample.find(copied)
     assert hook.__self__.ledger is guard._runtime.ledger
     assert guard._runtime.grad_sample.find(model) is not hook.__self__
+
+
+def test_a_virtual_batch_of_a_parameter_that_was_frozen(guard):
+    """Its clipped sum does not enter the logical step in which the parameter thaws."""
+    model = GradSampleModule(_mlp())
+    optimizer = _optimizer(model)
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    first = next(model.parameters())
+
+    def step(x, *, skip):
+        optimizer.signal_skip_step(do_skip=skip)
+        model(x).pow(2).mean(dim=1).mean().backward()
+        optimizer.step()
+        found = None if first.summed_grad is None else first.summed_grad.clone()
+        optimizer.zero_grad()
+        return found
+
+    before = {p: p.detach().clone() for p in model.parameters()}
+    alone = step(x, skip=False)
+    with torch.no_grad():
+        for p, value in before.items():
+            p.copy_(value)
+    step(5 * x, skip=True)
+    first.requires_grad_(False)
+    step(x, skip=False)
+    with torch.no_grad():
+        for p, value in before.items():
+            p.copy_(value)
+    first.requires_grad_(True)
+    torch.testing.assert_close(step(x, skip=False), alone)
+    assert guard.violations == ()
+
+
+@pytest.mark.parametrize("batch", [2, 3, 4])
+def test_the_bias_of_keys_and_values(guard, batch):
+    """SequenceBias sees the time first, whatever the model: also where B == T + 1."""
+    if "batch_first" not in inspect.signature(DPMultiheadAttention).parameters:
+        pytest.skip("this Opacus has it time first only")
+    torch.manual_seed(0)
+    attention = DPMultiheadAttention(3, 1, add_bias_kv=True, batch_first=True).double()
+    plain = DPMultiheadAttention(3, 1, add_bias_kv=True, batch_first=True).double()
+    plain.load_state_dict(attention.state_dict())
+    x = torch.randn(batch, 2, 3, dtype=torch.float64)
+
+    def loss(model, x):
+        return model(x, x, x)[0].pow(2).mean(dim=(1, 2)).mean()
+
+    truth = rows_of(loss, plain, [x])
+    wrapped = GradSampleModule(attention)
+    loss(wrapped, x).backward()
+    assert_rows_equal(wrapped, truth, torch.float64)
+    assert guard.violations == ()

@@ -128,10 +128,13 @@ class OptimizerPatch:
         self._ledger.forgive(parameters)
         if self._repairs:
             for parameter in parameters:
-                # Opacus clears those that are trainable now; rows of one that was frozen in
-                # between would be used as an extra batch once it thaws.
-                if not parameter.requires_grad and hasattr(parameter, "grad_sample"):
-                    parameter.grad_sample = None
+                # Opacus clears those that are trainable now; what one that was frozen in between
+                # has left would be used as an extra batch once it thaws.
+                if not parameter.requires_grad:
+                    if hasattr(parameter, "grad_sample"):
+                        parameter.grad_sample = None
+                    if not instance._is_last_step_skipped and hasattr(parameter, "summed_grad"):
+                        parameter.summed_grad = None
         return wrapped(*args, **kwargs)
 
     def _pre_step(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
