@@ -72,6 +72,8 @@ def align(ledger: Ledger, parameters: Sequence[torch.nn.Parameter], *, fill: boo
 
 def _match(ledger: Ledger, parameters: Sequence[torch.nn.Parameter], *, fill: bool) -> Alignment:
     """Place each parameter's rows by the batch they belong to."""
+    if fill:
+        ledger.agree_on_order(parameters)
     counts = {len(ledger.entries_of(p)) for p in parameters}
     if len(counts) == 1 and any(
         e.first == UNKNOWN for p in parameters for e in ledger.entries_of(p)

@@ -53,7 +53,7 @@ class Tally:
 class Entry:
     """One group of people: which segments it spans, and (weakly) its rows."""
 
-    __slots__ = ("_rows", "captured", "first", "last", "owned")
+    __slots__ = ("_rows", "captured", "first", "last", "order", "owned")
 
     def __init__(self, rows: torch.Tensor, first: int, last: int, *, owned: bool = False) -> None:
         self._rows = weakref.ref(rows)
@@ -61,6 +61,8 @@ class Entry:
         self.last = last
         self.captured = False
         """Whether the rows come from a backward that left ``p.grad`` alone."""
+        self.order: torch.Tensor | None = None
+        """Where in the rows each sample is, if they are not in the order of the batch."""
         self.owned = owned
         """Whether the tensor is ours to change in place, and not one that somebody put there."""
 
@@ -81,12 +83,23 @@ class Entry:
             longer, shorter = (mine, rows) if count > more else (rows, mine)
             total = longer.clone()
             total[: shorter.shape[0]] += shorter
+        return self._renewed(mine, total)
+
+    def in_order(self, mine: torch.Tensor) -> torch.Tensor:
+        """``mine`` with its rows in the order of the batch."""
+        if self.order is None:
+            return mine
+        ordered, self.order = mine.index_select(0, self.order), None
+        return self._renewed(mine, ordered)
+
+    def _renewed(self, mine: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """``rows`` takes the place of ``mine``."""
         # Opacus marks used rows with this attribute; losing it would let them be used twice.
         if hasattr(mine, "_processed"):
-            total._processed = True  # type: ignore[attr-defined]
+            rows._processed = True  # type: ignore[attr-defined]
         self.owned = True
-        self._rows = weakref.ref(total)
-        return total
+        self._rows = weakref.ref(rows)
+        return rows
 
 
 class ParameterState:
@@ -141,6 +154,7 @@ class ParameterState:
         *,
         captured: bool = False,
         owned: bool = False,
+        order: torch.Tensor | None = None,
     ) -> None:
         """Add the rows of a call opened in segment ``opened``, now being segment ``now``.
 
@@ -154,6 +168,7 @@ class ParameterState:
             now: segment that is current.
             captured: the backward returns the gradient and leaves ``p.grad`` alone.
             owned: nobody else holds ``rows``; others are copied before they are kept.
+            order: where in ``rows`` each sample is, of shape ``(B,)``, if not in its own place.
         """
         tensors = self.sync(parameter)
         if captured and any(not entry.captured for entry in self.entries):
@@ -167,11 +182,23 @@ class ParameterState:
             rows = rows if owned else rows.clone()
             entry = Entry(rows, opened, now, owned=True)
             entry.captured = captured
+            entry.order = order
             self.entries.append(entry)
             tensors.append(rows)
         else:
+            if any(self.entries[i].order is not order for i in spanned):
+                for i in spanned:
+                    tensors[i] = self.entries[i].in_order(tensors[i])
+                rows = rows if order is None else rows.index_select(0, order)
             tensors = self._merge(tensors, spanned, rows, opened, now)
         self.publish(parameter, tensors)
+
+    def put_in_order(self, parameter: torch.Tensor) -> None:
+        """Bring all rows of ``parameter`` into the order of their batch."""
+        tensors = self.sync(parameter)
+        if any(entry.order is not None for entry in self.entries):
+            pairs = zip(self.entries, tensors, strict=True)
+            self.publish(parameter, [entry.in_order(rows) for entry, rows in pairs])
 
     def _merge(
         self,
@@ -354,12 +381,26 @@ class Ledger:
         *,
         captured: bool,
         owned: bool,
+        order: torch.Tensor | None,
     ) -> ParameterState:
         """Publish rows of shape ``(B, *p.shape)`` that belong to a call of segment ``opened``."""
         state = self.state(parameter)
-        state.add(parameter, rows, opened, self.segment, captured=captured, owned=owned)
+        now = self.segment
+        state.add(parameter, rows, opened, now, captured=captured, owned=owned, order=order)
         self._closed = True
         return state
+
+    def agree_on_order(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Let row ``i`` of all these parameters be the same sample.
+
+        Packed sequences that are not sorted by length are sorted inside of a recurrent layer. As
+        long as no other layer took part, its rows stay as Opacus has them.
+        """
+        states = [(p, self.state(p)) for p in parameters]
+        orders = {id(entry.order) for _, state in states for entry in state.entries}
+        if len(orders) > 1:
+            for parameter, state in states:
+                state.put_in_order(parameter)
 
     def forgive(self, parameters: Iterable[torch.Tensor]) -> None:
         """Gradients were cleared: what was wrong with them no longer matters."""

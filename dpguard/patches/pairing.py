@@ -56,7 +56,7 @@ class Pairing:
         self.loss_reduction = loss_reduction
         self.batch_first = batch_first
         self.orders: dict[int, torch.Tensor] = {}
-        """For layers of a recurrent cell fed with packed sequences: from rows to samples."""
+        """For layers of a recurrent cell fed with packed sequences: see ``Entry.order``."""
         self._members: set[int] | None = None
         """Identities of the modules of the model; of those that were in it, too."""
         self._registry = registry
@@ -315,9 +315,13 @@ class Pairing:
         arranged: tuple[list[Any], torch.Tensor],
         wanted: list[torch.nn.Parameter],
     ) -> dict[torch.nn.Parameter, torch.Tensor]:
-        """The rows of one call, as tensors that nobody else holds."""
-        sampled = self._sampled(record, arranged, wanted)
-        return {p: rows if owned else rows.clone() for p, (rows, owned) in sampled.items()}
+        """The rows of one call in the order of the batch, as tensors that nobody else holds."""
+        rows: dict[torch.nn.Parameter, torch.Tensor] = {}
+        for parameter, (mine, owned) in self._sampled(record, arranged, wanted).items():
+            rows[parameter] = mine if owned else mine.clone()
+            if record.order is not None:
+                rows[parameter] = mine.index_select(0, record.order)
+        return rows
 
     def _sampled(
         self,
@@ -349,9 +353,6 @@ class Pairing:
         for parameter, rows in found.items():
             if id(parameter) in names:
                 mine = _resized(rows, batch)
-                if record.order is not None:
-                    # Packed sequences are sorted by length; other layers see the user's order.
-                    mine = mine.index_select(0, record.order)
                 storage = _storage(mine)
                 own = fresh or mine is not rows
                 sampled[parameter] = mine, own and storage not in taken and 0 not in mine.stride()
@@ -373,6 +374,7 @@ class Pairing:
                 record.segment,
                 captured=task.captures(parameter),
                 owned=owned,
+                order=record.order,
             )
             task.published.add(id(parameter))
             if len(state.entries) > 1 and not _compat.allows_accumulation(self.hooks):
@@ -394,6 +396,9 @@ class Pairing:
         for parameter in self._parameters:
             if id(parameter) not in task.published and task.executes(parameter):
                 self._condemn(parameter, diagnosis.BYPASSED)
+        if self.orders:
+            published = [p for p in self._parameters if id(p) in task.published]
+            self.ledger.agree_on_order(published)
 
 
 def _unreplayable(record: Record) -> str | None:
