@@ -28,8 +28,10 @@ __all__ = [
     "can_be_replayed",
     "clips_rows",
     "eager",
+    "ghost_criterion_classes",
     "ghost_hooks_class",
-    "ghost_loss_class",
+    "ghost_loss_classes",
+    "ghost_optimizer_class",
     "grad_sampler",
     "has_grad_sampler",
     "inside_transform",
@@ -271,7 +273,7 @@ def _attribute_of(module: str, *names: str) -> Any:
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != module:
+        if not f"{module}.".startswith(f"{error.name}."):
             raise
         return None
     return next((vars(found)[name] for name in names if name in vars(found)), None)
@@ -283,10 +285,34 @@ def ghost_hooks_class() -> Any:
     return _attribute_of(_GHOST, hooks, "GradSampleModuleFastGradientClipping")
 
 
-def ghost_loss_class() -> Any:
-    """The class whose ``backward()`` runs both backwards, or ``None`` before 1.5.2."""
-    module = "opacus.utils.fast_gradient_clipping_utils"
-    return _attribute_of(module, "DPTensorFastGradientClipping")
+_GHOST_LOSS = "opacus.utils.fast_gradient_clipping_utils"
+_ADAPTIVE_LOSS = "opacus.utils.adaptive_clipping.adaptive_clipping_utils"
+
+
+def _present(*found: Any) -> list[type]:
+    return [cls for cls in found if cls is not None]
+
+
+def ghost_loss_classes() -> list[type]:
+    """The classes whose ``backward()`` runs both backwards; none before 1.5.2."""
+    return _present(
+        _attribute_of(_GHOST_LOSS, "DPTensorFastGradientClipping"),
+        _attribute_of(_ADAPTIVE_LOSS, "DPTensorFastGradientAdaptiveClipping"),
+    )
+
+
+def ghost_criterion_classes() -> list[type]:
+    """The classes that make such losses out of the user's criterion; none before 1.5.2."""
+    return _present(
+        _attribute_of(_GHOST_LOSS, "DPLossFastGradientClipping"),
+        _attribute_of(_ADAPTIVE_LOSS, "DPLossFastGradientAdaptiveClipping"),
+    )
+
+
+def ghost_optimizer_class() -> Any:
+    """The optimizer that adds noise to gradients clipped elsewhere, or ``None`` before 1.5."""
+    module = "opacus.optimizers.optimizer_fast_gradient_clipping"
+    return _attribute_of(module, "DPOptimizerFastGradientClipping")
 
 
 def norm_sampler(hooks: Any, module: torch.nn.Module) -> Callable[..., Any] | None:

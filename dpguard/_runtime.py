@@ -27,7 +27,7 @@ from dpguard.events import (
 )
 from dpguard.journal import Journal
 from dpguard.ledger import Ledger
-from dpguard.patches import detach, ghost
+from dpguard.patches import detach, ghost_gradient
 from dpguard.patches.attributes import AttributeForwarding
 from dpguard.patches.ghost import GhostPairing
 from dpguard.patches.grad_sample import GradSamplePatch
@@ -126,9 +126,18 @@ class Runtime:
             Classes of hooked models that were left alone.
         """
         skipped = self.grad_sample.install(self._transaction)
-        ghost.install(self._transaction, self.grad_sample.find)
+        ghost_gradient.install(
+            self._transaction,
+            self.ledger,
+            self._ghost_pairing_of,
+            repairs=self.settings.mode.changes_the_host,
+        )
         self.optimizer.install(self._transaction)
         return skipped
+
+    def _ghost_pairing_of(self, hooks: Any) -> GhostPairing | None:
+        found = self.grad_sample.find(hooks)
+        return found if isinstance(found, GhostPairing) else None
 
     def uninstall(self) -> None:
         """Undo all patches and close the log."""

@@ -33,6 +33,10 @@ ROW_DEVICE = "row_device"
 ROWS_NOT_FINITE = "rows_not_finite"
 BATCHES_OVERLAP = "batches_overlap"
 BATCHES_UNRELATED = "batches_unrelated"
+UNCLIPPED = "unclipped_backward"
+NOT_CLEARED = "gradients_not_cleared"
+LOSS_SHAPE = "loss_shape"
+LOSSES_OVERLAP = "losses_overlap"
 
 OPACUS_NO_ACCUMULATION = (
     "Poisson sampling is not compatible with grad accumulation. "
@@ -152,6 +156,27 @@ _DIAGNOSES = {
         "took part in all of them, so it cannot be said whether the rounds saw the same people",
         "run all forwards of a batch before its first backward, or call optimizer.step() and "
         "optimizer.zero_grad() between batches",
+    ),
+    UNCLIPPED: Diagnosis(
+        "a backward that ghost clipping did not see added gradients that nobody clipped",
+        "call backward() on what the criterion that make_private returned gives you, and on no "
+        "other loss between optimizer.zero_grad() and optimizer.step(); use weight_decay of the "
+        "optimizer instead of a penalty",
+    ),
+    NOT_CLEARED: Diagnosis(
+        "the clipped gradients were already added to this step by an earlier optimizer.step()",
+        "call optimizer.zero_grad() and backpropagate a new batch before the next optimizer.step()",
+    ),
+    LOSS_SHAPE: Diagnosis(
+        "ghost clipping needs exactly one loss for each sample of the batch",
+        "let the criterion honour reduction='none' and reduce its result to shape (B,), one loss "
+        "per sample",
+    ),
+    LOSSES_OVERLAP: Diagnosis(
+        "two losses were backpropagated one after the other though the forwards of both had run "
+        "before; each was clipped by itself, so a person who is in both would count twice",
+        "make one loss per sample of both and call backward once, or run the second forward "
+        "after the first backward",
     ),
     BATCHES_OVERLAP: Diagnosis(
         "some layers were backpropagated across several accumulated batches and others once per "

@@ -28,7 +28,17 @@ import torch
 from dpguard import _compat
 from dpguard._declare import declares_one_batch
 
-__all__ = ["UNKNOWN", "CallKey", "Dead", "Entry", "Ledger", "ParameterState", "Tally"]
+__all__ = [
+    "UNKNOWN",
+    "CallKey",
+    "Clipped",
+    "Dead",
+    "Entry",
+    "Ledger",
+    "ParameterState",
+    "Tally",
+    "sum_of_rows",
+]
 
 UNKNOWN = -1
 """Segment of rows that are not from here."""
@@ -48,6 +58,69 @@ class Tally:
         self.name = name
         self.opened = 0
         self.fired = 0
+
+
+def sum_of_rows(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """A new tensor with the rows of two calls of one layer added, from the first row on.
+
+    As in Opacus, a call with fewer rows is one of the first few samples.
+
+    Args:
+        one: per-sample gradients of shape ``(B1, *p.shape)``.
+        other: the same of shape ``(B2, *p.shape)``.
+
+    Returns:
+        Rows of shape ``(max(B1, B2), *p.shape)``.
+    """
+    if len(one) == len(other):
+        return one + other
+    longer, shorter = (one, other) if len(one) > len(other) else (other, one)
+    total = longer.clone()
+    total[: len(shorter)] += shorter
+    return total
+
+
+class Clipped:
+    """What ghost clipping, or somebody who went round it, left in one ``p.grad``.
+
+    Attributes:
+        batches: how many clipped forward/backward pairs are in it.
+        rows: number of people of each of them.
+        unclipped: a gradient that no clip factor met was added as well.
+        spent: an optimizer has taken it already.
+    """
+
+    __slots__ = ("_grad", "_version", "batches", "rows", "spent", "unclipped")
+
+    def __init__(self, grad: torch.Tensor | None, rows: tuple[int, ...] = ()) -> None:
+        self.rows = rows
+        self.batches = len(rows)
+        self.unclipped = False
+        self.spent = False
+        self.renew(grad)
+
+    def renew(self, grad: torch.Tensor | None) -> None:
+        """``grad``, as it is now, is the tensor meant."""
+        self._grad = weakref.ref(grad) if grad is not None else None
+        self._version = grad._version if grad is not None else 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there was no gradient: the parameter took no part."""
+        return self._grad is None
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether clipped batches wait for a step."""
+        return self.batches > 0 and not self.spent
+
+    def is_in(self, grad: torch.Tensor | None) -> bool:
+        """Whether ``grad`` is still the tensor meant: a step and ``zero_grad`` put another."""
+        return grad is not None and self._grad is not None and self._grad() is grad
+
+    def is_untouched(self, grad: torch.Tensor | None) -> bool:
+        """Whether ``grad`` is that tensor and was not changed in place either."""
+        return self.is_in(grad) and grad is not None and grad._version == self._version
 
 
 class Entry:
@@ -77,13 +150,7 @@ class Entry:
         if self.owned and more <= count:
             (mine if more == count else mine[:more]).add_(rows)
             return mine
-        if more == count:
-            total = mine + rows
-        else:
-            longer, shorter = (mine, rows) if count > more else (rows, mine)
-            total = longer.clone()
-            total[: shorter.shape[0]] += shorter
-        return self._renewed(mine, total)
+        return self._renewed(mine, sum_of_rows(mine, rows))
 
     def in_order(self, mine: torch.Tensor) -> torch.Tensor:
         """``mine`` with its rows in the order of the batch."""
@@ -105,7 +172,7 @@ class Entry:
 class ParameterState:
     """What the ledger knows about one parameter."""
 
-    __slots__ = ("condemned", "entries", "epoch", "hooked", "name", "paired", "ref")
+    __slots__ = ("clipped", "condemned", "entries", "epoch", "hooked", "name", "paired", "ref")
 
     def __init__(self, parameter: torch.Tensor, forget: Callable[[Any], None]) -> None:
         self.ref = weakref.ref(parameter, forget)
@@ -118,6 +185,8 @@ class ParameterState:
         self.epoch = 0
         self.condemned: str | None = None
         """Cause why the rows of this step are missing or wrong, see :mod:`dpguard.diagnosis`."""
+        self.clipped: Clipped | None = None
+        """In ghost clipping, what is in ``p.grad``."""
 
     def sync(self, parameter: torch.Tensor) -> list[torch.Tensor]:
         """Take over what somebody else did to ``p.grad_sample``; its tensors, one per entry."""
@@ -387,8 +456,12 @@ class Ledger:
         state = self.state(parameter)
         now = self.segment
         state.add(parameter, rows, opened, now, captured=captured, owned=owned, order=order)
-        self._closed = True
+        self.close()
         return state
+
+    def close(self) -> None:
+        """A call was backpropagated: the next forward begins a segment."""
+        self._closed = True
 
     def agree_on_order(self, parameters: Iterable[torch.Tensor]) -> None:
         """Let row ``i`` of all these parameters be the same sample.
@@ -408,6 +481,7 @@ class Ledger:
             state = self._parameters.get(id(parameter))
             if state is not None:
                 state.condemned = None
+                state.clipped = None
 
     # -- cuts ------------------------------------------------------------------------------
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import torch
 
 from dpguard import diagnosis
-from dpguard.ledger import Ledger
+from dpguard.ledger import Clipped, Ledger
 
-__all__ = ["CHECKS", "FINITE", "Coverage", "Failure", "examine"]
+__all__ = ["CHECKS", "FINITE", "OF_ROWS", "Coverage", "Failure", "examine", "examine_clipped"]
 
 PRESENT = "coverage.present"
 ROWS = "coverage.rows"
@@ -21,6 +21,8 @@ SHAPE = "coverage.shape"
 DTYPE = "coverage.dtype"
 DEVICE = "coverage.device"
 FINITE = "coverage.finite"
+OF_ROWS = (SHAPE, DTYPE, DEVICE)
+"""Checks of the row tensors, which there are none of in ghost clipping."""
 CHECKS = (PRESENT, ROWS, SHAPE, DTYPE, DEVICE, FINITE)
 
 
@@ -75,6 +77,51 @@ def examine(ledger: Ledger, parameters: Sequence[torch.nn.Parameter]) -> Coverag
     )
     coverage.failures.extend(_uneven(counts))
     return coverage
+
+
+def examine_clipped(ledger: Ledger, parameters: Sequence[torch.nn.Parameter]) -> Coverage:
+    """Look at what ghost clipping left in the ``p.grad`` of one optimizer.
+
+    Returns:
+        Without names if no batch was clipped for this step: then nothing is known but failures.
+    """
+    coverage = Coverage(())
+    names = tuple(map(ledger.name_of, parameters))
+    found: dict[tuple[str, str], list[str]] = {}
+    counts: dict[str, tuple[int, ...]] = {}
+    strangers: list[str] = []
+    for name, parameter in zip(names, parameters, strict=True):
+        state = ledger.known(parameter)
+        note = state.clipped if state is not None else None
+        fault = _fault(note, parameter.grad)
+        if note is None and not ledger.is_hooked(parameter):
+            strangers.append(name)
+        if fault is not None:
+            found.setdefault((PRESENT, fault), []).append(name)
+        elif note is not None and note.is_fresh:
+            counts[name] = note.rows
+            if parameter.grad is not None and not parameter.grad.is_sparse:
+                coverage.rows.append((name, parameter.grad))
+    if counts:
+        coverage.names = names
+        if strangers:
+            found[PRESENT, diagnosis.NOT_HOOKED] = strangers
+    elif not found and all(parameter.grad is None for parameter in parameters):
+        found[PRESENT, diagnosis.NO_BACKWARD] = list(names)
+    coverage.failures.extend(
+        Failure(check, cause, tuple(who)) for (check, cause), who in found.items()
+    )
+    coverage.failures.extend(_uneven(counts))
+    return coverage
+
+
+def _fault(note: Clipped | None, grad: torch.Tensor | None) -> str | None:
+    """Why ``grad`` must not be used for a step, if it must not."""
+    if note is not None and note.unclipped and note.is_in(grad):
+        return diagnosis.UNCLIPPED
+    if note is not None and note.batches and note.spent and note.is_untouched(grad):
+        return diagnosis.NOT_CLEARED
+    return None
 
 
 def _row_tensors(parameter: torch.nn.Parameter) -> list[torch.Tensor]:

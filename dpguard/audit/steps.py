@@ -20,7 +20,15 @@ from dpguard.ledger import Dead, Ledger
 
 __all__ = ["StepAuditor"]
 
-_PRIVACY = frozenset({diagnosis.ROW_COUNT, diagnosis.BATCHES_OVERLAP, diagnosis.BATCHES_UNRELATED})
+_PRIVACY = frozenset(
+    {
+        diagnosis.BATCHES_OVERLAP,
+        diagnosis.BATCHES_UNRELATED,
+        diagnosis.NOT_CLEARED,
+        diagnosis.ROW_COUNT,
+        diagnosis.UNCLIPPED,
+    }
+)
 """Causes with which rows no longer belong to one person each: the guarantee does not hold."""
 
 
@@ -106,7 +114,10 @@ class StepAuditor:
         logical.parameters = len(parameters)
         dead = self._ledger.settle(parameters)
         self._say_dead(logical, dead)
-        if not parameters or not _compat.clips_rows(optimizer):
+        if not parameters:
+            return
+        if not _compat.clips_rows(optimizer):
+            self._before_ghost_step(logical, parameters)
             return
         repairs = self._settings.mode.changes_the_host
         alignment = align(self._ledger, parameters, fill=repairs)
@@ -117,12 +128,31 @@ class StepAuditor:
         if not repairs and dead:
             failures = [_left_over(failure) for failure in failures]
         self._refuse(logical, failures)
-        if logical.audited:
-            self._look_at_values(logical, seen)
-            self._collector.drain()
-            if self._overdue is not None:
-                self._close_refused(logical)
-            self._raise_overdue()
+        self._audit_values(logical, seen)
+
+    def _before_ghost_step(
+        self, logical: _Logical, parameters: Sequence[torch.nn.Parameter]
+    ) -> None:
+        """Ghost clipping has norms instead of rows, and clipped sums in ``p.grad``."""
+        logical.not_run.update(structure.OF_ROWS)
+        seen = structure.examine_clipped(self._ledger, parameters)
+        logical.names = seen.names
+        self._refuse(logical, seen.failures)
+        unused = [p for p in parameters if p.grad is None]
+        if seen.names and unused:
+            self._say_unused(
+                logical, Alignment(unused=tuple(self._ledger.name_of(p) for p in unused))
+            )
+        self._audit_values(logical, seen)
+
+    def _audit_values(self, logical: _Logical, seen: structure.Coverage) -> None:
+        if not logical.audited:
+            return
+        self._look_at_values(logical, seen)
+        self._collector.drain()
+        if self._overdue is not None:
+            self._close_refused(logical)
+        self._raise_overdue()
 
     def after_step(self, optimizer: Any, *, stepped: bool) -> None:
         """Close the logical step, unless the physical batch was only accumulated."""

@@ -5,25 +5,39 @@ without, the gradient of the losses weighted by the clip factors. Opacus refuses
 of a layer when it happens, because the norms of two calls cannot be added. Whether both calls
 are backpropagated is only known in the first backward: if they are, their rows are computed and
 added, and the norm is that of the sum; if not, the ghost norm of the one call stands.
+
+What the two backwards leave in ``p.grad`` is looked after in
+:mod:`dpguard.patches.ghost_gradient`.
 """
 
 from __future__ import annotations
 
+import enum
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import wrapt
 
 from dpguard import _compat, diagnosis
-from dpguard._errors import PerSampleGradientError
-from dpguard.ledger import GraphTask
+from dpguard._declare import declares_one_batch
+from dpguard._errors import DPGuardError, PerSampleGradientError, PrivacyViolation
+from dpguard.ledger import Clipped, GraphTask, sum_of_rows
+from dpguard.patches.ghost_gradient import Carried
 from dpguard.patches.pairing import Pairing
 from dpguard.patches.records import Record, parameters_of
-from dpguard.patching import Transaction
 
-__all__ = ["GhostPairing", "install"]
+__all__ = ["GhostPairing"]
 
 Arranged = tuple[list[Any], torch.Tensor]
+
+
+class Stage(enum.Enum):
+    """Which backward of Opacus's pair is under way."""
+
+    OUTSIDE = 0
+    NORMS = 1
+    CLIPPED = 2
 
 
 class _Contribution:
@@ -37,20 +51,16 @@ class _Contribution:
         self.call: tuple[Record, Arranged] | None = None
 
     def add_rows(self, rows: torch.Tensor) -> None:
-        if self.rows is None:
-            self.rows = rows
-            return
-        longer, shorter = (self.rows, rows) if len(self.rows) >= len(rows) else (rows, self.rows)
-        total = longer.clone()
-        total[: len(shorter)] += shorter
-        self.rows = total
+        self.rows = rows if self.rows is None else sum_of_rows(self.rows, rows)
 
     def norms(self) -> torch.Tensor | None:
         """Norm of each sample's gradient, of shape ``(B,)``."""
-        if self.rows is not None:
-            norms: torch.Tensor = torch.linalg.vector_norm(self.rows.flatten(start_dim=1), dim=-1)
-            return norms
-        return self.norm
+        if self.rows is None:
+            return self.norm
+        # Rows of a parameter without dimensions have none to flatten.
+        per_sample = self.rows.flatten(start_dim=1) if self.rows.dim() > 1 else self.rows[:, None]
+        norms: torch.Tensor = torch.linalg.vector_norm(per_sample, dim=-1)
+        return norms
 
 
 class GhostPairing(Pairing):
@@ -59,16 +69,155 @@ class GhostPairing(Pairing):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._found: dict[int, _Contribution] = {}
-        self._calls: dict[int, int] = {}
+        self._open: dict[int, weakref.WeakSet[Record]] = {}
+        """Calls of each parameter that can still be backpropagated for the first time."""
+        self._reopened: set[int] = set()
+        """Parameters with calls that a checkpoint recomputed: there may be more of them."""
+        self._fired: list[Record] = []
         self._condemned: dict[str, list[str]] = {}
+        self._overlapping: dict[str, None] = {}
         self._batch = 0
+        self._losses: int | None = None
+        self._segment = 0
+        self._carried_through: int | None = None
+        """While batches are accumulated: the segment in which the last was backpropagated."""
+        self._last_backward = 0
+        self._stage = Stage.OUTSIDE
+        self._norms_read = False
+        self._received: dict[int, tuple[torch.nn.Parameter, int]] = {}
+        """Parameters into which this backward accumulated, with the version of ``p.grad``."""
+        self._watched: dict[int, tuple[weakref.ref[Any], Any]] = {}
+
+    # -- attach and release --------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Take over Opacus's hooks, and see each gradient that reaches a parameter."""
+        super().attach()
+        for parameter in self.hooks._module.parameters():
+            self._watch_parameter(parameter)
+
+    def release(self) -> None:
+        """Put Opacus's hooks back and look at no gradient any more."""
+        for _, handle in self._watched.values():
+            handle.remove()
+        self._watched.clear()
+        super().release()
+
+    def _watch_parameter(self, parameter: torch.nn.Parameter) -> None:
+        watched = self._watched.get(id(parameter))
+        if not parameter.requires_grad or (watched and watched[0]() is parameter):
+            return
+        seen = weakref.WeakMethod(self._on_accumulated)
+
+        def on_accumulated(parameter: Any) -> None:
+            method = seen()
+            if method is not None:
+                method(parameter)
+
+        handle = parameter.register_post_accumulate_grad_hook(on_accumulated)
+        self._watched[id(parameter)] = (weakref.ref(parameter), handle)
 
     # -- forward -------------------------------------------------------------------------------
 
-    def on_call(self, module: torch.nn.Module) -> None:
-        """Count the calls that use each parameter: with one, nothing needs to be kept."""
-        for parameter in parameters_of(module):
-            self._calls[id(parameter)] = self._calls.get(id(parameter), 0) + 1
+    def on_call(self, record: Record) -> None:
+        """Note the calls that use each parameter: with one, nothing needs to be kept."""
+        for parameter in parameters_of(record.module):
+            self._open.setdefault(id(parameter), weakref.WeakSet()).add(record)
+            if not record.uncounted:
+                self._reopened.add(id(parameter))
+            self._watch_parameter(parameter)
+
+    def _is_only_call(self, parameter: torch.nn.Parameter, record: Record) -> bool:
+        """Whether no other call of ``parameter`` can still come in this backward."""
+        if id(parameter) in self._reopened:
+            return False
+        return all(other is record for other in self._open.get(id(parameter), ()))
+
+    # -- both backwards ------------------------------------------------------------------------
+
+    def run(self, losses: Any, backward: Callable[[], Any]) -> Any:
+        """Run Opacus's two backwards so that nothing but clipped gradients can remain.
+
+        Batches that were backpropagated before, and that no step has taken and nobody has
+        cleared, are kept: Opacus drops them between its backwards.
+
+        Args:
+            losses: one loss for each sample, of shape ``(B,)``.
+            backward: runs both backwards.
+
+        Raises:
+            PerSampleGradientError: norms are missing or cannot be right.
+            PrivacyViolation: losses and rows do not belong to one person each.
+            ValueError: in Opacus's words, a second batch with Poisson sampling.
+        """
+        if self._stage is not Stage.OUTSIDE or not isinstance(losses, torch.Tensor):
+            return backward()
+        parameters = list(self.hooks._module.parameters())
+        carried = Carried(self.ledger, parameters if self.computes else ())
+        if self.computes:
+            _refuse_shape(losses)
+            if carried.batches and declares_one_batch():
+                names = [self.ledger.name_of(p) for p in parameters if p.requires_grad]
+                raise _refused(PrivacyViolation, diagnosis.LOSSES_OVERLAP, "Refused", names)
+            if carried.batches and not _compat.allows_accumulation(self.hooks):
+                raise ValueError(diagnosis.OPACUS_NO_ACCUMULATION)
+        self._carried_through = self._last_backward if carried.batches else None
+        self.begin()
+        self._losses = len(losses) if losses.dim() else None
+        carried.set_aside()
+        enabled = self.hooks.hooks_enabled
+        self._stage = Stage.NORMS
+        done = False
+        try:
+            result = backward()
+            done = True
+        finally:
+            clipped, self._stage = self._stage is Stage.CLIPPED, Stage.OUTSIDE
+            self._last_backward = self.ledger.segment
+            for record in self._fired:
+                record.activations = record.outline = None
+            if self.computes and not done:
+                self._take_back(carried, hooks_enabled=enabled)
+            self.begin()
+        self._note(parameters, carried, clipped=clipped)
+        return result
+
+    def _take_back(self, carried: Carried, *, hooks_enabled: bool) -> None:
+        """A backward failed: what it has left in ``p.grad`` so far is not a clipped sum."""
+        for parameter, _ in self._received.values():
+            parameter.grad = None
+        carried.give_back()
+        if hooks_enabled:
+            # Opacus leaves them disabled, and then goes on with the norms of an old batch.
+            self.hooks.enable_hooks()
+
+    def _note(self, parameters: list[Any], carried: Carried, *, clipped: bool) -> None:
+        carried.add_to_gradients()
+        for parameter in parameters:
+            if parameter.requires_grad:
+                rows = (*carried.rows_of(parameter), self._losses or 0)
+                note = Clipped(parameter.grad, rows if clipped else ())
+                note.unclipped = id(parameter) in carried.unclipped or not clipped
+                self.ledger.state(parameter).clipped = note
+
+    def _on_accumulated(self, parameter: torch.nn.Parameter) -> None:
+        """Autograd has added something to ``p.grad``, whoever asked it to."""
+        grad = parameter.grad
+        if grad is None:
+            return
+        if self._stage is not Stage.OUTSIDE:
+            self._received[id(parameter)] = (parameter, grad._version)
+            return
+        state = self.ledger.state(parameter)
+        if self._norms_read and not self.hooks.hooks_enabled:
+            # Opacus's two backwards written out by hand.
+            state.clipped = Clipped(grad, (self._batch,))
+            return
+        note = state.clipped
+        if note is None or not note.is_in(grad):
+            note = state.clipped = Clipped(grad)
+        note.unclipped = True
+        note.renew(grad)
 
     # -- first backward ------------------------------------------------------------------------
 
@@ -76,7 +225,22 @@ class GhostPairing(Pairing):
         """A first backward starts: what an earlier one left unfinished does not count."""
         self._found = {}
         self._condemned = {}
-        self._batch = 0
+        self._overlapping = {}
+        self._reopened = set()
+        self._received = {}
+        self._fired = []
+
+    def _enter_round(self, record: Record) -> None:
+        """Without Opacus's loss class nobody says when a first backward starts."""
+        if self._stage is Stage.OUTSIDE and (self._norms_read or record.segment > self._segment):
+            reopened = self._reopened
+            self.begin()
+            self._reopened = reopened
+            self._norms_read = False
+            self._batch = 0
+            self._losses = None
+        self._segment = self.ledger.segment
+        self.ledger.close()
 
     def _take(
         self,
@@ -85,8 +249,20 @@ class GhostPairing(Pairing):
         arranged: Arranged,
         wanted: list[torch.nn.Parameter],
     ) -> None:
+        self._enter_round(record)
         task.published.update(id(p) for p in wanted)
         self._batch = max(self._batch, record.batch)
+        if self._stage is Stage.NORMS:
+            self._fired.append(record)
+        if self._carried_through is not None and record.segment <= self._carried_through:
+            self._overlapping.update((self.ledger.name_of(p), None) for p in wanted)
+        self._take_norms(record, arranged, wanted)
+        for parameter in wanted:
+            self._open.get(id(parameter), weakref.WeakSet()).discard(record)
+
+    def _take_norms(
+        self, record: Record, arranged: Arranged, wanted: list[torch.nn.Parameter]
+    ) -> None:
         sampler = _compat.norm_sampler(self.hooks, record.module)
         alone = [p for p in wanted if id(p) not in self._found]
         if sampler is None or not record.batch or len(alone) < len(wanted):
@@ -104,7 +280,7 @@ class GhostPairing(Pairing):
         for parameter in wanted:
             found = self._found[id(parameter)] = _Contribution()
             found.norm = norms[parameter]
-            if self._calls.get(id(parameter), 0) > 1:
+            if not self._is_only_call(parameter, record):
                 found.call = (record, arranged)
 
     def _take_rows(
@@ -114,7 +290,7 @@ class GhostPairing(Pairing):
             found = self._found.setdefault(id(parameter), _Contribution())
             self._materialise(found, parameter)
             found.add_rows(rows)
-            if self._calls.get(id(parameter), 0) <= 1:
+            if found.call is None and self._is_only_call(parameter, record):
                 found.norm, found.rows = found.norms(), None
 
     def _materialise(self, found: _Contribution, parameter: torch.nn.Parameter) -> None:
@@ -133,10 +309,7 @@ class GhostPairing(Pairing):
             return
         self.ledger.end_task(task)
         for parameter in self._parameters:
-            if id(parameter) in task.published:
-                # Settled once more, with all others, when Opacus asks for the norms.
-                parameter._norm_sample = self._norms_of(parameter)  # type: ignore[attr-defined]
-            elif task.executes(parameter):
+            if id(parameter) not in task.published and task.executes(parameter):
                 self._condemn(parameter, diagnosis.BYPASSED)
 
     def _condemn(self, parameter: torch.Tensor, cause: str) -> None:
@@ -149,60 +322,88 @@ class GhostPairing(Pairing):
 
         Raises:
             PerSampleGradientError: norms are missing or cannot be right.
+            PrivacyViolation: losses and rows do not belong to one person each.
         """
-        if not self._found and not self._condemned:
+        inside = self._stage is Stage.NORMS
+        if not self.computes:
+            self._stage = Stage.CLIPPED if inside else self._stage
             return
+        if self._stage is Stage.CLIPPED or not (inside or self._found or self._condemned):
+            return
+        if inside:
+            self._find_bypassed()
+        trainable = [p for p in self.hooks._module.parameters() if p.requires_grad]
+        try:
+            self._refuse(trainable)
+            with torch.no_grad():
+                self.hooks.trainable_parameters = trainable
+                for parameter in trainable:
+                    parameter._norm_sample = self._norms_of(parameter)
+        finally:
+            self._found = {}
+            self._condemned = {}
+            self._reopened = set()
+        if inside:
+            self._drop_unclipped()
+            self._stage = Stage.CLIPPED
+        else:
+            self._norms_read = True
+
+    def _find_bypassed(self) -> None:
+        """Parameters that got a gradient in a backward in which no call was met at all."""
+        named = {name for names in self._condemned.values() for name in names}
+        for parameter, _ in self._received.values():
+            if id(parameter) not in self._found and self.ledger.name_of(parameter) not in named:
+                self._condemn(parameter, diagnosis.BYPASSED)
+
+    def _drop_unclipped(self) -> None:
+        """Clear what the first backward left where Opacus's ``zero_grad`` did not reach.
+
+        The model may have parameters of another optimizer than the one of this criterion.
+        """
+        for parameter, version in self._received.values():
+            if parameter.grad is not None and parameter.grad._version == version:
+                parameter.grad = None
+        self._received = {}
+
+    def _refuse(self, trainable: list[torch.nn.Parameter]) -> None:
         for cause, names in self._condemned.items():
-            diagnosed = diagnosis.explain(cause)
-            self.begin()
-            raise PerSampleGradientError(
-                f"No per-sample gradient norms for {diagnosis.listed(names)}: "
-                f"{diagnosed.statement}. Remedy: {diagnosed.remedy}."
-            )
-        with torch.no_grad():
-            trainable = [p for p in self.hooks._module.parameters() if p.requires_grad]
-            self.hooks.trainable_parameters = trainable
-            for parameter in trainable:
-                parameter._norm_sample = self._norms_of(parameter)
-        self._found = {}
-        self._calls = {}
+            raise _refused(PerSampleGradientError, cause, "No per-sample gradient norms", names)
+        if self._overlapping:
+            names = list(self._overlapping)
+            raise _refused(PrivacyViolation, diagnosis.LOSSES_OVERLAP, "Refused", names)
+        counts = {p: len(self._norms_of(p)) for p in trainable if id(p) in self._found}
+        expected = self._batch if self._losses is None else self._losses
+        odd = [p for p, count in counts.items() if count != expected]
+        if not odd:
+            return
+        found = ", ".join(sorted({str(counts[p]) for p in odd}))
+        names = [self.ledger.name_of(p) for p in odd]
+        whole = len(odd) == len(counts) and len(set(counts.values())) == 1
+        cause = diagnosis.LOSS_SHAPE if whole else diagnosis.ROW_COUNT
+        what = f"{expected} losses of shape ({expected},) for a batch of {found} rows"
+        raise _refused(PrivacyViolation, cause, what, names)
 
     def _norms_of(self, parameter: torch.Tensor) -> torch.Tensor:
         found = self._found.get(id(parameter))
         norms = found.norms() if found is not None else None
         if norms is None:
-            return torch.zeros(self._batch, dtype=parameter.dtype, device=parameter.device)
-        if len(norms) < self._batch:
-            padded = norms.new_zeros(self._batch)
-            padded[: len(norms)] = norms
-            return padded
+            size = self._batch if self._losses is None else self._losses
+            return torch.zeros(size, dtype=parameter.dtype, device=parameter.device)
         return norms
 
 
-def install(transaction: Transaction, pairing_of: Any) -> None:
-    """Patch where Opacus reads the norms and where it runs its two backwards.
+def _refuse_shape(losses: torch.Tensor) -> None:
+    if losses.dim() != 1:
+        diagnosed = diagnosis.explain(diagnosis.LOSS_SHAPE)
+        raise PrivacyViolation(
+            f"The losses have shape {tuple(losses.shape)}: {diagnosed.statement}. "
+            f"Remedy: {diagnosed.remedy}."
+        )
 
-    Args:
-        transaction: remembers how to undo it.
-        pairing_of: from Opacus's hooks object to its pairing, ``None`` if it has none.
-    """
 
-    def get_norm_sample(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        pairing = pairing_of(instance)
-        if isinstance(pairing, GhostPairing) and pairing.computes:
-            pairing.settle()
-        return wrapped(*args, **kwargs)
-
-    def backward(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        pairing = pairing_of(instance.module)
-        if isinstance(pairing, GhostPairing) and pairing.computes:
-            pairing.begin()
-        return wrapped(*args, **kwargs)
-
-    for owner, name, wrapper in (
-        (_compat.ghost_hooks_class(), "get_norm_sample", get_norm_sample),
-        (_compat.ghost_loss_class(), "backward", backward),
-    ):
-        original = vars(owner).get(name) if owner is not None else None
-        if original is not None and not isinstance(original, wrapt.FunctionWrapper):
-            transaction.patch(owner, name, wrapt.FunctionWrapper(original, wrapper))
+def _refused(error: type[DPGuardError], cause: str, what: str, names: list[str]) -> DPGuardError:
+    diagnosed = diagnosis.explain(cause)
+    return error(
+        f"{what} for {diagnosis.listed(names)}: {diagnosed.statement}. Remedy: {diagnosed.remedy}."
+    )

@@ -234,8 +234,8 @@ class Pairing:
 
     # -- forward -----------------------------------------------------------------------------
 
-    def on_call(self, module: torch.nn.Module) -> None:
-        """A call of ``module`` was recorded."""
+    def on_call(self, record: Record) -> None:
+        """A call of a module was recorded."""
 
     def batch_size(self, module: torch.nn.Module, activations: list[Any]) -> int:
         """Number of rows of this call: that of a packed sequence, or of its last input.

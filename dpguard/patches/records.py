@@ -35,6 +35,7 @@ class Record:
     """
 
     __slots__ = (
+        "__weakref__",
         "activations",
         "batch",
         "hook",
@@ -161,7 +162,7 @@ class ForwardHook:
         tallies.append(tally)
         record = Record(self, module, inputs, first.output_nr, tally, structured=structured)
         if self.computes:
-            self.pairing.on_call(module)
+            self.pairing.on_call(record)
         node.register_prehook(record)
         for other in outputs[1:]:
             other.grad_fn.register_prehook(Witness(record, other.output_nr))  # type: ignore[union-attr]
