@@ -93,6 +93,7 @@ class GhostPairing(Pairing):
     def attach(self) -> None:
         """Take over Opacus's hooks, and see each gradient that reaches a parameter."""
         super().attach()
+        self._learn_parameters()
         for parameter in self.hooks._module.parameters():
             self._watch_parameter(parameter)
 

@@ -1,0 +1,747 @@
+"""What ghost clipping leaves in ``p.grad``: every batch once, clipped, and nothing else."""
+
+from __future__ import annotations
+
+import opacus
+import opacus.grad_sample
+import pytest
+import torch
+from models import MLP, Recurrent
+from opacus import PrivacyEngine
+from opacus.utils.batch_memory_manager import BatchMemoryManager
+from torch import nn
+from truth import plain_copy, rows_of
+
+import dpguard
+from dpguard import PerSampleGradientError, PrivacyViolation, diagnosis
+
+pytest.importorskip("opacus.utils.fast_gradient_clipping_utils")
+# Models hooked without a wrapper came with Opacus 1.6.
+WRAP = [True, False] if hasattr(opacus.grad_sample, "GradSampleHooks") else [True]
+C = 0.3
+EXPECTED = 4
+RATE = 0.5
+CLOSE = {"rtol": 1e-8, "atol": 1e-12}
+
+
+@pytest.fixture(params=["mean", "sum"])
+def reduction(request):
+    return request.param
+
+
+def private(
+    model, *, reduction="mean", criterion=None, wrap=True, poisson=False, mode="ghost", **options
+):
+    data = torch.utils.data.TensorDataset(torch.zeros(8, 1))
+    options = {"noise_multiplier": 0.0, "max_grad_norm": C, **options}
+    if mode == "ghost":
+        options["criterion"] = criterion or nn.MSELoss(reduction=reduction)
+    made = PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=RATE),
+        data_loader=torch.utils.data.DataLoader(data, batch_size=EXPECTED),
+        loss_reduction=reduction,
+        poisson_sampling=poisson,
+        grad_sample_mode=mode,
+        **options,
+        **({} if wrap else {"wrap_model": False}),
+    )
+    return made[:3]
+
+
+def batch(rows=EXPECTED, seed=0, shape=(6,), out=(5,)):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        torch.randn((rows, *s), generator=generator, dtype=torch.float64) for s in (shape, out)
+    )
+
+
+def squares(reduction):
+    """MSE of each sample, reduced as declared: over the trailing dimensions too."""
+
+    def program(model, x, y):
+        return nn.functional.mse_loss(model(x), y, reduction=reduction)
+
+    return program
+
+
+def clipped(model, data, program):
+    """Clipped sum of one batch from ground-truth rows."""
+    rows = rows_of(program, plain_copy(model), data)
+    norms = torch.stack([r.flatten(1).norm(dim=1) for r in rows.values()]).norm(dim=0)
+    factors = (C / (norms + 1e-6)).clamp(max=1)
+    return {name: torch.einsum("n,n...->...", factors, r) for name, r in rows.items()}
+
+
+def summed(*parts):
+    return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+
+def inner(model):
+    return getattr(model, "_module", model)
+
+
+def assert_gradients(model, expected):
+    for name, p in inner(model).named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], **CLOSE)
+
+
+def mlp(seed=0):
+    torch.manual_seed(seed)
+    return MLP().double()
+
+
+def values(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def unchanged(model, before):
+    return all(torch.equal(a, b) for a, b in zip(values(model), before, strict=True))
+
+
+# -- several batches before a step (U09) -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", WRAP, ids=lambda wrap: "wrapped" if wrap else "hooks")
+@pytest.mark.parametrize("ghost", [True, False], ids=["ghost", "fast"])
+@pytest.mark.parametrize("sizes", [(4, 4), (3, 5, 2)])
+def test_batches_before_a_step_add_up(guard, reduction, wrap, ghost, sizes):
+    """Each batch is clipped by itself, all are added, and the divisor counts them."""
+    model = mlp()
+    called, optimizer, criterion = private(model, reduction=reduction, wrap=wrap)
+    called.use_ghost_clipping = ghost
+    forward = called if wrap else model
+    for start in (0, 10):
+        batches = [batch(n, seed=start + i) for i, n in enumerate(sizes)]
+        expected = summed(*(clipped(model, data, squares(reduction)) for data in batches))
+        before = values(model)
+        for x, y in batches:
+            criterion(forward(x), y).backward()
+        assert optimizer.accumulated_iterations == len(sizes)
+        assert_gradients(model, expected)
+        optimizer.step()
+        divisor = EXPECTED * len(sizes) if reduction == "mean" else 1
+        for (name, p), old in zip(model.named_parameters(), before, strict=True):
+            torch.testing.assert_close(p.detach(), old - RATE * expected[name] / divisor, **CLOSE)
+        optimizer.zero_grad()
+    assert guard.violations == guard.interventions == ()
+    assert guard.last_step.ok
+
+
+def test_the_update_and_the_accounting_are_those_of_hooks_mode(guard, reduction):
+    """Same parameters, same number of iterations told to the accountant."""
+    ends, told = [], []
+    for mode in ("hooks", "ghost"):
+        model = mlp()
+        called, optimizer, *rest = private(model, reduction=reduction, mode=mode)
+        criterion = rest[0] if mode == "ghost" else nn.MSELoss(reduction=reduction)
+        counts = []
+        optimizer.attach_step_hook(lambda o, counts=counts: counts.append(o.accumulated_iterations))
+        for step in range(2):
+            for part in range(step + 2):
+                x, y = batch(3, seed=10 * step + part)
+                criterion(called(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        told.append(counts)
+        ends.append(values(model))
+    assert told == [[2, 3], [2, 3]]
+    for hooks, ghost in zip(*ends, strict=True):
+        torch.testing.assert_close(hooks, ghost, **CLOSE)
+
+
+def test_poisson_sampling_refuses_a_second_batch(guard):
+    """With Opacus's own words, as in hooks mode; after a step or zero_grad all is well."""
+    model = mlp()
+    called, optimizer, criterion = private(model, poisson=True)
+    x, y = batch()
+    criterion(called(x), y).backward()
+    expected = clipped(model, (x, y), squares("mean"))
+    with pytest.raises(ValueError, match="Poisson sampling is not compatible") as caught:
+        criterion(called(x), y).backward()
+    assert str(caught.value) == diagnosis.OPACUS_NO_ACCUMULATION
+    assert_gradients(model, expected)
+    optimizer.step()
+    criterion(called(x), y).backward()
+    optimizer.zero_grad()
+    criterion(called(x), y).backward()
+    optimizer.step()
+
+
+CLEAR = {
+    "optimizer": lambda model, called, optimizer: optimizer.zero_grad(),
+    "optimizer, to None": lambda model, called, optimizer: optimizer.zero_grad(set_to_none=True),
+    "model": lambda model, called, optimizer: called.zero_grad(),
+    "plain model": lambda model, called, optimizer: model.zero_grad(),
+    "plain model, in place": lambda model, called, optimizer: model.zero_grad(set_to_none=False),
+    "inner optimizer": lambda model, called, optimizer: optimizer.original_optimizer.zero_grad(),
+    "inner optimizer, in place": lambda model, called, optimizer: (
+        optimizer.original_optimizer.zero_grad(set_to_none=False)
+    ),
+    "step": lambda model, called, optimizer: optimizer.step(),
+}
+
+
+@pytest.mark.parametrize("clear", CLEAR)
+def test_what_was_cleared_or_taken_is_not_added(guard, clear):
+    """Whoever clears the gradients, and a step that nobody cleared after."""
+    model = mlp()
+    called, optimizer, criterion = private(model, noise_multiplier=3.0)
+    x, y = batch()
+    criterion(called(x), y).backward()
+    CLEAR[clear](model, called, optimizer)
+    x, y = batch(seed=1)
+    expected = clipped(model, (x, y), squares("mean"))
+    criterion(called(x), y).backward()
+    assert_gradients(model, expected)
+    assert optimizer.accumulated_iterations == 1
+    optimizer.step()
+
+
+@pytest.mark.parametrize("clears", [True, False])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_batch_memory_manager_counts_nothing_twice(guard, reduction, parts, clears):
+    """Physical batches, one or two pairs each, cleared by the user or by Opacus only."""
+    model = mlp()
+    called, optimizer, criterion = private(model, reduction=reduction)
+    data = torch.utils.data.TensorDataset(*batch(12, seed=3))
+    loader = torch.utils.data.DataLoader(data, batch_size=6)
+    seen = []
+    with BatchMemoryManager(
+        data_loader=loader, max_physical_batch_size=2, optimizer=optimizer
+    ) as physical:
+        for number, (x, y) in enumerate(physical):
+            before = values(model)
+            for part in range(parts):
+                pair = (x + part, y)
+                seen.append(clipped(model, pair, squares(reduction)))
+                criterion(called(pair[0]), pair[1]).backward()
+            optimizer.step()
+            if number % 3 < 2:
+                assert unchanged(model, before)
+            else:
+                expected = summed(*seen)
+                divisor = EXPECTED * parts if reduction == "mean" else 1
+                for (name, p), old in zip(model.named_parameters(), before, strict=True):
+                    update = old - RATE * expected[name] / divisor
+                    torch.testing.assert_close(p.detach(), update, **CLOSE)
+                seen = []
+            if clears:
+                optimizer.zero_grad()
+    assert guard.violations == guard.interventions == ()
+
+
+def test_a_skipped_step_is_not_taken_again(guard):
+    """step() twice for one physical batch would let each person count twice."""
+    model = mlp()
+    called, optimizer, criterion = private(model)
+    x, y = batch()
+    optimizer.signal_skip_step(do_skip=True)
+    criterion(called(x), y).backward()
+    optimizer.step()
+    before = values(model)
+    with pytest.raises(PrivacyViolation, match="already added to this step"):
+        optimizer.step()
+    assert unchanged(model, before)
+    expected = summed(
+        clipped(model, (x, y), squares("mean")), clipped(model, batch(seed=1), squares("mean"))
+    )
+    x, y = batch(seed=1)
+    criterion(called(x), y).backward()
+    optimizer.step()
+    for (name, p), old in zip(model.named_parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), old - RATE * expected[name] / EXPECTED, **CLOSE)
+
+
+def test_a_penalty_in_place_between_two_batches_is_kept(guard):
+    """As torch accumulates: what the user made of the first sum, plus the second."""
+    model = mlp()
+    called, optimizer, criterion = private(model)
+    first, second = batch(seed=1), batch(seed=2)
+    expected = clipped(model, second, squares("mean"))
+    half = clipped(model, first, squares("mean"))
+    criterion(called(first[0]), first[1]).backward()
+    for p in model.parameters():
+        p.grad.mul_(0.5)
+    criterion(called(second[0]), second[1]).backward()
+    assert_gradients(model, {name: expected[name] + 0.5 * half[name] for name in half})
+    optimizer.step()
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stage", ["first", "between", "second"])
+@pytest.mark.parametrize("earlier", [0, 1])
+def test_an_exception_in_either_backward_costs_that_batch_only(guard, stage, earlier):
+    """The user's exception passes; earlier batches stay, and no old norm is used afterwards."""
+    model = mlp()
+    called, optimizer, criterion = private(model)
+    good = [batch(seed=i) for i in range(earlier)]
+    for x, y in good:
+        criterion(called(x), y).backward()
+    left = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    calls = []
+
+    def stop(grad):
+        calls.append(None)
+        if len(calls) == (2 if stage == "second" else 1):
+            raise Stop
+
+    x, y = batch(seed=7)
+    out = called(x)
+    if stage == "between":
+        loss = criterion(out, y)
+        hooks = loss.module
+        original = hooks.get_clipping_coef
+
+        def fail():
+            original()
+            raise Stop
+
+        hooks.get_clipping_coef = fail
+    else:
+        model.body[0].weight.register_hook(stop).id  # noqa: B018 - the handle is not needed
+        loss = criterion(out, y)
+    with pytest.raises(Stop):
+        loss.backward()
+    if stage == "between":
+        del hooks.get_clipping_coef
+    for p, old in zip(model.parameters(), left, strict=True):
+        if old is None:
+            assert p.grad is None or not p.grad.any()
+        else:
+            assert torch.equal(p.grad, old)
+    calls.extend([None] * 9)
+    data = batch(5, seed=8)
+    expected = summed(*(clipped(model, d, squares("mean")) for d in [*good, data]))
+    criterion(called(data[0]), data[1]).backward()
+    assert optimizer.accumulated_iterations == earlier + 1
+    assert_gradients(model, expected)
+    optimizer.step()
+
+
+def test_losses_of_forwards_that_ran_together_are_refused(guard):
+    """Each would be clipped by itself, so one person could count twice; the first one stays."""
+    model = mlp()
+    called, optimizer, criterion = private(model)
+    first, second = batch(seed=1), batch(seed=2)
+    expected = clipped(model, first, squares("mean"))
+    one = criterion(called(first[0]), first[1])
+    other = criterion(called(second[0]), second[1])
+    one.backward()
+    with pytest.raises(PrivacyViolation, match=r"body\.0\.weight.*one loss per sample of both"):
+        other.backward()
+    assert_gradients(model, expected)
+    assert optimizer.accumulated_iterations == 1
+    optimizer.step()
+
+
+def test_forwards_that_ran_together_are_right_in_different_steps(guard):
+    """A pipeline: the second batch is backpropagated for the next step."""
+    model = mlp()
+    called, _, criterion = private(model)
+    first, second = batch(seed=1), batch(3, seed=2)
+    truths = [clipped(model, data, squares("mean")) for data in (first, second)]
+    losses = [criterion(called(x), y) for x, y in (first, second)]
+    for loss, truth in zip(losses, truths, strict=True):
+        loss.backward()
+        assert_gradients(model, truth)
+        for p in model.parameters():
+            p.grad = None
+
+
+def test_two_optimizers_of_one_model(guard):
+    """The raw gradient of parameters that zero_grad does not reach is not left in them."""
+    model = mlp()
+    called, optimizer, criterion = private(model)
+    optimizer.param_groups[0]["params"] = list(model.body[0].parameters())
+    x, y = batch()
+    expected = clipped(model, (x, y), squares("mean"))
+    criterion(called(x), y).backward()
+    assert_gradients(model, expected)
+
+
+# -- a backward that nobody clips (S03) ------------------------------------------------------------
+
+
+def plain(model, called, x, y):
+    nn.functional.mse_loss(called(x), y).backward()
+
+
+def penalty(model, called, x, y):
+    sum(p.square().sum() for p in model.parameters()).backward()
+
+
+def bypass(model, called, x, y):
+    first = model.body[0]
+    torch.nn.functional.linear(x, first.weight, first.bias).square().mean().backward()
+
+
+def without_hooks(model, called, x, y):
+    called.disable_hooks()
+    nn.functional.mse_loss(called(x), y).backward()
+    called.enable_hooks()
+
+
+UNCLIPPED = (plain, penalty, bypass, without_hooks)
+
+
+@pytest.mark.parametrize("program", UNCLIPPED)
+@pytest.mark.parametrize("order", ["alone", "after", "between"])
+def test_an_unclipped_gradient_is_refused_at_the_step(guard, program, order):
+    """Nothing is applied; the refusal names a parameter; clearing makes it good."""
+    model = mlp()
+    called, optimizer, criterion = private(model)
+    x, y = batch()
+    if order != "alone":
+        criterion(called(x), y).backward()
+    program(model, called, x, y)
+    if order == "between":
+        criterion(called(x), y).backward()
+    before = values(model)
+    with pytest.raises(PrivacyViolation, match=r"body\.0\.weight.*nobody clipped"):
+        optimizer.step()
+    assert unchanged(model, before)
+    assert [p.summed_grad for p in model.parameters()] == [None] * len(before)
+    (violation,) = guard.violations
+    assert violation.cause == diagnosis.UNCLIPPED
+    assert violation.severity == "CRITICAL"
+    optimizer.zero_grad()
+    expected = clipped(model, (x, y), squares("mean"))
+    criterion(called(x), y).backward()
+    assert_gradients(model, expected)
+    optimizer.step()
+
+
+def test_an_unclipped_gradient_is_refused_in_a_skipped_step(guard):
+    """Nothing of it reaches the sum of a logical batch."""
+    model = mlp()
+    called, optimizer, _ = private(model)
+    optimizer.signal_skip_step(do_skip=True)
+    plain(model, called, *batch())
+    with pytest.raises(PrivacyViolation):
+        optimizer.step()
+    assert all(p.summed_grad is None for p in model.parameters())
+
+
+def test_gradients_that_were_looked_at_and_cleared_are_no_violation(guard):
+    """Monitoring, saliency, a step with a closure, a scheduler, an evaluation in between."""
+    model = mlp()
+    called, optimizer, criterion = private(model)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    x, y = batch()
+    plain(model, called, x, y)
+    optimizer.zero_grad()
+    seen = x.clone().requires_grad_()
+    torch.autograd.grad(called(seen).sum(), seen)
+    called.eval()
+    with torch.no_grad():
+        criterion(called(x), y).item()
+    called.train()
+    for p in model.parameters():
+        p.requires_grad_(False)
+    called(seen).sum().backward()
+    for p in model.parameters():
+        p.requires_grad_(True)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = criterion(called(x), y)
+        loss.backward()
+        return loss.item()
+
+    for _ in range(2):
+        optimizer.step(closure)
+        scheduler.step()
+    plain(model, called, x, y)
+    criterion(called(x), y).backward()
+    optimizer.step()
+    assert guard.violations == ()
+    assert guard.last_step.ok
+
+
+class Each(nn.Module):
+    """Losses of shape (B,), which Opacus can take as they are."""
+
+    reduction = "mean"
+
+    def forward(self, x, y):
+        losses = (x - y).square().mean(dim=1)
+        return losses if self.reduction == "none" else losses.mean()
+
+
+@pytest.mark.parametrize("program", [plain, without_hooks])
+def test_observe_says_so_and_changes_nothing(program):
+    """The same bits as without a guard, and a violation."""
+    ends = []
+    for mode in ("off", "observe"):
+        with dpguard.install(mode=mode) as guard:
+            model = mlp()
+            called, optimizer, criterion = private(model, criterion=Each())
+            x, y = batch()
+            criterion(called(x), y).backward()
+            optimizer.step()
+            if mode == "observe":
+                assert guard.last_step.ok
+                assert guard.violations == ()
+            optimizer.zero_grad()
+            program(model, called, x, y)
+            optimizer.step()
+            criterion(called(x), y).backward()
+            criterion(called(x), y).backward()
+            optimizer.step()
+            ends.append(values(model))
+            if mode == "observe":
+                assert [v.cause for v in guard.violations] == [diagnosis.UNCLIPPED]
+    for off, observed in zip(*ends, strict=True):
+        assert torch.equal(off, observed)
+
+
+def test_the_two_backwards_by_hand(guard):
+    """As Opacus's users wrote them before it had a loss class, and some still do."""
+    model = mlp()
+    called, optimizer, _ = private(model)
+    for seed in range(3):
+        data = batch(4 + seed, seed=seed)
+        expected = clipped(model, data, squares("mean"))
+        losses = (called(data[0]) - data[1]).square().mean(dim=1)
+        losses.mean().backward(retain_graph=True)
+        optimizer.zero_grad()
+        factors = called.get_clipping_coef()
+        called.disable_hooks()
+        (factors * losses).sum().backward()
+        called.enable_hooks()
+        assert_gradients(model, expected)
+        optimizer.step()
+    losses = (called(data[0]) - data[1]).square().mean(dim=1)
+    losses.mean().backward()
+    with pytest.raises(PrivacyViolation, match="nobody clipped"):
+        optimizer.step()
+
+
+# -- losses that are not one per sample (S01) ------------------------------------------------------
+
+
+class Unit(nn.Module):
+    """One output for each sample, of shape (B, 1)."""
+
+    def __init__(self):
+        super().__init__()
+        self.blueprint = Unit
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+class Tagger(nn.Module):
+    """Logits for each step of a sequence, of shape (B, 3 classes, T)."""
+
+    def __init__(self):
+        super().__init__()
+        self.blueprint = Tagger
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, x):
+        return self.body(x).transpose(1, 2)
+
+
+def _targets(kind, rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "tags":
+        x = torch.randn((rows, 5, 6), generator=generator, dtype=torch.float64)
+        y = torch.randint(0, 3, (rows, 5), generator=generator)
+        return x, torch.where(torch.arange(5) < 3 + torch.arange(rows)[:, None] % 3, y, -100)
+    x = torch.randn((rows, 6), generator=generator, dtype=torch.float64)
+    y = torch.randint(0, 2, (rows, 1), generator=generator).double()
+    return x, y
+
+
+SHAPED = {
+    "BCE": (Unit, nn.BCEWithLogitsLoss, "unit"),
+    "MSE": (Unit, nn.MSELoss, "unit"),
+    "tags": (Tagger, nn.CrossEntropyLoss, "tags"),
+}
+
+
+@pytest.mark.parametrize("name", SHAPED)
+@pytest.mark.parametrize("rows", [1, 6])
+def test_trailing_dimensions_are_reduced_as_declared(guard, reduction, name, rows):
+    """Clipped sums equal truth, and one person moves them by no more than C."""
+    kind, criterion, targets = SHAPED[name]
+    torch.manual_seed(0)
+    model = kind().double()
+    plain_criterion = criterion(reduction=reduction)
+    called, optimizer, private_criterion = private(
+        model, reduction=reduction, criterion=criterion(reduction=reduction)
+    )
+    data = _targets(targets, rows, seed=2)
+
+    def program(m, x, y):
+        return plain_criterion(m(x), y)
+
+    loss = private_criterion(called(data[0]), data[1])
+    assert loss.loss_per_sample.shape == (rows,)
+    loss.backward()
+    assert_gradients(model, clipped(model, data, program))
+    whole = [p.grad.clone() for p in model.parameters()]
+    for j in range(rows):
+        optimizer.zero_grad()
+        rest = [torch.cat([t[:j], t[j + 1 :]]) for t in data]
+        private_criterion(called(rest[0]), rest[1]).backward()
+        moved = torch.cat(
+            [(a - p.grad).flatten() for a, p in zip(whole, model.parameters(), strict=True)]
+        )
+        assert moved.norm() <= C * (1 + 1e-3)
+    assert guard.violations == ()
+
+
+def test_losses_of_another_number_than_rows_are_refused(guard):
+    """Tokens flattened into the batch dimension are no people; the message names both numbers."""
+    torch.manual_seed(0)
+    model = Tagger().double()
+    called, _, criterion = private(model, criterion=nn.CrossEntropyLoss())
+    x, y = _targets("tags", 4, seed=1)
+    logits = called(x).transpose(1, 2).reshape(-1, 3)
+    with pytest.raises(PrivacyViolation, match=r"shape \(20,\) for a batch of 4 rows"):
+        criterion(logits, y.reshape(-1)).backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_criterion_without_losses_of_each_sample_is_refused(guard):
+    """A scalar would weight everybody's gradient with everybody's factor."""
+
+    class Stubborn(nn.Module):
+        reduction = "mean"
+
+        def forward(self, x, y):
+            return nn.functional.mse_loss(x, y)
+
+    model = mlp()
+    called, _, criterion = private(model, criterion=Stubborn())
+    x, y = batch()
+    with torch.no_grad():
+        assert criterion(called(x), y).item() > 0
+    with pytest.raises(PrivacyViolation, match=r"shape \(\).*reduction='none'"):
+        criterion(called(x), y).backward()
+
+
+def test_a_criterion_that_raises_keeps_its_reduction(guard):
+    """The user's criterion is given back as it was; Opacus leaves it at 'none'."""
+    model = mlp()
+    plain_criterion = nn.MSELoss()
+    called, _, criterion = private(model, criterion=plain_criterion)
+    before = plain_criterion.reduction
+    with pytest.raises(AttributeError):
+        criterion(called(batch()[0]), None)
+    assert plain_criterion.reduction == before
+
+
+def test_adaptive_clipping_clips_each_sample(guard):
+    """In Opacus 1.6 its criterion is reduced before it is clipped: nothing bounds a person."""
+    adaptive = pytest.importorskip("opacus.utils.adaptive_clipping.adaptive_clipping_utils")
+    model = mlp()
+    data = torch.utils.data.TensorDataset(torch.zeros(8, 1))
+    called, optimizer, criterion, _ = adaptive.PrivacyEngineAdaptiveClipping().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=RATE),
+        criterion=nn.MSELoss(),
+        data_loader=torch.utils.data.DataLoader(data, batch_size=4),
+        noise_multiplier=0.0,
+        max_grad_norm=C,
+        min_clipbound=C,
+        max_clipbound=C,
+        poisson_sampling=False,
+        grad_sample_mode="ghost",
+    )
+    x, y = batch(6)
+    expected = clipped(model, (x, y), squares("mean"))
+    criterion(called(x), y).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-8)
+    optimizer.step()
+    assert guard.violations == ()
+
+
+# -- the audit -------------------------------------------------------------------------------------
+
+
+def test_the_step_is_audited(guard):
+    """Norms of this step for each parameter, one per person; figures of rows are not run."""
+    model = mlp()
+    called, optimizer, criterion = private(model)
+    x, y = batch()
+    criterion(called(x), y).backward()
+    optimizer.step()
+    guard.flush()
+    verdicts = {name: count.verdict for name, count in guard.last_step.checks.items()}
+    assert verdicts == {
+        "coverage.present": "pass",
+        "coverage.rows": "pass",
+        "coverage.finite": "pass",
+        "coverage.shape": "not_run",
+        "coverage.dtype": "not_run",
+        "coverage.device": "not_run",
+    }
+    assert guard.coverage()["body.0.weight"].passed == 1
+
+
+def test_a_parameter_of_no_private_model_is_refused(guard):
+    """The optimizer would apply its gradient with noise, but nobody has clipped it."""
+    model = mlp()
+    called, optimizer, criterion = private(model)
+    extra = nn.Parameter(torch.zeros(5, dtype=torch.float64))
+    extra.summed_grad = None
+    optimizer.param_groups[0]["params"].append(extra)
+    x, y = batch()
+    criterion(called(x) + extra, y).backward()
+    with pytest.raises(PerSampleGradientError, match="belongs to no model that Opacus wrapped"):
+        optimizer.step()
+
+
+def test_a_step_without_any_backward_is_refused(guard):
+    """Opacus fails with an attribute of None."""
+    model = mlp()
+    _, optimizer, _ = private(model)
+    with pytest.raises(PerSampleGradientError, match=r"loss\.backward"):
+        optimizer.step()
+
+
+def test_a_parameter_that_took_no_part_gets_noise(guard):
+    """Its clipped sum is zero; Opacus fails with an attribute of None."""
+    model = mlp()
+    _, optimizer, criterion = private(model, noise_multiplier=1.0)
+    x, y = batch(shape=(6,), out=(8,))
+    before = values(model)
+    hidden = model.body[2](model.body[1](model.body[0](x)))
+    criterion(hidden, y).backward()
+    optimizer.step()
+    assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    (said,) = guard.interventions
+    assert said.kind == diagnosis.UNUSED_PARAMETER
+    assert said.parameters == ("body.3.weight",)
+    assert guard.violations == ()
+
+
+def test_uninstalling_leaves_nothing_on_parameters():
+    """No hook of ours stays on a parameter."""
+    model = mlp()
+    private(model)
+    with dpguard.install(mode="repair"):
+        assert all(p._post_accumulate_grad_hooks for p in model.parameters())
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_recurrent_batches_add_up(guard):
+    """Many calls of one layer per batch, accumulated."""
+    torch.manual_seed(0)
+    model = Recurrent().double()
+    called, optimizer, criterion = private(model)
+    batches = [batch(n, seed=n, shape=(4, 3)) for n in (3, 5)]
+    expected = summed(*(clipped(model, data, squares("mean")) for data in batches))
+    for x, y in batches:
+        criterion(called(x), y).backward()
+    assert_gradients(model, expected)
+    optimizer.step()

@@ -1,0 +1,355 @@
+"""Ghost clipping over kinds of layers, control flow and empty batches, against ground truth."""
+
+from __future__ import annotations
+
+import opacus
+import pytest
+import torch
+from models import CNN, MLP, Functorch, Recurrent
+from opacus import PrivacyEngine
+from opacus.layers import DPMultiheadAttention
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
+from truth import plain_copy, rows_of
+
+pytest.importorskip("opacus.utils.fast_gradient_clipping_utils")
+C = 0.3
+
+
+class Losses(nn.Module):
+    """Mean squared output of each sample, whatever its shape."""
+
+    def __init__(self, reduction="mean"):
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, output):
+        losses = output.square().flatten(1).mean(dim=1)
+        return losses if self.reduction == "none" else getattr(losses, self.reduction)()
+
+
+class _Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blueprint = type(self)
+        self.build()
+
+
+class Sequence(_Model):
+    """Linear on (B, T, D) and, above Opacus's norm sampler, on (B, T, S, D)."""
+
+    def build(self):
+        self.first = nn.Linear(3, 6)
+        self.second = nn.Linear(3, 4)
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        return self.second(h.reshape(*h.shape[:2], 2, 3))
+
+    def inputs(self, rows, generator):
+        return (torch.randn((rows, 4, 3), generator=generator, dtype=torch.float64),)
+
+
+class Tokens(_Model):
+    """An embedding with tokens that come twice in one sequence."""
+
+    def build(self):
+        self.embedding = nn.Embedding(7, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, ids):
+        return self.head(self.embedding(ids).mean(dim=1))
+
+    def inputs(self, rows, generator):
+        return (torch.randint(0, 7, (rows, 5), generator=generator),)
+
+
+class Tied(_Model):
+    """One weight in an embedding and in the head, and a layer called twice."""
+
+    def build(self):
+        self.embedding = nn.Embedding(7, 4)
+        self.hidden = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids):
+        h = self.embedding(ids)
+        return self.head(torch.tanh(self.hidden(torch.tanh(self.hidden(h)))))
+
+    inputs = Tokens.inputs
+
+
+class Attention(_Model):
+    """Opacus's attention, whose inputs are transposed inside."""
+
+    def build(self):
+        self.attention = DPMultiheadAttention(4, 2, batch_first=True, add_bias_kv=True)
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x):
+        return self.norm(x + self.attention(x, x, x, need_weights=False)[0])
+
+    def inputs(self, rows, generator):
+        return (torch.randn((rows, 3, 4), generator=generator, dtype=torch.float64),)
+
+
+class Temperature(_Model):
+    """A parameter without dimensions, in a module of its own."""
+
+    class _Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(0.7))
+
+        def forward(self, x):
+            return x * self.scale
+
+    def build(self):
+        self.body = nn.Linear(6, 5)
+        self.scale = self._Scale()
+
+    def forward(self, x):
+        return self.scale(torch.tanh(self.body(x)))
+
+    def inputs(self, rows, generator):
+        return (torch.randn((rows, 6), generator=generator, dtype=torch.float64),)
+
+
+class Checkpointed(_Model):
+    """A block that is recomputed in the backward, called twice."""
+
+    reentrant = True
+
+    def build(self):
+        self.first = nn.Linear(6, 6)
+        self.block = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6))
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        for _ in range(2):
+            h = torch.tanh(checkpoint(self.block, h, use_reentrant=self.reentrant))
+        return h
+
+    inputs = Temperature.inputs
+
+
+class CheckpointedPlainly(Checkpointed):
+    reentrant = False
+
+
+class Packed(_Model):
+    """Sequences of different lengths, not sorted, with a DPLSTM of two layers."""
+
+    def build(self):
+        self.lstm = opacus.layers.DPLSTM(3, 4, batch_first=True, num_layers=2)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x, lengths):
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        _, (hidden, _) = self.lstm(packed)
+        return self.head(hidden[-1])
+
+    def inputs(self, rows, generator):
+        x = torch.randn((rows, 4, 3), generator=generator, dtype=torch.float64)
+        return x, torch.arange(rows) % 3 + 2
+
+
+def _with_inputs(cls):
+    def inputs(self, rows, generator):
+        return (torch.randn((rows, *cls.shape), generator=generator, dtype=torch.float64),)
+
+    return type(cls.__name__, (cls,), {"inputs": inputs, "blueprint": cls})
+
+
+MODELS = (
+    Sequence,
+    Tokens,
+    Tied,
+    Attention,
+    Temperature,
+    Checkpointed,
+    CheckpointedPlainly,
+    Packed,
+    *map(_with_inputs, (MLP, CNN, Functorch, Recurrent)),
+)
+
+
+def private(model, *, reduction="mean", ghost=True, sigma=0.0, **options):
+    data = torch.utils.data.TensorDataset(torch.zeros(8, 1))
+    called, optimizer, criterion, _ = PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        criterion=Losses(reduction),
+        data_loader=torch.utils.data.DataLoader(data, batch_size=4),
+        noise_multiplier=sigma,
+        max_grad_norm=C,
+        loss_reduction=reduction,
+        poisson_sampling=False,
+        grad_sample_mode="ghost",
+        **options,
+    )
+    called.use_ghost_clipping = ghost
+    if "shape" not in criterion.__call__.__code__.co_varnames:
+        raise AssertionError("Opacus's criterion is another one")
+    return called, optimizer, criterion
+
+
+def truth(model, data, reduction="mean"):
+    """Norms of shape (B,) and the clipped sum of each parameter."""
+
+    def program(m, *inputs):
+        return Losses(reduction)(m(*inputs))
+
+    rows = rows_of(program, plain_copy(model), data)
+    norms = torch.stack([r.reshape(len(r), -1).norm(dim=1) for r in rows.values()]).norm(dim=0)
+    factors = (C / (norms + 1e-6)).clamp(max=1)
+    return norms, {name: torch.einsum("n,n...->...", factors, r) for name, r in rows.items()}
+
+
+def backward(criterion, output):
+    """Opacus 1.5.4 takes two arguments."""
+    try:
+        loss = criterion(output)
+    except TypeError:
+        original, criterion.criterion = criterion.criterion, _OneArgument(criterion.criterion)
+        loss = criterion(output, None)
+        criterion.criterion = original
+    loss.backward()
+
+
+class _OneArgument:
+    def __init__(self, criterion):
+        self._criterion = criterion
+        self.reduction = criterion.reduction
+
+    def __call__(self, output, _):
+        return self._criterion(output)
+
+
+def assert_clipped(called, model, data, reduction="mean"):
+    norms, clipped = truth(model, data, reduction)
+    torch.testing.assert_close(called.per_sample_gradient_norms, norms, rtol=1e-8, atol=1e-12)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, clipped[name], rtol=1e-8, atol=1e-12)
+
+
+def drawn(model, rows, seed):
+    return model.inputs(rows, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("ghost", [True, False], ids=["ghost", "fast"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_norms_and_clipped_sums_equal_truth(guard, kind, ghost, reduction):
+    """Two steps of different sizes, with an unused forward before each."""
+    torch.manual_seed(1)
+    model = kind().double()
+    called, optimizer, criterion = private(model, reduction=reduction, ghost=ghost)
+    for step in range(2):
+        data = drawn(model, 4 + step, seed=step)
+        kept = called(*drawn(model, 3, seed=9))
+        backward(criterion, called(*data))
+        assert_clipped(called, model, data, reduction)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert kept is not None
+    assert guard.violations == ()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("ghost", [True, False], ids=["ghost", "fast"])
+@pytest.mark.parametrize("kind", [Sequence, Tokens, Tied, Temperature, MLP, CNN])
+def test_empty_batches(guard, kind, ghost, reduction):
+    """Clipped sum 0, noise still added, and the next batch is as if nothing had been."""
+    torch.manual_seed(2)
+    kind = kind if kind.__module__ == __name__ else _with_inputs(kind)
+    model = kind().double()
+    called, optimizer, criterion = private(model, reduction=reduction, ghost=ghost, sigma=1.0)
+    for step, rows in enumerate((0, 4, 0)):
+        data = drawn(model, rows, seed=step)
+        backward(criterion, called(*data))
+        assert_clipped(called, model, data, reduction)
+        if not rows:
+            assert called.per_sample_gradient_norms.shape == (0,)
+            assert not any(p.grad.any() for p in model.parameters())
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.step()
+        for p, old in zip(model.parameters(), before, strict=True):
+            assert not torch.equal(p, old)
+        optimizer.zero_grad()
+    assert guard.violations == ()
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at first", "after a forward"])
+@pytest.mark.parametrize("frozen_first", [False, True])
+@pytest.mark.parametrize("kind", [Tokens, Temperature, Packed, *map(_with_inputs, (MLP, CNN))])
+def test_freezing_and_unfreezing(guard, kind, frozen_first, late):
+    """Layers come and go between steps (opacus #436, #687)."""
+    torch.manual_seed(3)
+    model = kind().double()
+    part = next(model.children())
+    part.requires_grad_(not frozen_first)
+    called, optimizer, criterion = private(model)
+    for step, trains in enumerate((not frozen_first, frozen_first, not frozen_first, True)):
+        if late:
+            called(*drawn(model, 2, seed=8))
+        part.requires_grad_(trains)
+        data = drawn(model, 3 + step % 2, seed=step)
+        backward(criterion, called(*data))
+        assert_clipped(called, model, data)
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        optimizer.step()
+        for name, p in model.named_parameters():
+            if not p.requires_grad:
+                assert torch.equal(p, before[name])
+        optimizer.zero_grad()
+    assert guard.violations == ()
+
+
+def test_freezing_between_backward_and_step_keeps_no_gradient(guard):
+    """What was clipped for a parameter that is frozen then is not a batch of the next step."""
+    torch.manual_seed(4)
+    model = _with_inputs(MLP)().double()
+    called, optimizer, criterion = private(model)
+    backward(criterion, called(*drawn(model, 4, seed=0)))
+    model.body[0].requires_grad_(False)
+    optimizer.step()
+    model.body[0].requires_grad_(True)
+    data = drawn(model, 4, seed=1)
+    backward(criterion, called(*data))
+    assert optimizer.accumulated_iterations == 1
+    assert_clipped(called, model, data)
+
+
+def test_the_inputs_of_a_call_are_freed_with_its_graph(guard):
+    """A loss that the user keeps holds no activations once it was backpropagated."""
+    torch.manual_seed(5)
+    model = _with_inputs(MLP)().double()
+    called, _, criterion = private(model)
+    output = called(*drawn(model, 4, seed=0))
+    backward(criterion, output)
+    pairing = next(iter(model.body[0]._forward_hooks.values())).pairing
+    assert not pairing._fired
+    assert not any(pairing._open.values())
+
+
+def test_position_ids_of_one_row_are_refused(guard):
+    """One row for everybody is no row of anybody: BERT and GPT-2 do this."""
+
+    class Positions(_Model):
+        def build(self):
+            self.tokens = nn.Embedding(7, 4)
+            self.positions = nn.Embedding(5, 4)
+
+        def forward(self, ids):
+            return self.tokens(ids) + self.positions(torch.arange(5)[None])
+
+        inputs = Tokens.inputs
+
+    model = Positions().double()
+    called, _, criterion = private(model)
+    with pytest.raises(Exception, match=r"positions\.weight.*do not belong to the same people"):
+        backward(criterion, called(*drawn(model, 4, seed=0)))
