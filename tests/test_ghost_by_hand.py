@@ -1,0 +1,110 @@
+"""Opacus's two backwards written out, as before it had a loss class (1.5.0 and 1.5.1)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import MLP
+from truth import plain_copy, rows_of
+
+from dpguard import PrivacyViolation
+
+gsm = pytest.importorskip("opacus.grad_sample.grad_sample_module_fast_gradient_clipping")
+optimizers = pytest.importorskip("opacus.optimizers.optimizer_fast_gradient_clipping")
+C = 0.3
+RATE = 0.5
+CLOSE = {"rtol": 1e-8, "atol": 1e-12}
+
+
+def losses_of(model, x, y):
+    return (model(x) - y).square().mean(dim=1)
+
+
+def private(model, ghost):
+    called = gsm.GradSampleModuleFastGradientClipping(
+        model, max_grad_norm=C, use_ghost_clipping=ghost
+    )
+    optimizer = optimizers.DPOptimizerFastGradientClipping(
+        torch.optim.SGD(model.parameters(), lr=RATE),
+        noise_multiplier=0.0,
+        max_grad_norm=C,
+        expected_batch_size=4,
+    )
+    return called, optimizer
+
+
+def both_backwards(called, optimizer, losses):
+    losses.mean().backward(retain_graph=True)
+    optimizer.zero_grad()
+    factors = getattr(called, "get_clipping_coef", getattr(called, "get_coeff", None))()
+    called.disable_hooks()
+    (factors * losses).sum().backward()
+    called.enable_hooks()
+
+
+def batch(rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn((rows, n), generator=generator, dtype=torch.float64) for n in (6, 5)]
+
+
+def clipped(model, data):
+    rows = rows_of(lambda m, x, y: losses_of(m, x, y).mean(), plain_copy(model), data)
+    norms = torch.stack([r.flatten(1).norm(dim=1) for r in rows.values()]).norm(dim=0)
+    factors = (C / (norms + 1e-6)).clamp(max=1)
+    return {name: torch.einsum("n,n...->...", factors, r) for name, r in rows.items()}
+
+
+@pytest.fixture(params=[True, False], ids=["ghost", "fast"])
+def training(request, guard):
+    torch.manual_seed(0)
+    model = MLP().double()
+    return model, *private(model, request.param)
+
+
+def test_clipped_sums_equal_truth(training, guard):
+    """Batches of different sizes, a failed first backward and an unused forward in between."""
+    model, called, optimizer = training
+    for seed in range(4):
+        data = batch(3 + seed % 2, seed)
+        kept = called(batch(2, seed=9)[0])
+        if seed == 1:
+            losses_of(called, *batch(5, seed=8)).mean().backward()
+            optimizer.zero_grad()
+        expected = clipped(model, data)
+        both_backwards(called, optimizer, losses_of(called, *data))
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, expected[name], **CLOSE)
+        optimizer.step()
+        assert optimizer.accumulated_iterations == 1
+        optimizer.zero_grad()
+        assert kept is not None
+    assert guard.violations == ()
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_skipped_steps_add_up(training, guard, to_none):
+    """Opacus 1.5.1 clears the sum of a logical batch together with the gradient."""
+    model, called, optimizer = training
+    expected = []
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for seed, skipped in enumerate((True, True, False)):
+        data = batch(3, seed)
+        expected.append(clipped(model, data))
+        optimizer.signal_skip_step(do_skip=skipped)
+        both_backwards(called, optimizer, losses_of(called, *data))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=to_none)
+    for name, p in model.named_parameters():
+        total = sum(part[name] for part in expected)
+        torch.testing.assert_close(p.detach(), before[name] - RATE * total / 4, **CLOSE)
+    assert guard.violations == ()
+
+
+def test_one_backward_only_is_refused(training):
+    """With the hooks, nobody has clipped it."""
+    model, called, optimizer = training
+    before = [p.detach().clone() for p in model.parameters()]
+    losses_of(called, *batch(4, 0)).mean().backward()
+    with pytest.raises(PrivacyViolation, match="nobody clipped"):
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
