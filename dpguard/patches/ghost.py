@@ -99,8 +99,11 @@ class GhostPairing(Pairing):
 
     def release(self) -> None:
         """Put Opacus's hooks back and look at no gradient any more."""
-        for _, handle in self._watched.values():
+        for reference, handle in self._watched.values():
             handle.remove()
+            parameter = reference()
+            if parameter is not None and not parameter._post_accumulate_grad_hooks:
+                parameter._post_accumulate_grad_hooks = None  # as before the first hook
         self._watched.clear()
         super().release()
 
