@@ -58,6 +58,8 @@ class Sequence(_Model):
 class Tokens(_Model):
     """An embedding with tokens that come twice in one sequence."""
 
+    dtype = torch.float32
+
     def build(self):
         self.embedding = nn.Embedding(7, 4)
         self.head = nn.Linear(4, 3)
@@ -71,6 +73,8 @@ class Tokens(_Model):
 
 class Tied(_Model):
     """One weight in an embedding and in the head, and a layer called twice."""
+
+    dtype = torch.float32
 
     def build(self):
         self.embedding = nn.Embedding(7, 4)
@@ -183,7 +187,7 @@ MODELS = (
 
 
 def make(kind):
-    """A model in double precision, but where Opacus makes states in single."""
+    """A model in double precision, but where an Opacus computes in single."""
     return kind().to(getattr(kind, "dtype", torch.float64))
 
 
@@ -360,6 +364,8 @@ def test_position_ids_of_one_row_are_refused(guard):
     """One row for everybody is no row of anybody: BERT and GPT-2 do this."""
 
     class Positions(_Model):
+        dtype = torch.float32
+
         def build(self):
             self.tokens = nn.Embedding(7, 4)
             self.positions = nn.Embedding(5, 4)
