@@ -1,0 +1,267 @@
+"""What the plain runs say about rows, norms and steps, against what the guarded run showed.
+
+Which calls of a parameter are added row by row and which are listed is derived from the times at
+which they were made and backpropagated: calls that were open at the same time are views of the
+same people.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from truth import TOLERANCE
+
+from programs.guarded import CLIP, EXPECTED_BATCH, guarded
+from programs.operations import Input
+from programs.plain import Plain
+
+
+def check(design, program):
+    """Run a program guarded and plain, and compare all that was seen; a guard is installed."""
+    machine = guarded(design, program)
+    seen = machine.run()
+    samples = max([1, *(op.batch for op in program if isinstance(op, Input))])
+    runs = [Plain(design, program, i, machine.refused).run() for i in range(samples)]
+    comparison = Comparison(design, machine.model)
+    for found, *expected in zip(seen, *runs, strict=True):
+        assert {one.kind for one in expected} == {found.kind}
+        comparison.at = f"operation {found.operation}"
+        getattr(comparison, found.kind)(found, [one.data for one in expected])
+
+
+def check_same(alone, with_dpguard):
+    """Two runs showed the same bits."""
+    for one, other in zip(alone, with_dpguard, strict=True):
+        where = f"operation {one.operation}"
+        assert (one.operation, one.kind) == (other.operation, other.kind)
+        assert one.refused == other.refused, f"{where}: {other.refused}"
+        for mine, theirs in zip(_tensors(one.data), _tensors(other.data), strict=True):
+            assert torch.equal(mine, theirs), f"{where}: {mine} became {theirs}"
+
+
+def _tensors(data):
+    """All tensors in what a run showed."""
+    if isinstance(data, torch.Tensor):
+        yield data
+    elif data is not None:
+        for value in data.values() if isinstance(data, dict) else data:
+            yield from _tensors(value)
+
+
+class Comparison:
+    """Goes through a run, remembering what was summed up for the step that is under way."""
+
+    def __init__(self, design, model):
+        self.design = design
+        self.tolerance = TOLERANCE[design.dtype]
+        self.model = model
+        self.at = ""
+        self.clipped = {}
+        """Clipped gradients that ghost clipping left in ``p.grad``."""
+        self.summed = {}
+        """Clipped gradients of the physical batches of the logical step."""
+        self.signals = []
+        self.skipped = False
+
+    # -- after a backward ----------------------------------------------------------------------
+
+    def rows(self, found, expected):
+        groups = self.groups([one.parts for one in expected])
+        if self.design.poisson:
+            self.check_refusal(found, expected, groups)
+        if not found.refused:
+            self.check_rows(found.data, groups)
+
+    def check_refusal(self, found, expected, groups):
+        """A backward that has rows of two batches is refused, at the latest at its end."""
+        one, *_ = expected
+        several = any(len(groups[name]) > 1 for name in one.trainable)
+        assert found.refused or not several, f"{self.at} accumulates and was not refused"
+        for end in range(1, len(one.parts)) if found.refused else ():
+            midway = self.groups([one.parts[:end]] * len(expected))
+            several = several or any(len(midway[name]) > 1 for name in one.trainable)
+        assert several or not found.refused, f"{self.at} was refused"
+
+    def norms(self, found, expected):
+        norms, gradients = found.data
+        batch, trainable = expected[0].batch, expected[0].trainable
+        rows = {name: self.zeros(name, batch) for name in trainable}
+        for i, one in enumerate(expected[:batch]):
+            for part in one.parts:
+                if part.closed == found.operation and part.name in trainable:
+                    rows[part.name][i] += part.gradient
+        squares = _squares(rows)
+        assert norms.shape == squares.shape, f"{self.at}: norms of shape {tuple(norms.shape)}"
+        self.close(norms**2, squares, "squared norms")
+        self.clipped = _clipped(rows)
+        for name, mine in self.clipped.items():
+            self.close(gradients.get(name, torch.zeros_like(mine)), mine, name)
+
+    # -- steps ---------------------------------------------------------------------------------
+
+    def step(self, found, expected):
+        signal = expected[0][1]
+        if signal is not None:
+            self.signals.append(signal)
+        shown = [data for data, _ in expected]
+        trainable = shown[0].trainable
+        if self.design.ghost:
+            assert found.refused is None, f"{self.at}: {found.refused}"
+            clipped, batches = {n: self.clipped.get(n, 0.0) for n in trainable}, 1
+        else:
+            aligned = self.aligned(self.groups([one.parts for one in shown]), trainable)
+            if isinstance(aligned, str):
+                assert found.refused, f"{self.at} was not refused: {aligned}"
+                return
+            assert found.refused is None, f"{self.at}: {found.refused}"
+            self.check_rows({n: r for n, r in found.data[0].items() if n in trainable}, aligned)
+            rows = {name: torch.cat([g.rows for g in places]) for name, places in aligned.items()}
+            clipped, batches = _clipped(rows), len(next(iter(aligned.values())))
+        self.count(found, clipped, batches)
+
+    def count(self, found, clipped, batches):
+        """Add a physical batch to the logical step and compare the sum, or the update."""
+        _, gradients, sums = found.data
+        for name, gradient in clipped.items():
+            self.summed[name] = self.summed.get(name, 0.0) + gradient
+        self.skipped = self.signals.pop(0) if self.signals else False
+        mean = self.design.reduction == "mean"
+        divisor = EXPECTED_BATCH * batches if mean and not self.skipped else 1
+        for name in clipped:
+            expected = self.zeros(name) + self.summed[name] / divisor
+            found_here = sums if self.skipped else gradients
+            self.close(found_here.get(name, torch.zeros_like(expected)), expected, name)
+
+    def zero(self, _found, _expected):
+        self.clipped = {}
+        if not self.skipped:
+            self.summed = {}
+
+    # -- rows ----------------------------------------------------------------------------------
+
+    def groups(self, parts):
+        """For each parameter its groups; ``parts`` has a list for each sample."""
+        return {
+            name: _groups([[p for p in mine if p.name == name] for mine in parts])
+            for name, _ in self.model.named_parameters()
+        }
+
+    def aligned(self, groups, trainable):
+        """Rows of every trainable parameter by batch, or why the step must be refused."""
+        batches = _spans(group for name in trainable for group in groups[name])
+        if not batches:
+            return "no rows"
+        aligned = {}
+        sizes = [set() for _ in batches]
+        for name in trainable:
+            places = [None] * len(batches)
+            for group in groups[name]:
+                i = next(i for i, (a, b) in enumerate(batches) if a <= group.opened <= b)
+                if places[i] is not None:
+                    return f"{name} has several groups in one batch"
+                places[i] = group
+                sizes[i].add(len(group.rows))
+            aligned[name] = places
+        if any(len(size) > 1 for size in sizes):
+            return "different numbers of rows in one batch"
+        if not any(all(places) for places in aligned.values()):
+            return "nothing tells two batches from two parts of one"
+        return {
+            name: [
+                Group(0, 0, 0, self.zeros(name, size), 0.0) if place is None else place
+                for place, (size,) in zip(places, sizes, strict=True)
+            ]
+            for name, places in aligned.items()
+        }
+
+    def zeros(self, name, *batch):
+        p = self.model.get_parameter(name)
+        return torch.zeros((*batch, *p.shape), dtype=p.dtype)
+
+    # -- numbers -------------------------------------------------------------------------------
+
+    def check_rows(self, rows, groups):
+        # What cancels out exactly (a bias before a norm) is compared on the scale of the others.
+        least = 1e-3 + 0.1 * max((g.scale for mine in groups.values() for g in mine), default=0.0)
+        for name, mine in rows.items():
+            expected = [len(group.rows) for group in groups[name]]
+            counts = [len(tensor) for tensor in mine]
+            assert counts == expected, f"{self.at}, {name}: {counts} rows, expected {expected}"
+            for tensor, group in zip(mine, groups[name], strict=True):
+                if tensor.numel():
+                    error = float((tensor - group.rows).abs().max()) / max(group.scale, least)
+                    assert error <= self.tolerance, f"{self.at}, {name}: relative error {error}"
+
+    def close(self, found, expected, what):
+        """Sums of several rows, or squares, within what their rounding can amount to."""
+        assert found.shape == expected.shape, f"{self.at}, {what}: shape {tuple(found.shape)}"
+        if expected.numel():
+            error = float((found - expected).abs().max()) / max(1.0, float(expected.abs().max()))
+            assert error <= 100 * self.tolerance, f"{self.at}, {what}: error {error}"
+
+
+@dataclasses.dataclass
+class Group:
+    """Calls of one parameter that were open at the same time, and the sum of their rows."""
+
+    opened: int
+    closed: int
+    first: int
+    rows: torch.Tensor
+    scale: float
+
+
+def _groups(parts):
+    """The groups of one parameter; ``parts`` has a list for each sample."""
+    calls = {_calls(p): p for mine in parts for p in mine}
+    spans = sorted(calls.values(), key=lambda p: p.opened)
+    groups = []
+    for part in spans:
+        rows = part.gradient.new_zeros((part.batch, *part.gradient.shape))
+        for i in range(part.batch):
+            for mine in parts[i]:
+                if _calls(mine) == _calls(part):
+                    rows[i] += mine.gradient
+        scale = float(rows.abs().max()) if rows.numel() else 0.0
+        if groups and part.opened <= groups[-1].closed:
+            _join(groups[-1], part, rows, scale)
+        else:
+            groups.append(Group(part.opened, part.closed, part.closed, rows, scale))
+    return sorted(groups, key=lambda group: group.first)
+
+
+def _calls(part):
+    """Which calls a part is of; those that one operation makes of a module go together."""
+    return part.made, part.batch, part.closed
+
+
+def _join(group, part, rows, scale):
+    group.closed = max(group.closed, part.closed)
+    group.first = min(group.first, part.closed)
+    longer, shorter = (group.rows, rows) if len(group.rows) >= len(rows) else (rows, group.rows)
+    group.rows = longer.clone()
+    group.rows[: len(shorter)] += shorter
+    group.scale = max(group.scale, scale)
+
+
+def _spans(groups):
+    """The times of groups, those that overlap joined."""
+    spans = []
+    for opened, closed in sorted((group.opened, group.closed) for group in groups):
+        if spans and opened <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], closed))
+        else:
+            spans.append((opened, closed))
+    return spans
+
+
+def _squares(rows):
+    """Squared norms of the samples, over all parameters."""
+    return sum(mine.flatten(1).pow(2).sum(dim=1) for mine in rows.values())
+
+
+def _clipped(rows):
+    """The clipped sum of DP-SGD, before noise."""
+    factors = (CLIP / (_squares(rows).sqrt() + 1e-6)).clamp(max=1.0)
+    return {name: torch.einsum("i,i...->...", factors, mine) for name, mine in rows.items()}
