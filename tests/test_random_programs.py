@@ -24,6 +24,9 @@ _WANTED = int(os.environ.get("DPGUARD_TEST_PROGRAMS", "0"))
 _SHARES = {"hooks": 0.4, "functorch": 0.15, "ghost": 0.3, "fast": 0.15}
 """Of all programs, how many are for each mode."""
 
+# Opacus takes a functorch layer with integer inputs for one in mixed precision, and torch says so.
+pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
+
 
 def _settings(share):
     return settings(

@@ -58,7 +58,7 @@ class Comparison:
         self.model = model
         self.at = ""
         self.clipped = {}
-        """Clipped gradients that ghost clipping left in ``p.grad``."""
+        """What ghost clipping left in ``p.grad``: of the last backward only, as Opacus has it."""
         self.summed = {}
         """Clipped gradients of the physical batches of the logical step."""
         self.signals = []
