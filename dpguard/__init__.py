@@ -13,6 +13,7 @@ from dpguard._errors import (
     PerSampleGradientError,
     PrivacyViolation,
     SettingsError,
+    UnsupportedError,
 )
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "PerSampleGradientError",
     "PrivacyViolation",
     "SettingsError",
+    "UnsupportedError",
     "active",
     "install",
     "one_batch",

@@ -9,7 +9,7 @@ from types import CodeType, FrameType
 
 import torch
 
-__all__ = ["caller", "forward_caller"]
+__all__ = ["caller", "forward_caller", "writer"]
 
 _PACKAGE = Path(__file__).resolve().parent
 _EXAMPLES = _PACKAGE / "examples"
@@ -77,6 +77,11 @@ def caller() -> str | None:
     if frame is not None and _kind(frame.f_code.co_filename) == _OPACUS:
         return None
     return _first_outside(frame)
+
+
+def writer() -> str | None:
+    """``file:line`` of the nearest frame outside torch, Opacus, wrapt and dpguard, if any."""
+    return _first_outside(sys._getframe(1))
 
 
 def forward_caller() -> str | None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
@@ -437,6 +439,106 @@ def optimizer_class() -> type:
     """Opacus's ``DPOptimizer``, the base of all its optimizers."""
     found: type = importlib.import_module("opacus.optimizers.optimizer").DPOptimizer
     return found
+
+
+HOOK_REGISTRARS = (
+    "register_step_pre_hook",
+    "register_step_post_hook",
+    "register_state_dict_pre_hook",
+    "register_state_dict_post_hook",
+    "register_load_state_dict_pre_hook",
+    "register_load_state_dict_post_hook",
+)
+"""The methods with which hooks are put on a ``torch.optim.Optimizer``."""
+
+HOOK_REGISTRIES = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+"""Where ``Optimizer.__init__``, which no DP optimizer calls, would have made room for them."""
+
+GHOST_MARK = "_dpguard_clipped"
+"""Mark of a ``p.grad`` that ghost clipping has clipped and nothing has noised yet."""
+
+
+def torch_optimizer_class() -> type:
+    """``torch.optim.Optimizer``."""
+    found: type = _torch().optim.Optimizer
+    return found
+
+
+def register_global_step_hook(hook: Callable[[Any, Any, Any], None]) -> Any:
+    """Have torch call ``hook`` before the step of every optimizer; returns a handle."""
+    module = importlib.import_module("torch.optim.optimizer")
+    return module.register_optimizer_step_pre_hook(hook)
+
+
+_STATE_INIT = ("torch.distributed.checkpoint.state_dict", "_init_optim_state")
+_STATE_INIT_DEPTH = 16
+
+
+def makes_optimizer_state() -> bool:
+    """Whether a distributed checkpoint steps an optimizer only for its state to come into being.
+
+    It sets gradients and learning rates to zero, calls ``step()`` and undoes both.
+    """
+    if _STATE_INIT[0] not in sys.modules:
+        return False
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(_STATE_INIT_DEPTH):
+        if frame is None:
+            return False
+        if (frame.f_globals.get("__name__"), frame.f_code.co_name) == _STATE_INIT:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_DP_METHODS = ("pre_step", "clip_and_accumulate", "add_noise", "signal_skip_step")
+
+
+def is_dp_class(cls: type) -> bool:
+    """Whether ``cls`` is Opacus's ``DPOptimizer``, a subclass, or a vendored copy of it."""
+    return all(callable(getattr(cls, name, None)) for name in _DP_METHODS)
+
+
+def dp_base(cls: type) -> type:
+    """The class in which a class of DP optimizers begins to be one."""
+    return [base for base in cls.__mro__ if is_dp_class(base)][-1]
+
+
+def wraps_an_optimizer(cls: type) -> bool:
+    """Whether objects of ``cls``, no DP optimizer, are made round another optimizer.
+
+    Told by what such classes have in common: groups that are shown and not held, or a
+    constructor that takes an optimizer and no parameters.
+    """
+    if cls.__module__.partition(".")[0] == "torch":
+        return False
+    if inspect.isdatadescriptor(inspect.getattr_static(cls, "param_groups", None)):
+        return True
+    try:
+        names = list(inspect.signature(cls).parameters)
+    except (TypeError, ValueError):  # a constructor that cannot be looked at
+        return False
+    return bool(names) and "optim" in names[0].lower()
+
+
+def holders_of_optimizers() -> list[type]:
+    """Classes of Opacus's whose objects keep the DP optimizer they are given as ``optimizer``."""
+    places = (
+        ("opacus.schedulers.noise_scheduler", "_NoiseScheduler"),
+        ("opacus.schedulers.grad_clip_scheduler", "_GradClipScheduler"),
+        ("opacus.scheduler", "_NoiseScheduler"),  # before 1.5
+        ("opacus.utils.batch_memory_manager", "BatchSplittingSampler"),
+        ("opacus.utils.fast_gradient_clipping_utils", "DPLossFastGradientClipping"),
+    )
+    found = [_attribute_of(module, name) for module, name in places]
+    return [cls for cls in dict.fromkeys(found) if cls is not None]
 
 
 def clips_rows(optimizer: Any) -> bool:

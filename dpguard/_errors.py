@@ -6,7 +6,13 @@ per-sample gradient is a ``ValueError`` in Opacus, so it stays one here.
 
 from __future__ import annotations
 
-__all__ = ["DPGuardError", "PerSampleGradientError", "PrivacyViolation", "SettingsError"]
+__all__ = [
+    "DPGuardError",
+    "PerSampleGradientError",
+    "PrivacyViolation",
+    "SettingsError",
+    "UnsupportedError",
+]
 
 
 class DPGuardError(Exception):
@@ -33,4 +39,11 @@ class SettingsError(DPGuardError, ValueError):
     """A setting has a value dpguard cannot use.
 
     The message names the variable or keyword, the value found and every valid value.
+    """
+
+
+class UnsupportedError(DPGuardError, TypeError):
+    """A DP optimizer cannot be this, or cannot do this; refused where it is asked for.
+
+    The message names the thing and what to do instead.
     """

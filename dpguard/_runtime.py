@@ -34,6 +34,7 @@ from dpguard.patches.grad_sample import GradSamplePatch
 from dpguard.patches.optimizer import OptimizerPatch
 from dpguard.patches.pairing import Pairing
 from dpguard.patching import Transaction
+from dpguard.verdicts import Verdicts
 
 __all__ = ["Runtime"]
 
@@ -67,8 +68,8 @@ class Runtime:
             self.ledger,
             self.auditor,
             self._forwarding,
+            Verdicts(emit, settings.mode),
             _weakly(self.report_internal),
-            repairs=changes,
         )
         self._transaction = Transaction()
         self._intervened = 0

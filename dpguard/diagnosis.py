@@ -37,6 +37,18 @@ UNCLIPPED = "unclipped_backward"
 NOT_CLEARED = "gradients_not_cleared"
 LOSS_SHAPE = "loss_shape"
 LOSSES_OVERLAP = "losses_overlap"
+STEP_HOOK = "step_hook"
+STEP_HOOK_REPLACED = "step_hook_replaced"
+LEFT_OVER_SUM = "left_over_sum"
+STATE_INIT = "state_init"
+NESTED = "nested_dp_optimizer"
+NEEDS_CLOSURE = "needs_closure"
+NOT_COPYABLE = "not_copyable"
+FOREIGN_STEP = "foreign_step"
+CLIP_BOUND = "clip_bound"
+CLIP_BOUNDS_UNKNOWN = "clip_bounds_unknown"
+LOSS_SCALE = "loss_scale"
+SCHEDULE = "schedule_in_batch"
 
 OPACUS_NO_ACCUMULATION = (
     "Poisson sampling is not compatible with grad accumulation. "
@@ -150,6 +162,63 @@ _DIAGNOSES = {
     ROWS_NOT_FINITE: Diagnosis(
         "per-sample gradients are not finite",
         "find the samples that make the loss overflow; one of them makes the whole update NaN",
+    ),
+    STEP_HOOK: Diagnosis(
+        "a second step hook was attached; Opacus has room for one and would forget the first, "
+        "which is usually the accountant",
+        "nothing to do; both run, in the order in which they were attached. To remove one on "
+        "purpose, assign optimizer.step_hook",
+    ),
+    STEP_HOOK_REPLACED: Diagnosis(
+        "a hook that had been attached, usually the accountant, was replaced by an assignment",
+        "use optimizer.attach_step_hook(), which keeps both, or call the former hook in yours",
+    ),
+    LEFT_OVER_SUM: Diagnosis(
+        "the gradients were cleared on the model only, so the clipped sum of a step that is done "
+        "was still there",
+        "nothing to do; it is not used again. optimizer.zero_grad() clears it as well",
+    ),
+    STATE_INIT: Diagnosis(
+        "a distributed checkpoint takes a step without gradients to make the optimizer's state",
+        "nothing to do; the wrapped optimizer takes it, without noise and without accounting",
+    ),
+    NESTED: Diagnosis(
+        "a DP optimizer was to wrap another one: rows would be clipped and noised twice",
+        "give the plain torch optimizer to DPOptimizer or make_private",
+    ),
+    NEEDS_CLOSURE: Diagnosis(
+        "the wrapped optimizer evaluates the loss several times within a step, and only its first "
+        "gradient would be private",
+        "use an optimizer whose step() needs no closure, such as SGD or Adam",
+    ),
+    NOT_COPYABLE: Diagnosis(
+        "a DP optimizer cannot be stored in this state",
+        "store optimizer.state_dict() and accountant.state_dict(), or use "
+        "PrivacyEngine.save_checkpoint(); for a copy in this process use copy.deepcopy()",
+    ),
+    FOREIGN_STEP: Diagnosis(
+        "parameters of a DP optimizer were to be updated from gradients that are neither clipped "
+        "nor noised nor accounted",
+        "call step() of the DP optimizer. If the gradients are of public data, switch the hooks "
+        "off for them (model.disable_hooks())",
+    ),
+    CLIP_BOUND: Diagnosis(
+        "the bound that rows are clipped to and the bound that the noise is made for were to "
+        "differ, so the noise multiplier delivered would not be the one accounted",
+        "nothing to do; both follow optimizer.max_grad_norm. Change it between logical batches",
+    ),
+    CLIP_BOUNDS_UNKNOWN: Diagnosis(
+        "the bounds of per-layer clipping do not fit the optimizer's trainable parameters",
+        "set optimizer.max_grad_norms to one bound per trainable parameter, in the order of "
+        "optimizer.params",
+    ),
+    LOSS_SCALE: Diagnosis(
+        "a gradient scaler had multiplied the rows, which would have been clipped in that scale",
+        "nothing to do; rows are unscaled together with the gradients, before they are clipped",
+    ),
+    SCHEDULE: Diagnosis(
+        "a scheduler was stepped on a physical batch that takes no step",
+        "step the scheduler once per logical batch, when optimizer._is_last_step_skipped is False",
     ),
     BATCHES_UNRELATED: Diagnosis(
         "different parameters were backpropagated in different forward/backward rounds and none "

@@ -157,6 +157,8 @@ class Intervention(Event):
         remedy: what the user can write instead.
         attribute: for ``alias``, the attribute that now has one owner.
         owner: for ``alias``, the class of the object that owns it.
+        before: for ``alias``, the value that was replaced, if it is a plain number or word.
+        after: for ``alias``, the value that is applied from now on, likewise.
     """
 
     event_name: ClassVar[str] = "dpguard.intervention"
@@ -169,6 +171,8 @@ class Intervention(Event):
     remedy: str | None = _marked(DataClass.CODE, "dpguard.remedy", default=None)
     attribute: str | None = _marked(DataClass.CODE, "dpguard.attribute", default=None)
     owner: str | None = _marked(DataClass.CODE, "dpguard.owner", default=None)
+    before: str | None = _marked(DataClass.PUBLIC, "dpguard.before", default=None)
+    after: str | None = _marked(DataClass.PUBLIC, "dpguard.after", default=None)
 
     @property
     def name(self) -> str:

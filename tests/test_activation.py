@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from truth import assert_rows_equal, plain_copy, rows_of
 
 import dpguard
+from dpguard import _compat
 from dpguard._status import Status
 from dpguard.patching import Transaction
 
@@ -93,6 +94,9 @@ def owners():
     """Everything that dpguard patches."""
     roots = (DPOptimizer, GradSampleHooks, GradSampleModule)
     found = [cls for root in roots for cls in subclasses(root)]
+    optimizers = subclasses(torch.optim.Optimizer)
+    found += [torch.optim.Optimizer, *filter(_compat.wraps_an_optimizer, optimizers)]
+    found += _compat.holders_of_optimizers()
     found += [torch, torch.Tensor, AbstractGradSampleModule, DPTensorFastGradientClipping]
     return [*dict.fromkeys(found)]
 

@@ -18,7 +18,11 @@ from dpguard._errors import DPGuardError
 from dpguard.audit.steps import StepAuditor
 from dpguard.ledger import Ledger
 from dpguard.patches.attributes import AttributeForwarding
+from dpguard.patches.facades import Facades, Family
+from dpguard.patches.foreign_steps import ForeignSteps
+from dpguard.patches.protocol import Protocol
 from dpguard.patching import Transaction
+from dpguard.verdicts import Verdicts
 
 __all__ = ["OptimizerPatch"]
 
@@ -31,53 +35,77 @@ class OptimizerPatch:
         ledger: Ledger,
         auditor: StepAuditor,
         forwarding: AttributeForwarding,
+        verdicts: Verdicts,
         report: Callable[[str, Exception], None],
-        *,
-        repairs: bool,
     ) -> None:
-        self._repairs = repairs
+        self._repairs = verdicts.repairs
         self._ledger = ledger
         self._auditor = auditor
         self._forwarding = forwarding
+        self._family = Family()
+        self._facades = Facades(verdicts, self._family)
+        self._protocol = Protocol(verdicts, self._adopt, self._family.holds_dp)
+        self._foreign = ForeignSteps(verdicts, self._family.holds_dp)
         self._report = report
+        self._active = True
         self._audits = True
+        self._off: set[str] = set()
         self._inside: set[int] = set()
         self._instances: weakref.WeakSet[Any] = weakref.WeakSet()
         self._transaction: Transaction | None = None
         self._wrapped: set[tuple[type, str]] = set()
+        self._bases: set[type] = set()
 
     def install(self, transaction: Transaction) -> None:
         """Patch ``DPOptimizer`` and all its subclasses, and adopt the instances that exist.
 
+        Copies of the class that others ship are found by their methods and guarded as well.
         Calling it again patches the classes that a reload of Opacus has made since.
         """
         base = _compat.optimizer_class()
-        if (base, "__init__") in self._wrapped:
+        if base in self._bases:
             return
+        torchs = _compat.torch_optimizer_class()
         if self._transaction is None:
             transaction.on_undo("adopted optimizers", self._give_back_all)
+            self._foreign.install(transaction)
+            hook = classmethod(self._subclass_hook(torchs, vars(torchs).get("__init_subclass__")))
+            transaction.patch(torchs, "__init_subclass__", hook)
         self._transaction = transaction
-        self._forwarding.install(transaction, base)
-        original = base.__dict__.get("__init_subclass__")
-        if original is None:
-            transaction.patch(base, "__init_subclass__", classmethod(self._subclass_hook(base)))
-        for cls in _with_subclasses(base):
-            self._guard_class(cls)
-        for instance in _instances_of(base):
-            self._adopt(instance, reconcile=True)
+        self._facades.install(transaction)
+        for cls in list(_with_subclasses(torchs)):
+            self._meet(cls)
+        for instance in _instances_of(tuple(self._bases)):
+            self._adopt(instance)
 
     def stop(self) -> None:
-        """No audits from now on."""
-        self._audits = False
+        """Nothing is looked at or changed from now on."""
+        self._audits = self._active = False
 
     # -- classes --------------------------------------------------------------------------------
 
-    def _subclass_hook(self, base: Any) -> Callable[..., None]:
-        def guard_subclass(cls: Any, **kwargs: Any) -> None:
-            super(base, cls).__init_subclass__(**kwargs)
-            self._guard_class(cls)
+    def _subclass_hook(self, torchs: Any, original: Any) -> Callable[..., None]:
+        def meet_subclass(cls: Any, **kwargs: Any) -> None:
+            if original is None:
+                super(torchs, cls).__init_subclass__(**kwargs)
+            else:
+                original.__get__(None, cls)(**kwargs)
+            self._part("classes", self._meet, cls)
 
-        return guard_subclass
+        return meet_subclass
+
+    def _meet(self, cls: type) -> None:
+        """A class of optimizers exists: guard it if it is one of DP optimizers or façades."""
+        if self._transaction is None:
+            return
+        if self._family.is_dp_class(cls):
+            base = _compat.dp_base(cls)
+            if base not in self._bases:
+                self._bases.add(base)
+                self._forwarding.install(self._transaction, base)
+                self._protocol.install(self._transaction, base)
+            self._guard_class(cls)
+        self._facades.guard_class(self._transaction, cls, self._instances)
 
     def _guard_class(self, cls: type) -> None:
         """Wrap what ``cls`` itself defines; what it inherits is wrapped where it is defined."""
@@ -101,16 +129,23 @@ class OptimizerPatch:
 
     # -- instances ------------------------------------------------------------------------------
 
-    def _adopt(self, instance: Any, *, reconcile: bool) -> None:
+    def _adopt(self, instance: Any) -> None:
+        """Take charge of an instance that no constructor of a guarded class has made."""
         self._instances.add(instance)
-        self._forwarding.adopt(instance, reconcile=reconcile)
+        if self._family.owner(instance) is instance:
+            self._family.mark(instance)
+        self._forwarding.adopt(instance, reconcile=True)
 
     def _give_back_all(self) -> None:
         self._transaction = None
         for instance in list(self._instances):
             self._forwarding.give_back(instance)
+            self._family.unmark(instance)
 
     def _init(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        if self._active:
+            self._part("protocol", self._protocol.examine, type(instance), args, kwargs)
+            self._family.mark(instance)
         self._forwarding.enter_init(instance)
         completed = False
         try:
@@ -139,26 +174,47 @@ class OptimizerPatch:
 
     def _pre_step(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         key = id(instance)
-        if key in self._inside or not self._audits:
+        if key in self._inside or not self._active:
             return wrapped(*args, **kwargs)
         self._inside.add(key)
         stepped = False
         try:
-            self._audit(self._before, instance)
-            result = wrapped(*args, **kwargs)
-            stepped = True
+            answer = self._part("protocol", self._protocol.answer, instance)
+            if answer is None:
+                self._part("protocol", self._protocol.before_step, instance)
+                self._audit(self._before, instance)
+                answer = wrapped(*args, **kwargs)
+                stepped = True
         finally:
             self._inside.discard(key)
             if not stepped:
                 self._auditor.abandon(instance)
-        self._audit(self._auditor.after_step, instance, stepped=bool(result))
-        return result
+        if answer:
+            self._foreign.grant(instance)
+        if stepped:
+            if answer:
+                self._part("protocol", self._protocol.after_step, instance)
+            self._audit(self._auditor.after_step, instance, stepped=bool(answer))
+        return answer
 
     def _before(self, instance: Any) -> None:
         if instance not in self._instances:
-            self._adopt(instance, reconcile=True)
+            self._adopt(instance)
         self._forwarding.check(instance)
         self._auditor.before_step(instance)
+
+    def _part(self, part: str, function: Callable[..., Any], *args: Any) -> Any:
+        """Run a part of ours, until it fails by an error of its own."""
+        if part in self._off:
+            return None
+        try:
+            return function(*args)
+        except DPGuardError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the host goes on without this part
+            self._off.add(part)
+            self._report(part, error)
+            return None
 
     def _audit(self, function: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """Run a part of ours; what it raises on purpose goes to the user, nothing else does."""
@@ -179,5 +235,5 @@ def _with_subclasses(base: type[Any]) -> Iterator[type[Any]]:
         yield from _with_subclasses(cls)
 
 
-def _instances_of(base: type) -> list[Any]:
-    return [found for found in gc.get_objects() if issubclass(type(found), base)]
+def _instances_of(bases: tuple[type, ...]) -> list[Any]:
+    return [found for found in gc.get_objects() if issubclass(type(found), bases)]

@@ -1,0 +1,236 @@
+"""Façades: objects that stand for a DP optimizer and keep what is written to them.
+
+Lightning and Fabric make an object whose class inherits from that of the DP optimizer, without
+running its constructor; accelerate one that only holds it. A noise multiplier, a step hook or a
+skip signal that is written to such an object changes nothing: the DP optimizer is the one that
+clips, adds noise and is accounted. Here each such attribute has that one owner.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+from dpguard import _callsite, _compat, diagnosis
+from dpguard.patches.copies import MINE
+from dpguard.patching import ABSENT, Transaction
+from dpguard.verdicts import Verdicts
+
+__all__ = ["Facades", "Family"]
+
+KNOBS = (
+    "noise_multiplier",
+    "max_grad_norm",
+    "max_grad_norms",
+    "expected_batch_size",
+    "loss_reduction",
+    "step_hook",
+    "generator",
+    "secure_mode",
+    "_step_skip_queue",
+    "_is_last_step_skipped",
+)
+"""What the constructors of Opacus's optimizers set; others are learned from instances."""
+
+_METHODS = ("attach_step_hook", "signal_skip_step", "accumulated_iterations", "grad_samples")
+"""What a façade that is no DP optimizer by class gets besides."""
+
+_SELF = MINE + "self"
+_DEPTH = 5
+
+
+class Family:
+    """Which objects are DP optimizers, and which one an object stands for."""
+
+    def __init__(self) -> None:
+        self._known: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+
+    def is_dp_class(self, cls: type) -> bool:
+        """Whether ``cls`` is a class of DP optimizers or of façades that inherit from one."""
+        known = self._known.get(cls)
+        if known is None:
+            known = self._known[cls] = _compat.is_dp_class(cls)
+        return known
+
+    def is_dp(self, found: Any) -> bool:
+        """Whether the class of ``found`` is one of DP optimizers."""
+        return self.is_dp_class(type(found))
+
+    def mark(self, instance: Any) -> None:
+        """A constructor of Opacus's has run for ``instance``: it stands for itself."""
+        vars(instance)[_SELF] = id(instance)
+
+    def unmark(self, instance: Any) -> None:
+        """The twin of :meth:`mark`."""
+        vars(instance).pop(_SELF, None)
+
+    def owner(self, found: Any) -> Any:
+        """The DP optimizer that ``found`` stands for; ``found`` itself if it is none's façade.
+
+        A real DP optimizer may hold another one for reasons of its own, so an object whose class
+        is that of a DP optimizer is a façade only if it wraps nothing itself, or the same
+        optimizer object as the one that it holds.
+        """
+        for _ in range(_DEPTH):
+            own = getattr(found, "__dict__", None)
+            if own is None or own.get(_SELF) == id(found):
+                return found
+            inner = self._held(found, own)
+            if inner is None:
+                return found
+            found = inner
+        return found
+
+    def holds_dp(self, found: Any) -> bool:
+        """Whether ``found`` is a DP optimizer or stands for one."""
+        return self.is_dp(self.owner(found))
+
+    def _held(self, found: Any, own: dict[str, Any]) -> Any:
+        optimizer = _compat.torch_optimizer_class()
+        held = [v for v in own.values() if isinstance(v, optimizer) and v is not found]
+        mine = own.get("original_optimizer", ABSENT)
+        if self.is_dp(found):
+            dp = [v for v in held if self.is_dp(v)]
+            if len(dp) != 1:
+                return None
+            theirs = getattr(dp[0], "__dict__", {}).get("original_optimizer", ABSENT)
+            return dp[0] if mine is ABSENT or mine is theirs else None
+        dp = [v for v in held if self.holds_dp(v)]
+        return dp[0] if len(dp) == 1 else None
+
+
+class OwnedAttribute:
+    """An attribute of façades that belongs to the DP optimizer they stand for.
+
+    On an object that stands for itself it behaves as if it were not there.
+    """
+
+    def __init__(self, name: str, facades: Facades) -> None:
+        self._name = name
+        self._facades = facades
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            return self
+        real = self._facades.owner(instance)
+        if real is not instance:
+            return getattr(real, self._name)
+        try:
+            return vars(instance)[self._name]
+        except KeyError:
+            raise AttributeError(
+                f"{type(instance).__name__!r} object has no attribute {self._name!r}"
+            ) from None
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        self._facades.write(instance, self._name, value)
+
+    def __delete__(self, instance: Any) -> None:
+        real = self._facades.owner(instance)
+        if real is not instance:
+            delattr(real, self._name)
+        elif vars(instance).pop(self._name, ABSENT) is ABSENT:
+            raise AttributeError(self._name)
+
+
+class _Unwrapped:
+    """An attribute ``optimizer`` that keeps the DP optimizer when it is given a façade."""
+
+    def __init__(self, facades: Facades) -> None:
+        self._facades = facades
+
+    def __set__(self, holder: Any, value: Any) -> None:
+        real = self._facades.owner(value)
+        vars(holder)["optimizer"] = real if self._facades.is_dp(real) else value
+
+
+class Facades:
+    """Gives the classes of façades their owned attributes."""
+
+    def __init__(self, verdicts: Verdicts, family: Family) -> None:
+        self._verdicts = verdicts
+        self._family = family
+        self._seen: weakref.WeakSet[type] = weakref.WeakSet()
+
+    def install(self, transaction: Transaction) -> None:
+        """Let Opacus's schedulers and batch splitters hold the DP optimizer itself."""
+        if self._verdicts.repairs:
+            for cls in _compat.holders_of_optimizers():
+                if "optimizer" not in vars(cls):
+                    transaction.patch(cls, "optimizer", _Unwrapped(self))
+
+    def guard_class(
+        self, transaction: Transaction, cls: type, instances: Iterable[Any] = ()
+    ) -> None:
+        """Put owned attributes on ``cls`` if its objects may be façades.
+
+        Args:
+            transaction: remembers how to take them off.
+            cls: a class of optimizers.
+            instances: DP optimizers that exist, from which further names are learned.
+        """
+        if cls in self._seen or not _may_be_facade(cls, self._family):
+            return
+        self._seen.add(cls)
+        names = [*KNOBS]
+        if self._family.is_dp_class(cls):
+            for instance in instances:
+                if type(instance) in cls.__mro__:
+                    names.extend(name for name in vars(instance) if not name.startswith(MINE))
+        else:
+            names.extend(_METHODS)
+        for name in dict.fromkeys(names):
+            if name not in _KEPT and not hasattr(cls, name):
+                transaction.patch(cls, name, OwnedAttribute(name, self))
+
+    def is_dp(self, found: Any) -> bool:
+        """Whether the class of ``found`` is one of DP optimizers."""
+        return self._family.is_dp(found)
+
+    def owner(self, found: Any) -> Any:
+        """The DP optimizer that ``found`` stands for, or ``found``; in ``observe`` always that."""
+        return self._family.owner(found) if self._verdicts.repairs else found
+
+    def write(self, instance: Any, name: str, value: Any) -> None:
+        """Set an attribute where it is applied, and say so if that changed something."""
+        real = self._family.owner(instance)
+        if real is instance:
+            vars(instance)[name] = value
+            return
+        before = getattr(real, name, ABSENT)
+        if self._verdicts.repairs:
+            setattr(real, name, value)
+        else:
+            vars(instance)[name] = value
+        if before is value or not name.isidentifier():
+            return
+        outer, inner = type(instance).__name__, type(real).__name__
+        went = "now goes to" if self._verdicts.repairs else "does not reach"
+        self._verdicts.intervene(
+            diagnosis.ALIAS,
+            f"{outer}.{name} was assigned; the value {went} {inner}, which is what is applied.",
+            attribute=name,
+            owner=inner,
+            site=_callsite.writer(),
+            **shown_values(before, value),
+        )
+
+
+_KEPT = frozenset({"original_optimizer", "param_groups", "defaults", "state", "step"})
+"""Attributes of a DP optimizer that are no knobs of its mechanism."""
+
+
+def shown_values(before: Any, after: Any) -> dict[str, Any]:
+    """Both values for the log, if they are plain numbers or words and so cannot be data."""
+    if not all(isinstance(value, (bool, int, float, str)) for value in (before, after)):
+        return {}
+    return {"before": repr(before), "after": repr(after)}
+
+
+def _may_be_facade(cls: type, family: Family) -> bool:
+    """Whether the constructor of ``cls`` is no DP optimizer's, or takes an optimizer."""
+    if not family.is_dp_class(cls):
+        return _compat.wraps_an_optimizer(cls)
+    maker = next(base for base in cls.__mro__ if "__init__" in vars(base))
+    return not family.is_dp_class(maker)

@@ -1,0 +1,79 @@
+"""Steps of other optimizers on parameters of a DP optimizer.
+
+The wrapped optimizer, the one that was given to ``make_private`` or a second one over the same
+parameters would apply gradients that are neither clipped nor noised. torch calls a global hook
+before the step of each optimizer, which is where such a step is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dpguard import _callsite, _compat, diagnosis
+from dpguard.patching import Transaction
+from dpguard.verdicts import Verdicts
+
+__all__ = ["ForeignSteps"]
+
+
+class ForeignSteps:
+    """Lets the wrapped optimizer step when its DP optimizer has it do so, and refuses the rest.
+
+    Args:
+        verdicts: where refusals are said.
+        holds_dp: whether an object is a DP optimizer or a wrapper round one.
+    """
+
+    def __init__(self, verdicts: Verdicts, holds_dp: Callable[[Any], bool]) -> None:
+        self._verdicts = verdicts
+        self._holds_dp = holds_dp
+        self._granted: set[int] = set()
+
+    def install(self, transaction: Transaction) -> None:
+        """Register torch's global hook."""
+        handle = _compat.register_global_step_hook(self._before)
+
+        def remove() -> None:
+            handle.remove()
+
+        transaction.on_undo("torch.optim global step hooks", remove)
+
+    def grant(self, instance: Any) -> None:
+        """The next step of what ``instance`` wraps applies gradients that are private."""
+        self._granted.add(id(instance.original_optimizer))
+
+    def revoke(self, instance: Any) -> None:
+        """A step that was granted was not taken."""
+        self._granted.discard(id(instance.original_optimizer))
+
+    def _before(self, optimizer: Any, _args: Any, _kwargs: Any) -> None:
+        if id(optimizer) in self._granted:
+            self._granted.discard(id(optimizer))
+            return
+        if self._holds_dp(optimizer):
+            return
+        count = sum(_is_raw(p) for group in optimizer.param_groups for p in group["params"])
+        if count:
+            self._verdicts.refuse(
+                "update.private",
+                diagnosis.FOREIGN_STEP,
+                f"{type(optimizer).__name__}.step() would update {count} parameter(s) of a DP "
+                "optimizer from gradients that are not private.",
+                site=_callsite.writer(),
+            )
+
+
+def _is_raw(parameter: Any) -> bool:
+    """Whether a DP optimizer owns the parameter, and its gradient has not been noised.
+
+    Opacus gives ``summed_grad`` to the parameters of its optimizers, and marks it when the noise
+    has been added; it takes ``grad_sample`` away when the model is no longer private.
+    """
+    if parameter.grad is None or not hasattr(parameter, "summed_grad"):
+        return False
+    if hasattr(parameter.summed_grad, "_processed"):
+        return False
+    if getattr(parameter, "grad_sample", None) is not None:
+        return True
+    return hasattr(parameter.grad, _compat.GHOST_MARK)

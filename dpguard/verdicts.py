@@ -1,0 +1,95 @@
+"""What a patch says when it repairs or refuses, answered as the mode wants it.
+
+Audits say what they find about a step in :mod:`dpguard.audit.steps`; this is for what is found
+outside of one: at construction, at an assignment, at the step of another optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dpguard import diagnosis
+from dpguard._errors import DPGuardError, PrivacyViolation
+from dpguard._settings import Mode
+from dpguard.events import Event, Intervention, Severity, Violation
+
+__all__ = ["Verdicts"]
+
+
+class Verdicts:
+    """Turns findings into events, and into errors where the mode answers with one.
+
+    Args:
+        emit: is given each event.
+        mode: what the user asked for.
+    """
+
+    def __init__(self, emit: Callable[[Event], None], mode: Mode) -> None:
+        self._emit = emit
+        self._mode = mode
+
+    @property
+    def repairs(self) -> bool:
+        """Whether the host is changed."""
+        return self._mode.changes_the_host
+
+    def intervene(self, kind: str, body: str, *, repaired: bool = True, **details: Any) -> None:
+        """Say what was repaired or, in ``observe``, what would have been.
+
+        Args:
+            kind: kind of the intervention and code of its cause.
+            body: one sentence, free of data-dependent values.
+            repaired: ``False`` if it is only said in every mode.
+            details: further fields of the event.
+        """
+        repaired = repaired and self.repairs
+        self._emit(
+            Intervention(
+                kind=kind,
+                severity=Severity.INFO if repaired else Severity.WARNING,
+                action="repaired" if repaired else "observed",
+                body=body,
+                cause=kind,
+                remedy=diagnosis.explain(kind).remedy,
+                **details,
+            )
+        )
+
+    def refuse(
+        self,
+        check: str,
+        cause: str,
+        body: str,
+        error: type[DPGuardError] = PrivacyViolation,
+        **details: Any,
+    ) -> None:
+        """Say that the guarantee does not hold, and raise unless nothing may be changed.
+
+        Raises:
+            DPGuardError: ``error``, in ``repair`` and ``strict``.
+        """
+        diagnosed = self._violated(Severity.CRITICAL, check, cause, body, **details)
+        if self.repairs:
+            raise error(f"{body} Remedy: {diagnosed.remedy}.")
+
+    def warn(self, check: str, cause: str, body: str, **details: Any) -> None:
+        """Say what is probably not meant and does not endanger the guarantee."""
+        self._violated(Severity.WARNING, check, cause, body, **details)
+
+    def _violated(
+        self, severity: Severity, check: str, cause: str, body: str, **details: Any
+    ) -> diagnosis.Diagnosis:
+        diagnosed = diagnosis.explain(cause)
+        self._emit(
+            Violation(
+                severity=severity,
+                body=body,
+                check=check,
+                statement=diagnosed.statement,
+                cause=cause,
+                remedy=diagnosed.remedy,
+                **details,
+            )
+        )
+        return diagnosed
