@@ -14,16 +14,9 @@ from opacus import GradSampleModule
 from opacus.grad_sample import register_grad_sampler
 from opacus.layers import DPLSTM, DPMultiheadAttention
 from opacus.optimizers import DPOptimizer
-from test_random_programs import (
-    Backward,
-    Design,
-    Forward,
-    Freeze,
-    Input,
-    Take,
-    Zero,
-    check,
-)
+from programs.comparison import check
+from programs.models import Design
+from programs.operations import Backward, Forward, Freeze, Input, Take, Zero
 from torch import nn
 from torch.nn.utils import rnn
 from torch.optim.swa_utils import AveragedModel
