@@ -73,6 +73,8 @@ class GhostPairing(Pairing):
         """Calls of each parameter that can still be backpropagated for the first time."""
         self._reopened: set[int] = set()
         """Parameters with calls that a checkpoint recomputed: there may be more of them."""
+        self._hidden: set[int] = set()
+        """Parameters with calls that a checkpoint may yet recompute."""
         self._fired: list[Record] = []
         self._condemned: dict[str, list[str]] = {}
         self._overlapping: dict[str, None] = {}
@@ -131,9 +133,13 @@ class GhostPairing(Pairing):
                 self._reopened.add(id(parameter))
             self._watch_parameter(parameter)
 
+    def on_hidden_call(self, module: torch.nn.Module) -> None:
+        """Note a call that a reentrant checkpoint may recompute in the backward."""
+        self._hidden.update(id(p) for p in parameters_of(module))
+
     def _is_only_call(self, parameter: torch.nn.Parameter, record: Record) -> bool:
         """Whether no other call of ``parameter`` can still come in this backward."""
-        if id(parameter) in self._reopened:
+        if id(parameter) in self._reopened or id(parameter) in self._hidden:
             return False
         return all(other is record for other in self._open.get(id(parameter), ()))
 
@@ -347,6 +353,7 @@ class GhostPairing(Pairing):
             self._found = {}
             self._condemned = {}
             self._reopened = set()
+            self._hidden = set()
         if inside:
             self._drop_unclipped()
             self._stage = Stage.CLIPPED

@@ -237,6 +237,9 @@ class Pairing:
     def on_call(self, record: Record) -> None:
         """A call of a module was recorded."""
 
+    def on_hidden_call(self, module: torch.nn.Module) -> None:
+        """``module`` was called without gradients; a reentrant checkpoint may come back to it."""
+
     def batch_size(self, module: torch.nn.Module, activations: list[Any]) -> int:
         """Number of rows of this call: that of a packed sequence, or of its last input.
 

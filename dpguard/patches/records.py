@@ -131,7 +131,10 @@ class ForwardHook:
         if _compat.inside_transform():
             return None
         pairing.ledger.boundary()
-        if not pairing.hooks.hooks_enabled or not torch.is_grad_enabled():
+        if not pairing.hooks.hooks_enabled:
+            return None
+        if not torch.is_grad_enabled():
+            pairing.on_hidden_call(module)
             return None
         structured = not isinstance(output, torch.Tensor)
         outputs = _differentiable(output)
