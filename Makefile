@@ -3,7 +3,8 @@
 #   make demo            the demonstration, on real digits, offline once the environment exists
 #   make test            the tests;     make test PYTEST_ARGS="-k detach -x"
 #   make test-releases   exactness on the oldest and other releases of Opacus
-#   make test-opacus     Opacus's own tests with and without dpguard (long)
+#   make test-opacus     Opacus's own tests with and without dpguard (all: an hour;
+#                        test-opacus-of-ci: those that take minutes)
 #   make lint            ruff and mypy
 #   make wheel-check     build, install into an empty environment, look inside, uninstall
 #   make bench           costs at import, of an idle detach, of a guarded step
@@ -19,10 +20,19 @@ STAMP = $(VENV)/.complete
 ALIASING = 1.5.1
 # Releases on which exactness is tested, besides the pinned one.
 RELEASES = 1.0.2 1.4.1 1.5.1 1.5.4
+# What these depend on is the release; the other tests are the same on each.
+RELEASE_TESTS = grad_sample ghost ghost_gradient ghost_models ghost_by_hand detach late_layers \
+	replay one_batch regressions random_programs audit protocol
 OPACUS_TESTS ?=
+# Those of Opacus's own tests that take minutes, not an hour.
+OPACUS_TESTS_OF_CI = grad_samples grad_sample_hooks_test.py gradient_accumulation_test.py \
+	batch_memory_manager_test.py poisson_test.py randomness_test.py mixed_precision_test.py \
+	per_sample_gradients_utils_test.py dp_layers schedulers \
+	grad_sample_module_fast_gradient_clipping_test.py \
+	grad_sample_hooks_fast_gradient_clipping_test.py
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test test-releases test-opacus lint wheel-check bench clean
+.PHONY: demo test test-releases test-opacus test-opacus-of-ci lint wheel-check bench clean
 
 demo: $(STAMP)
 	$(BIN)/dpguard demo
@@ -34,11 +44,14 @@ test-releases: $(RELEASES:%=$(VENV)/opacus-%/.complete)
 	set -e; for release in $(RELEASES); do \
 		echo "Opacus $$release"; \
 		PYTHONPATH="$(VENV)/opacus-$$release" $(BIN)/python -m pytest -q -W default $(PYTEST_ARGS) \
-			tests/test_grad_sample.py tests/test_ghost.py tests/test_detach.py; \
+			$(RELEASE_TESTS:%=tests/test_%.py); \
 	done
 
 test-opacus: $(STAMP) $(VENV)/torchvision/.complete
 	PYTHONPATH="tests:$(VENV)/torchvision" $(BIN)/python -m opacus_suite $(OPACUS_TESTS)
+
+test-opacus-of-ci:
+	$(MAKE) test-opacus OPACUS_TESTS="$(OPACUS_TESTS_OF_CI)"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

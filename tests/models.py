@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from opacus.layers import DPLSTM
+from releases import FUNCTORCH
 from torch import nn
 
 
@@ -102,8 +101,6 @@ class Functorch(nn.Module):
         return self.last(torch.tanh(self.scale(self.first(x))))
 
 
-FUNCTORCH = importlib.util.find_spec("opacus.grad_sample.functorch") is not None
-"""Whether this Opacus replays layers without a grad sampler; from 1.2 on."""
 ENCODERS = (MLP, CNN, Recurrent, Functorch) if FUNCTORCH else (MLP, CNN, Recurrent)
 
 

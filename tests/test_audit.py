@@ -11,6 +11,7 @@ from models import MLP
 from opacus import GradSampleModule, PrivacyEngine
 from opacus.optimizers import DPOptimizer
 from opacus.utils.batch_memory_manager import BatchMemoryManager
+from releases import needs_adaptive, needs_ghost, needs_reshaping
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -242,6 +243,7 @@ def test_strict_refuses_wrong_shape_and_dtype(kind):
         assert guard.last_step.checks[WRONG[kind][2]] == CheckCount(passed=4, failed=1)
 
 
+@needs_reshaping
 def test_wrong_shape_is_told(guard):
     """In ``repair`` it is told, and Opacus goes on: the numbers are the right ones here."""
     with_wrong_rows("shape").optimizer.step()
@@ -469,7 +471,7 @@ def clipped(kind):
     ("kind", "name"),
     [
         ("flat", "DPOptimizer"),
-        ("adaptive", "AdaClipDPOptimizer"),
+        pytest.param("adaptive", "AdaClipDPOptimizer", marks=needs_adaptive),
         ("per_layer", "DPPerLayerOptimizer"),
     ],
 )
@@ -527,6 +529,7 @@ def test_a_failure_in_one_physical_batch_is_one_of_the_logical_step(guard):
     assert guard.last_step.checks["coverage.finite"] == CheckCount(failed=5)
 
 
+@needs_reshaping
 def test_an_optimizer_without_trainable_parameters(guard):
     """Nothing to check is not a failure, as in Opacus."""
     model = MLP()
@@ -546,6 +549,7 @@ def test_an_optimizer_without_trainable_parameters(guard):
     assert guard.status().steps == 1
 
 
+@needs_ghost
 def test_ghost_clipping_keeps_its_bits():
     """Optimizers of ghost clipping have norms: not a bit changes, rows themselves are not run."""
     ends = []

@@ -5,9 +5,10 @@ from __future__ import annotations
 import opacus.grad_sample
 import pytest
 import torch
-from models import ENCODERS, FUNCTORCH, MLP
+from models import ENCODERS, MLP
 from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
+from releases import FUNCTORCH
 from torch import nn
 from truth import assert_rows_equal, plain_copy, rows_of
 

@@ -6,15 +6,15 @@ import dataclasses
 
 import pytest
 import torch
-from models import FUNCTORCH
 from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
+from releases import needs_functorch
 from torch import nn
 from truth import assert_rows_equal, rows_of
 
 import dpguard
 
-pytestmark = pytest.mark.skipif(not FUNCTORCH, reason="this Opacus has no functorch fallback")
+pytestmark = needs_functorch
 DTYPE = torch.float64
 
 
