@@ -13,7 +13,8 @@ FUNCTORCH = importlib.util.find_spec("opacus.grad_sample.functorch") is not None
 """Layers without a grad sampler are replayed: from 1.2 on."""
 GHOST = importlib.util.find_spec("opacus.utils.fast_gradient_clipping_utils") is not None
 """Ghost clipping whose losses run both backwards: from 1.5.2 on."""
-ADAPTIVE = importlib.util.find_spec("opacus.optimizers.adaclipoptimizer") is not None
+ADAPTIVE = any(p.kind is p.VAR_KEYWORD for p in MAKE_PRIVATE.values())
+"""Adaptive clipping, whose settings ``make_private`` passes on: from 1.5 on."""
 
 needs_functorch = pytest.mark.skipif(not FUNCTORCH, reason="this Opacus has no functorch fallback")
 needs_ghost = pytest.mark.skipif(not GHOST, reason="this Opacus has no ghost clipping")
