@@ -544,3 +544,8 @@ def holders_of_optimizers() -> list[type]:
 def clips_rows(optimizer: Any) -> bool:
     """Whether this optimizer clips ``p.grad_sample``; those of ghost clipping do not."""
     return not any("FastGradientClipping" in cls.__name__ for cls in type(optimizer).__mro__)
+
+
+def clips_in_hooks(optimizer: Any) -> bool:
+    """Whether this optimizer clips in hooks that hold their bounds since its construction."""
+    return any(cls.__name__ == "DistributedPerLayerOptimizer" for cls in type(optimizer).__mro__)

@@ -95,14 +95,15 @@ class AttributeForwarding:
         key = id(instance)
         self._constructing[key] = self._constructing.get(key, 0) + 1
 
-    def leave_init(self, instance: Any, *, completed: bool) -> None:
-        """A constructor of ``instance`` ends."""
+    def leave_init(self, instance: Any, *, completed: bool) -> bool:
+        """A constructor of ``instance`` ends; returns whether it was the outermost."""
         key = id(instance)
         depth = self._constructing.pop(key) - 1
         if depth:
             self._constructing[key] = depth
         elif completed:
             self.adopt(instance, reconcile=False)
+        return depth == 0
 
     def is_constructing(self, instance: Any) -> bool:
         """Whether a constructor of ``instance`` is running."""

@@ -18,9 +18,11 @@ from dpguard._errors import DPGuardError
 from dpguard.audit.steps import StepAuditor
 from dpguard.ledger import Ledger
 from dpguard.patches.attributes import AttributeForwarding
+from dpguard.patches.bounds import Bounds
 from dpguard.patches.facades import Facades, Family
 from dpguard.patches.foreign_steps import ForeignSteps
 from dpguard.patches.protocol import Protocol
+from dpguard.patches.step_hooks import StepHooks
 from dpguard.patching import Transaction
 from dpguard.verdicts import Verdicts
 
@@ -46,6 +48,8 @@ class OptimizerPatch:
         self._facades = Facades(verdicts, self._family)
         self._protocol = Protocol(verdicts, self._adopt, self._family.holds_dp)
         self._foreign = ForeignSteps(verdicts, self._family.holds_dp)
+        self._hooks = StepHooks(verdicts, self._family.owner)
+        self._bounds = Bounds(verdicts, self._family.owner)
         self._report = report
         self._active = True
         self._audits = True
@@ -69,6 +73,7 @@ class OptimizerPatch:
         if self._transaction is None:
             transaction.on_undo("adopted optimizers", self._give_back_all)
             self._foreign.install(transaction)
+            self._bounds.install(transaction)
             hook = classmethod(self._subclass_hook(torchs, vars(torchs).get("__init_subclass__")))
             transaction.patch(torchs, "__init_subclass__", hook)
         self._transaction = transaction
@@ -104,6 +109,7 @@ class OptimizerPatch:
                 self._bases.add(base)
                 self._forwarding.install(self._transaction, base)
                 self._protocol.install(self._transaction, base)
+                self._hooks.install(self._transaction, base)
             self._guard_class(cls)
         self._facades.guard_class(self._transaction, cls, self._instances)
 
@@ -134,12 +140,15 @@ class OptimizerPatch:
         self._instances.add(instance)
         if self._family.owner(instance) is instance:
             self._family.mark(instance)
+            self._hooks.adopt(instance)
+            self._part("bounds", self._bounds.adopt, instance)
         self._forwarding.adopt(instance, reconcile=True)
 
     def _give_back_all(self) -> None:
         self._transaction = None
         for instance in list(self._instances):
             self._forwarding.give_back(instance)
+            self._hooks.give_back(instance)
             self._family.unmark(instance)
 
     def _init(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -152,8 +161,10 @@ class OptimizerPatch:
             result = wrapped(*args, **kwargs)
             completed = True
         finally:
-            self._forwarding.leave_init(instance, completed=completed)
+            outermost = self._forwarding.leave_init(instance, completed=completed)
             self._instances.add(instance)
+        if outermost and self._active:
+            self._part("bounds", self._bounds.adopt, instance)
         return result
 
     # -- steps ----------------------------------------------------------------------------------
@@ -182,8 +193,10 @@ class OptimizerPatch:
             answer = self._part("protocol", self._protocol.answer, instance)
             if answer is None:
                 self._part("protocol", self._protocol.before_step, instance)
+                self._part("hooks", self._hooks.before_step, instance)
                 self._audit(self._before, instance)
-                answer = wrapped(*args, **kwargs)
+                with self._bounds.fixed(instance):
+                    answer = wrapped(*args, **kwargs)
                 stepped = True
         finally:
             self._inside.discard(key)

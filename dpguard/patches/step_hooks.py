@@ -1,0 +1,119 @@
+"""Step hooks: a DP optimizer has room for one, and the accountant sits in it.
+
+A second ``attach_step_hook()`` would evict the first, and the run would report no budget spent.
+Here both run, in the order in which they were attached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import wrapt
+
+from dpguard import _callsite, diagnosis
+from dpguard.patches.copies import MINE
+from dpguard.patching import ABSENT, Transaction
+from dpguard.verdicts import Verdicts
+
+__all__ = ["HookChain", "StepHooks"]
+
+_ATTACHED = MINE + "step_hook"
+
+
+class HookChain:
+    """Several step hooks in the place of one; they run in the order of ``hooks``."""
+
+    def __init__(self, hooks: tuple[Callable[[Any], None], ...]) -> None:
+        self.hooks = hooks
+
+    def __call__(self, optimizer: Any) -> None:
+        """Run each hook."""
+        for hook in self.hooks:
+            hook(optimizer)
+
+
+class StepHooks:
+    """Keeps hooks that were attached, and says if one is replaced by an assignment.
+
+    Args:
+        verdicts: where it is said.
+        owner: from a façade to the DP optimizer it stands for.
+    """
+
+    def __init__(self, verdicts: Verdicts, owner: Callable[[Any], Any]) -> None:
+        self._verdicts = verdicts
+        self._owner = owner
+
+    def install(self, transaction: Transaction, cls: type) -> None:
+        """Wrap ``attach_step_hook`` where ``cls`` defines it."""
+        original = vars(cls).get("attach_step_hook")
+        if original is not None:
+            wrapper = wrapt.FunctionWrapper(original, self._attach)
+            transaction.patch(cls, "attach_step_hook", wrapper)
+
+    def adopt(self, instance: Any) -> None:
+        """Take the hook that an older instance has as one that was attached."""
+        vars(instance)[_ATTACHED] = getattr(instance, "step_hook", None)
+
+    def give_back(self, instance: Any) -> None:
+        """The twin of :meth:`adopt`; a chain stays, or the accountant would be gone."""
+        vars(instance).pop(_ATTACHED, None)
+
+    def before_step(self, instance: Any) -> None:
+        """Say so once if a hook that was attached is gone."""
+        own = vars(instance)
+        attached, current = own.get(_ATTACHED), own.get("step_hook", ABSENT)
+        if current is ABSENT or attached is current:
+            return
+        own[_ATTACHED] = current
+        if attached is not None and not _calls(current, attached):
+            self._verdicts.warn(
+                "accounting.hook",
+                diagnosis.STEP_HOOK_REPLACED,
+                f"{type(instance).__name__}.step_hook was assigned and the hook that had been "
+                f"attached, {_name(attached)}, no longer runs.",
+            )
+
+    def _attach(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        real = self._owner(instance)
+        current = getattr(real, "step_hook", None)
+        added = args[0] if args else kwargs.get("fn")
+        if current is None or not callable(added):
+            result = wrapped(*args, **kwargs)
+        else:
+            hooks = current.hooks if isinstance(current, HookChain) else (current,)
+            if added in hooks:
+                return None
+            self._verdicts.intervene(
+                diagnosis.STEP_HOOK,
+                f"{type(real).__name__} had the step hook {_name(hooks[-1])} when "
+                f"{_name(added)} was attached.",
+                site=_callsite.writer(),
+            )
+            if self._verdicts.repairs:
+                added = HookChain((*hooks, added))
+            result = wrapped(added)
+        vars(real)[_ATTACHED] = getattr(real, "step_hook", None)
+        return result
+
+
+def _name(hook: Any) -> str:
+    if isinstance(hook, HookChain):
+        return ", ".join(map(_name, hook.hooks))
+    return str(getattr(hook, "__qualname__", type(hook).__qualname__))
+
+
+def _calls(hook: Any, former: Any) -> bool:
+    """Whether ``hook`` has ``former`` at hand: a function that was written round it."""
+    held = [cell.cell_contents for cell in getattr(hook, "__closure__", None) or () if _full(cell)]
+    held += [getattr(hook, "__self__", None), getattr(hook, "__wrapped__", None)]
+    held += getattr(hook, "hooks", ())
+    return any(found is former for found in held)
+
+
+def _full(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # an empty cell
+        return False

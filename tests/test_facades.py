@@ -1,0 +1,262 @@
+"""Whatever stands for a DP optimizer: what is written to it is what is applied.
+
+Real packages are used where they are installed. The releases of Lightning differ in how they stand
+for an optimizer; those that ``make test`` puts beside the environment run in interpreters of their
+own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import opacus
+import pytest
+import torch
+from facades import IMITATIONS, REAL, importable
+from opacus import GradSampleModule
+from opacus.accountants import RDPAccountant
+from opacus.optimizers import DPOptimizer
+from torch import nn
+
+import dpguard
+from dpguard._compat import _release
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning"),
+    # Of Lightning's older releases, about other packages.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:pkg_resources is deprecated:UserWarning"),
+]
+SCHEDULERS = _release(opacus.__version__) >= (1, 3)
+LIGHTNING = ("1.9.5", "2.0.9", "2.1.4")
+HOME = Path(os.environ.get("DPGUARD_TEST_LIGHTNING") or sys.prefix).absolute()
+INNER_RUN = os.environ.get("DPGUARD_TEST_INNER_RUN") == "1"
+C, BATCH = 0.5, 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INNER_RUN, reason="this is that run")
+@pytest.mark.parametrize("release", LIGHTNING)
+def test_all_of_this_with_other_releases_of_lightning(release):
+    """The tests of this file pass with Lightning 1.9, 2.0 and 2.1."""
+    home = HOME / f"lightning-{release}"
+    if not (home / "pytorch_lightning").is_dir():
+        reason = f"Lightning {release} is not in {home}; `make test` puts it there"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    path = os.pathsep.join([str(home), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"PYTHONPATH": path, "DPGUARD_TEST_INNER_RUN": "1"},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+class Training:
+    """A layer whose weights get no gradient from its inputs, which are zero: noise is all."""
+
+    def __init__(self, *, sigma=1.0):
+        torch.manual_seed(0)
+        self.model = nn.Linear(200, 100, bias=False)
+        self.called = GradSampleModule(self.model)
+        inner = torch.optim.SGD(self.model.parameters(), lr=1.0)
+        self.dp = DPOptimizer(
+            inner, noise_multiplier=sigma, max_grad_norm=C, expected_batch_size=BATCH
+        )
+        self.accountant = RDPAccountant()
+
+    def backward(self, x=None):
+        x = torch.zeros(BATCH, 200) if x is None else x
+        self.called(x).sum(1).mean().backward()
+
+    def moved_by(self, step):
+        before = self.model.weight.detach().clone()
+        step()
+        return before - self.model.weight.detach()
+
+    def delivered(self, step):
+        """The noise multiplier, from what a step does to the weights."""
+        self.dp.zero_grad()
+        self.backward()
+        return self.moved_by(step).std().item() * BATCH / C
+
+    @property
+    def history(self):
+        return getattr(self.accountant, "history", None) or getattr(self.accountant, "steps", [])
+
+
+def about(value):
+    return pytest.approx(value, rel=0.03)
+
+
+def makers():
+    for make in IMITATIONS:
+        yield pytest.param(make, id=make.__name__)
+    for package, make in REAL.items():
+        mark = pytest.mark.skipif(not importable(package), reason=f"{package} is not installed")
+        yield pytest.param(make, id=package, marks=mark)
+
+
+@pytest.fixture(params=list(makers()))
+def make(request):
+    """How to make a façade; accelerate's process-wide state is reset afterwards."""
+    yield request.param
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+
+
+def test_knobs_written_to_a_facade_are_applied(guard, make):
+    """The noise multiplier, told from the noise, and the one that is accounted."""
+    training = Training()
+    facade = make(training.dp)
+    facade.attach_step_hook(training.accountant.get_optimizer_hook_fn(0.01))
+    assert training.delivered(facade.step) == about(1.0)
+    facade.noise_multiplier = 0.25
+    assert facade.noise_multiplier == training.dp.noise_multiplier == 0.25
+    assert training.delivered(facade.step) == about(0.25)
+    assert [(sigma, steps) for sigma, _, steps in training.history] == [(1.0, 1), (0.25, 1)]
+    (said,) = [i for i in guard.interventions if i.attribute == "noise_multiplier"]
+    assert (said.kind, said.owner, said.action) == ("alias", "DPOptimizer", "repaired")
+    assert (said.before, said.after) == ("1.0", "0.25")
+    assert said.site.startswith("tests/test_facades.py:")
+
+
+@pytest.mark.skipif(not SCHEDULERS, reason="this Opacus has no opacus.schedulers")
+def test_schedulers_given_a_facade(guard, make):
+    """Noise and clip schedules act on what clips and adds noise."""
+    from opacus.schedulers import ExponentialGradClip, ExponentialNoise, LambdaNoise
+
+    training = Training()
+    facade = make(training.dp)
+    for scheduler in (
+        ExponentialNoise(facade, gamma=0.5),
+        ExponentialGradClip(facade, gamma=0.5),
+    ):
+        scheduler.step()
+    assert (training.dp.noise_multiplier, training.dp.max_grad_norm) == (0.5, C / 2)
+    assert training.delivered(facade.step) == about(0.25)  # in units of the first bound
+    LambdaNoise(facade, noise_lambda=lambda _: 3.0)
+    assert training.dp.noise_multiplier == 1.5
+
+
+def test_virtual_batches_through_a_facade(guard, make):
+    """Skip signals given to the façade, and gradients cleared by it, are the optimizer's."""
+    training = Training(sigma=0.0)
+    training.dp.max_grad_norm = 1e6
+    facade = make(training.dp)
+    x = torch.rand(3 * BATCH, 200)
+    facade.zero_grad()
+    moved = []
+    for part, skip in zip(x.split(BATCH), (True, True, False), strict=True):
+        facade.signal_skip_step(do_skip=skip)
+        training.backward(part)
+        moved.append(training.moved_by(facade.step))
+        facade.zero_grad()
+    # A mean over two of rows of sums, times two, over the expected batch size: x summed / 2.
+    expected = x.sum(0).expand(100, 200) / BATCH
+    assert [bool(torch.any(change)) for change in moved] == [False, False, True]
+    assert torch.allclose(moved[-1], expected, rtol=1e-5)
+    assert training.dp._step_skip_queue == []
+
+
+def test_batch_memory_manager_given_a_facade(guard, make):
+    """It signals the DP optimizer itself."""
+    from opacus.utils.batch_memory_manager import BatchMemoryManager
+
+    training = Training(sigma=0.0)
+    training.dp.max_grad_norm = 1e6
+    facade = make(training.dp)
+    data = torch.rand(4, 200)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(data), batch_size=4)
+    before = training.model.weight.detach().clone()
+    with BatchMemoryManager(
+        data_loader=loader, max_physical_batch_size=BATCH, optimizer=facade
+    ) as split:
+        for (x,) in split:
+            training.backward(x)
+            facade.step()
+            facade.zero_grad()
+    moved = before - training.model.weight.detach()
+    assert torch.allclose(moved, data.sum(0).expand(100, 200) / BATCH, rtol=1e-5)
+
+
+def test_a_facade_that_is_older_than_the_guard(make):
+    """What is written to it later is applied as well."""
+    training = Training()
+    facade = make(training.dp)
+    with dpguard.install(mode="repair"):
+        facade.noise_multiplier = 0.25
+        assert training.delivered(facade.step) == about(0.25)
+    assert training.dp.noise_multiplier == 0.25
+
+
+def test_observe_leaves_it_and_says_so(make):
+    """In ``observe`` the value stays on the façade, as in plain Opacus, and that is said."""
+    with dpguard.install(mode="observe") as guard:
+        training = Training()
+        facade = make(training.dp)
+        facade.noise_multiplier = 0.25
+        assert facade.noise_multiplier == 0.25
+        assert training.dp.noise_multiplier == 1.0
+        assert training.delivered(facade.step) == about(1.0)
+        said = [i.action for i in guard.interventions if i.attribute == "noise_multiplier"]
+        assert said == ["observed"]
+
+
+def test_uninstalling_leaves_the_facade_plain(make):
+    """Its class has nothing of ours left."""
+    training = Training()
+    with dpguard.install(mode="repair"):
+        facade = make(training.dp)
+        names = set(vars(type(facade)))
+        facade.noise_multiplier = 0.5
+    after = vars(type(facade))
+    assert set(after) <= names
+    assert not [n for n in after if type(after[n]).__module__.startswith("dpguard")]
+    assert training.delivered(facade.step) == about(0.5)
+
+
+def test_an_optimizer_that_knows_another_is_no_facade(guard):
+    """Two DP optimizers, one of which refers to the other: each keeps its own knobs."""
+
+    class Mixin:
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    class Mine(Mixin, DPOptimizer):
+        pass
+
+    peer = Training().dp
+    inner = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    mine = Mine(inner, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=2)
+    mine.peer = peer
+    mine.noise_multiplier = 7.0
+    assert (mine.noise_multiplier, peer.noise_multiplier) == (7.0, 1.0)
+    assert guard.interventions == ()
+
+
+def test_an_optimizer_round_a_plain_one_is_left_alone(guard):
+    """Without a DP optimizer inside it is as if nothing were there."""
+    from facades import Holding
+
+    plain = Holding(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
+    with pytest.raises(AttributeError, match="noise_multiplier"):
+        plain.noise_multiplier  # noqa: B018 - reading it is the test
+    plain.noise_multiplier = 1.0
+    assert vars(plain)["noise_multiplier"] == 1.0
+    del plain.noise_multiplier
+    assert not hasattr(plain, "noise_multiplier")
+    assert guard.interventions == ()
