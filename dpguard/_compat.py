@@ -477,6 +477,17 @@ def register_global_step_hook(hook: Callable[[Any, Any, Any], None]) -> Any:
     return module.register_optimizer_step_pre_hook(hook)
 
 
+def grad_scaler_class() -> Any:
+    """``torch.amp.GradScaler``, the base of all gradient scalers."""
+    return _torch().amp.GradScaler
+
+
+def loss_scale(scaler: Any) -> torch.Tensor:
+    """The factor by which a scaler multiplies losses now, on its device, in double precision."""
+    scale: torch.Tensor = scaler._scale.double()
+    return scale
+
+
 _STATE_INIT = ("torch.distributed.checkpoint.state_dict", "_init_optim_state")
 _STATE_INIT_DEPTH = 16
 

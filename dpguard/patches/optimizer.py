@@ -17,6 +17,7 @@ from dpguard import _compat
 from dpguard._errors import DPGuardError
 from dpguard.audit.steps import StepAuditor
 from dpguard.ledger import Ledger
+from dpguard.patches.amp import LossScale
 from dpguard.patches.attributes import AttributeForwarding
 from dpguard.patches.bounds import Bounds
 from dpguard.patches.facades import Facades, Family
@@ -50,6 +51,7 @@ class OptimizerPatch:
         self._foreign = ForeignSteps(verdicts, self._family.holds_dp)
         self._hooks = StepHooks(verdicts, self._family.owner)
         self._bounds = Bounds(verdicts, self._family.owner)
+        self._scale = LossScale(verdicts, self._family)
         self._report = report
         self._active = True
         self._audits = True
@@ -74,6 +76,7 @@ class OptimizerPatch:
             transaction.on_undo("adopted optimizers", self._give_back_all)
             self._foreign.install(transaction)
             self._bounds.install(transaction)
+            self._scale.install(transaction)
             hook = classmethod(self._subclass_hook(torchs, vars(torchs).get("__init_subclass__")))
             transaction.patch(torchs, "__init_subclass__", hook)
         self._transaction = transaction
@@ -190,7 +193,9 @@ class OptimizerPatch:
         self._inside.add(key)
         stepped = False
         try:
-            answer = self._part("protocol", self._protocol.answer, instance)
+            answer = self._part("scale", self._scale.answer, instance)
+            if answer is None:
+                answer = self._part("protocol", self._protocol.answer, instance)
             if answer is None:
                 self._part("protocol", self._protocol.before_step, instance)
                 self._part("hooks", self._hooks.before_step, instance)
