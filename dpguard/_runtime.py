@@ -63,7 +63,7 @@ class Runtime:
         self.auditor = StepAuditor(self.ledger, settings, emit)
         kinds = ((Pairing, _compat.uses_stock_hooks), (GhostPairing, _compat.uses_ghost_hooks))
         self.grad_sample = GradSamplePatch(self.ledger, kinds, computes=changes)
-        self._forwarding = AttributeForwarding(emit, changes=changes)
+        self._forwarding = AttributeForwarding(emit, settings.mode)
         self.optimizer = OptimizerPatch(
             self.ledger,
             self.auditor,

@@ -667,3 +667,178 @@ def test_collected_optimizers_are_forgotten():
         del training
         gc.collect()
         assert gone() is None
+
+
+# -- what subclasses copy besides ------------------------------------------------------------------
+
+
+class Curved(torch.optim.SGD):
+    """Keeps more than torch's optimizers do, and rebinds it when a checkpoint is loaded."""
+
+    def __init__(self, params, lr, config=None):
+        super().__init__(params, lr=lr)
+        self.curvature = {"damping": 1.0}
+        self.history = [1, 2]
+        self.scale = torch.ones(())
+        self.config = config if config is not None else {"shared": True}
+        self.flag, self.nothing, self.count, self.word = True, None, 7, "word"
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self.curvature = dict(self.curvature)
+        self.history = list(self.history)
+        self.scale = self.scale.clone()
+
+
+class Copying(DPOptimizer):
+    """Copies all of it."""
+
+    def __init__(self, optimizer, config=None, **kwargs):
+        super().__init__(optimizer, **kwargs)
+        for name in ("curvature", "history", "scale", "flag", "nothing", "count", "word"):
+            setattr(self, name, getattr(optimizer, name))
+        if config is not None:
+            self.config = config
+
+
+MORE = ("curvature", "history", "scale")
+
+
+def test_aliases_are_found_by_what_they_are(tmp_path):
+    """Whatever the wrapped optimizer owns has that one owner, under any name."""
+    with dpguard.install(mode="repair") as guard:
+        training = Training(cls=Copying, inner=Curved)
+        second = Training(cls=Copying, inner=Curved)
+        assert guard.interventions == ()
+        for found in (training, second):
+            diverge(found.inner)
+            for name in MORE:
+                assert name not in vars(found.dp)
+                assert getattr(found.dp, name) is getattr(found.inner, name)
+            found.dp.curvature = {"damping": 2.0}
+            assert found.inner.curvature == {"damping": 2.0}
+            assert vars(found.dp).keys() >= {"flag", "nothing", "count", "word"}
+        said = [i for i in guard.interventions if i.attribute in MORE]
+        assert sorted(i.attribute for i in said) == sorted(MORE * 2)
+        # The nearest line that is not torch's: where the class loads its state.
+        line = Curved.load_state_dict.__code__.co_firstlineno + 1
+        assert {i.site for i in said} == {f"tests/test_attributes.py:{line}"}
+        assert training.applied_lr() == pytest.approx(0.1, rel=1e-12)
+    assert not [name for name in MORE if name in vars(Copying)]
+    assert all(getattr(training.dp, n) is getattr(training.inner, n) for n in MORE)
+    assert set(vars(training.dp)) >= set(MORE)
+
+
+def test_what_both_were_given_is_no_alias(guard):
+    """Configuration that both constructors got, and what is identical by accident."""
+    config = {"shared": True}
+    inner = Curved(nn.Linear(2, 2).parameters(), lr=0.1, config=config)
+    dp = Copying(inner, config, noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=2)
+    dp.config = {"mine": True}
+    dp.flag, dp.word, dp.count = False, "other", 8
+    assert inner.config is config
+    assert (inner.flag, inner.word, inner.count) == (True, "word", 7)
+    other = DPOptimizer(
+        torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1),
+        noise_multiplier=0.0,
+        max_grad_norm=1.0,
+        expected_batch_size=2,
+    )
+    other.curvature = "of its own"
+    assert vars(other)["curvature"] == "of its own"
+    assert not hasattr(inner.__class__, "curvature")
+    assert guard.interventions == ()
+
+
+def test_observe_reports_them():
+    """Nothing is forwarded, each divergence is said once."""
+    with dpguard.install(mode="observe") as guard:
+        training = Training(cls=Copying, inner=Curved)
+        diverge(training.inner)
+        held = training.dp.curvature
+        for _ in range(2):
+            training.applied_lr()
+        assert training.dp.curvature is held is not training.inner.curvature
+        assert sorted(a for a, _ in reports(guard, "observed") if a in MORE) == sorted(MORE)
+
+
+@aliasing
+def test_the_event_tells_who_wrote_it_and_both_values():
+    """The line that loaded the checkpoint, the learning rate that was shown and the one applied."""
+    with dpguard.install(mode="repair") as guard:
+        training = Training()
+        state = training.inner.state_dict()
+        state["param_groups"][0]["lr"] = 0.5
+        training.inner.load_state_dict(state)
+        assert training.applied_lr() == pytest.approx(0.5, rel=1e-12)
+        (said,) = [i for i in guard.interventions if i.attribute == "param_groups"]
+        assert (said.before, said.after) == ("lr=[0.1]", "lr=[0.5]")
+        assert said.site.startswith("tests/test_attributes.py:")
+        assert said.owner == "SGD"
+
+
+@aliasing
+def test_strict_refuses_what_stays_diverged():
+    """A value that a constructor sets for itself is not forwarded: in ``strict`` that raises."""
+
+    class Own(DPOptimizer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.defaults = {"lr": 7.0}
+
+    with dpguard.install(mode="strict") as guard:
+        with pytest.raises(
+            dpguard.PrivacyViolation, match=r"Own\.defaults differs from that of SGD"
+        ):
+            Training(cls=Own)
+        assert reports(guard) == [("defaults", "SGD")]
+
+
+# -- copies of the class that others ship ------------------------------------------------------------
+
+
+def vendored():
+    """Opacus's module once more, as a package would ship it under another name."""
+    import importlib.util
+
+    spec = importlib.util.find_spec("opacus.optimizers.optimizer")
+    module = importlib.util.module_from_spec(spec)
+    module.__name__ = "vendored"
+    source = Path(spec.origin).read_text().replace("opacus.optimizers.optimizer", "vendored")
+    exec(compile(source, "vendored.py", "exec"), module.__dict__)
+    module.DPOptimizer.__module__ = "vendored"
+    return module.DPOptimizer
+
+
+@pytest.mark.parametrize("when", ["class first", "instance first", "guard first"])
+def test_vendored_classes(when):
+    """They are guarded as Opacus's own: one owner, hooks, audits, and nothing is left behind."""
+    cls = vendored() if when != "guard first" else None
+    training = Training(cls=cls) if when == "instance first" else None
+    with dpguard.install(mode="repair") as guard:
+        training = training or Training(cls=cls or vendored())
+        assert not isinstance(training.dp, DPOptimizer)
+        held_before = dict(vars(type(training.dp)))
+        diverge(training.inner)
+        training.dp.param_groups[0]["lr"] = 0.03
+        seen = []
+        training.dp.register_step_post_hook(lambda *_: seen.append(1))
+        assert training.applied_lr() == pytest.approx(0.03, rel=1e-12)
+        copy.deepcopy(training.dp)
+        assert training.applied_lr() == pytest.approx(0.03, rel=1e-12)
+        assert seen == [1, 1]
+        assert guard.last_step.step == 1
+        assert guard.last_step.ok
+    assert vars(type(training.dp)).keys() <= held_before.keys()
+    assert not [n for n, v in vars(type(training.dp)).items() if "dpguard" in type(v).__module__]
+    assert training.applied_lr() == pytest.approx(0.03, rel=1e-12)
+
+
+def test_objects_that_change_their_class(guard):
+    """An instance that is given another class at run time keeps one owner of each attribute."""
+    training = Training()
+    training.dp.__class__ = type("Later", (DPOptimizer,), {})
+    diverge(training.inner)
+    training.dp.param_groups[0]["lr"] = 0.03
+    assert training.dp.param_groups is training.inner.param_groups
+    assert training.applied_lr() == pytest.approx(0.03, rel=1e-12)

@@ -4,15 +4,26 @@ Before Opacus 1.5.2 a ``DPOptimizer`` copies ``param_groups``, ``defaults`` and 
 optimizer that it wraps. ``load_state_dict()`` of the wrapped optimizer rebinds its own, and from
 then on the wrapper shows, and schedulers change, values that are not applied. So the getter has
 to forward; watching writes is not enough.
+
+Subclasses copy more. What an instance holds under the name and by the identity of something that
+the wrapped optimizer holds is an alias as well, see :meth:`AttributeForwarding.discover`.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from dpguard import diagnosis
+import torch
+import wrapt
+
+from dpguard import _callsite, _compat, diagnosis
+from dpguard._errors import PrivacyViolation
+from dpguard._settings import Mode
 from dpguard.events import Intervention, Severity
 from dpguard.patching import ABSENT, Transaction
 
@@ -38,13 +49,19 @@ class ForwardedAttribute:
         own = instance.__dict__.get(self.name, ABSENT)
         if own is not ABSENT:
             return own
+        if not self._forwarding.forwards(instance, self.name):
+            raise self._absent(instance)
         value = getattr(self._inner(instance), self.name)
         self._forwarding.notice_rebind(instance, self.name, value)
         return value
 
     def __set__(self, instance: Any, value: Any) -> None:
         own = instance.__dict__
-        if self.name in own or self._forwarding.is_constructing(instance):
+        if (
+            self.name in own
+            or self._forwarding.is_constructing(instance)
+            or not self._forwarding.forwards(instance, self.name)
+        ):
             own[self.name] = value
         else:
             inner = self._inner(instance)
@@ -60,10 +77,14 @@ class ForwardedAttribute:
     def _inner(self, instance: Any) -> Any:
         inner = instance.__dict__.get("original_optimizer", ABSENT)
         if inner is ABSENT:
-            raise AttributeError(
-                f"{type(instance).__name__!r} object has no attribute {self.name!r}"
-            )
+            # A facade that reads what it has not from the DP optimizer finds it there.
+            inner = getattr(instance, "original_optimizer", ABSENT)
+        if inner is ABSENT:
+            raise self._absent(instance)
         return inner
+
+    def _absent(self, instance: Any) -> AttributeError:
+        return AttributeError(f"{type(instance).__name__!r} object has no attribute {self.name!r}")
 
 
 class AttributeForwarding:
@@ -71,19 +92,36 @@ class AttributeForwarding:
 
     Args:
         emit: is given an event for each divergence.
-        changes: forward (``repair``, ``strict``) or only report divergences (``observe``).
+        mode: forward (``repair``, ``strict``) or only report divergences (``observe``).
     """
 
-    def __init__(self, emit: Callable[[Any], None], *, changes: bool) -> None:
+    def __init__(self, emit: Callable[[Any], None], mode: Mode) -> None:
         self._emit = emit
-        self._changes = changes
+        self._mode = mode
+        self._changes = mode.changes_the_host
         self._forwarded: dict[type, tuple[str, ...]] = {}
         self._constructing: dict[int, int] = {}
+        self._discovered: weakref.WeakKeyDictionary[Any, tuple[str, ...]]
+        self._discovered = weakref.WeakKeyDictionary()
+        self._writers: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
+        self._transaction: Transaction | None = None
+
+    def watch(self, transaction: Transaction) -> None:
+        """Note who has the attributes of an optimizer replaced: ``__setstate__`` does that."""
+
+        def set_state(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+            self._writers[instance] = _callsite.writer()
+            return wrapped(*args, **kwargs)
+
+        owner = _compat.torch_optimizer_class()
+        wrapper = wrapt.FunctionWrapper(vars(owner)["__setstate__"], set_state)
+        transaction.patch(owner, "__setstate__", wrapper)
 
     def install(self, transaction: Transaction, cls: type) -> None:
         """Put descriptors on ``cls`` for the attributes that it aliases."""
         names = tuple(name for name in NAMES if not inspect.isdatadescriptor(_static(cls, name)))
         self._forwarded[cls] = names
+        self._transaction = transaction
         if self._changes:
             for name in names:
                 transaction.patch(cls, name, ForwardedAttribute(name, self))
@@ -95,19 +133,56 @@ class AttributeForwarding:
         key = id(instance)
         self._constructing[key] = self._constructing.get(key, 0) + 1
 
-    def leave_init(self, instance: Any, *, completed: bool) -> bool:
+    def leave_init(self, instance: Any) -> bool:
         """A constructor of ``instance`` ends; returns whether it was the outermost."""
         key = id(instance)
         depth = self._constructing.pop(key) - 1
         if depth:
             self._constructing[key] = depth
-        elif completed:
-            self.adopt(instance, reconcile=False)
         return depth == 0
 
     def is_constructing(self, instance: Any) -> bool:
         """Whether a constructor of ``instance`` is running."""
         return id(instance) in self._constructing
+
+    def forwards(self, instance: Any, name: str) -> bool:
+        """Whether a class-wide descriptor is meant for this instance, which has no such value."""
+        if name in NAMES:
+            return True
+        found = self._discovered.get(instance)
+        return found is not None and name in found
+
+    # -- discovery ------------------------------------------------------------------------------
+
+    def discover(self, instance: Any, given: Iterable[Any] = ()) -> None:
+        """Find what ``instance`` holds although the wrapped optimizer owns it.
+
+        That is a container or a tensor that both hold under one name, and that the wrapped
+        optimizer can rebind without the other noticing. What the constructor was given is
+        configuration that both share, and so are words, numbers, functions and the like, which
+        are often identical by accident.
+
+        Args:
+            instance: a DP optimizer whose constructor has ended.
+            given: the arguments of its constructor.
+        """
+        inner = instance.__dict__.get("original_optimizer")
+        shared = {id(value) for value in given}
+        names = [
+            name
+            for name, value in instance.__dict__.items()
+            if name not in NAMES
+            and isinstance(value, _OWNABLE)
+            and id(value) not in shared
+            and isinstance(_static(type(instance), name), (type(None), ForwardedAttribute))
+            and _is_alias(inner, name, value)
+        ]
+        self._discovered[instance] = tuple(names)
+        if self._changes and self._transaction is not None:
+            for name in names:
+                if _static(type(instance), name) is None:
+                    descriptor = ForwardedAttribute(name, self)
+                    self._transaction.patch(type(instance), name, descriptor)
 
     # -- adoption -------------------------------------------------------------------------------
 
@@ -123,7 +198,7 @@ class AttributeForwarding:
         inner = instance.__dict__.get("original_optimizer")
         if inner is None:
             return
-        for name in self._names_of(type(instance)):
+        for name in self._names_of(instance):
             own = instance.__dict__.get(name, ABSENT)
             if own is ABSENT:
                 continue
@@ -134,16 +209,16 @@ class AttributeForwarding:
                 self._forward(instance, name, own)
             elif reconcile or not self._changes:
                 self._forward(instance, name, applied)
-                self._report(instance, name, applied)
+                self._report(instance, name, own, applied)
             else:
-                self._report(instance, name, applied, left_alone=True)
+                self._report(instance, name, own, applied, left_alone=True)
 
     def notice_rebind(self, instance: Any, name: str, value: Any) -> None:
         """Say once when forwarding shows something else than the alias would have shown."""
         seen = instance.__dict__.get(_SEEN)
         if seen is not None and seen.get(name, value) is not value:
-            seen[name] = value
-            self._report(instance, name, value)
+            shown, seen[name] = seen[name], value
+            self._report(instance, name, shown, value)
 
     def note_write(self, instance: Any, name: str, value: Any) -> None:
         """What was written through the wrapper is no divergence."""
@@ -167,37 +242,80 @@ class AttributeForwarding:
 
     # -- inside ---------------------------------------------------------------------------------
 
-    def _names_of(self, cls: type) -> tuple[str, ...]:
+    def _names_of(self, instance: Any) -> tuple[str, ...]:
+        cls, found = type(instance), self._discovered.get(instance, ())
         for base in cls.__mro__:
             if base in self._forwarded:
-                return tuple(n for n in self._forwarded[base] if not _overridden(cls, base, n))
-        return ()
+                names = (n for n in self._forwarded[base] if not _overridden(cls, base, n))
+                return (*names, *found)
+        return found
 
     def _forward(self, instance: Any, name: str, value: Any) -> None:
         if self._changes:
             instance.__dict__.setdefault(_SEEN, {})[name] = value
             del instance.__dict__[name]
 
-    def _report(self, instance: Any, name: str, applied: Any, *, left_alone: bool = False) -> None:
+    def _report(
+        self, instance: Any, name: str, shown: Any, applied: Any, *, left_alone: bool = False
+    ) -> None:
         if not self._changes:
             reported = instance.__dict__.setdefault(_SEEN, {})
             if reported.get(name) is applied:
                 return
             reported[name] = applied
-        outer, inner = type(instance).__name__, type(instance.original_optimizer).__name__
-        told = "now forwards to" if self._changes and not left_alone else "differs from"
+        wrapped = instance.original_optimizer
+        outer, inner = type(instance).__name__, type(wrapped).__name__
+        forwards = self._changes and not left_alone
+        told = "now forwards to" if forwards else "differs from"
+        body = f"{outer}.{name} {told} that of {inner}, which is what is applied."
+        diagnosed = diagnosis.explain(diagnosis.ALIAS)
+        before, after = _public(shown), _public(applied)
         self._emit(
             Intervention(
                 kind=diagnosis.ALIAS,
-                severity=Severity.INFO if told == "now forwards to" else Severity.WARNING,
-                action="repaired" if told == "now forwards to" else "observed",
-                body=f"{outer}.{name} {told} that of {inner}, which is what is applied.",
+                severity=Severity.INFO if forwards else Severity.WARNING,
+                action="repaired" if forwards else "observed",
+                body=body,
                 attribute=name,
                 owner=inner,
+                site=self._writers.get(wrapped),
                 cause=diagnosis.ALIAS,
-                remedy=diagnosis.explain(diagnosis.ALIAS).remedy,
+                remedy=diagnosed.remedy,
+                before=before if before != after else None,
+                after=after if before != after else None,
             )
         )
+        if left_alone and self._mode is Mode.STRICT:
+            raise PrivacyViolation(f"{body} Remedy: let {outer} leave {name} to what it wraps.")
+
+
+_OWNABLE = (dict, list, set, deque, torch.Tensor)
+"""Kinds of values that are shared on purpose, and not by accident as words and numbers are."""
+
+
+def _is_alias(inner: Any, name: str, value: Any) -> bool:
+    """Whether the wrapped optimizer holds ``value`` and can rebind it: a canary, taken back.
+
+    The instance holds the value in its own ``__dict__``, so it would not follow.
+    """
+    if getattr(inner, "__dict__", {}).get(name, ABSENT) is not value:
+        return False
+    try:
+        setattr(inner, name, copy.copy(value))
+        return getattr(inner, name) is not value
+    except AttributeError:  # read-only there: it cannot diverge
+        return False
+    finally:
+        inner.__dict__[name] = value
+
+
+def _public(value: Any) -> str | None:
+    """Learning rates in groups or defaults: what is said of a value in the log."""
+    groups = value if isinstance(value, list) else [value]
+    rates = [group.get("lr") for group in groups if isinstance(group, dict)]
+    if not rates or not all(isinstance(rate, (int, float)) for rate in rates):
+        return None
+    return f"lr={rates if isinstance(value, list) else rates[0]}"
 
 
 _SEEN = "_dpguard_forwarded"

@@ -75,6 +75,7 @@ class OptimizerPatch:
         if self._transaction is None:
             transaction.on_undo("adopted optimizers", self._give_back_all)
             self._foreign.install(transaction)
+            self._forwarding.watch(transaction)
             self._bounds.install(transaction)
             self._scale.install(transaction)
             hook = classmethod(self._subclass_hook(torchs, vars(torchs).get("__init_subclass__")))
@@ -145,6 +146,7 @@ class OptimizerPatch:
             self._family.mark(instance)
             self._hooks.adopt(instance)
             self._part("bounds", self._bounds.adopt, instance)
+            self._part("attributes", self._forwarding.discover, instance)
         self._forwarding.adopt(instance, reconcile=True)
 
     def _give_back_all(self) -> None:
@@ -164,10 +166,14 @@ class OptimizerPatch:
             result = wrapped(*args, **kwargs)
             completed = True
         finally:
-            outermost = self._forwarding.leave_init(instance, completed=completed)
+            outermost = self._forwarding.leave_init(instance)
             self._instances.add(instance)
-        if outermost and self._active:
-            self._part("bounds", self._bounds.adopt, instance)
+        if outermost and completed:
+            if self._active:
+                given = (*args, *kwargs.values())
+                self._part("attributes", self._forwarding.discover, instance, given)
+                self._part("bounds", self._bounds.adopt, instance)
+            self._forwarding.adopt(instance, reconcile=False)
         return result
 
     # -- steps ----------------------------------------------------------------------------------
