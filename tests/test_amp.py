@@ -7,13 +7,13 @@ import torch
 from opacus import GradSampleModule
 from opacus.accountants import RDPAccountant
 from opacus.optimizers import DPOptimizer
+from releases import needs_ghost
 from torch import nn
 
 import dpguard
-from dpguard import _compat
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
-ghost = pytest.mark.skipif(_compat.ghost_loss_class() is None, reason="no ghost losses")
+ghost = needs_ghost
 BATCH = 4
 
 

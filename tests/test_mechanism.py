@@ -11,17 +11,17 @@ from opacus import GradSampleModule, PrivacyEngine
 from opacus.accountants import RDPAccountant
 from opacus.optimizers import DPOptimizer
 from opacus.optimizers.perlayeroptimizer import DPPerLayerOptimizer
+from releases import needs_ghost
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
 import dpguard
-from dpguard import _compat
 from dpguard._compat import _release
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
 RELEASE = _release(opacus.__version__)
 schedules = pytest.mark.skipif(RELEASE < (1, 3), reason="this Opacus has no clip schedules")
-ghost = pytest.mark.skipif(_compat.ghost_loss_class() is None, reason="no ghost losses")
+ghost = needs_ghost
 BATCH = 2
 
 

@@ -12,6 +12,7 @@ in its scale; this is the scaler's nature, see the README.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any
 
@@ -53,7 +54,7 @@ class LossScale:
             patched += [
                 (scaler, "step", self._step),
                 (scaler, "scale", self._scale),
-                (_compat.ghost_loss_class(), "backward", self._backward),
+                *((cls, "backward", self._backward) for cls in _compat.ghost_loss_classes()),
                 (_compat.ghost_hooks_class(), "get_norm_sample", self._norms),
             ]
         for owner, name, wrapper in patched:
@@ -122,15 +123,15 @@ class LossScale:
     # -- ghost clipping -------------------------------------------------------------------------
 
     def _scale(self, wrapped: Any, scaler: Any, args: Any, kwargs: Any) -> Any:
-        loss = args[0] if args else kwargs.get("outputs")
-        cls = _compat.ghost_loss_class()
-        if cls is None or not isinstance(loss, cls):
+        loss: Any = args[0] if args else kwargs.get("outputs")
+        if type(loss) not in _compat.ghost_loss_classes():
             return wrapped(*args, **kwargs)
         if not scaler.is_enabled():
             return loss
         losses = loss.loss_per_sample
         scale = wrapped(torch.ones((), device=losses.device))
-        scaled = type(loss)(loss.module, loss.optimizer, losses * scale, loss.loss_reduction)
+        scaled: Any = copy.copy(loss)
+        scaled.loss_per_sample = losses * scale
         setattr(scaled, _SCALE, scale)
         return scaled
 

@@ -82,7 +82,7 @@ class Bounds:
     def install(self, transaction: Transaction) -> None:
         """Patch where ghost clipping runs its backwards and where it computes clip factors."""
         for owner, name, wrapper in (
-            (_compat.ghost_loss_class(), "backward", self._backward),
+            *((cls, "backward", self._backward) for cls in _compat.ghost_loss_classes()),
             (_compat.ghost_hooks_class(), "get_clipping_coef", self._clip_factors),
         ):
             original = vars(owner).get(name) if owner is not None else None
