@@ -22,7 +22,8 @@ ALIASING = 1.5.1
 RELEASES = 1.0.2 1.4.1 1.5.1 1.5.4
 # What these depend on is the release; the other tests are the same on each.
 RELEASE_TESTS = grad_sample ghost ghost_gradient ghost_models ghost_by_hand detach late_layers \
-	replay one_batch regressions random_programs audit protocol facades mechanism amp other_modes
+	replay one_batch regressions random_programs other_modes audit attributes protocol facades \
+	mechanism amp
 # Releases of Lightning that stand for an optimizer in other ways than the pinned one.
 LIGHTNING = 1.9.5 2.0.9 2.1.4
 OPACUS_TESTS ?=
@@ -32,6 +33,9 @@ OPACUS_TESTS_OF_CI = grad_samples grad_sample_hooks_test.py gradient_accumulatio
 	per_sample_gradients_utils_test.py dp_layers schedulers \
 	grad_sample_module_fast_gradient_clipping_test.py \
 	grad_sample_hooks_fast_gradient_clipping_test.py
+# One process and one thread for each core: the tensors of the tests are too small to share.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .PHONY: demo test test-releases test-opacus test-opacus-of-ci lint wheel-check bench clean
@@ -40,13 +44,13 @@ demo: $(STAMP)
 	$(BIN)/dpguard demo
 
 test: $(STAMP) $(VENV)/opacus-$(ALIASING)/.complete $(LIGHTNING:%=$(VENV)/lightning-%/.complete)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-releases: $(RELEASES:%=$(VENV)/opacus-%/.complete)
 	set -e; for release in $(RELEASES); do \
 		echo "Opacus $$release"; \
-		PYTHONPATH="$(VENV)/opacus-$$release" $(BIN)/python -m pytest -q -W default $(PYTEST_ARGS) \
-			$(RELEASE_TESTS:%=tests/test_%.py); \
+		PYTHONPATH="$(VENV)/opacus-$$release" $(PYTEST) -q -W default $(PYTEST_ARGS) \
+			$(RELEASE_TESTS:%=tests/test_%.py) tests/integrations; \
 	done
 
 test-opacus: $(STAMP) $(VENV)/torchvision/.complete
