@@ -183,13 +183,17 @@ class GhostPairing(Pairing):
             done = True
         finally:
             clipped, self._stage = self._stage is Stage.CLIPPED, Stage.OUTSIDE
-            self._last_backward = self.ledger.segment
-            for record in self._fired:
-                record.activations = record.outline = None
+            fired = self._fired
             if self.computes and not done:
                 self._take_back(carried, hooks_enabled=enabled)
             self.begin()
-        self._note(parameters, carried, clipped=clipped)
+        for record in fired:
+            record.activations = record.outline = None
+        if fired or not self.computes:
+            self._last_backward = self.ledger.segment
+            self._note(parameters, carried, clipped=clipped)
+        else:
+            carried.give_back()  # a loss that reached no parameter is no batch
         return result
 
     def _take_back(self, carried: Carried, *, hooks_enabled: bool) -> None:

@@ -52,7 +52,8 @@ class Carried:
         if not self._held:
             self._rows = {}
         self.unclipped.update(id(p) for p, _, note in self._held if note.unclipped)
-        self.batches = max(map(len, self._rows.values()), default=0)
+        self._longest = max(self._rows.values(), key=len, default=())
+        self.batches = len(self._longest)
 
     def _cleared_in_place(self) -> bool:
         """Whether somebody who is not asked here has set them to zero: they are none then."""
@@ -61,8 +62,11 @@ class Carried:
         return not any(_any(grad) for _, grad, _ in self._held)
 
     def rows_of(self, parameter: torch.Tensor) -> tuple[int, ...]:
-        """Number of people of each batch that ``parameter`` took, or could have taken, part in."""
-        return self._rows.get(id(parameter), ())
+        """Number of people of each batch that ``parameter`` took, or could have taken, part in.
+
+        One that was frozen took no part: its clipped sum of that batch is zero.
+        """
+        return self._rows.get(id(parameter), self._longest)
 
     def set_aside(self) -> None:
         """Take them out of ``p.grad``."""
