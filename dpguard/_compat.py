@@ -465,6 +465,7 @@ GHOST_MARK = "_dpguard_clipped"
 """Mark of a ``p.grad`` that ghost clipping has clipped and nothing has noised yet."""
 
 
+@functools.lru_cache(maxsize=1)
 def torch_optimizer_class() -> type:
     """``torch.optim.Optimizer``."""
     found: type = _torch().optim.Optimizer

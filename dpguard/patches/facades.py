@@ -45,6 +45,7 @@ class Family:
 
     def __init__(self) -> None:
         self._known: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+        self._met: dict[int, tuple[weakref.ref[Any], str, weakref.ref[Any]]] = {}
 
     def is_dp_class(self, cls: type) -> bool:
         """Whether ``cls`` is a class of DP optimizers or of façades that inherit from one."""
@@ -76,7 +77,11 @@ class Family:
             own = getattr(found, "__dict__", None)
             if own is None or own.get(_SELF) == id(found):
                 return found
-            inner = self._held(found, own)
+            met = own and self._met.get(id(found))
+            if met and met[0]() is found and own.get(met[1]) is met[2]():
+                found = met[2]()
+                continue
+            inner = self._look(found, own)
             if inner is None:
                 return found
             found = inner
@@ -86,18 +91,24 @@ class Family:
         """Whether ``found`` is a DP optimizer or stands for one."""
         return self.is_dp(self.owner(found))
 
-    def _held(self, found: Any, own: dict[str, Any]) -> Any:
+    def _look(self, found: Any, own: dict[str, Any]) -> Any:
+        """What ``found`` directly stands for, or ``None``; remembered while it holds it."""
         optimizer = _compat.torch_optimizer_class()
-        held = [v for v in own.values() if isinstance(v, optimizer) and v is not found]
-        mine = own.get("original_optimizer", ABSENT)
+        held = [(k, v) for k, v in own.items() if isinstance(v, optimizer) and v is not found]
+        stands_for = self.is_dp if self.is_dp(found) else self.holds_dp
+        dp = [(key, value) for key, value in held if stands_for(value)]
+        if len(dp) != 1:
+            return None
+        key, inner = dp[0]
         if self.is_dp(found):
-            dp = [v for v in held if self.is_dp(v)]
-            if len(dp) != 1:
+            mine = own.get("original_optimizer", ABSENT)
+            theirs = getattr(inner, "__dict__", {}).get("original_optimizer", ABSENT)
+            if mine is not ABSENT and mine is not theirs:
                 return None
-            theirs = getattr(dp[0], "__dict__", {}).get("original_optimizer", ABSENT)
-            return dp[0] if mine is ABSENT or mine is theirs else None
-        dp = [v for v in held if self.holds_dp(v)]
-        return dp[0] if len(dp) == 1 else None
+        if isinstance(found, optimizer):
+            self._met[id(found)] = (weakref.ref(found), key, weakref.ref(inner))
+            weakref.finalize(found, self._met.pop, id(found), None).atexit = False
+        return inner
 
 
 class OwnedAttribute:
