@@ -461,9 +461,6 @@ HOOK_REGISTRIES = (
 )
 """Where ``Optimizer.__init__``, which no DP optimizer calls, would have made room for them."""
 
-GHOST_MARK = "_dpguard_clipped"
-"""Mark of a ``p.grad`` that ghost clipping has clipped and nothing has noised yet."""
-
 
 @functools.lru_cache(maxsize=1)
 def torch_optimizer_class() -> type:

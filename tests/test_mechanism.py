@@ -445,3 +445,25 @@ def test_the_disease_with_ghost_clipping():
     assert training.clipped_to() == exactly(1.0)
     training.dp.noise_multiplier = 1.0
     assert training.noise() == about(0.1)
+
+
+@ghost
+def test_a_step_that_is_not_private_is_refused_with_ghost_clipping(guard):
+    """A gradient that is clipped but not noised is not private; noised or public it is let go."""
+    training = Ghost()
+    inner = training.dp.original_optimizer
+    training.backward()
+    before = [p.detach().clone() for p in training.model.parameters()]
+    with pytest.raises(dpguard.PrivacyViolation, match=r"SGD\.step\(\) would update 2 parameter"):
+        inner.step()
+    now = training.model.parameters()
+    assert all(torch.equal(p, q) for p, q in zip(before, now, strict=True))
+    assert training.moved().norm().item() == exactly(1.0)
+    inner.step()
+    training.backward()
+    training.dp.zero_grad()
+    training.called.disable_hooks()
+    training.called(torch.ones(BATCH, 40)).sum().backward()
+    inner.step()
+    training.called.enable_hooks()
+    assert [v.cause for v in guard.violations] == ["foreign_step"]

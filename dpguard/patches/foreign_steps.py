@@ -7,8 +7,10 @@ before the step of each optimizer, which is where such a step is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+import wrapt
 
 from dpguard import _callsite, _compat, diagnosis
 from dpguard.patching import Transaction
@@ -31,13 +33,17 @@ class ForeignSteps:
         self._granted: set[int] = set()
 
     def install(self, transaction: Transaction) -> None:
-        """Register torch's global hook."""
+        """Register torch's global hook, and mark what ghost clipping leaves in ``p.grad``."""
         handle = _compat.register_global_step_hook(self._before)
 
         def remove() -> None:
             handle.remove()
 
         transaction.on_undo("torch.optim global step hooks", remove)
+        loss = _compat.ghost_loss_class()
+        if loss is not None:
+            wrapper = wrapt.FunctionWrapper(vars(loss)["backward"], _mark_clipped)
+            transaction.patch(loss, "backward", wrapper)
 
     def grant(self, instance: Any) -> None:
         """The next step of what ``instance`` wraps applies gradients that are private."""
@@ -46,6 +52,12 @@ class ForeignSteps:
     def revoke(self, instance: Any) -> None:
         """A step that was granted was not taken."""
         self._granted.discard(id(instance.original_optimizer))
+
+    def cleared(self, parameters: Iterable[Any]) -> None:
+        """Gradients were set to zero, perhaps in place: what comes next is another gradient."""
+        for parameter in parameters:
+            if hasattr(parameter.grad, _MARK):
+                delattr(parameter.grad, _MARK)
 
     def _before(self, optimizer: Any, _args: Any, _kwargs: Any) -> None:
         if id(optimizer) in self._granted:
@@ -76,4 +88,16 @@ def _is_raw(parameter: Any) -> bool:
         return False
     if getattr(parameter, "grad_sample", None) is not None:
         return True
-    return hasattr(parameter.grad, _compat.GHOST_MARK)
+    return hasattr(parameter.grad, _MARK)
+
+
+def _mark_clipped(wrapped: Any, loss: Any, args: Any, kwargs: Any) -> Any:
+    result = wrapped(*args, **kwargs)
+    for parameter in loss.optimizer.params:
+        if parameter.grad is not None:
+            setattr(parameter.grad, _MARK, True)
+    return result
+
+
+_MARK = "_dpguard_clipped"
+"""Mark of a ``p.grad`` that ghost clipping has clipped and nothing has noised yet."""

@@ -190,7 +190,9 @@ class OptimizerPatch:
                         parameter.grad_sample = None
                     if not instance._is_last_step_skipped and hasattr(parameter, "summed_grad"):
                         parameter.summed_grad = None
-        return wrapped(*args, **kwargs)
+        result = wrapped(*args, **kwargs)
+        self._foreign.cleared(parameters)
+        return result
 
     def _pre_step(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         key = id(instance)
