@@ -98,6 +98,7 @@ def owners():
     found += [torch.optim.Optimizer, *filter(_compat.wraps_an_optimizer, optimizers)]
     found += _compat.holders_of_optimizers()
     found += [torch, torch.Tensor, AbstractGradSampleModule, DPTensorFastGradientClipping]
+    found.append(torch.amp.GradScaler)
     return [*dict.fromkeys(found)]
 
 
