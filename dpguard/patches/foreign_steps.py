@@ -40,8 +40,7 @@ class ForeignSteps:
             handle.remove()
 
         transaction.on_undo("torch.optim global step hooks", remove)
-        loss = _compat.ghost_loss_class()
-        if loss is not None:
+        for loss in _compat.ghost_loss_classes():
             wrapper = wrapt.FunctionWrapper(vars(loss)["backward"], _mark_clipped)
             transaction.patch(loss, "backward", wrapper)
 

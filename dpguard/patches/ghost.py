@@ -208,7 +208,8 @@ class GhostPairing(Pairing):
     def _note(self, parameters: list[Any], carried: Carried, *, clipped: bool) -> None:
         carried.add_to_gradients()
         for parameter in parameters:
-            if parameter.requires_grad:
+            # A frozen one that waits with earlier batches took no part in this one.
+            if parameter.requires_grad or carried.holds(parameter):
                 rows = (*carried.rows_of(parameter), self._losses or 0)
                 note = Clipped(parameter.grad, rows if clipped else ())
                 note.unclipped = id(parameter) in carried.unclipped or not clipped

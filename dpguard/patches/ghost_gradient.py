@@ -61,6 +61,10 @@ class Carried:
             return False
         return not any(_any(grad) for _, grad, _ in self._held)
 
+    def holds(self, parameter: torch.Tensor) -> bool:
+        """Whether ``parameter`` took part in an earlier batch, or could have."""
+        return id(parameter) in self._rows
+
     def rows_of(self, parameter: torch.Tensor) -> tuple[int, ...]:
         """Number of people of each batch that ``parameter`` took, or could have taken, part in.
 
