@@ -13,7 +13,7 @@ import torch
 from truth import TOLERANCE
 
 from programs.guarded import CLIP, EXPECTED_BATCH, guarded
-from programs.operations import Input
+from programs.operations import ACCUMULATES, Input
 from programs.plain import Plain
 
 
@@ -57,8 +57,14 @@ class Comparison:
         self.tolerance = TOLERANCE[design.dtype]
         self.model = model
         self.at = ""
+        self.pairs = []
+        """Ghost clipping: the backwards whose clipped sums wait for a step in ``p.grad``."""
         self.clipped = {}
-        """What ghost clipping left in ``p.grad``: of the last backward only, as Opacus has it."""
+        """Their sum."""
+        self.raw = {}
+        """Parameters to which unclipped gradients came, and whether they are there for sure."""
+        self.spent = False
+        """Whether a step has used ``p.grad`` and left something else there."""
         self.summed = {}
         """Clipped gradients of the physical batches of the logical step."""
         self.signals = []
@@ -84,19 +90,58 @@ class Comparison:
         assert several or not found.refused, f"{self.at} was refused"
 
     def norms(self, found, expected):
+        """A backward of ghost clipping: norms of this batch, clipped sums of all that wait."""
+        assert not (self.design.poisson and self.pairs), f"{self.at} accumulates, not refused"
+        assert not self.overlaps(found, expected), f"{self.at} overlaps and was not refused"
         norms, gradients = found.data
         batch, trainable = expected[0].batch, expected[0].trainable
         rows = {name: self.zeros(name, batch) for name in trainable}
         for i, one in enumerate(expected[:batch]):
-            for part in one.parts:
-                if part.closed == found.operation and part.name in trainable:
-                    rows[part.name][i] += part.gradient
+            for part in _made(found, one):
+                rows[part.name][i] += part.gradient
         squares = _squares(rows)
         assert norms.shape == squares.shape, f"{self.at}: norms of shape {tuple(norms.shape)}"
         self.close(norms**2, squares, "squared norms")
-        self.clipped = _clipped(rows)
-        for name, mine in self.clipped.items():
-            self.close(gradients.get(name, torch.zeros_like(mine)), mine, name)
+        self.carry(found.operation, rows, {p.name for one in expected for p in _made(found, one)})
+        self.check_clipped(gradients)
+
+    def carry(self, operation, rows, reached):
+        """These rows, clipped, wait for a step as well."""
+        if not self.pairs:
+            self.raw = {}  # Opacus drops what was there
+        for name in self.raw:
+            self.raw[name] = self.raw[name] and name in self.clipped
+        for name, mine in _clipped(rows).items():
+            if name in reached:
+                self.clipped[name] = self.clipped.get(name, 0.0) + mine
+        if reached:
+            self.pairs.append(operation)
+        self.spent = False
+
+    def overlaps(self, found, expected):
+        """Whether a call was open already when an earlier clipped batch was backpropagated."""
+        last = max(self.pairs, default=0)
+        return any(part.opened <= last for part in _made(found, expected[0]))
+
+    def unclipped(self, found, expected):
+        """A backward that ghost clipping did not see."""
+        self.raw.update((part.name, True) for part in _made(found, expected[0]))
+
+    def kept(self, found, expected):
+        """A backward that was refused, or raised, or asked for gradients of inputs."""
+        if found.refused == ACCUMULATES:
+            assert self.pairs, f"{self.at} was refused"
+        elif found.refused:
+            assert self.overlaps(found, expected), f"{self.at} was refused"
+        if not self.spent:
+            self.check_clipped(found.data[1])
+
+    def check_clipped(self, gradients):
+        """``p.grad`` has the clipped sums of all batches that wait for a step."""
+        for name, _ in self.model.named_parameters():
+            if name not in self.raw:
+                expected = self.zeros(name) + self.clipped.get(name, 0.0)
+                self.close(gradients.get(name, torch.zeros_like(expected)), expected, name)
 
     # -- steps ---------------------------------------------------------------------------------
 
@@ -107,8 +152,13 @@ class Comparison:
         shown = [data for data, _ in expected]
         trainable = shown[0].trainable
         if self.design.ghost:
-            assert found.refused is None, f"{self.at}: {found.refused}"
-            clipped, batches = {n: self.clipped.get(n, 0.0) for n in trainable}, 1
+            raw = [self.raw[name] for name in trainable & self.raw.keys()]
+            if found.refused:
+                assert raw, f"{self.at}: {found.refused}"
+                return
+            assert not any(raw), f"{self.at} was not refused"
+            clipped = {n: self.clipped.get(n, 0.0) for n in trainable}
+            batches = max(1, len(self.pairs))
         else:
             aligned = self.aligned(self.groups([one.parts for one in shown]), trainable)
             if isinstance(aligned, str):
@@ -119,6 +169,9 @@ class Comparison:
             rows = {name: torch.cat([g.rows for g in places]) for name, places in aligned.items()}
             clipped, batches = _clipped(rows), len(next(iter(aligned.values())))
         self.count(found, clipped, batches)
+        if self.design.ghost:
+            self.forget()
+            self.spent = True
 
     def count(self, found, clipped, batches):
         """Add a physical batch to the logical step and compare the sum, or the update."""
@@ -134,7 +187,12 @@ class Comparison:
             self.close(found_here.get(name, torch.zeros_like(expected)), expected, name)
 
     def zero(self, _found, _expected):
-        self.clipped = {}
+        self.forget()
+        self.spent = False
+
+    def forget(self):
+        """Nothing waits for a step any more."""
+        self.pairs, self.clipped, self.raw = [], {}, {}
         if not self.skipped:
             self.summed = {}
 
@@ -199,6 +257,11 @@ class Comparison:
         if expected.numel():
             error = float((found - expected).abs().max()) / max(1.0, float(expected.abs().max()))
             assert error <= 100 * self.tolerance, f"{self.at}, {what}: error {error}"
+
+
+def _made(found, shown):
+    """What the backward added to gradients of parameters that are trained."""
+    return [p for p in shown.parts if p.closed == found.operation and p.name in shown.trainable]
 
 
 @dataclasses.dataclass

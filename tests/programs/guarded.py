@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import torch
-from opacus import GradSampleModule
-from opacus.grad_sample import (
-    GradSampleHooks,
-    GradSampleHooksFastGradientClipping,
-    GradSampleModuleFastGradientClipping,
-)
-from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
-from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
 
 import dpguard
+from dpguard.diagnosis import LOSSES_OVERLAP, explain
+from programs import releases
 from programs.models import add_user_hooks
-from programs.operations import Machine
+from programs.operations import ACCUMULATES, OVERLAPS, Machine
 
 CLIP = 0.5
 EXPECTED_BATCH = 4
+_NO_ACCUMULATION = "not compatible with grad accumulation"
+_OVERLAP = explain(LOSSES_OVERLAP).statement
 
 
 def guarded(design, program):
@@ -36,7 +32,8 @@ class Still(torch.optim.SGD):
 class Guarded(Machine):
     """The model under Opacus; what differs between modes is in the subclasses."""
 
-    wrapper, hooks_only, optimizer_class = GradSampleModule, GradSampleHooks, DPOptimizer
+    wrapper, hooks_only = releases.WRAPPER, releases.HOOKS
+    optimizer_class = releases.OPTIMIZER
 
     def __init__(self, design, program):
         super().__init__(design, program)
@@ -100,19 +97,18 @@ class Rows(Guarded):
     """Hooks mode and functorch mode."""
 
     def options(self):
-        return {"force_functorch": self.design.mode == "functorch"}
+        return {"force_functorch": True} if self.design.mode == "functorch" else {}
 
     def backward(self, kind, losses, op, history):
         try:
             super().backward(kind, losses, op, history)
         except ValueError as error:
-            if "not compatible with grad accumulation" not in str(error):
+            if _NO_ACCUMULATION not in str(error):
                 raise
-            self.refused.add(self.clock)
+            self.refused[self.clock] = ACCUMULATES
 
-    def look(self, _batch):
-        refused = "would accumulate" if self.clock in self.refused else None
-        self.see("rows", self.rows(), refused)
+    def look(self, _batch, kind):
+        self.see(kind, self.rows(), self.refused.get(self.clock))
 
 
 class PerSample(nn.Module):
@@ -127,16 +123,15 @@ class PerSample(nn.Module):
 class Ghost(Guarded):
     """Ghost clipping, or fast gradient clipping, which has no ghost norms."""
 
-    wrapper = GradSampleModuleFastGradientClipping
-    hooks_only = GradSampleHooksFastGradientClipping
-    optimizer_class = DPOptimizerFastGradientClipping
+    wrapper, hooks_only = releases.GHOST_MODULE, releases.GHOST_HOOKS
+    optimizer_class = releases.GHOST_OPTIMIZER
     raises_late = True
 
     def __init__(self, design, program):
         super().__init__(design, program)
         criterion = PerSample()
         criterion.reduction = design.reduction
-        self.criterion = DPLossFastGradientClipping(
+        self.criterion = releases.GHOST_CRITERION(
             self.hooks, self.optimizer, criterion, design.reduction
         )
 
@@ -144,14 +139,29 @@ class Ghost(Guarded):
         return {"max_grad_norm": CLIP, "use_ghost_clipping": self.design.mode == "ghost"}
 
     def backward(self, kind, losses, op, history):
-        if kind == "grad":
+        if kind in ("grad", "unclipped"):
             super().backward(kind, losses, op, history)
             return
+        try:
+            getattr(self, f"backward_{kind}")(self.summed(losses), op, history)
+        except dpguard.PrivacyViolation as error:
+            if _OVERLAP not in str(error):
+                raise
+            self.refused[self.clock] = OVERLAPS
+        except ValueError as error:
+            if _NO_ACCUMULATION not in str(error):
+                raise
+            self.refused[self.clock] = ACCUMULATES
+
+    def summed(self, losses):
+        if not hasattr(releases.GHOST_LOSS, "__add__"):
+            return self.criterion(sum(losses))
         first, *others = (self.criterion(loss) for loss in losses)
         for other in others:
             first = first + other
-        getattr(self, f"backward_{kind}")(first, op, history)
+        return first
 
-    def look(self, batch):
-        if batch is not None:
-            self.see("norms", (self.hooks.per_sample_gradient_norms.clone(), self.gathered("grad")))
+    def look(self, _batch, kind):
+        gradients = self.gathered("grad")
+        norms = self.hooks.per_sample_gradient_norms.clone() if kind == "norms" else None
+        self.see(kind, (norms, gradients), self.refused.get(self.clock))

@@ -13,10 +13,11 @@ from opacus.layers import DPGRU, DPLSTM, DPRNN, DPMultiheadAttention
 from torch import nn
 from torch.nn.utils import rnn
 
+from programs import releases
+
 TIME, FEATURES = 2, 3
 WIDTH = TIME * FEATURES
 LAYOUTS = ("flat", "sequence", "time_first")
-MODES = ("hooks", "functorch", "ghost", "fast")
 
 
 class Shaped(nn.Module):
@@ -93,7 +94,8 @@ class Attending(nn.Module):
 
     def __init__(self, *, batch_first, bias_kv=False):
         super().__init__()
-        self.layer = DPMultiheadAttention(FEATURES, 1, add_bias_kv=bias_kv, batch_first=batch_first)
+        options = {"batch_first": True} if batch_first else {}
+        self.layer = DPMultiheadAttention(FEATURES, 1, add_bias_kv=bias_kv, **options)
 
     def forward(self, x):
         return self.layer(x, x, x, need_weights=False)[0]
@@ -187,6 +189,23 @@ STATEFUL = {"alternating_gru"}
 NO_FUNCTORCH = {"bag_sum", "bag_mean", "biased_attention"}
 """What Opacus cannot replay with functorch."""
 
+
+def kinds(mode, layout):
+    """The blocks that the installed Opacus can train in this mode."""
+    return sorted(
+        kind
+        for kind, made in BLOCKS[layout].items()
+        if not (mode == "functorch" and kind in NO_FUNCTORCH)
+        and (layout == "time_first" or releases.BATCH_FIRST_ATTENTION or "attention" not in kind)
+        and (releases.FUNCTORCH or _all_sampled(made()))
+    )
+
+
+def _all_sampled(block):
+    owners = [layer for layer in block.modules() if layer._parameters]
+    return all(type(layer) in releases.SAMPLED for layer in owners)
+
+
 ACTIVATIONS = {
     "none": lambda x: x,
     "tanh": torch.tanh,
@@ -243,6 +262,20 @@ class Design:
 
     def has(self, kinds):
         return any(kind in kinds for kind, _ in self.blocks)
+
+
+def lacking(design, program):
+    """What the program needs and the installed Opacus lacks, if there is anything."""
+    if design.mode not in releases.MODES:
+        return f"mode {design.mode}"
+    if not design.wrapped and releases.HOOKS is None:
+        return "hooks without a wrapper"
+    if design.poisson and not releases.FORBIDS:
+        return "forbid_grad_accumulation"
+    if not {kind for kind, _ in design.blocks} <= set(kinds(design.mode, design.layout)):
+        return "a grad sampler"
+    empty = any(getattr(op, "batch", None) == 0 for op in program)
+    return "empty batches" if empty and not releases.EMPTY else None
 
 
 class Model(nn.Module):

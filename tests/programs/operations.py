@@ -75,7 +75,10 @@ class Scale:
 
 @dataclasses.dataclass(frozen=True)
 class Backward:
-    """Backpropagate a loss of some values; with ``late`` what raises does so the second time."""
+    """Backpropagate a loss of some values; with ``late`` what raises does so the second time.
+
+    The kind ``"unclipped"`` is a backward of which ghost clipping is not told.
+    """
 
     sources: tuple[int, ...]
     form: str = "square"
@@ -86,10 +89,15 @@ class Backward:
 
 @dataclasses.dataclass(frozen=True)
 class Take:
-    """A step of the optimizer, then ``zero_grad``; ``skip`` is what is signalled before it."""
+    """A step of the optimizer; ``skip`` is what is signalled before it.
+
+    ``zero_grad`` follows; with ghost clipping, where the next backward calls it, it may be left
+    out.
+    """
 
     set_to_none: bool = False
     skip: bool | None = None
+    clear: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,14 +154,20 @@ class Value:
 class Seen:
     """What a run showed in an operation.
 
-    ``kind`` is ``"rows"`` after a backward, ``"norms"`` after one of ghost clipping, ``"step"``
-    and ``"zero"``.
+    ``kind`` is ``"rows"`` after a backward; after one of ghost clipping ``"norms"``,
+    ``"unclipped"`` or, if it should leave everything as it was, ``"kept"``; ``"step"`` and
+    ``"zero"``.
     """
 
     operation: int
     kind: str
     data: Any = None
     refused: str | None = None
+
+
+ACCUMULATES = "accumulates with Poisson sampling"
+OVERLAPS = "overlaps a clipped batch"
+"""Why a backward is refused."""
 
 
 class Machine:
@@ -170,8 +184,10 @@ class Machine:
         self.values = []
         self.spent = set()
         self.reentrant = set()
-        self.refused = set()
-        """Backwards that Opacus refused, because they would accumulate under Poisson sampling."""
+        self.refused = {}
+        """Backwards that were refused, and why."""
+        self.raised = False
+        """Whether the last backward raised an error of the user's."""
         self.pending = False
         """Whether there are gradients of a backward that no step has used and no zero cleared."""
         self.seen = []
@@ -203,8 +219,11 @@ class Machine:
     def sample(self, x):
         raise NotImplementedError
 
-    def look(self, batch):
-        """Show what a backward of a loss of ``batch`` samples has left behind."""
+    def look(self, batch, kind):
+        """Show what a backward of a loss of ``batch`` samples has left behind.
+
+        With ghost clipping ``kind`` is that of what is shown.
+        """
         raise NotImplementedError
 
     def step(self, op):
@@ -300,12 +319,21 @@ class Machine:
         history = frozenset().union(*(value.history for value in values))
         losses = [FORMS[op.form](value.tensor) for value in values]
         kind = self.kind(op, history)
+        self.raised = False
         self.backward(kind, losses, op, history)
-        if kind != "retain" or self.clock in self.refused:
+        refused = self.refused.get(self.clock)
+        if self.design.ghost:
+            if refused != ACCUMULATES:
+                self.spent |= history
+            kept = refused or self.raised or kind == "grad"
+            shown = "kept" if kept else "unclipped" if kind == "unclipped" else "norms"
+            self.look(values[0].batch, shown)
+            return
+        if kind != "retain" or refused:
             self.spent |= history
-        if kind != "raises":
-            self.look(None if kind == "grad" else values[0].batch)
-        if kind == "raises" or self.clock in self.refused:
+        if not self.raised:
+            self.look(values[0].batch, "rows")
+        if self.raised or refused:
             self.zero(set_to_none=True)
 
     def kind(self, op, history):
@@ -314,6 +342,8 @@ class Machine:
             return "plain"
         if op.kind in ("retain", "inputs") and self.design.ghost:
             return "plain"  # the loss of ghost clipping has no options
+        if op.kind == "unclipped" and not self.design.ghost:
+            return "plain"
         if op.kind == "raises" and self.design.poisson:
             return "plain"  # one error is enough
         return op.kind
@@ -331,6 +361,8 @@ class Machine:
     def backward_plain(self, loss, _op, _history):
         loss.backward()
         self.pending = True
+
+    backward_unclipped = backward_plain
 
     def backward_retain(self, loss, _op, _history):
         loss.backward(retain_graph=True)
@@ -362,7 +394,9 @@ class Machine:
         try:
             loss.backward()
         except ZeroDivisionError:
-            pass
+            self.raised = True
+        else:
+            self.pending = True
         if handle is not None:
             handle.remove()
 
@@ -375,7 +409,9 @@ class Machine:
         # Without new gradients a step of ghost clipping would apply whatever p.grad holds.
         if self.trainable() and (self.pending or not self.design.ghost):
             self.step(op)
-            self.zero(op.set_to_none)
+            if op.clear or not self.design.ghost:
+                self.zero(op.set_to_none)
+            self.pending = False
 
     def do_zero(self, _op):
         self.zero(set_to_none=False)

@@ -11,7 +11,7 @@ import dataclasses
 import torch
 
 from programs.models import WIDTH, Recurrent, add_user_hooks
-from programs.operations import Backward, Machine
+from programs.operations import ACCUMULATES, Backward, Machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +47,16 @@ class Plain(Machine):
         design: the model.
         program: its operations.
         index: which sample of each batch.
-        refused: backwards that the guarded run refused, after which it starts anew.
+        refused: backwards that the guarded run refused, and why.
     """
 
-    def __init__(self, design, program, index, refused=()):
+    def __init__(self, design, program, index, refused):
         self.index = index
         self.parts = []
         self.recent = 0
         self.rows_came = False
         super().__init__(design, program)
-        self.refused = set(refused)
+        self.refused = refused
         add_user_hooks(self.model, design)
         self.names = {p: name for name, p in self.model.named_parameters()}
         self.floor = dict.fromkeys(self.names.values(), 0)
@@ -65,12 +65,17 @@ class Plain(Machine):
                 module.sample = index
             if module._parameters:
                 module.register_forward_pre_hook(self.shadow, prepend=True)
+                module.register_forward_hook(self.bound)
                 module.register_forward_hook(self.unshadow, always_call=True, prepend=True)
 
-    def do_forward(self, op):
-        if self.rows_came and self.pick(op.source) is not None:
-            self.recent, self.rows_came = self.clock, False
-        super().do_forward(op)
+    def backward(self, kind, losses, op, history):
+        refused = self.refused.get(self.clock) if self.design.ghost else None
+        if refused == ACCUMULATES:
+            return  # before anything was computed
+        pending = self.pending
+        super().backward(kind, losses, op, history)
+        if refused:
+            self.pending = pending
 
     def sample(self, x):
         if len(x) == 0:
@@ -87,6 +92,13 @@ class Plain(Machine):
                 alias = p.view_as(p)
                 alias.register_hook(self.noter(p, self.clock, self.batch, opened))
                 module.__dict__[key] = alias
+
+    def bound(self, module, _args, _output):
+        """A call that is seen, also one without gradients: with rows before, a batch begins."""
+        own = [p for p in module._parameters.values() if p is not None]
+        seen = any(p.requires_grad or self.names[p] not in self.initially_frozen for p in own)
+        if seen and self.rows_came and not isinstance(self.program[self.clock - 1], Backward):
+            self.recent, self.rows_came = self.clock, False
 
     def unshadow(self, module, _args, _output):
         for key in module._parameters:
@@ -108,11 +120,8 @@ class Plain(Machine):
         ]
         return Shown(found, {name for p, name in self.names.items() if p.requires_grad}, batch)
 
-    def look(self, batch):
-        if not self.design.ghost:
-            self.see("rows", self.shown())
-        elif batch is not None:
-            self.see("norms", self.shown(batch))
+    def look(self, batch, kind):
+        self.see(kind, self.shown(batch))
 
     def step(self, op):
         self.see("step", (self.shown(), op.skip))

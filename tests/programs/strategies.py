@@ -7,7 +7,8 @@ import dataclasses
 import torch
 from hypothesis import strategies as st
 
-from programs.models import ACTIVATIONS, BLOCKS, LAYOUTS, NO_FUNCTORCH, Design
+from programs import releases
+from programs.models import ACTIVATIONS, LAYOUTS, Design, kinds
 from programs.operations import (
     CUTS,
     FORMS,
@@ -26,16 +27,12 @@ from programs.operations import (
 )
 
 _number = st.integers(0, 5)
+_wrapped = st.booleans() if releases.HOOKS else st.just(True)
 _recent = st.sampled_from([-1, -1, -1, -2, -2, -3, -4, 0, 1, 2])
 
 
-def _kinds(mode, layout):
-    kinds = set(BLOCKS[layout])
-    return sorted(kinds - NO_FUNCTORCH if mode == "functorch" else kinds)
-
-
-def _blocks(kinds):
-    stages = st.tuples(st.sampled_from(kinds), st.sampled_from(sorted(ACTIVATIONS)))
+def _blocks(offered):
+    stages = st.tuples(st.sampled_from(offered), st.sampled_from(sorted(ACTIVATIONS)))
     return st.lists(stages, min_size=1, max_size=3).map(tuple)
 
 
@@ -46,7 +43,7 @@ def designs(mode):
             Design,
             mode=st.just(mode),
             layout=st.just(layout),
-            blocks=_blocks(_kinds(mode, layout)),
+            blocks=_blocks(kinds(mode, layout)),
             heads=st.integers(1, 2),
             shared=st.sampled_from([False, False, False, True]),
             frozen=st.sampled_from([(), (), (), (0,), (1,)]),
@@ -56,14 +53,18 @@ def designs(mode):
             backward_hook=st.none() | _number,
             hooks_first=st.booleans(),
             reduction=st.sampled_from(["mean", "mean", "sum"]),
-            wrapped=st.booleans(),
-            poisson=st.sampled_from([False, False, mode in ("hooks", "functorch")]),
+            wrapped=_wrapped,
+            poisson=st.sampled_from([False, False, releases.FORBIDS]),
             dtype=st.sampled_from([torch.float64, torch.float64, torch.float32]),
         )
     )
 
 
-_inputs = st.builds(Input, batch=st.sampled_from([3, 3, 2, 1, 0]), requires_grad=st.booleans())
+_inputs = st.builds(
+    Input,
+    batch=st.sampled_from([3, 3, 2, 1, 0] if releases.EMPTY else [3, 3, 2, 1]),
+    requires_grad=st.booleans(),
+)
 _forwards = st.builds(
     Forward,
     source=_recent,
@@ -75,7 +76,9 @@ _backwards = st.builds(
     Backward,
     sources=st.lists(_recent, min_size=1, max_size=3).map(tuple),
     form=st.sampled_from(sorted(FORMS)),
-    kind=st.sampled_from(["plain"] * 5 + ["retain", "retain", "grad", "inputs", "raises"]),
+    kind=st.sampled_from(
+        ["plain"] * 5 + ["retain", "retain", "grad", "inputs", "raises", "unclipped"]
+    ),
     which=_number,
     late=st.booleans(),
 )
@@ -90,7 +93,12 @@ _others = st.one_of(
     st.builds(Freeze, st.integers(0, 20), st.booleans()),
     st.just(Zero()),
 )
-_takes = st.builds(Take, st.booleans(), st.sampled_from([None, None, False, True, True]))
+_takes = st.builds(
+    Take,
+    st.booleans(),
+    st.sampled_from([None, None, False, True, True]),
+    st.sampled_from([True, True, False]),
+)
 _fresh = st.builds(dataclasses.replace, _forwards, source=st.just(-1))
 _phrases = st.one_of(
     st.tuples(_inputs, _fresh),
@@ -130,19 +138,19 @@ def tidy_designs(mode):
             frozen=st.sampled_from([(), (), (0,)]),
             weight_frozen=st.sampled_from([(), (), (1,)]),
             reduction=st.sampled_from(["mean", "sum"]),
-            wrapped=st.booleans(),
-            poisson=st.booleans() if mode in ("hooks", "functorch") else st.just(False),
+            wrapped=_wrapped,
+            poisson=st.sampled_from([False, releases.FORBIDS]),
             dtype=st.sampled_from([torch.float64, torch.float32]),
         )
     )
 
 
 def _tidy_blocks(mode, layout):
-    kinds = set(_kinds(mode, layout)) - _NOT_RIGHT
+    offered = set(kinds(mode, layout)) - _NOT_RIGHT
     if mode == "ghost":
-        kinds -= {"tied"}
+        offered -= {"tied"}
     # Opacus itself refuses a change in place of a hooked layer's output.
-    stages = st.tuples(st.sampled_from(sorted(kinds)), st.sampled_from(["none", "tanh", "relu"]))
+    stages = st.tuples(st.sampled_from(sorted(offered)), st.sampled_from(["none", "tanh", "relu"]))
     return st.lists(stages, min_size=1, max_size=3).map(tuple)
 
 
