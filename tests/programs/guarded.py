@@ -116,7 +116,7 @@ class PerSample(nn.Module):
 
     reduction = "mean"
 
-    def forward(self, losses):
+    def forward(self, losses, _target):
         return losses
 
 
@@ -155,8 +155,8 @@ class Ghost(Guarded):
 
     def summed(self, losses):
         if not hasattr(releases.GHOST_LOSS, "__add__"):
-            return self.criterion(sum(losses))
-        first, *others = (self.criterion(loss) for loss in losses)
+            return self.criterion(sum(losses), None)
+        first, *others = (self.criterion(loss, None) for loss in losses)
         for other in others:
             first = first + other
         return first
