@@ -6,11 +6,12 @@ was, what was installed. Undoing restores absence as well as values.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ABSENT", "Patch", "Transaction"]
+__all__ = ["ABSENT", "Patch", "Transaction", "living"]
 
 ABSENT: Any = object()
 """Stands for an attribute that the owner itself did not have."""
@@ -19,6 +20,24 @@ ABSENT: Any = object()
 def own_attribute(owner: Any, name: str) -> Any:
     """What ``owner`` itself holds under ``name``, not what it inherits; else ``ABSENT``."""
     return vars(owner).get(name, ABSENT)
+
+
+class _Verdicts(dict[type, bool]):
+    """Whether a class is one of those wanted, found out once per class."""
+
+    def __init__(self, wanted: tuple[type, ...]) -> None:
+        super().__init__()
+        self._wanted = wanted
+
+    def __missing__(self, cls: type) -> bool:
+        found = self[cls] = issubclass(cls, self._wanted)
+        return found
+
+
+def living(classes: Iterable[type]) -> list[Any]:
+    """All objects of these classes that exist: those made before the guard need it as well."""
+    wanted = _Verdicts(tuple(classes))
+    return [found for found in gc.get_objects() if wanted[type(found)]]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from programs.strategies import designs, programs, tidy_designs, tidy_programs
 
 import dpguard
 
-_WANTED = int(os.environ.get("DPGUARD_TEST_PROGRAMS", "0"))
+_WANTED = int(os.environ.get("DPGUARD_TEST_PROGRAMS") or 0)
 _SHARES = {"hooks": 0.4, "functorch": 0.15, "ghost": 0.3, "fast": 0.15}
 """Of all programs, how many are for each mode."""
 

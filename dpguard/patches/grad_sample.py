@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ import wrapt
 from dpguard import _callsite, _compat
 from dpguard.ledger import Ledger
 from dpguard.patches.pairing import Pairing, Registry
-from dpguard.patching import Transaction
+from dpguard.patching import Transaction, living
 
 __all__ = ["GradSamplePatch"]
 
@@ -118,10 +117,8 @@ class GradSamplePatch:
 
     def _adopt_living(self) -> list[str]:
         skipped: dict[str, None] = {}
-        for candidate in gc.get_objects():
+        for candidate in living(self._patched):
             cls = type(candidate)
-            if not any(issubclass(cls, stock) for stock in self._patched):
-                continue
             if self.find(candidate) is not None:
                 continue
             if self._kind(cls) is None:

@@ -6,7 +6,6 @@ goes round a wrapper there.
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,7 +23,7 @@ from dpguard.patches.facades import Facades, Family
 from dpguard.patches.foreign_steps import ForeignSteps
 from dpguard.patches.protocol import Protocol
 from dpguard.patches.step_hooks import StepHooks
-from dpguard.patching import Transaction
+from dpguard.patching import Transaction, living
 from dpguard.verdicts import Verdicts
 
 __all__ = ["OptimizerPatch"]
@@ -84,7 +83,7 @@ class OptimizerPatch:
         self._facades.install(transaction)
         for cls in list(_with_subclasses(torchs)):
             self._meet(cls)
-        for instance in _instances_of(tuple(self._bases)):
+        for instance in living(self._bases):
             self._adopt(instance)
 
     def stop(self) -> None:
@@ -259,7 +258,3 @@ def _with_subclasses(base: type[Any]) -> Iterator[type[Any]]:
     yield base
     for cls in base.__subclasses__():
         yield from _with_subclasses(cls)
-
-
-def _instances_of(bases: tuple[type, ...]) -> list[Any]:
-    return [found for found in gc.get_objects() if issubclass(type(found), bases)]
