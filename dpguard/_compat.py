@@ -558,3 +558,27 @@ def clips_rows(optimizer: Any) -> bool:
 def clips_in_hooks(optimizer: Any) -> bool:
     """Whether this optimizer clips in hooks that hold their bounds since its construction."""
     return any(cls.__name__ == "DistributedPerLayerOptimizer" for cls in type(optimizer).__mro__)
+
+
+def noise_std(optimizer: Any) -> Any:
+    """Standard deviation of the noise that ``add_noise`` should put on the clipped sum.
+
+    Returns:
+        A number, or a tensor where the clip bound is one; ``None`` if no noise is due from this
+        process (other than the first rank of a distributed run), or if it is not known.
+    """
+    names = {cls.__name__ for cls in type(optimizer).__mro__}
+    if getattr(optimizer, "rank", 0) != 0 and any("Distributed" in name for name in names):
+        return None
+    if "FSDPOptimizerFastGradientClipping" in names:  # noises its own copy of the sum, in parts
+        return None
+    multiplier = optimizer.noise_multiplier
+    if "DPOptimizerFastGradientClipping" in names:  # adaptive clipping, from 1.6 on
+        multiplier = getattr(optimizer, "_adjusted_noise_multiplier", multiplier)
+    if "AdaClipDPOptimizer" in names and _release(opacus_version()) >= (1, 6) and multiplier > 0:
+        # Before, the constructor changed the multiplier itself.
+        spread = optimizer.unclipped_num_std
+        multiplier = (multiplier**-2 - (2 * spread) ** -2) ** -0.5
+    if not isinstance(multiplier, (int, float)) or not multiplier > 0:
+        return None
+    return multiplier * optimizer.max_grad_norm

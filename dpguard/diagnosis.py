@@ -37,6 +37,8 @@ UNCLIPPED = "unclipped_backward"
 NOT_CLEARED = "gradients_not_cleared"
 LOSS_SHAPE = "loss_shape"
 LOSSES_OVERLAP = "losses_overlap"
+NOISE_WRONG = "noise_not_as_declared"
+NOISE_REPEATED = "noise_repeated"
 STEP_HOOK = "step_hook"
 STEP_HOOK_REPLACED = "step_hook_replaced"
 LEFT_OVER_SUM = "left_over_sum"
@@ -246,6 +248,16 @@ _DIAGNOSES = {
         "before; each was clipped by itself, so a person who is in both would count twice",
         "make one loss per sample of both and call backward once, or run the second forward "
         "after the first backward",
+    ),
+    NOISE_WRONG: Diagnosis(
+        "what was added to the clipped sum is not Gaussian noise with mean 0 and the standard "
+        "deviation noise_multiplier * max_grad_norm that is accounted for",
+        "leave add_noise() to Opacus, and change noise_multiplier and max_grad_norm only through "
+        "the optimizer and between steps",
+    ),
+    NOISE_REPEATED: Diagnosis(
+        "the same noise was added twice, so it cancels from the difference of two updates",
+        "seed the generator once, before the training, and give each optimizer its own",
     ),
     BATCHES_OVERLAP: Diagnosis(
         "some layers were backpropagated across several accumulated batches and others once per "

@@ -13,7 +13,7 @@ import torch
 
 __all__ = ["Collector", "finite_flags"]
 
-Receiver = Callable[[list[bool]], None]
+Receiver = Callable[[list[Any]], None]
 _PENDING_AT_MOST = 256
 
 

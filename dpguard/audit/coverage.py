@@ -33,6 +33,8 @@ class Failure:
     check: str
     cause: str
     parameters: tuple[str, ...]
+    figure: float | None = None
+    bound: float | None = None
 
 
 @dataclass

@@ -15,10 +15,15 @@ from dpguard._settings import Mode, Settings
 from dpguard.alignment import Alignment, align
 from dpguard.audit import coverage as structure
 from dpguard.audit.collector import Collector, finite_flags
+from dpguard.audit.mechanism import MeasuredNoise, NoiseWatch
 from dpguard.events import CheckCount, Event, Intervention, Severity, StepAudit, Violation
 from dpguard.ledger import Dead, Ledger
 
-__all__ = ["StepAuditor"]
+__all__ = ["MECHANISM", "NOISE", "StepAuditor"]
+
+NOISE = "noise"
+MECHANISM = (NOISE,)
+"""Checks of what the optimizer does with the rows."""
 
 _PRIVACY = frozenset(
     {
@@ -27,9 +32,11 @@ _PRIVACY = frozenset(
         diagnosis.NOT_CLEARED,
         diagnosis.ROW_COUNT,
         diagnosis.UNCLIPPED,
+        diagnosis.NOISE_WRONG,
+        diagnosis.NOISE_REPEATED,
     }
 )
-"""Causes with which rows no longer belong to one person each: the guarantee does not hold."""
+"""Causes with which rows are not those of one person each, or the noise does not hide them."""
 
 
 @dataclass
@@ -44,6 +51,8 @@ class _Logical:
     interventions: int = 0
     failed: dict[str, set[str]] = field(default_factory=dict)
     not_run: set[str] = field(default_factory=set)
+    looked: dict[str, set[str]] = field(default_factory=dict)
+    figures: dict[str, tuple[float, float]] = field(default_factory=dict)
     awaited: int = 0
     optimizer: str = ""
 
@@ -65,6 +74,14 @@ class _Logical:
                 failed=failed,
                 not_run=self.parameters if skipped else 0,
             )
+        for check in MECHANISM:
+            looked = self.looked.get(check, set())
+            failed = len(looked & self.failed.get(check, set()))
+            checks[check] = CheckCount(
+                passed=len(looked) - failed,
+                failed=failed,
+                not_run=self.parameters - len(looked),
+            )
         return StepAudit(
             step=self.number,
             body=f"Logical step {self.number} of {self.optimizer} was audited.",
@@ -73,6 +90,7 @@ class _Logical:
             physical_batches=self.physical,
             optimizer=self.optimizer,
             interventions=self.interventions,
+            figures=dict(self.figures),
         )
 
 
@@ -90,6 +108,7 @@ class StepAuditor:
         self._settings = settings
         self._emit = emit
         self._collector = Collector()
+        self._noise = NoiseWatch()
         self._steps: weakref.WeakKeyDictionary[Any, _Logical] = weakref.WeakKeyDictionary()
         self._coverage: dict[str, list[int]] = {}
         self._first_seen: dict[tuple[object, ...], int] = {}
@@ -149,10 +168,36 @@ class StepAuditor:
         if not logical.audited:
             return
         self._look_at_values(logical, seen)
+        self._settle_figures(logical)
+
+    def _settle_figures(self, logical: _Logical) -> None:
+        """Refuse the step under way by what has arrived."""
         self._collector.drain()
         if self._overdue is not None:
             self._close_refused(logical)
         self._raise_overdue()
+
+    def before_noise(self, optimizer: Any) -> None:
+        """The clipped sum is complete and noise is about to be added."""
+        if self._logical(optimizer).audited:
+            self._noise.before(optimizer)
+
+    def after_noise(self, optimizer: Any) -> None:
+        """Measure the noise that was added.
+
+        Raises:
+            PrivacyViolation: the figures are at hand and show that it was not as declared.
+        """
+        logical = self._logical(optimizer)
+        if not logical.audited:
+            return
+        for measured in self._noise.after(optimizer):
+            names = [self._ledger.name_of(p) for p in measured.parameters]
+            receive = self._noise_receiver(logical, measured, names)
+            if self._collector.collect(measured.figures.values, receive):
+                logical.awaited += 1
+                logical.looked.setdefault(NOISE, set()).update(names)
+        self._settle_figures(logical)
 
     def after_step(self, optimizer: Any, *, stepped: bool) -> None:
         """Close the logical step, unless the physical batch was only accumulated."""
@@ -287,6 +332,8 @@ class StepAuditor:
             cause=failure.cause,
             remedy=diagnosed.remedy,
             first_step=first,
+            figure=failure.figure,
+            bound=failure.bound,
         )
 
     def _look_at_values(self, logical: _Logical, seen: structure.Coverage) -> None:
@@ -313,12 +360,34 @@ class StepAuditor:
 
         return receive
 
-    def _say_not_finite(self, logical: _Logical, names: tuple[str, ...]) -> None:
-        logical.fail(structure.FINITE, names)
-        failure = structure.Failure(structure.FINITE, diagnosis.ROWS_NOT_FINITE, names)
+    def _noise_receiver(
+        self, logical: _Logical, measured: MeasuredNoise, names: Sequence[str]
+    ) -> Callable[[list[Any]], None]:
+        def receive(values: list[Any]) -> None:
+            verdict = measured.test.take(values, measured.figures)
+            if verdict is not None:
+                logical.figures[NOISE] = (verdict.evidence, verdict.bound)
+                for cause, found in (
+                    (diagnosis.NOISE_WRONG, verdict.wrong),
+                    (diagnosis.NOISE_REPEATED, verdict.repeated),
+                ):
+                    if found:
+                        guilty = tuple(names[i] for i in found)
+                        self._tell(logical, structure.Failure(NOISE, cause, guilty))
+            logical.awaited -= 1
+            self._finish(logical)
+
+        return receive
+
+    def _tell(self, logical: _Logical, failure: structure.Failure) -> None:
+        """Say what figures have shown; the step, or the next, is refused if the mode wants it."""
+        logical.fail(failure.check, failure.parameters)
         violation = self._violation(logical, failure)
         self._emit(violation)
-        self._overdue = self._error_for(violation)
+        self._overdue = self._overdue or self._error_for(violation)
+
+    def _say_not_finite(self, logical: _Logical, names: tuple[str, ...]) -> None:
+        self._tell(logical, structure.Failure(structure.FINITE, diagnosis.ROWS_NOT_FINITE, names))
 
     def _finish(self, logical: _Logical) -> None:
         """Emit the audit once the step is over and all its figures are in."""

@@ -21,6 +21,7 @@ from dpguard.patches.attributes import AttributeForwarding
 from dpguard.patches.bounds import Bounds
 from dpguard.patches.facades import Facades, Family
 from dpguard.patches.foreign_steps import ForeignSteps
+from dpguard.patches.mechanism import Watch, watched
 from dpguard.patches.protocol import Protocol
 from dpguard.patches.step_hooks import StepHooks
 from dpguard.patching import Transaction, living
@@ -56,6 +57,12 @@ class OptimizerPatch:
         self._audits = True
         self._off: set[str] = set()
         self._inside: set[int] = set()
+        self._watches = {
+            "add_noise": Watch(
+                lambda instance: self._audit(auditor.before_noise, instance),
+                lambda instance: self._audit(auditor.after_noise, instance),
+            ),
+        }
         self._instances: weakref.WeakSet[Any] = weakref.WeakSet()
         self._transaction: Transaction | None = None
         self._wrapped: set[tuple[type, str]] = set()
@@ -207,7 +214,7 @@ class OptimizerPatch:
                 self._part("protocol", self._protocol.before_step, instance)
                 self._part("hooks", self._hooks.before_step, instance)
                 self._audit(self._before, instance)
-                with self._bounds.fixed(instance):
+                with self._bounds.fixed(instance), watched(instance, self._watches):
                     answer = wrapped(*args, **kwargs)
                 stepped = True
         finally:
