@@ -582,3 +582,34 @@ def noise_std(optimizer: Any) -> Any:
     if not isinstance(multiplier, (int, float)) or not multiplier > 0:
         return None
     return multiplier * optimizer.max_grad_norm
+
+
+CLIP_SHIFT = 1e-6
+"""What Opacus adds to a row's norm before it divides by it."""
+
+
+def clip_bounds(optimizer: Any) -> Any:
+    """The bound to which rows are clipped, or a list of one per trainable parameter.
+
+    ``None`` if they are clipped elsewhere.
+    """
+    if clips_in_hooks(optimizer) or not clips_rows(optimizer):
+        return None
+    if any("PerLayer" in cls.__name__ for cls in type(optimizer).__mro__):
+        return [float(bound) for bound in optimizer.max_grad_norms]
+    return optimizer.max_grad_norm
+
+
+def unit_roundoff(dtype: torch.dtype, device: torch.device) -> float:
+    """Relative error of one rounding of a matrix product in ``dtype`` on ``device``."""
+    torch_ = _torch()
+    own = float(torch_.finfo(dtype).eps) / 2
+    if dtype is torch_.float32:
+        precision = torch_.get_float32_matmul_precision()
+        if precision == "medium":
+            return 2.0**-8
+        if device.type == "cuda" and (
+            precision == "high" or torch_.backends.cuda.matmul.allow_tf32
+        ):
+            return 2.0**-11
+    return own

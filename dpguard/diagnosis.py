@@ -37,6 +37,7 @@ UNCLIPPED = "unclipped_backward"
 NOT_CLEARED = "gradients_not_cleared"
 LOSS_SHAPE = "loss_shape"
 LOSSES_OVERLAP = "losses_overlap"
+CLIP_WRONG = "clipped_sum_wrong"
 NOISE_WRONG = "noise_not_as_declared"
 NOISE_REPEATED = "noise_repeated"
 STEP_HOOK = "step_hook"
@@ -248,6 +249,12 @@ _DIAGNOSES = {
         "before; each was clipped by itself, so a person who is in both would count twice",
         "make one loss per sample of both and call backward once, or run the second forward "
         "after the first backward",
+    ),
+    CLIP_WRONG: Diagnosis(
+        "the clipped sum is not the sum of the rows, each scaled to a norm of at most "
+        "max_grad_norm, so the noise is not made for what one person contributes",
+        "leave clip_and_accumulate() to Opacus; each row has to be clipped by itself, over all "
+        "parameters together (or per parameter with clipping='per_layer')",
     ),
     NOISE_WRONG: Diagnosis(
         "what was added to the clipped sum is not Gaussian noise with mean 0 and the standard "

@@ -14,15 +14,17 @@ from dpguard._errors import DPGuardError, PerSampleGradientError, PrivacyViolati
 from dpguard._settings import Mode, Settings
 from dpguard.alignment import Alignment, align
 from dpguard.audit import coverage as structure
+from dpguard.audit.clip import ClipWatch, judge
 from dpguard.audit.collector import Collector, finite_flags
 from dpguard.audit.mechanism import MeasuredNoise, NoiseWatch
 from dpguard.events import CheckCount, Event, Intervention, Severity, StepAudit, Violation
 from dpguard.ledger import Dead, Ledger
 
-__all__ = ["MECHANISM", "NOISE", "StepAuditor"]
+__all__ = ["CLIP", "MECHANISM", "NOISE", "StepAuditor"]
 
+CLIP = "clip"
 NOISE = "noise"
-MECHANISM = (NOISE,)
+MECHANISM = (CLIP, NOISE)
 """Checks of what the optimizer does with the rows."""
 
 _PRIVACY = frozenset(
@@ -32,6 +34,7 @@ _PRIVACY = frozenset(
         diagnosis.NOT_CLEARED,
         diagnosis.ROW_COUNT,
         diagnosis.UNCLIPPED,
+        diagnosis.CLIP_WRONG,
         diagnosis.NOISE_WRONG,
         diagnosis.NOISE_REPEATED,
     }
@@ -108,6 +111,7 @@ class StepAuditor:
         self._settings = settings
         self._emit = emit
         self._collector = Collector()
+        self._clip = ClipWatch()
         self._noise = NoiseWatch()
         self._steps: weakref.WeakKeyDictionary[Any, _Logical] = weakref.WeakKeyDictionary()
         self._coverage: dict[str, list[int]] = {}
@@ -176,6 +180,26 @@ class StepAuditor:
         if self._overdue is not None:
             self._close_refused(logical)
         self._raise_overdue()
+
+    def before_clip(self, optimizer: Any) -> None:
+        """The rows are about to be clipped."""
+        if self._logical(optimizer).audited:
+            self._clip.before(optimizer)
+
+    def after_clip(self, optimizer: Any) -> None:
+        """Compare the clipped sum with the rows.
+
+        Raises:
+            PrivacyViolation: the figures are at hand and show that it is not theirs.
+        """
+        logical = self._logical(optimizer)
+        figures = self._clip.after(optimizer) if logical.audited else None
+        if figures is not None:
+            names = [self._ledger.name_of(p) for p in figures.parameters]
+            if self._collector.collect(figures.values, self._clip_receiver(logical, names)):
+                logical.awaited += 1
+                logical.looked.setdefault(CLIP, set()).update(names)
+            self._settle_figures(logical)
 
     def before_noise(self, optimizer: Any) -> None:
         """The clipped sum is complete and noise is about to be added."""
@@ -360,6 +384,23 @@ class StepAuditor:
 
         return receive
 
+    def _clip_receiver(
+        self, logical: _Logical, names: Sequence[str]
+    ) -> Callable[[list[Any]], None]:
+        def receive(values: list[Any]) -> None:
+            wrong, figure, bound = judge(values)
+            logical.figures[CLIP] = (figure, bound)
+            if wrong:
+                guilty = tuple(names[i] for i in wrong)
+                self._tell(
+                    logical,
+                    structure.Failure(CLIP, diagnosis.CLIP_WRONG, guilty, figure, bound),
+                )
+            logical.awaited -= 1
+            self._finish(logical)
+
+        return receive
+
     def _noise_receiver(
         self, logical: _Logical, measured: MeasuredNoise, names: Sequence[str]
     ) -> Callable[[list[Any]], None]:
@@ -373,7 +414,9 @@ class StepAuditor:
                 ):
                     if found:
                         guilty = tuple(names[i] for i in found)
-                        self._tell(logical, structure.Failure(NOISE, cause, guilty))
+                        figures = logical.figures[NOISE]
+                        failure = structure.Failure(NOISE, cause, guilty, *figures)
+                        self._tell(logical, failure)
             logical.awaited -= 1
             self._finish(logical)
 

@@ -58,6 +58,10 @@ class OptimizerPatch:
         self._off: set[str] = set()
         self._inside: set[int] = set()
         self._watches = {
+            "clip_and_accumulate": Watch(
+                lambda instance: self._audit(auditor.before_clip, instance),
+                lambda instance: self._audit(auditor.after_clip, instance),
+            ),
             "add_noise": Watch(
                 lambda instance: self._audit(auditor.before_noise, instance),
                 lambda instance: self._audit(auditor.after_noise, instance),
