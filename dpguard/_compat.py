@@ -613,3 +613,55 @@ def unit_roundoff(dtype: torch.dtype, device: torch.device) -> float:
         ):
             return 2.0**-11
     return own
+
+
+_HOOK_DEPTH = 4
+
+
+def accountants_of(hook: Any, depth: int = _HOOK_DEPTH) -> list[tuple[Any, float]]:
+    """The accountants that a step hook tells of each step, with the sample rates it was made with.
+
+    Opacus makes such hooks as closures over the accountant and the rate; they are found inside of
+    functions that were written round them, too.
+    """
+    if hook is None or not depth:
+        return []
+    function = getattr(hook, "__func__", hook)
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    cells = getattr(function, "__closure__", None) or ()
+    held = {}
+    for name, cell in zip(names, cells, strict=True):
+        try:
+            held[name] = cell.cell_contents
+        except ValueError:  # an empty cell
+            continue
+    own, rate = held.get("self"), held.get("sample_rate")
+    if _is_accountant(own) and isinstance(rate, (int, float)):
+        return [(own, float(rate))]
+    inner = [found for found in held.values() if callable(found)]
+    inner += [*getattr(hook, "hooks", ()), getattr(hook, "func", None)]
+    inner.append(getattr(hook, "__wrapped__", None))
+    return [pair for found in inner for pair in accountants_of(found, depth - 1)]
+
+
+def _is_accountant(found: Any) -> bool:
+    base = _attribute_of("opacus.accountants.accountant", "IAccountant")
+    return base is not None and isinstance(found, base)
+
+
+def history_of(accountant: Any) -> list[tuple[float, float, int]] | None:
+    """``(sigma, sample rate, steps)`` in order, or ``None`` if it keeps something else."""
+    found = getattr(accountant, "history", getattr(accountant, "steps", None))
+    if not isinstance(found, list) or any(len(entry) != _HISTORY_WIDTH for entry in found):
+        return None
+    return [(float(sigma), float(rate), int(steps)) for sigma, rate, steps in found]
+
+
+_HISTORY_WIDTH = 3
+
+
+def poisson_samplers() -> list[type]:
+    """The classes whose objects draw each sample of a batch independently."""
+    names = ("UniformWithReplacementSampler", "DistributedUniformWithReplacementSampler")
+    found = [_attribute_of("opacus.utils.uniform_sampler", name) for name in names]
+    return _present(*found)

@@ -38,6 +38,10 @@ NOT_CLEARED = "gradients_not_cleared"
 LOSS_SHAPE = "loss_shape"
 LOSSES_OVERLAP = "losses_overlap"
 CLIP_WRONG = "clipped_sum_wrong"
+NOT_ACCOUNTED = "step_not_accounted"
+ACCOUNTED_OFTEN = "step_accounted_often"
+ACCOUNTED_SIGMA = "accounted_sigma"
+ACCOUNTED_RATE = "accounted_sample_rate"
 NOISE_WRONG = "noise_not_as_declared"
 NOISE_REPEATED = "noise_repeated"
 STEP_HOOK = "step_hook"
@@ -255,6 +259,22 @@ _DIAGNOSES = {
         "max_grad_norm, so the noise is not made for what one person contributes",
         "leave clip_and_accumulate() to Opacus; each row has to be clipped by itself, over all "
         "parameters together (or per parameter with clipping='per_layer')",
+    ),
+    NOT_ACCOUNTED: Diagnosis(
+        "the step is missing in the history of the accountant, which reports less than was spent",
+        "keep the accountant's step hook attached, also while other hooks are",
+    ),
+    ACCOUNTED_OFTEN: Diagnosis(
+        "the step stands more than once in the history of the accountant, or took others out",
+        "attach the accountant's step hook once, and leave its history alone",
+    ),
+    ACCOUNTED_SIGMA: Diagnosis(
+        "the accountant was told another noise multiplier than that which the noise was made with",
+        "set optimizer.noise_multiplier between steps only, and let the accountant's hook read it",
+    ),
+    ACCOUNTED_RATE: Diagnosis(
+        "the accountant was told another sample rate than the one with which batches are drawn",
+        "make the accountant's hook with the sample rate of the data loader, as make_private does",
     ),
     NOISE_WRONG: Diagnosis(
         "what was added to the clipped sum is not Gaussian noise with mean 0 and the standard "

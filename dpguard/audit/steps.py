@@ -14,17 +14,19 @@ from dpguard._errors import DPGuardError, PerSampleGradientError, PrivacyViolati
 from dpguard._settings import Mode, Settings
 from dpguard.alignment import Alignment, align
 from dpguard.audit import coverage as structure
+from dpguard.audit.accounting import Accounting
 from dpguard.audit.clip import ClipWatch, judge
 from dpguard.audit.collector import Collector, finite_flags
 from dpguard.audit.mechanism import MeasuredNoise, NoiseWatch
 from dpguard.events import CheckCount, Event, Intervention, Severity, StepAudit, Violation
 from dpguard.ledger import Dead, Ledger
 
-__all__ = ["CLIP", "MECHANISM", "NOISE", "StepAuditor"]
+__all__ = ["ACCOUNTING", "CLIP", "MECHANISM", "NOISE", "StepAuditor"]
 
 CLIP = "clip"
 NOISE = "noise"
-MECHANISM = (CLIP, NOISE)
+ACCOUNTING = "accounting"
+MECHANISM = (CLIP, NOISE, ACCOUNTING)
 """Checks of what the optimizer does with the rows."""
 
 _PRIVACY = frozenset(
@@ -113,6 +115,7 @@ class StepAuditor:
         self._collector = Collector()
         self._clip = ClipWatch()
         self._noise = NoiseWatch()
+        self._accounting = Accounting()
         self._steps: weakref.WeakKeyDictionary[Any, _Logical] = weakref.WeakKeyDictionary()
         self._coverage: dict[str, list[int]] = {}
         self._first_seen: dict[tuple[object, ...], int] = {}
@@ -203,6 +206,7 @@ class StepAuditor:
 
     def before_noise(self, optimizer: Any) -> None:
         """The clipped sum is complete and noise is about to be added."""
+        self._accounting.noised(optimizer)
         if self._logical(optimizer).audited:
             self._noise.before(optimizer)
 
@@ -222,6 +226,28 @@ class StepAuditor:
                 logical.awaited += 1
                 logical.looked.setdefault(NOISE, set()).update(names)
         self._settle_figures(logical)
+
+    def drawn(self, rate: float) -> None:
+        """A batch was drawn by Poisson sampling with this rate."""
+        self._accounting.rates.add(rate)
+
+    def note_accountants(self, optimizer: Any, hook: Any) -> None:
+        """A step is about to be taken; ``hook`` is or was its step hook."""
+        self._accounting.before(optimizer, hook)
+
+    def check_accounting(self, optimizer: Any) -> None:
+        """The step hooks have run: the step has to be in the accountants' histories.
+
+        Raises:
+            PerSampleGradientError: it is not as it should be, and the mode is ``strict``.
+        """
+        logical = self._logical(optimizer)
+        if self._accounting.runs(optimizer):
+            names = [self._ledger.name_of(p) for p in optimizer.params]
+            logical.looked.setdefault(ACCOUNTING, set()).update(names)
+            cause = self._accounting.after(optimizer)
+            if cause is not None:
+                self._refuse(logical, [structure.Failure(ACCOUNTING, cause, tuple(names))])
 
     def after_step(self, optimizer: Any, *, stepped: bool) -> None:
         """Close the logical step, unless the physical batch was only accumulated."""

@@ -216,10 +216,14 @@ class OptimizerPatch:
                 answer = self._part("protocol", self._protocol.answer, instance)
             if answer is None:
                 self._part("protocol", self._protocol.before_step, instance)
+                attached = self._hooks.attached(instance)
+                self._audit(self._auditor.note_accountants, instance, attached)
                 self._part("hooks", self._hooks.before_step, instance)
                 self._audit(self._before, instance)
                 with self._bounds.fixed(instance), watched(instance, self._watches):
                     answer = wrapped(*args, **kwargs)
+                if answer:
+                    self._audit(self._auditor.check_accounting, instance)
                 stepped = True
         finally:
             self._inside.discard(key)
@@ -238,6 +242,7 @@ class OptimizerPatch:
             self._adopt(instance)
         self._forwarding.check(instance)
         self._auditor.before_step(instance)
+        self._auditor.note_accountants(instance, vars(instance).get("step_hook"))
 
     def _part(self, part: str, function: Callable[..., Any], *args: Any) -> Any:
         """Run a part of ours, until it fails by an error of its own."""
