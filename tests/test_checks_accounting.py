@@ -62,7 +62,7 @@ def accounting(guard):
     "options",
     [{}, {"poisson_sampling": False}]
     + ([{"grad_sample_mode": "ghost", "criterion": nn.CrossEntropyLoss()}] if GHOST else []),
-    ids=str,
+    ids=lambda options: " ".join(options) or "plain",
 )
 def test_a_healthy_run(options):
     """Forty epochs raise nothing, and epsilon of what was observed is that of the accountant."""

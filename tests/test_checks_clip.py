@@ -63,7 +63,7 @@ def per_layer(optimizer, *, max_grad_norm, **options):
         {"dtype": torch.float64},
         {"loss_reduction": "sum"},
     ],
-    ids=str,
+    ids=lambda options: " ".join(options) or "plain",
 )
 def test_a_healthy_run(options):
     """A hundred steps raise nothing; the deviation stays well below its bound."""

@@ -81,7 +81,7 @@ def per_layer(optimizer, *, max_grad_norm, **options):
         {"sigma": 50.0},
         {"model": CNN},
     ],
-    ids=str,
+    ids=lambda options: " ".join(options) or "plain",
 )
 def test_a_healthy_run(options):
     """Two hundred steps raise nothing, and the figures say that the noise is as declared."""
