@@ -108,7 +108,8 @@ def examine_clipped(ledger: Ledger, parameters: Sequence[torch.nn.Parameter]) ->
         coverage.names = names
         if strangers:
             found[PRESENT, diagnosis.NOT_HOOKED] = strangers
-    elif not found and all(parameter.grad is None for parameter in parameters):
+    elif not found and any(parameter.grad is None for parameter in parameters):
+        # Opacus cannot take a step without any of them.
         found[PRESENT, diagnosis.NO_BACKWARD] = list(names)
     coverage.failures.extend(
         Failure(check, cause, tuple(who)) for (check, cause), who in found.items()

@@ -127,11 +127,16 @@ class GhostPairing(Pairing):
 
     def on_call(self, record: Record) -> None:
         """Note the calls that use each parameter: with one, nothing needs to be kept."""
+        self._reopen(record)
         for parameter in parameters_of(record.module):
-            self._open.setdefault(id(parameter), weakref.WeakSet()).add(record)
             if not record.uncounted:
                 self._reopened.add(id(parameter))
             self._watch_parameter(parameter)
+
+    def _reopen(self, record: Record) -> None:
+        """The backprop of this call is still to come, or to come again."""
+        for parameter in parameters_of(record.module):
+            self._open.setdefault(id(parameter), weakref.WeakSet()).add(record)
 
     def on_hidden_call(self, module: torch.nn.Module) -> None:
         """Note a call that a reentrant checkpoint may recompute in the backward."""
@@ -184,8 +189,11 @@ class GhostPairing(Pairing):
         finally:
             clipped, self._stage = self._stage is Stage.CLIPPED, Stage.OUTSIDE
             fired = self._fired
-            if self.computes and not done:
-                self._take_back(carried, hooks_enabled=enabled)
+            if not done:
+                for record in fired:
+                    self._reopen(record)
+                if self.computes:
+                    self._take_back(carried, hooks_enabled=enabled)
             self.begin()
         for record in fired:
             record.activations = record.outline = None
