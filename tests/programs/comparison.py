@@ -61,8 +61,6 @@ class Comparison:
         """Ghost clipping: the backwards whose clipped sums wait for a step in ``p.grad``."""
         self.clipped = {}
         """Their sum."""
-        self.waiting = False
-        """Whether there was such a backward, be it one that reached no parameter."""
         self.raw = {}
         """Parameters to which unclipped gradients came, and whether they are there for sure."""
         self.spent = False
@@ -118,7 +116,7 @@ class Comparison:
                 self.clipped[name] = self.clipped.get(name, 0.0) + mine
         if reached:
             self.pairs.append(operation)
-        self.waiting, self.spent = True, False
+        self.spent = False
 
     def overlaps(self, found, expected):
         """Whether a call was open already when an earlier clipped batch was backpropagated."""
@@ -156,7 +154,7 @@ class Comparison:
         if self.design.ghost:
             raw = [self.raw[name] for name in trainable & self.raw.keys()]
             if found.refused:
-                assert raw or not self.waiting, f"{self.at}: {found.refused}"
+                assert raw or not self.pairs, f"{self.at}: {found.refused}"
                 return
             assert not any(raw), f"{self.at} was not refused"
             clipped = {n: self.clipped.get(n, 0.0) for n in trainable}
@@ -194,7 +192,7 @@ class Comparison:
 
     def forget(self):
         """Nothing waits for a step any more."""
-        self.pairs, self.clipped, self.raw, self.waiting = [], {}, {}, False
+        self.pairs, self.clipped, self.raw = [], {}, {}
         if not self.skipped:
             self.summed = {}
 

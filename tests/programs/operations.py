@@ -323,7 +323,7 @@ class Machine:
         self.backward(kind, losses, op, history)
         refused = self.refused.get(self.clock)
         if self.design.ghost:
-            if refused != ACCUMULATES:
+            if not refused:
                 self.spent |= history
             kept = refused or self.raised or kind == "grad"
             shown = "kept" if kept else "unclipped" if kind == "unclipped" else "norms"
@@ -397,8 +397,9 @@ class Machine:
             self.raised = True
         else:
             self.pending = True
-        if handle is not None:
-            handle.remove()
+        finally:
+            if handle is not None:
+                handle.remove()
 
     raises_late = False
     """Whether a backward has two passes, so that an error can come in the second one."""

@@ -73,7 +73,7 @@ class Plain(Machine):
         if refused == ACCUMULATES:
             return  # before anything was computed
         pending = self.pending
-        super().backward(kind, losses, op, history)
+        super().backward("retain" if refused else kind, losses, op, history)
         if refused:
             self.pending = pending
 
