@@ -168,7 +168,8 @@ _DIAGNOSES = {
     ),
     ROWS_NOT_FINITE: Diagnosis(
         "per-sample gradients are not finite",
-        "find the samples that make the loss overflow; one of them makes the whole update NaN",
+        "find the samples that make the loss overflow. Outside of mode observe their rows are made "
+        "zero before they are clipped; in ghost clipping, or unguarded, one makes the update NaN",
     ),
     STEP_HOOK: Diagnosis(
         "a second step hook was attached; Opacus has room for one and would forget the first, "

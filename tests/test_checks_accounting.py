@@ -90,7 +90,9 @@ def test_what_is_right(guard):
     former = training.optimizer.step_hook
     training.optimizer.step_hook = functools.partial(former)
     training.epoch()
-    training.engine.accountant.load_state_dict(training.engine.accountant.state_dict())
+    accountant = training.engine.accountant
+    if hasattr(accountant, "load_state_dict"):  # from Opacus 1.2 on
+        accountant.load_state_dict(accountant.state_dict())
     training.epoch()
     assert causes(guard) == set()
     assert guard.last_step.checks["accounting"].passed == 5

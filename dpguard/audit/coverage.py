@@ -13,7 +13,16 @@ import torch
 from dpguard import diagnosis
 from dpguard.ledger import Clipped, Ledger
 
-__all__ = ["CHECKS", "FINITE", "OF_ROWS", "Coverage", "Failure", "examine", "examine_clipped"]
+__all__ = [
+    "CHECKS",
+    "FINITE",
+    "OF_ROWS",
+    "Coverage",
+    "Failure",
+    "examine",
+    "examine_clipped",
+    "row_tensors",
+]
 
 PRESENT = "coverage.present"
 ROWS = "coverage.rows"
@@ -59,7 +68,7 @@ def examine(ledger: Ledger, parameters: Sequence[torch.nn.Parameter]) -> Coverag
     missing: dict[str, list[str]] = {}
     wrong: dict[tuple[str, str], list[str]] = {}
     for name, parameter in zip(coverage.names, parameters, strict=True):
-        tensors = _row_tensors(parameter)
+        tensors = row_tensors(parameter)
         if not tensors:
             missing.setdefault(_why_missing(ledger, parameter), []).append(name)
             continue
@@ -127,7 +136,8 @@ def _fault(note: Clipped | None, grad: torch.Tensor | None) -> str | None:
     return None
 
 
-def _row_tensors(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
+def row_tensors(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
+    """The rows of ``parameter``, one tensor for each accumulated batch."""
     rows = getattr(parameter, "grad_sample", None)
     if isinstance(rows, torch.Tensor):
         return [rows]

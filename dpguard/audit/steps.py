@@ -16,7 +16,8 @@ from dpguard.alignment import Alignment, align
 from dpguard.audit import coverage as structure
 from dpguard.audit.accounting import Accounting
 from dpguard.audit.clip import ClipWatch, judge
-from dpguard.audit.collector import Collector, finite_flags
+from dpguard.audit.collector import Collector
+from dpguard.audit.finite import blank, finite_flags, flag_rows
 from dpguard.audit.mechanism import MeasuredNoise, NoiseWatch
 from dpguard.events import CheckCount, Event, Intervention, Severity, StepAudit, Violation
 from dpguard.ledger import Dead, Ledger
@@ -154,7 +155,8 @@ class StepAuditor:
         if not repairs and dead:
             failures = [_left_over(failure) for failure in failures]
         self._refuse(logical, failures)
-        self._audit_values(logical, seen)
+        if not repairs or not self._blank_rows(logical, parameters):
+            self._audit_values(logical, seen)
 
     def _before_ghost_step(
         self, logical: _Logical, parameters: Sequence[torch.nn.Parameter]
@@ -394,11 +396,42 @@ class StepAuditor:
             by_device.setdefault(rows.device, []).append((name, rows))
         for named in by_device.values():
             names = [name for name, _ in named]
-            flags = finite_flags([rows for _, rows in named])
-            logical.awaited += 1
-            if not self._collector.collect(flags, self._receiver(logical, names)):
-                logical.awaited -= 1
-                logical.not_run.add(structure.FINITE)
+            self._collect_finite(logical, names, finite_flags([rows for _, rows in named]))
+
+    def _collect_finite(self, logical: _Logical, names: Sequence[str], flags: torch.Tensor) -> None:
+        logical.awaited += 1
+        if not self._collector.collect(flags, self._receiver(logical, names)):
+            logical.awaited -= 1
+            logical.not_run.add(structure.FINITE)
+
+    def _blank_rows(self, logical: _Logical, parameters: Sequence[torch.nn.Parameter]) -> bool:
+        """Say which parameters have rows that are not finite, and make such rows zero.
+
+        Returns:
+            ``False`` if rows of different parameters cannot be matched to people: nothing is done.
+        """
+        pieces = [structure.row_tensors(p) for p in parameters]
+        shapes = {tuple(map(len, mine)) for mine in pieces}
+        if len(shapes) != 1 or not all(
+            rows.is_floating_point() or rows.is_complex() for mine in pieces for rows in mine
+        ):
+            return False
+        flagged = []
+        for batch in zip(*pieces, strict=True):
+            by_device: dict[torch.device, list[int]] = {}
+            for i, rows in enumerate(batch):
+                by_device.setdefault(rows.device, []).append(i)
+            groups = [flag_rows([batch[i] for i in who]) for who in by_device.values()]
+            flagged.append((groups, list(by_device.values())))
+        if logical.audited:
+            for groups, indices in flagged:
+                for group, who in zip(groups, indices, strict=True):
+                    names = [self._ledger.name_of(parameters[i]) for i in who]
+                    self._collect_finite(logical, names, group.flags.all(1))
+            self._settle_figures(logical)
+        for groups, _ in flagged:
+            blank(groups)
+        return True
 
     def _receiver(self, logical: _Logical, names: Sequence[str]) -> Callable[[list[bool]], None]:
         def receive(finite: list[bool]) -> None:
