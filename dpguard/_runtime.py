@@ -27,7 +27,7 @@ from dpguard.events import (
 )
 from dpguard.journal import Journal
 from dpguard.ledger import Ledger
-from dpguard.patches import detach, ghost_gradient, sampling
+from dpguard.patches import detach, ghost_gradient
 from dpguard.patches.attributes import AttributeForwarding
 from dpguard.patches.ghost import GhostPairing
 from dpguard.patches.grad_sample import GradSamplePatch
@@ -134,7 +134,6 @@ class Runtime:
             repairs=self.settings.mode.changes_the_host,
         )
         self.optimizer.install(self._transaction)
-        sampling.install(self._transaction, self.auditor.drawn)
         return skipped
 
     def _ghost_pairing_of(self, hooks: Any) -> GhostPairing | None:

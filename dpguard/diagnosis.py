@@ -37,13 +37,6 @@ UNCLIPPED = "unclipped_backward"
 NOT_CLEARED = "gradients_not_cleared"
 LOSS_SHAPE = "loss_shape"
 LOSSES_OVERLAP = "losses_overlap"
-CLIP_WRONG = "clipped_sum_wrong"
-NOT_ACCOUNTED = "step_not_accounted"
-ACCOUNTED_OFTEN = "step_accounted_often"
-ACCOUNTED_SIGMA = "accounted_sigma"
-ACCOUNTED_RATE = "accounted_sample_rate"
-NOISE_WRONG = "noise_not_as_declared"
-NOISE_REPEATED = "noise_repeated"
 STEP_HOOK = "step_hook"
 STEP_HOOK_REPLACED = "step_hook_replaced"
 LEFT_OVER_SUM = "left_over_sum"
@@ -168,8 +161,7 @@ _DIAGNOSES = {
     ),
     ROWS_NOT_FINITE: Diagnosis(
         "per-sample gradients are not finite",
-        "find the samples that make the loss overflow. Outside of mode observe their rows are made "
-        "zero before they are clipped; in ghost clipping, or unguarded, one makes the update NaN",
+        "find the samples that make the loss overflow; one of them makes the whole update NaN",
     ),
     STEP_HOOK: Diagnosis(
         "a second step hook was attached; Opacus has room for one and would forget the first, "
@@ -254,38 +246,6 @@ _DIAGNOSES = {
         "before; each was clipped by itself, so a person who is in both would count twice",
         "make one loss per sample of both and call backward once, or run the second forward "
         "after the first backward",
-    ),
-    CLIP_WRONG: Diagnosis(
-        "the clipped sum is not the sum of the rows, each scaled to a norm of at most "
-        "max_grad_norm, so the noise is not made for what one person contributes",
-        "leave clip_and_accumulate() to Opacus; each row has to be clipped by itself, over all "
-        "parameters together (or per parameter with clipping='per_layer')",
-    ),
-    NOT_ACCOUNTED: Diagnosis(
-        "the step is missing in the history of the accountant, which reports less than was spent",
-        "keep the accountant's step hook attached, also while other hooks are",
-    ),
-    ACCOUNTED_OFTEN: Diagnosis(
-        "the step stands more than once in the history of the accountant, or took others out",
-        "attach the accountant's step hook once, and leave its history alone",
-    ),
-    ACCOUNTED_SIGMA: Diagnosis(
-        "the accountant was told another noise multiplier than that which the noise was made with",
-        "set optimizer.noise_multiplier between steps only, and let the accountant's hook read it",
-    ),
-    ACCOUNTED_RATE: Diagnosis(
-        "the accountant was told another sample rate than the one with which batches are drawn",
-        "make the accountant's hook with the sample rate of the data loader, as make_private does",
-    ),
-    NOISE_WRONG: Diagnosis(
-        "what was added to the clipped sum is not Gaussian noise with mean 0 and the standard "
-        "deviation noise_multiplier * max_grad_norm that is accounted for",
-        "leave add_noise() to Opacus, and change noise_multiplier and max_grad_norm only through "
-        "the optimizer and between steps",
-    ),
-    NOISE_REPEATED: Diagnosis(
-        "the same noise was added twice, so it cancels from the difference of two updates",
-        "seed the generator once, before the training, and give each optimizer its own",
     ),
     BATCHES_OVERLAP: Diagnosis(
         "some layers were backpropagated across several accumulated batches and others once per "

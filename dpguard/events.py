@@ -198,8 +198,6 @@ class Violation(Event):
         cause: stable code of the cause, see :mod:`dpguard.diagnosis`.
         remedy: what the user can do.
         first_step: logical step in which this was first seen.
-        figure: what was measured, if it is a number.
-        bound: what it should not have exceeded.
     """
 
     event_name: ClassVar[str] = "dpguard.violation"
@@ -211,8 +209,6 @@ class Violation(Event):
     cause: str | None = _marked(DataClass.CODE, "dpguard.cause", default=None)
     remedy: str | None = _marked(DataClass.CODE, "dpguard.remedy", default=None)
     first_step: int | None = _marked(DataClass.DERIVED, "dpguard.first_step", default=None)
-    figure: float | None = _marked(DataClass.DATA_DEPENDENT, "dpguard.figure", default=None)
-    bound: float | None = _marked(DataClass.DATA_DEPENDENT, "dpguard.bound", default=None)
 
     @property
     def site_key(self) -> tuple[object, ...]:
@@ -246,7 +242,6 @@ class StepAudit(Event):
         physical_batches: number of ``step()`` calls that made up the logical step.
         optimizer: class of the optimizer.
         interventions: number of interventions that this step needed.
-        figures: for each check that measures something, the figure and its bound.
     """
 
     event_name: ClassVar[str] = "dpguard.step.audited"
@@ -255,9 +250,6 @@ class StepAudit(Event):
     physical_batches: int = field(default=1, metadata={"data": DataClass.DATA_DEPENDENT})
     optimizer: str = _marked(DataClass.PUBLIC, "dpguard.optimizer", default="")
     interventions: int = _marked(DataClass.CODE, "dpguard.interventions", default=0)
-    figures: Mapping[str, tuple[float, float]] = field(
-        default_factory=dict, metadata={"data": DataClass.DATA_DEPENDENT}
-    )
 
     @property
     def ok(self) -> bool:

@@ -6,15 +6,35 @@ A figure is copied to the host asynchronously and looked at once the copy is kno
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-__all__ = ["Collector"]
+__all__ = ["Collector", "finite_flags"]
 
-Receiver = Callable[[list[Any]], None]
+Receiver = Callable[[list[bool]], None]
 _PENDING_AT_MOST = 256
+
+
+def finite_flags(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """For each tensor whether all its elements are finite, as one bool tensor on their device.
+
+    The norm of a tensor is finite if its elements are, and one reduction over all tensors is
+    far cheaper than ``isfinite`` on each. Norms are taken in at least float32.
+
+    Args:
+        rows: tensors on one device, of any shape.
+
+    Returns:
+        A bool tensor of shape ``(len(rows),)``.
+    """
+    with torch.no_grad():
+        norms = [
+            torch.linalg.vector_norm(r, dtype=torch.promote_types(r.dtype, torch.float32))
+            for r in rows
+        ]
+        return torch.isfinite(torch.stack([norm.to(norms[0].dtype) for norm in norms]))
 
 
 class Collector:

@@ -13,16 +13,7 @@ import torch
 from dpguard import diagnosis
 from dpguard.ledger import Clipped, Ledger
 
-__all__ = [
-    "CHECKS",
-    "FINITE",
-    "OF_ROWS",
-    "Coverage",
-    "Failure",
-    "examine",
-    "examine_clipped",
-    "row_tensors",
-]
+__all__ = ["CHECKS", "FINITE", "OF_ROWS", "Coverage", "Failure", "examine", "examine_clipped"]
 
 PRESENT = "coverage.present"
 ROWS = "coverage.rows"
@@ -42,8 +33,6 @@ class Failure:
     check: str
     cause: str
     parameters: tuple[str, ...]
-    figure: float | None = None
-    bound: float | None = None
 
 
 @dataclass
@@ -68,7 +57,7 @@ def examine(ledger: Ledger, parameters: Sequence[torch.nn.Parameter]) -> Coverag
     missing: dict[str, list[str]] = {}
     wrong: dict[tuple[str, str], list[str]] = {}
     for name, parameter in zip(coverage.names, parameters, strict=True):
-        tensors = row_tensors(parameter)
+        tensors = _row_tensors(parameter)
         if not tensors:
             missing.setdefault(_why_missing(ledger, parameter), []).append(name)
             continue
@@ -136,8 +125,7 @@ def _fault(note: Clipped | None, grad: torch.Tensor | None) -> str | None:
     return None
 
 
-def row_tensors(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
-    """The rows of ``parameter``, one tensor for each accumulated batch."""
+def _row_tensors(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
     rows = getattr(parameter, "grad_sample", None)
     if isinstance(rows, torch.Tensor):
         return [rows]

@@ -14,21 +14,11 @@ from dpguard._errors import DPGuardError, PerSampleGradientError, PrivacyViolati
 from dpguard._settings import Mode, Settings
 from dpguard.alignment import Alignment, align
 from dpguard.audit import coverage as structure
-from dpguard.audit.accounting import Accounting
-from dpguard.audit.clip import ClipWatch, judge
-from dpguard.audit.collector import Collector
-from dpguard.audit.finite import blank, finite_flags, flag_rows
-from dpguard.audit.mechanism import MeasuredNoise, NoiseWatch
+from dpguard.audit.collector import Collector, finite_flags
 from dpguard.events import CheckCount, Event, Intervention, Severity, StepAudit, Violation
 from dpguard.ledger import Dead, Ledger
 
-__all__ = ["ACCOUNTING", "CLIP", "MECHANISM", "NOISE", "StepAuditor"]
-
-CLIP = "clip"
-NOISE = "noise"
-ACCOUNTING = "accounting"
-MECHANISM = (CLIP, NOISE, ACCOUNTING)
-"""Checks of what the optimizer does with the rows."""
+__all__ = ["StepAuditor"]
 
 _PRIVACY = frozenset(
     {
@@ -37,12 +27,9 @@ _PRIVACY = frozenset(
         diagnosis.NOT_CLEARED,
         diagnosis.ROW_COUNT,
         diagnosis.UNCLIPPED,
-        diagnosis.CLIP_WRONG,
-        diagnosis.NOISE_WRONG,
-        diagnosis.NOISE_REPEATED,
     }
 )
-"""Causes with which rows are not those of one person each, or the noise does not hide them."""
+"""Causes with which rows no longer belong to one person each: the guarantee does not hold."""
 
 
 @dataclass
@@ -57,8 +44,6 @@ class _Logical:
     interventions: int = 0
     failed: dict[str, set[str]] = field(default_factory=dict)
     not_run: set[str] = field(default_factory=set)
-    looked: dict[str, set[str]] = field(default_factory=dict)
-    figures: dict[str, tuple[float, float]] = field(default_factory=dict)
     awaited: int = 0
     optimizer: str = ""
 
@@ -80,14 +65,6 @@ class _Logical:
                 failed=failed,
                 not_run=self.parameters if skipped else 0,
             )
-        for check in MECHANISM:
-            looked = self.looked.get(check, set())
-            failed = len(looked & self.failed.get(check, set()))
-            checks[check] = CheckCount(
-                passed=len(looked) - failed,
-                failed=failed,
-                not_run=self.parameters - len(looked),
-            )
         return StepAudit(
             step=self.number,
             body=f"Logical step {self.number} of {self.optimizer} was audited.",
@@ -96,7 +73,6 @@ class _Logical:
             physical_batches=self.physical,
             optimizer=self.optimizer,
             interventions=self.interventions,
-            figures=dict(self.figures),
         )
 
 
@@ -114,9 +90,6 @@ class StepAuditor:
         self._settings = settings
         self._emit = emit
         self._collector = Collector()
-        self._clip = ClipWatch()
-        self._noise = NoiseWatch()
-        self._accounting = Accounting()
         self._steps: weakref.WeakKeyDictionary[Any, _Logical] = weakref.WeakKeyDictionary()
         self._coverage: dict[str, list[int]] = {}
         self._first_seen: dict[tuple[object, ...], int] = {}
@@ -155,8 +128,7 @@ class StepAuditor:
         if not repairs and dead:
             failures = [_left_over(failure) for failure in failures]
         self._refuse(logical, failures)
-        if not repairs or not self._blank_rows(logical, parameters):
-            self._audit_values(logical, seen)
+        self._audit_values(logical, seen)
 
     def _before_ghost_step(
         self, logical: _Logical, parameters: Sequence[torch.nn.Parameter]
@@ -177,79 +149,10 @@ class StepAuditor:
         if not logical.audited:
             return
         self._look_at_values(logical, seen)
-        self._settle_figures(logical)
-
-    def _settle_figures(self, logical: _Logical) -> None:
-        """Refuse the step under way by what has arrived."""
         self._collector.drain()
         if self._overdue is not None:
             self._close_refused(logical)
         self._raise_overdue()
-
-    def before_clip(self, optimizer: Any) -> None:
-        """The rows are about to be clipped."""
-        if self._logical(optimizer).audited:
-            self._clip.before(optimizer)
-
-    def after_clip(self, optimizer: Any) -> None:
-        """Compare the clipped sum with the rows.
-
-        Raises:
-            PrivacyViolation: the figures are at hand and show that it is not theirs.
-        """
-        logical = self._logical(optimizer)
-        figures = self._clip.after(optimizer) if logical.audited else None
-        if figures is not None:
-            names = [self._ledger.name_of(p) for p in figures.parameters]
-            if self._collector.collect(figures.values, self._clip_receiver(logical, names)):
-                logical.awaited += 1
-                logical.looked.setdefault(CLIP, set()).update(names)
-            self._settle_figures(logical)
-
-    def before_noise(self, optimizer: Any) -> None:
-        """The clipped sum is complete and noise is about to be added."""
-        self._accounting.noised(optimizer)
-        if self._logical(optimizer).audited:
-            self._noise.before(optimizer)
-
-    def after_noise(self, optimizer: Any) -> None:
-        """Measure the noise that was added.
-
-        Raises:
-            PrivacyViolation: the figures are at hand and show that it was not as declared.
-        """
-        logical = self._logical(optimizer)
-        if not logical.audited:
-            return
-        for measured in self._noise.after(optimizer):
-            names = [self._ledger.name_of(p) for p in measured.parameters]
-            receive = self._noise_receiver(logical, measured, names)
-            if self._collector.collect(measured.figures.values, receive):
-                logical.awaited += 1
-                logical.looked.setdefault(NOISE, set()).update(names)
-        self._settle_figures(logical)
-
-    def drawn(self, rate: float) -> None:
-        """A batch was drawn by Poisson sampling with this rate."""
-        self._accounting.rates.add(rate)
-
-    def note_accountants(self, optimizer: Any, hook: Any) -> None:
-        """A step is about to be taken; ``hook`` is or was its step hook."""
-        self._accounting.before(optimizer, hook)
-
-    def check_accounting(self, optimizer: Any) -> None:
-        """The step hooks have run: the step has to be in the accountants' histories.
-
-        Raises:
-            PerSampleGradientError: it is not as it should be, and the mode is ``strict``.
-        """
-        logical = self._logical(optimizer)
-        if self._accounting.runs(optimizer):
-            names = [self._ledger.name_of(p) for p in optimizer.params]
-            logical.looked.setdefault(ACCOUNTING, set()).update(names)
-            cause = self._accounting.after(optimizer)
-            if cause is not None:
-                self._refuse(logical, [structure.Failure(ACCOUNTING, cause, tuple(names))])
 
     def after_step(self, optimizer: Any, *, stepped: bool) -> None:
         """Close the logical step, unless the physical batch was only accumulated."""
@@ -384,8 +287,6 @@ class StepAuditor:
             cause=failure.cause,
             remedy=diagnosed.remedy,
             first_step=first,
-            figure=failure.figure,
-            bound=failure.bound,
         )
 
     def _look_at_values(self, logical: _Logical, seen: structure.Coverage) -> None:
@@ -396,42 +297,11 @@ class StepAuditor:
             by_device.setdefault(rows.device, []).append((name, rows))
         for named in by_device.values():
             names = [name for name, _ in named]
-            self._collect_finite(logical, names, finite_flags([rows for _, rows in named]))
-
-    def _collect_finite(self, logical: _Logical, names: Sequence[str], flags: torch.Tensor) -> None:
-        logical.awaited += 1
-        if not self._collector.collect(flags, self._receiver(logical, names)):
-            logical.awaited -= 1
-            logical.not_run.add(structure.FINITE)
-
-    def _blank_rows(self, logical: _Logical, parameters: Sequence[torch.nn.Parameter]) -> bool:
-        """Say which parameters have rows that are not finite, and make such rows zero.
-
-        Returns:
-            ``False`` if rows of different parameters cannot be matched to people: nothing is done.
-        """
-        pieces = [structure.row_tensors(p) for p in parameters]
-        shapes = {tuple(map(len, mine)) for mine in pieces}
-        if len(shapes) != 1 or not all(
-            rows.is_floating_point() or rows.is_complex() for mine in pieces for rows in mine
-        ):
-            return False
-        flagged = []
-        for batch in zip(*pieces, strict=True):
-            by_device: dict[torch.device, list[int]] = {}
-            for i, rows in enumerate(batch):
-                by_device.setdefault(rows.device, []).append(i)
-            groups = [flag_rows([batch[i] for i in who]) for who in by_device.values()]
-            flagged.append((groups, list(by_device.values())))
-        if logical.audited:
-            for groups, indices in flagged:
-                for group, who in zip(groups, indices, strict=True):
-                    names = [self._ledger.name_of(parameters[i]) for i in who]
-                    self._collect_finite(logical, names, group.flags.all(1))
-            self._settle_figures(logical)
-        for groups, _ in flagged:
-            blank(groups)
-        return True
+            flags = finite_flags([rows for _, rows in named])
+            logical.awaited += 1
+            if not self._collector.collect(flags, self._receiver(logical, names)):
+                logical.awaited -= 1
+                logical.not_run.add(structure.FINITE)
 
     def _receiver(self, logical: _Logical, names: Sequence[str]) -> Callable[[list[bool]], None]:
         def receive(finite: list[bool]) -> None:
@@ -443,53 +313,12 @@ class StepAuditor:
 
         return receive
 
-    def _clip_receiver(
-        self, logical: _Logical, names: Sequence[str]
-    ) -> Callable[[list[Any]], None]:
-        def receive(values: list[Any]) -> None:
-            wrong, figure, bound = judge(values)
-            logical.figures[CLIP] = (figure, bound)
-            if wrong:
-                guilty = tuple(names[i] for i in wrong)
-                self._tell(
-                    logical,
-                    structure.Failure(CLIP, diagnosis.CLIP_WRONG, guilty, figure, bound),
-                )
-            logical.awaited -= 1
-            self._finish(logical)
-
-        return receive
-
-    def _noise_receiver(
-        self, logical: _Logical, measured: MeasuredNoise, names: Sequence[str]
-    ) -> Callable[[list[Any]], None]:
-        def receive(values: list[Any]) -> None:
-            verdict = measured.test.take(values, measured.figures)
-            if verdict is not None:
-                logical.figures[NOISE] = (verdict.evidence, verdict.bound)
-                for cause, found in (
-                    (diagnosis.NOISE_WRONG, verdict.wrong),
-                    (diagnosis.NOISE_REPEATED, verdict.repeated),
-                ):
-                    if found:
-                        guilty = tuple(names[i] for i in found)
-                        figures = logical.figures[NOISE]
-                        failure = structure.Failure(NOISE, cause, guilty, *figures)
-                        self._tell(logical, failure)
-            logical.awaited -= 1
-            self._finish(logical)
-
-        return receive
-
-    def _tell(self, logical: _Logical, failure: structure.Failure) -> None:
-        """Say what figures have shown; the step, or the next, is refused if the mode wants it."""
-        logical.fail(failure.check, failure.parameters)
+    def _say_not_finite(self, logical: _Logical, names: tuple[str, ...]) -> None:
+        logical.fail(structure.FINITE, names)
+        failure = structure.Failure(structure.FINITE, diagnosis.ROWS_NOT_FINITE, names)
         violation = self._violation(logical, failure)
         self._emit(violation)
-        self._overdue = self._overdue or self._error_for(violation)
-
-    def _say_not_finite(self, logical: _Logical, names: tuple[str, ...]) -> None:
-        self._tell(logical, structure.Failure(structure.FINITE, diagnosis.ROWS_NOT_FINITE, names))
+        self._overdue = self._error_for(violation)
 
     def _finish(self, logical: _Logical) -> None:
         """Emit the audit once the step is over and all its figures are in."""

@@ -21,7 +21,6 @@ from dpguard.patches.attributes import AttributeForwarding
 from dpguard.patches.bounds import Bounds
 from dpguard.patches.facades import Facades, Family
 from dpguard.patches.foreign_steps import ForeignSteps
-from dpguard.patches.mechanism import Watch, watched
 from dpguard.patches.protocol import Protocol
 from dpguard.patches.step_hooks import StepHooks
 from dpguard.patching import Transaction, living
@@ -57,16 +56,6 @@ class OptimizerPatch:
         self._audits = True
         self._off: set[str] = set()
         self._inside: set[int] = set()
-        self._watches = {
-            "clip_and_accumulate": Watch(
-                lambda instance: self._audit(auditor.before_clip, instance),
-                lambda instance: self._audit(auditor.after_clip, instance),
-            ),
-            "add_noise": Watch(
-                lambda instance: self._audit(auditor.before_noise, instance),
-                lambda instance: self._audit(auditor.after_noise, instance),
-            ),
-        }
         self._instances: weakref.WeakSet[Any] = weakref.WeakSet()
         self._transaction: Transaction | None = None
         self._wrapped: set[tuple[type, str]] = set()
@@ -216,14 +205,10 @@ class OptimizerPatch:
                 answer = self._part("protocol", self._protocol.answer, instance)
             if answer is None:
                 self._part("protocol", self._protocol.before_step, instance)
-                attached = self._hooks.attached(instance)
-                self._audit(self._auditor.note_accountants, instance, attached)
                 self._part("hooks", self._hooks.before_step, instance)
                 self._audit(self._before, instance)
-                with self._bounds.fixed(instance), watched(instance, self._watches):
+                with self._bounds.fixed(instance):
                     answer = wrapped(*args, **kwargs)
-                if answer:
-                    self._audit(self._auditor.check_accounting, instance)
                 stepped = True
         finally:
             self._inside.discard(key)
@@ -242,7 +227,6 @@ class OptimizerPatch:
             self._adopt(instance)
         self._forwarding.check(instance)
         self._auditor.before_step(instance)
-        self._auditor.note_accountants(instance, vars(instance).get("step_hook"))
 
     def _part(self, part: str, function: Callable[..., Any], *args: Any) -> Any:
         """Run a part of ours, until it fails by an error of its own."""

@@ -19,7 +19,6 @@ from dpguard.verdicts import Verdicts
 __all__ = ["HookChain", "StepHooks"]
 
 _ATTACHED = MINE + "step_hook"
-_FORMER = MINE + "former_hook"
 
 
 class HookChain:
@@ -60,13 +59,6 @@ class StepHooks:
     def give_back(self, instance: Any) -> None:
         """The twin of :meth:`adopt`; a chain stays, or the accountant would be gone."""
         vars(instance).pop(_ATTACHED, None)
-        vars(instance).pop(_FORMER, None)
-
-    def attached(self, instance: Any) -> Any:
-        """The hook or chain of hooks that was attached last, and one that ``None`` replaced."""
-        own = getattr(instance, "__dict__", {})
-        found = tuple(own[name] for name in (_FORMER, _ATTACHED) if own.get(name) is not None)
-        return HookChain(found)
 
     def before_step(self, instance: Any) -> None:
         """Say so once if a hook that was attached is gone."""
@@ -87,8 +79,6 @@ class StepHooks:
         real = self._owner(instance)
         current = getattr(real, "step_hook", None)
         added = args[0] if args else kwargs.get("fn")
-        if current is not None and added is None:
-            vars(real)[_FORMER] = current
         if current is None or not callable(added):
             result = wrapped(*args, **kwargs)
         else:
