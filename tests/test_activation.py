@@ -20,7 +20,6 @@ from models import MLP, SimSiam
 from opacus import GradSampleModule
 from opacus.grad_sample import AbstractGradSampleModule, GradSampleHooks
 from opacus.optimizers import DPOptimizer
-from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 from torch.nn import functional as F
 from truth import assert_rows_equal, plain_copy, rows_of
 
@@ -97,8 +96,8 @@ def owners():
     optimizers = subclasses(torch.optim.Optimizer)
     found += [torch.optim.Optimizer, *filter(_compat.wraps_an_optimizer, optimizers)]
     found += _compat.holders_of_optimizers()
-    found += [torch, torch.Tensor, AbstractGradSampleModule, DPTensorFastGradientClipping]
-    found.append(torch.amp.GradScaler)
+    found += [*_compat.ghost_loss_classes(), *_compat.ghost_criterion_classes()]
+    found += [torch, torch.Tensor, torch.amp.GradScaler, AbstractGradSampleModule]
     return [*dict.fromkeys(found)]
 
 
