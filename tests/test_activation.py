@@ -241,7 +241,10 @@ def test_each_class_is_wrapped_once(guard):
     """A class that is reached on two ways is patched once."""
     from opacus.optimizers import SimpleDistributedPerLayerOptimizer
 
-    targets = guard._runtime._transaction.targets
+    # Methods of ghost clipping's losses are wrapped by each part that has to do with them.
+    guarded = ("__init__", "pre_step", "zero_grad")
+    targets = [t for t in guard._runtime._transaction.targets if t.endswith(guarded)]
+    assert len(targets) > 10
     assert sorted(targets) == sorted(set(targets))
     init = vars(SimpleDistributedPerLayerOptimizer)["__init__"]
     assert not hasattr(init.__wrapped__, "__wrapped__")
@@ -594,14 +597,15 @@ def test_reloading_a_submodule(module, cls, keyword):
             f"""
             import importlib, opacus, dpguard, test_activation as t
             dpguard.active().uninstall()
-            before = t.held(t.owners())
+            known = t.owners()
+            before = t.held(known)
             guard = dpguard.install()
             fresh = importlib.reload(sys.modules[{module!r}]).{cls}
             t.Training({keyword}=fresh).step()
             assert guard.status().steps == 1 and guard.last_step.ok
             assert [i.kind for i in guard.interventions] == ["detach"]
             guard.uninstall()
-            assert t.changes(before, t.held(t.owners())) == []
+            assert t.changes(before, t.held(known)) == []
             held = [type(value).__name__ for value in vars(fresh).values()]
             assert "FunctionWrapper" not in held
             t.Training({keyword}=fresh).step_fails_as_in_opacus()
