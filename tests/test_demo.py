@@ -169,6 +169,8 @@ def test_settings_of_the_environment_do_not_spoil_the_demo(tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_ctrl_c_ends_the_demo_cleanly(tmp_path):
     """In the midst of training: one sentence, exit code 130, and a log closed in order."""
+    # A process that inherits an ignored SIGINT, as from a shell's background job, never sees it.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-m", "dpguard", "demo", "--epochs", "10000", "--log", "logs"],
         stdout=subprocess.PIPE,
@@ -182,7 +184,9 @@ def test_ctrl_c_ends_the_demo_cleanly(tmp_path):
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
     finally:
+        signal.signal(signal.SIGINT, inherited)
         process.kill()
+        process.communicate()
     assert (process.returncode, stderr) == (130, "dpguard: interrupted\n")
     assert events(log)[-1]["event_name"] == "dpguard.run.ended"
 
