@@ -520,7 +520,7 @@ class Ledger:
             module = tally.module()
             if module is not None and not any(id(p) in wanted for p in module.parameters()):
                 continue
-            del self.open_calls[key]
+            self.open_calls.pop(key, None)  # other threads settle as well
             training = key[2]
             # Opacus ignores forwards in eval mode, so an unused one needs no intervention.
             if tally.opened > tally.fired and training:
@@ -541,7 +541,7 @@ class Ledger:
         for site, cut in list(self._cuts.items()):
             cut.upstream &= self.open_calls.keys()
             if not cut.upstream:
-                del self._cuts[site]
+                self._cuts.pop(site, None)
         return found
 
     def _dead(self, site: str | None, api: str | None, tallies: list[Tally]) -> Dead:

@@ -400,8 +400,7 @@ class Pairing:
             if id(parameter) not in task.published and task.executes(parameter):
                 self._condemn(parameter, diagnosis.BYPASSED)
         if self.orders:
-            published = [p for p in self._parameters if id(p) in task.published]
-            self.ledger.agree_on_order(published)
+            self.ledger.agree_on_order(self._parameters)
 
 
 def _unreplayable(record: Record) -> str | None:

@@ -199,6 +199,10 @@ FOUND = {
             *_ONCE,
         ),
     ),
+    "unsorted packed sequences in the only layer that is backpropagated": (
+        Design(mode="hooks", layout="sequence", blocks=(("unsorted_gru", "none"),), heads=1),
+        (Input(3), Forward(-1), Input(3), Forward(-1, part="encoder"), Backward((-1, -2)), Take()),
+    ),
     "unsorted packed sequences of two batches are added": (
         Design(mode="functorch", blocks=(("linear", "none"), ("unsorted_gru", "none")), heads=1),
         (
