@@ -558,3 +558,79 @@ def clips_rows(optimizer: Any) -> bool:
 def clips_in_hooks(optimizer: Any) -> bool:
     """Whether this optimizer clips in hooks that hold their bounds since its construction."""
     return any(cls.__name__ == "DistributedPerLayerOptimizer" for cls in type(optimizer).__mro__)
+
+
+# -- Opacus: the mechanism -----------------------------------------------------------------------
+
+_MECHANISM = "opacus.optimizers.optimizer"
+_LEAN_SINCE = (1, 4)
+"""From here on the parts of a step are those that :mod:`dpguard.patches.lean` computes."""
+_CASTS_ROWS_SINCE = (1, 6)
+
+
+def stock_mechanism(*names: str) -> dict[str, Any]:
+    """These methods of Opacus's ``DPOptimizer`` as its source has them, without our wrappers.
+
+    Left out: what is not as in the releases whose numbers dpguard knows how to compute, and what
+    somebody has replaced.
+    """
+    if _release(opacus_version()) < _LEAN_SINCE:
+        return {}
+    found = {}
+    for name in names:
+        method = vars(optimizer_class()).get(name)
+        method = getattr(method, "fget", method)
+        method = inspect.unwrap(method) if callable(method) else None
+        if (
+            getattr(method, "__module__", None) == _MECHANISM
+            and getattr(method, "__qualname__", None) == f"DPOptimizer.{name}"
+        ):
+            found[name] = method
+    return found
+
+
+@functools.lru_cache(maxsize=1)
+def casts_rows() -> bool:
+    """Whether rows are clipped in the precision of their parameter; before 1.6 in their own."""
+    return _release(opacus_version()) >= _CASTS_ROWS_SINCE
+
+
+def check_processed(found: Any) -> None:
+    """Raise Opacus's ``ValueError`` if these rows, or this sum, were used in a step already."""
+    sys.modules[_MECHANISM]._check_processed_flag(found)  # type: ignore[attr-defined]
+
+
+def mark_processed(found: Any) -> None:
+    """Mark rows or a clipped sum as used."""
+    sys.modules[_MECHANISM]._mark_as_processed(found)  # type: ignore[attr-defined]
+
+
+def noise_source() -> tuple[Callable[..., torch.Tensor], bool]:
+    """Opacus's ``_generate_noise``, and whether the tensor it returns is nobody else's."""
+    draw: Any = sys.modules[_MECHANISM]._generate_noise  # type: ignore[attr-defined]
+    own = getattr(draw, "__module__", None) == _MECHANISM
+    return draw, own and getattr(draw, "__qualname__", None) == "_generate_noise"
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Relative error of one rounding in ``dtype``."""
+    return float(_torch().finfo(dtype).eps) / 2
+
+
+def operand_roundoff(dtype: torch.dtype, device: torch.device, *, convolves: bool) -> float:
+    """Relative error by which operands are rounded before they are multiplied, 0 if they are not.
+
+    Products are added up in single precision at least, whatever the operands are.
+    """
+    torch_ = _torch()
+    if dtype is torch_.float64:
+        return 0.0
+    if dtype is not torch_.float32:
+        return unit_roundoff(dtype)
+    precision = torch_.get_float32_matmul_precision()
+    if precision == "medium":
+        return 2.0**-8
+    if device.type != "cuda":
+        return 0.0
+    short = precision == "high" or torch_.backends.cuda.matmul.allow_tf32
+    return 2.0**-11 if short or (convolves and torch_.backends.cudnn.allow_tf32) else 0.0

@@ -15,6 +15,8 @@ from typing import Any
 
 from dpguard import _compat
 from dpguard._settings import Settings
+from dpguard.audit.check import Check
+from dpguard.audit.rows import RowValues
 from dpguard.audit.steps import StepAuditor
 from dpguard.events import (
     Event,
@@ -60,7 +62,8 @@ class Runtime:
         self.ledger = Ledger()
         emit = _weakly(self.emit)
         changes = settings.mode.changes_the_host
-        self.auditor = StepAuditor(self.ledger, settings, emit)
+        report = _weakly(self.report_internal)
+        self.auditor = StepAuditor(self.ledger, settings, emit, self._checks(), report)
         kinds = ((Pairing, _compat.uses_stock_hooks), (GhostPairing, _compat.uses_ghost_hooks))
         self.grad_sample = GradSamplePatch(self.ledger, kinds, computes=changes)
         self._forwarding = AttributeForwarding(emit, settings.mode)
@@ -69,11 +72,15 @@ class Runtime:
             self.auditor,
             self._forwarding,
             Verdicts(emit, settings.mode),
-            _weakly(self.report_internal),
+            report,
         )
         self._transaction = Transaction()
         self._intervened = 0
         self._violated = 0
+
+    def _checks(self) -> list[Check]:
+        """What is looked at in each step besides the coverage, in this order."""
+        return [RowValues(self.ledger)]
 
     # -- activation ----------------------------------------------------------------------------
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dpguard.events import Severity
+
 __all__ = ["Diagnosis", "explain", "listed"]
 
 DETACH = "detach"
@@ -31,6 +33,7 @@ ROW_SHAPE = "row_shape"
 ROW_DTYPE = "row_dtype"
 ROW_DEVICE = "row_device"
 ROWS_NOT_FINITE = "rows_not_finite"
+NOT_CONSERVED = "rows_do_not_add_up"
 BATCHES_OVERLAP = "batches_overlap"
 BATCHES_UNRELATED = "batches_unrelated"
 UNCLIPPED = "unclipped_backward"
@@ -61,10 +64,15 @@ OPACUS_NO_ACCUMULATION = (
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What a cause means and what the user can do."""
+    """What a cause means, what the user can do, and how bad it is.
+
+    ``CRITICAL`` is what makes the guarantee false: rows no longer belong to one person each, are
+    not clipped, or are not noised as accounted.
+    """
 
     statement: str
     remedy: str
+    severity: Severity = Severity.ERROR
 
 
 _DIAGNOSES = {
@@ -146,6 +154,7 @@ _DIAGNOSES = {
         "not belong to the same people",
         "feed every layer inputs whose batch dimension is the number of samples "
         "(batch_first as declared; position ids expanded to the batch)",
+        Severity.CRITICAL,
     ),
     ROW_SHAPE: Diagnosis(
         "per-sample gradients do not have the shape of the parameter",
@@ -162,6 +171,14 @@ _DIAGNOSES = {
     ROWS_NOT_FINITE: Diagnosis(
         "per-sample gradients are not finite",
         "find the samples that make the loss overflow; one of them makes the whole update NaN",
+    ),
+    NOT_CONSERVED: Diagnosis(
+        "the per-sample gradients do not add up to the gradient that autograd computed for the "
+        "batch, so they are wrong, or p.grad was changed by something that has no rows",
+        "penalties on weights, clip_grad_norm_ and hooks on p.grad have no effect with DP-SGD: "
+        "drop them (use weight_decay of the optimizer for a penalty). Otherwise check what is "
+        "special about the layer: a weight that is used outside of its module, an input or keyword "
+        "argument that its grad sampler ignores, padding modes, scale_grad_by_freq",
     ),
     STEP_HOOK: Diagnosis(
         "a second step hook was attached; Opacus has room for one and would forget the first, "
@@ -225,16 +242,19 @@ _DIAGNOSES = {
         "took part in all of them, so it cannot be said whether the rounds saw the same people",
         "run all forwards of a batch before its first backward, or call optimizer.step() and "
         "optimizer.zero_grad() between batches",
+        Severity.CRITICAL,
     ),
     UNCLIPPED: Diagnosis(
         "a backward that ghost clipping did not see added gradients that nobody clipped",
         "call backward() on what the criterion that make_private returned gives you, and on no "
         "other loss between optimizer.zero_grad() and optimizer.step(); use weight_decay of the "
         "optimizer instead of a penalty",
+        Severity.CRITICAL,
     ),
     NOT_CLEARED: Diagnosis(
         "the clipped gradients were already added to this step by an earlier optimizer.step()",
         "call optimizer.zero_grad() and backpropagate a new batch before the next optimizer.step()",
+        Severity.CRITICAL,
     ),
     LOSS_SHAPE: Diagnosis(
         "ghost clipping needs exactly one loss for each sample of the batch",
@@ -252,6 +272,7 @@ _DIAGNOSES = {
         "batch, so rows of different parameters cannot be matched to people",
         "call optimizer.step() and optimizer.zero_grad() between batches, or backpropagate each "
         "batch completely before the next forward",
+        Severity.CRITICAL,
     ),
 }
 

@@ -172,7 +172,9 @@ class Entry:
 class ParameterState:
     """What the ledger knows about one parameter."""
 
-    __slots__ = ("clipped", "condemned", "entries", "epoch", "hooked", "name", "paired", "ref")
+    __slots__ = (
+        "clipped", "condemned", "entries", "epoch", "hooked", "name", "paired", "ref", "summands"
+    )  # fmt: skip
 
     def __init__(self, parameter: torch.Tensor, forget: Callable[[Any], None]) -> None:
         self.ref = weakref.ref(parameter, forget)
@@ -187,6 +189,8 @@ class ParameterState:
         """Cause why the rows of this step are missing or wrong, see :mod:`dpguard.diagnosis`."""
         self.clipped: Clipped | None = None
         """In ghost clipping, what is in ``p.grad``."""
+        self.summands = 1
+        """Of how many products an element of a row is the sum, at most so far."""
 
     def sync(self, parameter: torch.Tensor) -> list[torch.Tensor]:
         """Take over what somebody else did to ``p.grad_sample``; its tensors, one per entry."""
@@ -458,6 +462,11 @@ class Ledger:
         state.add(parameter, rows, opened, now, captured=captured, owned=owned, order=order)
         self.close()
         return state
+
+    def summands_of(self, parameter: torch.Tensor) -> int:
+        """Of how many products an element of a row of ``parameter`` is the sum."""
+        state = self.known(parameter)
+        return state.summands if state is not None else 1
 
     def close(self) -> None:
         """A call was backpropagated: the next forward begins a segment."""

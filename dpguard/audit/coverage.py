@@ -11,9 +11,20 @@ from dataclasses import dataclass, field
 import torch
 
 from dpguard import diagnosis
+from dpguard.audit.check import Failure
 from dpguard.ledger import Clipped, Ledger
 
-__all__ = ["CHECKS", "FINITE", "OF_ROWS", "Coverage", "Failure", "examine", "examine_clipped"]
+__all__ = [
+    "CHECKS",
+    "FINITE",
+    "OF_EACH",
+    "OF_ROWS",
+    "PRESENT",
+    "ROWS",
+    "Coverage",
+    "examine",
+    "examine_clipped",
+]
 
 PRESENT = "coverage.present"
 ROWS = "coverage.rows"
@@ -21,18 +32,11 @@ SHAPE = "coverage.shape"
 DTYPE = "coverage.dtype"
 DEVICE = "coverage.device"
 FINITE = "coverage.finite"
+OF_EACH = (PRESENT, ROWS)
+"""Checks that there are in each mode."""
 OF_ROWS = (SHAPE, DTYPE, DEVICE)
 """Checks of the row tensors, which there are none of in ghost clipping."""
 CHECKS = (PRESENT, ROWS, SHAPE, DTYPE, DEVICE, FINITE)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """One check that failed, for which parameters and why."""
-
-    check: str
-    cause: str
-    parameters: tuple[str, ...]
 
 
 @dataclass
