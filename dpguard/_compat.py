@@ -597,17 +597,17 @@ def casts_rows() -> bool:
 
 def check_processed(found: Any) -> None:
     """Raise Opacus's ``ValueError`` if these rows, or this sum, were used in a step already."""
-    sys.modules[_MECHANISM]._check_processed_flag(found)  # type: ignore[attr-defined]
+    sys.modules[_MECHANISM]._check_processed_flag(found)
 
 
 def mark_processed(found: Any) -> None:
     """Mark rows or a clipped sum as used."""
-    sys.modules[_MECHANISM]._mark_as_processed(found)  # type: ignore[attr-defined]
+    sys.modules[_MECHANISM]._mark_as_processed(found)
 
 
 def noise_source() -> tuple[Callable[..., torch.Tensor], bool]:
     """Opacus's ``_generate_noise``, and whether the tensor it returns is nobody else's."""
-    draw: Any = sys.modules[_MECHANISM]._generate_noise  # type: ignore[attr-defined]
+    draw: Any = sys.modules[_MECHANISM]._generate_noise
     own = getattr(draw, "__module__", None) == _MECHANISM
     return draw, own and getattr(draw, "__qualname__", None) == "_generate_noise"
 

@@ -19,6 +19,7 @@ from dpguard.audit.findings import Findings
 from dpguard.audit.rows import finiteness
 from dpguard.events import CheckCount, Event, Intervention, Severity, StepAudit
 from dpguard.ledger import Dead, Ledger
+from dpguard.patches.lean import Rows
 
 if TYPE_CHECKING:
     from dpguard.patches.lean import Clipping
@@ -94,13 +95,18 @@ class StepAuditor:
         repairs = self._settings.mode.changes_the_host
         alignment = align(self._ledger, parameters, fill=repairs)
         self._say_unused(step, alignment)
-        seen = structure.examine(self._ledger, parameters)
-        step.names = seen.names
+        failures = _failures(alignment)
+        if not failures and Rows.of(parameters) is not None:
+            step.names = tuple([self._ledger.name_of(p) for p in parameters])
+        else:
+            seen = structure.examine(self._ledger, parameters)
+            step.names = seen.names
+            failures += _remaining(seen, alignment)
         step.run(*structure.OF_EACH, *structure.OF_ROWS)
-        failures = [*_failures(alignment), *_remaining(seen, alignment)]
         if not repairs and dead:
             failures = [_left_over(failure) for failure in failures]
-        self._refuse(step, failures)
+        if failures:
+            self._refuse(step, failures)
 
     def _cover_sums(self, step: Step, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Ghost clipping has norms instead of rows, and clipped sums in ``p.grad``."""

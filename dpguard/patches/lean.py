@@ -41,31 +41,34 @@ class Rows:
     def of(cls, parameters: Sequence[torch.nn.Parameter]) -> Rows | None:
         """The rows that the parameters carry, or ``None`` if they are not simply tensors.
 
-        Simply: strided floating-point tensors on one device, as many for each parameter.
+        Simply: strided tensors of floating point numbers on the device of their parameter and in
+        its shape, as many for each parameter and each all on one device.
         """
         pieces: list[list[torch.Tensor]] = []
-        sizes: tuple[int, ...] | None = None
-        device = parameters[0].device if parameters else None
+        sizes: list[int] | None = None
+        device: torch.device | None = None
         for parameter in parameters:
             rows = getattr(parameter, "grad_sample", None)
-            mine = rows if isinstance(rows, list) else [rows]
-            shape, dtype = parameter.shape, mine[0].dtype if mine and mine[0] is not None else None
+            mine: list[Any] = rows if type(rows) is list else [rows]
+            shape = parameter.shape
+            if device is None:
+                device = parameter.device
             for piece in mine:
                 if (
                     type(piece) is not torch.Tensor
                     or piece.shape[1:] != shape
                     or piece.device != device
-                    or piece.dtype is not dtype
-                    or not dtype.is_floating_point
+                    or piece.dtype is not mine[0].dtype
+                    or not piece.is_floating_point()
                 ):
                     return None
-            found = tuple([piece.shape[0] for piece in mine])
+            counts = [piece.shape[0] for piece in mine]
             if sizes is None:
-                sizes = found
-            elif sizes != found:
+                sizes = counts
+            elif sizes != counts:
                 return None
             pieces.append(mine)
-        return None if sizes is None else cls(parameters, pieces, sizes)
+        return cls(parameters, pieces, tuple(sizes)) if sizes else None
 
     @property
     def are_of_one_type(self) -> bool:
@@ -99,8 +102,9 @@ class Clipping:
 
 def flat(piece: torch.Tensor) -> torch.Tensor:
     """Rows of shape ``(B, *p.shape)`` as a matrix ``(B, p.numel())``."""
-    count = piece.shape[0]
-    return piece.reshape(count, piece.numel() // count if count else math.prod(piece.shape[1:]))
+    if piece.dim() == 2:  # noqa: PLR2004
+        return piece
+    return piece.flatten(1) if piece.dim() > 1 else piece.unsqueeze(1)
 
 
 def is_zero(piece: torch.Tensor) -> bool:
@@ -145,7 +149,6 @@ def blank(rows: Rows, totals: torch.Tensor) -> torch.Tensor:
     return totals.masked_fill(broken, 0)
 
 
-@torch.no_grad()
 def clip_and_accumulate(optimizer: Any, rows: Rows, *, blanks: bool, means: bool) -> Clipping:
     """Flat clipping: each person's gradient to ``C``, added up in ``p.summed_grad``.
 
@@ -200,8 +203,10 @@ def _products(
     total = average = None
     shape, dtype = parameter.shape, parameter.dtype
     for piece, weight in zip(pieces, weights, strict=True):
-        # Rows in lower precision are summed in that of the parameter, as Opacus does.
-        matrix, weight = flat(piece).to(dtype), weight.to(dtype)  # noqa: PLW2901
+        matrix = flat(piece)
+        if piece.dtype is not dtype or weight.dtype is not dtype:
+            # Rows in lower precision are summed in that of the parameter, as Opacus does.
+            matrix, weight = matrix.to(dtype), weight.to(dtype)  # noqa: PLW2901
         if not means:
             clipped, plain = weight[0] @ matrix, None
         elif matrix.device.type == "cpu":
@@ -222,17 +227,13 @@ def _products(
 def add_noise(optimizer: Any) -> None:
     """``p.grad`` becomes the clipped sum with noise; the random stream is consumed as by Opacus."""
     std = optimizer.noise_multiplier * optimizer.max_grad_norm
+    generator, secure_mode = optimizer.generator, optimizer.secure_mode
     draw, is_fresh = _compat.noise_source()
     for parameter in optimizer.params:
         total = parameter.summed_grad
         _compat.check_processed(total)
-        noise = draw(
-            std=std,
-            reference=total,
-            generator=optimizer.generator,
-            secure_mode=optimizer.secure_mode,
-        )
-        noised = noise.add_(total) if is_fresh and noise.dtype == total.dtype else total + noise
+        noise = draw(std=std, reference=total, generator=generator, secure_mode=secure_mode)
+        noised = noise.add_(total) if is_fresh and noise.dtype is total.dtype else total + noise
         parameter.grad = noised.view_as(parameter)
         _compat.mark_processed(total)
 

@@ -136,12 +136,17 @@ class Mechanism:
 
     def _add_noise(self, instance: Any, original: Callable[[], Any], *, stock: bool) -> Any:
         self._observer.before_noise(instance)
-        result = lean.add_noise(instance) if stock else original()
+        if stock:
+            lean.add_noise(instance)
+        result = None if stock else original()
         self._observer.after_noise(instance)
         return result
 
     def _scale_grad(self, instance: Any, original: Callable[[], Any], *, stock: bool) -> Any:
-        return lean.scale_grad(instance) if stock else original()
+        if not stock:
+            return original()
+        lean.scale_grad(instance)
+        return None
 
 
 def _is_lean(rows: lean.Rows) -> bool:
