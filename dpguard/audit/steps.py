@@ -19,7 +19,6 @@ from dpguard.audit.findings import Findings
 from dpguard.audit.rows import finiteness
 from dpguard.events import CheckCount, Event, Intervention, Severity, StepAudit
 from dpguard.ledger import Dead, Ledger
-from dpguard.patches.lean import Rows
 
 if TYPE_CHECKING:
     from dpguard.patches.lean import Clipping
@@ -95,13 +94,9 @@ class StepAuditor:
         repairs = self._settings.mode.changes_the_host
         alignment = align(self._ledger, parameters, fill=repairs)
         self._say_unused(step, alignment)
-        failures = _failures(alignment)
-        if not failures and Rows.of(parameters) is not None:
-            step.names = tuple([self._ledger.name_of(p) for p in parameters])
-        else:
-            seen = structure.examine(self._ledger, parameters)
-            step.names = seen.names
-            failures += _remaining(seen, alignment)
+        seen = structure.examine(self._ledger, parameters)
+        step.names = seen.names
+        failures = [*_failures(alignment), *_remaining(seen, alignment)]
         step.run(*structure.OF_EACH, *structure.OF_ROWS)
         if not repairs and dead:
             failures = [_left_over(failure) for failure in failures]
@@ -118,10 +113,10 @@ class StepAuditor:
         unused = [p for p in parameters if p.grad is None]
         if seen.names and unused:
             self._say_unused(step, Alignment(unused=tuple(map(self._ledger.name_of, unused))))
-        if step.audited and seen.rows:
-            names = tuple(name for name, _ in seen.rows)
+        if step.audited and seen.sums:
+            names = tuple(name for name, _ in seen.sums)
             step.run(structure.FINITE)
-            flags = finite_flags([sums for _, sums in seen.rows])
+            flags = finite_flags([total for _, total in seen.sums])
             step.collect((structure.FINITE,), flags, finiteness(names))
 
     def wants_means(self, optimizer: Any) -> bool:
