@@ -70,11 +70,6 @@ class Rows:
             pieces.append(mine)
         return cls(parameters, pieces, tuple(sizes)) if sizes else None
 
-    @property
-    def are_of_one_type(self) -> bool:
-        """Whether all rows have one dtype, as the norm over all parameters wants."""
-        return len({mine[0].dtype for mine in self.pieces}) == 1
-
 
 @dataclass(frozen=True)
 class Clipping:
@@ -154,7 +149,7 @@ def clip_and_accumulate(optimizer: Any, rows: Rows, *, blanks: bool, means: bool
 
     Args:
         optimizer: a DP optimizer that clips as Opacus's ``DPOptimizer`` does.
-        rows: the rows of its parameters, of one dtype.
+        rows: the rows of its parameters.
         blanks: whether rows that are not finite become zero.
         means: whether the audit wants the means of the rows.
     """

@@ -151,8 +151,6 @@ class Mechanism:
 
 def _is_lean(rows: lean.Rows) -> bool:
     """Whether Opacus can clip these rows, and would do so with the same numbers."""
-    if not rows.are_of_one_type:
-        return False
     return _compat.casts_rows() or all(
         mine[0].dtype == p.dtype for p, mine in zip(rows.parameters, rows.pieces, strict=True)
     )
