@@ -595,21 +595,50 @@ def casts_rows() -> bool:
     return _release(opacus_version()) >= _CASTS_ROWS_SINCE
 
 
-def check_processed(found: Any) -> None:
-    """Raise Opacus's ``ValueError`` if these rows, or this sum, were used in a step already."""
-    sys.modules[_MECHANISM]._check_processed_flag(found)
+def processing() -> tuple[Callable[[Any], None], Callable[[Any], None]]:
+    """Opacus's functions about rows and sums that were used in a step.
+
+    Returns:
+        One that raises Opacus's ``ValueError`` if they were, and one that marks them.
+    """
+    module: Any = sys.modules[_MECHANISM]
+    return module._check_processed_flag, module._mark_as_processed
 
 
-def mark_processed(found: Any) -> None:
-    """Mark rows or a clipped sum as used."""
-    sys.modules[_MECHANISM]._mark_as_processed(found)
+def noise_source(*, plain: bool) -> tuple[Callable[..., torch.Tensor], bool]:
+    """Opacus's ``_generate_noise``, and whether the tensor it returns is nobody else's.
 
-
-def noise_source() -> tuple[Callable[..., torch.Tensor], bool]:
-    """Opacus's ``_generate_noise``, and whether the tensor it returns is nobody else's."""
-    draw: Any = sys.modules[_MECHANISM]._generate_noise
+    Args:
+        plain: noise is due, and not in secure mode. Then Opacus's function is a call of
+            ``torch.normal`` and a tensor of zeros for nothing.
+    """
+    module: Any = sys.modules[_MECHANISM]
+    draw = module._generate_noise
     own = getattr(draw, "__module__", None) == _MECHANISM
-    return draw, own and getattr(draw, "__qualname__", None) == "_generate_noise"
+    own = own and getattr(draw, "__qualname__", None) == "_generate_noise"
+    if own and plain and casts_rows():
+        return _normal, True
+    return draw, own
+
+
+def _normal(
+    *, std: Any, reference: torch.Tensor, generator: Any, secure_mode: bool
+) -> torch.Tensor:
+    """What Opacus's ``_generate_noise`` of 1.6 does if it is to draw plain noise."""
+    torch_ = _torch()
+    if type(reference) is not torch_.Tensor:  # a DTensor
+        draw: Any = sys.modules[_MECHANISM]._generate_noise
+        noise: torch.Tensor = draw(std, reference, generator, secure_mode)
+        return noise
+    drawn: torch.Tensor = torch_.normal(
+        mean=0,
+        std=std,
+        size=reference.shape,
+        device=reference.device,
+        generator=generator,
+        dtype=reference.dtype,
+    )
+    return drawn
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

@@ -11,7 +11,7 @@ import torch
 from dpguard.events import CheckCount, StepAudit
 
 if TYPE_CHECKING:
-    from dpguard.patches.lean import Clipping
+    from dpguard.patches.lean import Clipping, Rows
 
 __all__ = ["Check", "Failure", "Failures", "Step"]
 
@@ -53,6 +53,7 @@ class Step:
         optimizer: class of the optimizer.
         parameters: its trainable parameters, in the physical batch at hand.
         names: their qualified names.
+        rows: their rows, if they are as they should be; none in ghost clipping.
         physical: number of physical batches so far, this one included.
         ran: for each check that was run, on how many parameters (or other things) it was.
         failed: for each check that failed, on which.
@@ -63,6 +64,7 @@ class Step:
     optimizer: str
     parameters: Sequence[torch.nn.Parameter] = ()
     names: tuple[str, ...] = ()
+    rows: Rows | None = None
     physical: int = 0
     interventions: int = 0
     ran: dict[str, int] = field(default_factory=dict)

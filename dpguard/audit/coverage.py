@@ -46,11 +46,13 @@ class Coverage:
 
     Attributes:
         names: the trainable parameters of the optimizer.
+        rows: the rows, if they are as they should be.
         sums: in ghost clipping the clipped sums, with the parameter's name.
         failures: the structural checks that failed.
     """
 
     names: tuple[str, ...]
+    rows: Rows | None = None
     sums: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
 
@@ -58,7 +60,8 @@ class Coverage:
 def examine(ledger: Ledger, parameters: Sequence[torch.nn.Parameter]) -> Coverage:
     """Look at the metadata of all rows of one optimizer."""
     coverage = Coverage(tuple(map(ledger.name_of, parameters)))
-    if Rows.of(parameters) is not None:
+    coverage.rows = Rows.of(parameters)
+    if coverage.rows is not None:
         return coverage  # nearly always: everything is as it should be
     counts: dict[str, tuple[int, ...]] = {}
     missing: dict[str, list[str]] = {}

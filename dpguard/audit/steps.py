@@ -21,7 +21,7 @@ from dpguard.events import CheckCount, Event, Intervention, Severity, StepAudit
 from dpguard.ledger import Dead, Ledger
 
 if TYPE_CHECKING:
-    from dpguard.patches.lean import Clipping
+    from dpguard.patches.lean import Clipping, Rows
 
 __all__ = ["StepAuditor"]
 
@@ -95,7 +95,7 @@ class StepAuditor:
         alignment = align(self._ledger, parameters, fill=repairs)
         self._say_unused(step, alignment)
         seen = structure.examine(self._ledger, parameters)
-        step.names = seen.names
+        step.names, step.rows = seen.names, seen.rows
         failures = [*_failures(alignment), *_remaining(seen, alignment)]
         step.run(*structure.OF_EACH, *structure.OF_ROWS)
         if not repairs and dead:
@@ -119,6 +119,10 @@ class StepAuditor:
             flags = finite_flags([total for _, total in seen.sums])
             step.collect((structure.FINITE,), flags, finiteness(names))
 
+    def rows_of(self, optimizer: Any) -> Rows | None:
+        """The rows of the physical batch at hand, if nothing is wrong with them."""
+        return self._current(optimizer).rows
+
     def wants_means(self, optimizer: Any) -> bool:
         """Whether the means of the rows are wanted along with the clipped sums."""
         return self._current(optimizer).audited
@@ -129,6 +133,7 @@ class StepAuditor:
 
     def after_clip(self, optimizer: Any, clipping: Clipping | None) -> None:
         """Rows were clipped and added to ``p.summed_grad``."""
+        self._current(optimizer).rows = None  # they would live until the next step
         self._run("after_clip", optimizer, clipping)
 
     def before_noise(self, optimizer: Any) -> None:

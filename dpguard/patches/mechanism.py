@@ -25,6 +25,9 @@ _READ = ("params", "grad_samples", "_get_flat_grad_sample")
 class Observer(Protocol):
     """What is told of each step."""
 
+    def rows_of(self, optimizer: Any) -> lean.Rows | None:
+        """The rows that were found when the step began, if they were as they should be."""
+
     def wants_means(self, optimizer: Any) -> bool:
         """Whether the means of the rows are wanted along with the clipped sums."""
 
@@ -123,7 +126,7 @@ class Mechanism:
     def _clip_and_accumulate(
         self, instance: Any, original: Callable[[], Any], *, stock: bool
     ) -> Any:
-        rows = lean.Rows.of(instance.params) if stock else None
+        rows = self._rows(instance) if stock else None
         if rows is None or not _is_lean(rows):
             self._observer.before_clip(instance)
             result = original()
@@ -133,6 +136,12 @@ class Mechanism:
         clipping = lean.clip_and_accumulate(instance, rows, blanks=True, means=means)
         self._observer.after_clip(instance, clipping)
         return None
+
+    def _rows(self, instance: Any) -> lean.Rows | None:
+        known, parameters = self._observer.rows_of(instance), instance.params
+        if known is not None and known.are_current(parameters):
+            return known
+        return lean.Rows.of(parameters)
 
     def _add_noise(self, instance: Any, original: Callable[[], Any], *, stock: bool) -> Any:
         self._observer.before_noise(instance)

@@ -267,6 +267,9 @@ class _Guarded:
     def __init__(self, patch: OptimizerPatch) -> None:
         self._patch = patch
 
+    def rows_of(self, optimizer: Any) -> Any:
+        return self._patch._auditor.rows_of(optimizer) if self._patch._audits else None
+
     def wants_means(self, optimizer: Any) -> bool:
         return self._patch._audits and self._patch._auditor.wants_means(optimizer)
 
