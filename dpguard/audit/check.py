@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -96,19 +96,20 @@ class Step:
             raise RuntimeError("figures of a step that is not under way")
         self.send(self, checks, figures, receive)
 
-    def audit(self, checks: Iterable[str]) -> StepAudit:
-        """The event that says how all ``checks`` went."""
+    def audit(self, checks: Mapping[str, CheckCount]) -> StepAudit:
+        """The event that says how all ``checks`` went, as they were counted."""
         return StepAudit(
             step=self.number,
             body=f"Logical step {self.number} of {self.optimizer} was audited.",
-            checks={check: self._count(check) for check in checks},
+            checks=checks,
             parameters=len(self.parameters),
             physical_batches=self.physical,
             optimizer=self.optimizer,
             interventions=self.interventions,
         )
 
-    def _count(self, check: str) -> CheckCount:
+    def count(self, check: str) -> CheckCount:
+        """How many passed a check, failed it or were not looked at."""
         ran = self.ran.get(check)
         if ran is None:
             return CheckCount(not_run=len(self.parameters))

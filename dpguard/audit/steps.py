@@ -61,6 +61,7 @@ class StepAuditor:
         self._steps: weakref.WeakKeyDictionary[Any, Step] = weakref.WeakKeyDictionary()
         self._coverage: dict[str, list[int]] = {}
         self._overdue: DPGuardError | None = None
+        self._went: tuple[tuple[Any, ...], dict[str, CheckCount]] | None = None
         self.steps = 0
         """Number of logical steps that were taken, over all optimizers."""
         self.last_step: StepAudit | None = None
@@ -293,8 +294,7 @@ class StepAuditor:
     def _close_refused(self, step: Step) -> None:
         """The audit of a step that is refused: it will have no end of its own."""
         self._cover(step)
-        self.last_step = step.audit(self._names)
-        self._emit(self.last_step)
+        self._end(step)
 
     def _refuse(self, step: Step, failures: Sequence[Failure]) -> None:
         error = self._findings.say(step, failures)
@@ -305,8 +305,15 @@ class StepAuditor:
     def _finish(self, step: Step) -> None:
         """Emit the audit once the step is over and all its figures are in."""
         if step.awaited == 0:
-            self.last_step = step.audit(self._names)
-            self._emit(self.last_step)
+            self._end(step)
+
+    def _end(self, step: Step) -> None:
+        """Tell how the step went; most go as the one before did."""
+        went = (step.ran, step.failed, len(step.parameters))
+        if self._went is None or self._went[0] != went:
+            self._went = went, {check: step.count(check) for check in self._names}
+        self.last_step = step.audit(self._went[1])
+        self._emit(self.last_step)
 
     def _cover(self, step: Step) -> None:
         missing = step.failed.get(structure.PRESENT, ())
