@@ -641,6 +641,13 @@ def _normal(
     return drawn
 
 
+def at_least_single(dtype: torch.dtype) -> torch.dtype:
+    """The precision in which sums of ``dtype`` are accumulated."""
+    torch_ = _torch()
+    wide: torch.dtype = torch_.promote_types(dtype, torch_.float32)
+    return wide
+
+
 def unit_roundoff(dtype: torch.dtype) -> float:
     """Relative error of one rounding in ``dtype``."""
     return float(_torch().finfo(dtype).eps) / 2

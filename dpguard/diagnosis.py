@@ -34,6 +34,7 @@ ROW_DTYPE = "row_dtype"
 ROW_DEVICE = "row_device"
 ROWS_NOT_FINITE = "rows_not_finite"
 NOT_CONSERVED = "rows_do_not_add_up"
+NORMS_INCOMPLETE = "norms_miss_a_part"
 BATCHES_OVERLAP = "batches_overlap"
 BATCHES_UNRELATED = "batches_unrelated"
 UNCLIPPED = "unclipped_backward"
@@ -179,6 +180,14 @@ _DIAGNOSES = {
         "drop them (use weight_decay of the optimizer for a penalty). Otherwise check what is "
         "special about the layer: a weight that is used outside of its module, an input or keyword "
         "argument that its grad sampler ignores, padding modes, scale_grad_by_freq",
+    ),
+    NORMS_INCOMPLETE: Diagnosis(
+        "the calls of which ghost clipping knows the norms do not add up to the gradient of the "
+        "batch, so a part of it is not clipped",
+        "use grad_sample_mode='hooks' for this model, or find what goes round the layer: a weight "
+        "that is used outside of its module, Embedding(padding_idx, scale_grad_by_freq), hooks on "
+        "the gradient",
+        Severity.CRITICAL,
     ),
     STEP_HOOK: Diagnosis(
         "a second step hook was attached; Opacus has room for one and would forget the first, "

@@ -19,6 +19,7 @@ boundary, and the segments in between are merged.
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -317,6 +318,7 @@ class Dead:
 
 _autograd = _compat.autograd()
 _TASKS_KEPT = 64
+_PASSES_KEPT = 16
 
 
 class GraphTask:
@@ -362,6 +364,7 @@ class Ledger:
         self._tasks: dict[int, GraphTask] = {}
         self._parameters: dict[int, ParameterState] = {}
         self._cuts: dict[str, _Cut] = {}
+        self._passes: deque[Any] = deque(maxlen=_PASSES_KEPT)
 
     # -- forward ---------------------------------------------------------------------------
 
@@ -462,6 +465,21 @@ class Ledger:
         state.add(parameter, rows, opened, now, captured=captured, owned=owned, order=order)
         self.close()
         return state
+
+    def is_running(self, owner: object) -> bool:
+        """Whether a backward in which a call of this model was met is under way."""
+        return any(id(owner) in task.owners for task in list(self._tasks.values()))
+
+    def note_pass(self, sketched: Any) -> None:
+        """Keep what a first backward of ghost clipping has found until the step looks at it."""
+        if sketched is not None:
+            self._passes.append(sketched)
+
+    def take_passes(self) -> list[Any]:
+        """What first backwards have found since the last step."""
+        found = list(self._passes)
+        self._passes.clear()
+        return found
 
     def summands_of(self, parameter: torch.Tensor) -> int:
         """Of how many products an element of a row of ``parameter`` is the sum."""

@@ -127,6 +127,10 @@ class Check:
     names: tuple[str, ...] = ()
     """Names of the checks that it makes, as in ``dpguard.check.<name>``."""
 
+    def begin(self, step: Step, optimizer: Any) -> Failures:
+        """A physical batch has come, and its rows or clipped sums are there; in every mode."""
+        return ()
+
     def before_clip(self, step: Step, optimizer: Any) -> Failures:
         """Rows are complete; ``p.grad`` still is what autograd made it."""
         return ()

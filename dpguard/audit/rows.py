@@ -107,7 +107,7 @@ def _factors(
 ) -> tuple[float, float]:
     """What ``S`` and the norm of all parameters are multiplied by."""
     device = parameter.device
-    wide = torch.promote_types(parameter.dtype, torch.float32)
+    wide = _compat.at_least_single(parameter.dtype)
     plain = LAMBDA * math.sqrt(max(1, summands)) * _compat.unit_roundoff(wide)
     low = max(
         _compat.operand_roundoff(parameter.dtype, device, convolves=parameter.dim() > 2),  # noqa: PLR2004

@@ -25,7 +25,15 @@ if TYPE_CHECKING:
 
 __all__ = ["StepAuditor"]
 
-_HOOKS = ("before_clip", "after_clip", "before_noise", "after_noise", "before_update", "forget")
+_HOOKS = (
+    "begin",
+    "before_clip",
+    "after_clip",
+    "before_noise",
+    "after_noise",
+    "before_update",
+    "forget",
+)
 
 
 class StepAuditor:
@@ -88,6 +96,7 @@ class StepAuditor:
             self._cover_rows(step, parameters, dead)
         else:
             self._cover_sums(step, parameters)
+        self._run("begin", optimizer)
 
     def _cover_rows(
         self, step: Step, parameters: Sequence[torch.nn.Parameter], dead: Sequence[Dead]
