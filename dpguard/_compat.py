@@ -10,7 +10,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from types import FrameType
@@ -126,6 +126,7 @@ _ENGINE_FUNCTIONS = (
 )
 
 
+@functools.lru_cache(maxsize=1)
 def _torch() -> Any:
     return importlib.import_module("torch")
 
@@ -148,14 +149,14 @@ class Autograd:
     Attributes:
         graph_task_id: number of the backward that runs in this thread, or -1.
         keeps_graph: whether the running backward was asked to retain its graph.
-        role_of: what the running backward does with a leaf tensor: 0 nothing, 1 accumulate
-            into it, 2 return its gradient (``torch.autograd.grad``).
+        roles_of: what the running backward does with leaf tensors, for each: 0 nothing,
+            1 accumulate into it, 2 return its gradient (``torch.autograd.grad``).
         on_backward_end: have a function called when the running backward has done all its work.
     """
 
     graph_task_id: Callable[[], int]
     keeps_graph: Callable[[], bool]
-    role_of: Callable[[torch.Tensor], int]
+    roles_of: Callable[[Iterable[torch.Tensor]], list[int]]
     on_backward_end: Callable[[Callable[[], None]], None]
 
 
@@ -164,23 +165,27 @@ def autograd() -> Autograd:
     """The engine of the torch that is imported; call only if :func:`unsupported` is ``None``."""
     torch = _torch()
     graph_task_id, will_execute, keeps_graph = map(_engine_function, _ENGINE_FUNCTIONS)
-    enable_grad = torch.enable_grad
 
     def role_of(leaf: Any) -> int:
         if not leaf.requires_grad:
             return 0
-        with enable_grad():
-            node = leaf.view_as(leaf).grad_fn.next_functions[0][0]
+        node = leaf.view_as(leaf).grad_fn.next_functions[0][0]
         try:
             return int(will_execute(node))
         except RuntimeError:
             # torch refuses the question for a leaf whose gradient autograd.grad() will return.
             return 2
 
+    def roles_of(leaves: Iterable[Any]) -> list[int]:
+        # Asked anew in each backward: a node that is kept would keep its leaf alive, and be the
+        # wrong one once the leaf is moved.
+        with torch.enable_grad():
+            return [role_of(leaf) for leaf in leaves]
+
     return Autograd(
         graph_task_id=graph_task_id,
         keeps_graph=keeps_graph,
-        role_of=role_of,
+        roles_of=roles_of,
         on_backward_end=torch.autograd.Variable._execution_engine.queue_callback,
     )
 
@@ -191,9 +196,11 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 def eager(function: _F) -> _F:
     """Have dynamo neither trace nor compile ``function``; as with Opacus's hooks the graph breaks.
 
-    ``torch._dynamo`` is not imported for it: its own decorator is applied once it is there.
+    ``torch._dynamo`` is not imported for it: its own decorator is applied once it is there, and
+    passed by as long as nothing is compiled in this thread.
     """
     disabled: Callable[..., Any] | None = None
+    evaluator = getattr(_torch()._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -204,7 +211,7 @@ def eager(function: _F) -> _F:
                 return function(*args, **kwargs)
             disabled = dynamo.disable(function)  # type: ignore[union-attr]
             importlib.import_module("torch._dynamo.eval_frame").skip_code(call.__code__)  # type: ignore[attr-defined]
-        return disabled(*args, **kwargs)
+        return (function if evaluator() is None else disabled)(*args, **kwargs)
 
     call._torchdynamo_disable = True  # type: ignore[attr-defined]
     return cast("_F", call)
@@ -333,9 +340,14 @@ def batch_dimension(module: torch.nn.Module, *, batch_first: bool) -> int:
     """
     if is_rnn_linear(module):
         return 0
-    if type(module) is _sequence_bias():
+    if has_own_batch_dimension(module):
         return 0 if module.batch_first else 1
     return 0 if batch_first else 1
+
+
+def has_own_batch_dimension(module: torch.nn.Module) -> bool:
+    """Whether layers of this class each say where their batch is."""
+    return type(module) is _sequence_bias()
 
 
 @functools.lru_cache(maxsize=1)
@@ -391,9 +403,15 @@ def on_module_registration(hook: Callable[..., None]) -> Callable[[], None]:
     return remove
 
 
+def registered_sampler(hooks: Any, cls: type) -> Callable[..., Any] | None:
+    """The grad sampler registered for a class of layers; functorch replays those without."""
+    found: Callable[..., Any] | None = hooks.GRAD_SAMPLERS.get(cls)
+    return None if hooks.__dict__.get("force_functorch") else found
+
+
 def has_grad_sampler(hooks: Any, module: torch.nn.Module) -> bool:
-    """Whether ``module`` has a registered grad sampler; functorch replays the others."""
-    return type(module) in hooks.GRAD_SAMPLERS and not getattr(hooks, "force_functorch", False)
+    """Whether ``module`` has a registered grad sampler."""
+    return registered_sampler(hooks, type(module)) is not None
 
 
 def grad_sampler(hooks: Any, module: torch.nn.Module) -> Callable[..., Any]:
@@ -401,19 +419,18 @@ def grad_sampler(hooks: Any, module: torch.nn.Module) -> Callable[..., Any]:
 
     Its signature is ``sampler(module, activations, backprops) -> {parameter: rows}``.
     """
-    sampler = _registered_sampler(hooks, module)
+    sampler = _sampler(hooks, module)
     if _samplers_take_lists():
         return sampler
     return lambda layer, activations, backprops: sampler(layer, activations[0], backprops)
 
 
-def _registered_sampler(hooks: Any, module: torch.nn.Module) -> Callable[..., Any]:
-    sampler: Callable[..., Any]
-    if has_grad_sampler(hooks, module):
-        sampler = hooks.GRAD_SAMPLERS[type(module)]
-    else:
-        sampler = _grad_sample_module().ft_compute_per_sample_gradient
-    return sampler
+def _sampler(hooks: Any, module: torch.nn.Module) -> Callable[..., Any]:
+    registered = registered_sampler(hooks, type(module))
+    if registered is not None:
+        return registered
+    replayer: Callable[..., Any] = _grad_sample_module().ft_compute_per_sample_gradient
+    return replayer
 
 
 def rows_are_fresh(hooks: Any, module: torch.nn.Module) -> bool:
@@ -421,7 +438,7 @@ def rows_are_fresh(hooks: Any, module: torch.nn.Module) -> bool:
 
     True of Opacus's own samplers, unless they return what they were given.
     """
-    return _registered_sampler(hooks, module).__module__.startswith("opacus.")
+    return _sampler(hooks, module).__module__.startswith("opacus.")
 
 
 @functools.lru_cache(maxsize=1)

@@ -37,6 +37,8 @@ __all__ = [
     "Ledger",
     "ParameterState",
     "Tally",
+    "owned_rows",
+    "parameters_of",
     "sum_of_rows",
 ]
 
@@ -58,6 +60,20 @@ class Tally:
         self.name = name
         self.opened = 0
         self.fired = 0
+
+
+def parameters_of(module: torch.nn.Module) -> Iterable[torch.nn.Parameter]:
+    """The module's parameters; a lean ``module.parameters()`` for modules without children."""
+    if module._modules:
+        return module.parameters()
+    return [p for p in module._parameters.values() if p is not None]
+
+
+def owned_rows(rows: torch.Tensor, lenders: Iterable[torch.Tensor]) -> torch.Tensor:
+    """``rows``, or a copy if they lie in the memory of one of ``lenders``, or on each other."""
+    memory = rows.untyped_storage().data_ptr()
+    lent = any(lender.untyped_storage().data_ptr() == memory for lender in lenders)
+    return rows.clone() if lent or 0 in rows.stride() else rows
 
 
 def sum_of_rows(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -194,8 +210,13 @@ class ParameterState:
         tensors: list[torch.Tensor] = [] if current is None else [current]
         if isinstance(current, list):
             tensors = list(current)
-        if [id(entry.rows) for entry in self.entries] != [id(tensor) for tensor in tensors]:
-            self.entries = self._replaced(tensors)
+        if len(tensors) == len(self.entries):
+            for entry, rows in zip(self.entries, tensors, strict=True):
+                if entry.rows is not rows:
+                    break
+            else:
+                return tensors
+        self.entries = self._replaced(tensors)
         return tensors
 
     def _replaced(self, tensors: list[torch.Tensor]) -> list[Entry]:
@@ -221,9 +242,9 @@ class ParameterState:
         opened: int,
         now: int,
         *,
-        captured: bool = False,
-        owned: bool = False,
-        order: torch.Tensor | None = None,
+        captured: bool,
+        lenders: Iterable[torch.Tensor],
+        order: torch.Tensor | None,
     ) -> None:
         """Add the rows of a call opened in segment ``opened``, now being segment ``now``.
 
@@ -236,30 +257,32 @@ class ParameterState:
             opened: segment in which the forward call was made.
             now: segment that is current.
             captured: the backward returns the gradient and leaves ``p.grad`` alone.
-            owned: nobody else holds ``rows``; others are copied before they are kept.
+            lenders: tensors of somebody else in whose memory the rows may lie; rows that do
+                are copied before they are kept.
             order: where in ``rows`` each sample is, of shape ``(B,)``, if not in its own place.
         """
         tensors = self.sync(parameter)
-        if captured and any(not entry.captured for entry in self.entries):
+        found = [entry.captured for entry in self.entries]
+        if captured and False in found:
             return
-        if not captured and any(entry.captured for entry in self.entries):
+        if not captured and True in found:
             tensors = [t for t, e in zip(tensors, self.entries, strict=True) if not e.captured]
             self.entries = [entry for entry in self.entries if not entry.captured]
         opened = max(opened, self.epoch)
         spanned = [i for i, entry in enumerate(self.entries) if entry.last >= opened]
         if not spanned:
-            rows = rows if owned else rows.clone()
+            rows = owned_rows(rows, lenders)
             entry = Entry(rows, opened, now, owned=True)
             entry.captured = captured
             entry.order = order
             self.entries.append(entry)
             tensors.append(rows)
         else:
-            if any(self.entries[i].order is not order for i in spanned):
+            if [i for i in spanned if self.entries[i].order is not order]:
                 for i in spanned:
                     tensors[i] = self.entries[i].in_order(tensors[i])
                 rows = rows if order is None else rows.index_select(0, order)
-            tensors = self._merge(tensors, spanned, rows, opened, now)
+            self._merge(tensors, spanned, rows, opened, now)
         self.publish(parameter, tensors)
 
     def put_in_order(self, parameter: torch.Tensor) -> None:
@@ -276,19 +299,20 @@ class ParameterState:
         rows: torch.Tensor,
         opened: int,
         now: int,
-    ) -> list[torch.Tensor]:
-        """All entries that the call was open across are one group."""
-        entry, total = self.entries[spanned[0]], tensors[spanned[0]]
-        for i in spanned[1:]:
+    ) -> None:
+        """All entries that the call was open across are one group; changes ``tensors``."""
+        kept, gone = spanned[0], spanned[1:]
+        entry, total = self.entries[kept], tensors[kept]
+        last = self.entries[spanned[-1]].last
+        for i in gone:
             total = entry.added(total, tensors[i])
-        total = entry.added(total, rows)
-        entry.first = min(entry.first, opened)
-        entry.last = max(self.entries[spanned[-1]].last, now)
-        gone = set(spanned[1:])
-        self.entries = [e for i, e in enumerate(self.entries) if i not in gone]
-        kept = [t for i, t in enumerate(tensors) if i not in gone]
-        kept[spanned[0]] = total
-        return kept
+        tensors[kept] = entry.added(total, rows)
+        if opened < entry.first:
+            entry.first = opened
+        entry.last = now if now > last else last
+        if gone:
+            self.entries = [e for i, e in enumerate(self.entries) if i not in gone]
+            tensors[:] = [t for i, t in enumerate(tensors) if i not in gone]
 
 
 @dataclass
@@ -328,6 +352,11 @@ class GraphTask:
         """Identities of the models of which a call was met in this backward."""
         self._roles: dict[int, int] = {}
 
+    def ask(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Find out about many parameters at once, which is cheaper than one by one."""
+        asked = list(parameters)
+        self._roles.update(zip(map(id, asked), _autograd.roles_of(asked), strict=True))
+
     def executes(self, parameter: torch.Tensor) -> bool:
         """Whether this backward accumulates into ``parameter`` or returns its gradient."""
         return self._role(parameter) > 0
@@ -340,7 +369,8 @@ class GraphTask:
         key = id(parameter)
         found = self._roles.get(key)
         if found is None:
-            found = self._roles[key] = _autograd.role_of(parameter)
+            (found,) = _autograd.roles_of([parameter])
+            self._roles[key] = found
         return found
 
 
@@ -449,14 +479,14 @@ class Ledger:
         opened: int,
         *,
         captured: bool,
-        owned: bool,
+        lenders: Iterable[torch.Tensor],
         order: torch.Tensor | None,
     ) -> ParameterState:
-        """Publish rows of shape ``(B, *p.shape)`` that belong to a call of segment ``opened``."""
+        """Publish rows of a call that was opened in segment ``opened``, see ``ParameterState``."""
         state = self.state(parameter)
         now = self.segment
-        state.add(parameter, rows, opened, now, captured=captured, owned=owned, order=order)
-        self.close()
+        state.add(parameter, rows, opened, now, captured=captured, lenders=lenders, order=order)
+        self._closed = True
         return state
 
     def close(self) -> None:
@@ -518,7 +548,7 @@ class Ledger:
         dead: dict[CallKey, Tally] = {}
         for key, tally in list(self.open_calls.items()):
             module = tally.module()
-            if module is not None and not any(id(p) in wanted for p in module.parameters()):
+            if module is not None and wanted.isdisjoint(map(id, parameters_of(module))):
                 continue
             self.open_calls.pop(key, None)  # other threads settle as well
             training = key[2]
@@ -549,7 +579,7 @@ class Ledger:
             self.name_of(parameter)
             for tally in tallies
             if (module := tally.module()) is not None
-            for parameter in module.parameters()
+            for parameter in parameters_of(module)
             if parameter.requires_grad
         ]
         return Dead(

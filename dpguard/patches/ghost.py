@@ -22,10 +22,10 @@ import torch
 from dpguard import _compat, diagnosis
 from dpguard._declare import declares_one_batch
 from dpguard._errors import DPGuardError, PerSampleGradientError, PrivacyViolation
-from dpguard.ledger import Clipped, GraphTask, sum_of_rows
+from dpguard.ledger import Clipped, GraphTask, parameters_of, sum_of_rows
 from dpguard.patches.ghost_gradient import Carried
 from dpguard.patches.pairing import Pairing
-from dpguard.patches.records import Record, parameters_of
+from dpguard.patches.records import Record
 
 __all__ = ["GhostPairing"]
 
