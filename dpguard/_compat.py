@@ -36,13 +36,13 @@ __all__ = [
     "ghost_optimizer_class",
     "grad_sampler",
     "has_grad_sampler",
-    "inside_transform",
     "norm_sampler",
     "on_module_registration",
     "optimizer_class",
     "replay_preparer",
     "rows_are_fresh",
     "stock_hooks_class",
+    "transform_test",
     "unsupported",
     "uses_ghost_hooks",
     "uses_stock_hooks",
@@ -217,12 +217,17 @@ def eager(function: _F) -> _F:
     return cast("_F", call)
 
 
-def inside_transform() -> bool:
-    """Whether torch is compiling, exporting or inside a functorch transform."""
+@functools.lru_cache(maxsize=1)
+def transform_test() -> Callable[[], bool]:
+    """The test whether torch is compiling, exporting or inside a functorch transform."""
     torch = _torch()
-    if torch.compiler.is_compiling():
-        return True
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    is_compiling = torch.compiler.is_compiling
+    innermost = torch._C._functorch.peek_interpreter_stack
+
+    def inside_transform() -> bool:
+        return is_compiling() or innermost() is not None
+
+    return inside_transform
 
 
 # -- Opacus: where things are --------------------------------------------------------------------
@@ -403,15 +408,9 @@ def on_module_registration(hook: Callable[..., None]) -> Callable[[], None]:
     return remove
 
 
-def registered_sampler(hooks: Any, cls: type) -> Callable[..., Any] | None:
-    """The grad sampler registered for a class of layers; functorch replays those without."""
-    found: Callable[..., Any] | None = hooks.GRAD_SAMPLERS.get(cls)
-    return None if hooks.__dict__.get("force_functorch") else found
-
-
 def has_grad_sampler(hooks: Any, module: torch.nn.Module) -> bool:
-    """Whether ``module`` has a registered grad sampler."""
-    return registered_sampler(hooks, type(module)) is not None
+    """Whether ``module`` has a registered grad sampler; functorch replays the others."""
+    return type(module) in hooks.GRAD_SAMPLERS and not hooks.__dict__.get("force_functorch")
 
 
 def grad_sampler(hooks: Any, module: torch.nn.Module) -> Callable[..., Any]:
@@ -426,11 +425,12 @@ def grad_sampler(hooks: Any, module: torch.nn.Module) -> Callable[..., Any]:
 
 
 def _sampler(hooks: Any, module: torch.nn.Module) -> Callable[..., Any]:
-    registered = registered_sampler(hooks, type(module))
-    if registered is not None:
-        return registered
-    replayer: Callable[..., Any] = _grad_sample_module().ft_compute_per_sample_gradient
-    return replayer
+    found: Callable[..., Any]
+    if has_grad_sampler(hooks, module):
+        found = hooks.GRAD_SAMPLERS[type(module)]
+    else:
+        found = _grad_sample_module().ft_compute_per_sample_gradient
+    return found
 
 
 def rows_are_fresh(hooks: Any, module: torch.nn.Module) -> bool:

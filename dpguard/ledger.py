@@ -18,10 +18,11 @@ boundary, and the segments in between are merged.
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
@@ -44,6 +45,8 @@ __all__ = [
 
 UNKNOWN = -1
 """Segment of rows that are not from here."""
+
+_P = TypeVar("_P", bound=torch.Tensor)
 
 CallKey: TypeAlias = "tuple[int, str | None, bool]"
 """Identity of a module, line that called it, and whether it was in training mode."""
@@ -69,10 +72,13 @@ def parameters_of(module: torch.nn.Module) -> Iterable[torch.nn.Parameter]:
     return [p for p in module._parameters.values() if p is not None]
 
 
-def owned_rows(rows: torch.Tensor, lenders: Iterable[torch.Tensor]) -> torch.Tensor:
-    """``rows``, or a copy if they lie in the memory of one of ``lenders``, or on each other."""
+def owned_rows(rows: torch.Tensor, lenders: Iterable[Any]) -> torch.Tensor:
+    """``rows``, or a copy if they overlap each other or share memory with one of ``lenders``."""
     memory = rows.untyped_storage().data_ptr()
-    lent = any(lender.untyped_storage().data_ptr() == memory for lender in lenders)
+    lent = any(
+        isinstance(lender, torch.Tensor) and lender.untyped_storage().data_ptr() == memory
+        for lender in lenders
+    )
     return rows.clone() if lent or 0 in rows.stride() else rows
 
 
@@ -142,14 +148,12 @@ class Clipped:
 class Entry:
     """One group of people: which segments it spans, and (weakly) its rows."""
 
-    __slots__ = ("_rows", "captured", "first", "last", "order", "owned")
+    __slots__ = ("_rows", "first", "last", "order", "owned")
 
     def __init__(self, rows: torch.Tensor, first: int, last: int, *, owned: bool = False) -> None:
         self._rows = weakref.ref(rows)
         self.first = first
         self.last = last
-        self.captured = False
-        """Whether the rows come from a backward that left ``p.grad`` alone."""
         self.order: torch.Tensor | None = None
         """Where in the rows each sample is, if they are not in the order of the batch."""
         self.owned = owned
@@ -159,6 +163,11 @@ class Entry:
     def rows(self) -> torch.Tensor | None:
         """The rows, of shape ``(B, *p.shape)``, as long as ``p.grad_sample`` keeps them alive."""
         return self._rows()
+
+    def spans(self, first: int, last: int) -> None:
+        """A call of these people was open from segment ``first`` to ``last``."""
+        self.first = min(self.first, first)
+        self.last = max(self.last, last)
 
     def added(self, mine: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """``mine`` with ``rows`` added to its first rows, as Opacus adds calls of one layer."""
@@ -188,7 +197,17 @@ class Entry:
 class ParameterState:
     """What the ledger knows about one parameter."""
 
-    __slots__ = ("clipped", "condemned", "entries", "epoch", "hooked", "name", "paired", "ref")
+    __slots__ = (
+        "captured",
+        "clipped",
+        "condemned",
+        "entries",
+        "epoch",
+        "hooked",
+        "name",
+        "paired",
+        "ref",
+    )
 
     def __init__(self, parameter: torch.Tensor, forget: Callable[[Any], None]) -> None:
         self.ref = weakref.ref(parameter, forget)
@@ -198,6 +217,8 @@ class ParameterState:
         self.paired = False
         """Whether its rows are computed here."""
         self.entries: list[Entry] = []
+        self.captured = False
+        """Whether they come from backwards that left ``p.grad`` alone."""
         self.epoch = 0
         self.condemned: str | None = None
         """Cause why the rows of this step are missing or wrong, see :mod:`dpguard.diagnosis`."""
@@ -207,16 +228,13 @@ class ParameterState:
     def sync(self, parameter: torch.Tensor) -> list[torch.Tensor]:
         """Take over what somebody else did to ``p.grad_sample``; its tensors, one per entry."""
         current: Any = getattr(parameter, "grad_sample", None)
-        tensors: list[torch.Tensor] = [] if current is None else [current]
         if isinstance(current, list):
             tensors = list(current)
-        if len(tensors) == len(self.entries):
-            for entry, rows in zip(self.entries, tensors, strict=True):
-                if entry.rows is not rows:
-                    break
-            else:
-                return tensors
-        self.entries = self._replaced(tensors)
+        else:
+            tensors = [] if current is None else [current]
+        known = [entry._rows() for entry in self.entries]
+        if len(known) != len(tensors) or not all(map(operator.is_, known, tensors)):
+            self.entries, self.captured = self._replaced(tensors), False
         return tensors
 
     def _replaced(self, tensors: list[torch.Tensor]) -> list[Entry]:
@@ -243,7 +261,7 @@ class ParameterState:
         now: int,
         *,
         captured: bool,
-        lenders: Iterable[torch.Tensor],
+        lenders: Iterable[Any],
         order: torch.Tensor | None,
     ) -> None:
         """Add the rows of a call opened in segment ``opened``, now being segment ``now``.
@@ -257,33 +275,49 @@ class ParameterState:
             opened: segment in which the forward call was made.
             now: segment that is current.
             captured: the backward returns the gradient and leaves ``p.grad`` alone.
-            lenders: tensors of somebody else in whose memory the rows may lie; rows that do
-                are copied before they are kept.
+            lenders: what somebody else holds; rows that lie in the memory of a tensor of it are
+                copied before they are kept.
             order: where in ``rows`` each sample is, of shape ``(B,)``, if not in its own place.
         """
         tensors = self.sync(parameter)
-        found = [entry.captured for entry in self.entries]
-        if captured and False in found:
-            return
-        if not captured and True in found:
-            tensors = [t for t, e in zip(tensors, self.entries, strict=True) if not e.captured]
-            self.entries = [entry for entry in self.entries if not entry.captured]
+        if captured is not self.captured:
+            if captured and tensors:
+                return
+            self.entries, tensors, self.captured = [], [], captured
         opened = max(opened, self.epoch)
         spanned = [i for i, entry in enumerate(self.entries) if entry.last >= opened]
         if not spanned:
             rows = owned_rows(rows, lenders)
             entry = Entry(rows, opened, now, owned=True)
-            entry.captured = captured
             entry.order = order
             self.entries.append(entry)
             tensors.append(rows)
         else:
-            if [i for i in spanned if self.entries[i].order is not order]:
-                for i in spanned:
-                    tensors[i] = self.entries[i].in_order(tensors[i])
-                rows = rows if order is None else rows.index_select(0, order)
-            self._merge(tensors, spanned, rows, opened, now)
+            if len(spanned) > 1:
+                self._join(tensors, spanned)
+            self._add_to(spanned[0], tensors, rows, order)
+            self.entries[spanned[0]].spans(opened, now)
         self.publish(parameter, tensors)
+
+    def _add_to(
+        self, i: int, tensors: list[torch.Tensor], rows: torch.Tensor, order: torch.Tensor | None
+    ) -> None:
+        """More rows of the people of one entry; changes ``tensors``."""
+        entry = self.entries[i]
+        if entry.order is not order:
+            tensors[i] = entry.in_order(tensors[i])
+            rows = rows if order is None else rows.index_select(0, order)
+        tensors[i] = entry.added(tensors[i], rows)
+
+    def _join(self, tensors: list[torch.Tensor], spanned: list[int]) -> None:
+        """All entries that a call was open across are one group; changes ``tensors``."""
+        kept, *gone = spanned
+        for i in gone:
+            other = self.entries[i]
+            self._add_to(kept, tensors, tensors[i], other.order)
+            self.entries[kept].spans(other.first, other.last)
+        self.entries = [entry for i, entry in enumerate(self.entries) if i not in gone]
+        tensors[:] = [rows for i, rows in enumerate(tensors) if i not in gone]
 
     def put_in_order(self, parameter: torch.Tensor) -> None:
         """Bring all rows of ``parameter`` into the order of their batch."""
@@ -291,28 +325,6 @@ class ParameterState:
         if any(entry.order is not None for entry in self.entries):
             pairs = zip(self.entries, tensors, strict=True)
             self.publish(parameter, [entry.in_order(rows) for entry, rows in pairs])
-
-    def _merge(
-        self,
-        tensors: list[torch.Tensor],
-        spanned: list[int],
-        rows: torch.Tensor,
-        opened: int,
-        now: int,
-    ) -> None:
-        """All entries that the call was open across are one group; changes ``tensors``."""
-        kept, gone = spanned[0], spanned[1:]
-        entry, total = self.entries[kept], tensors[kept]
-        last = self.entries[spanned[-1]].last
-        for i in gone:
-            total = entry.added(total, tensors[i])
-        tensors[kept] = entry.added(total, rows)
-        if opened < entry.first:
-            entry.first = opened
-        entry.last = now if now > last else last
-        if gone:
-            self.entries = [e for i, e in enumerate(self.entries) if i not in gone]
-            tensors[:] = [t for i, t in enumerate(tensors) if i not in gone]
 
 
 @dataclass
@@ -352,26 +364,22 @@ class GraphTask:
         """Identities of the models of which a call was met in this backward."""
         self._roles: dict[int, int] = {}
 
-    def ask(self, parameters: Iterable[torch.Tensor]) -> None:
+    def ask(self, parameters: Sequence[torch.Tensor]) -> None:
         """Find out about many parameters at once, which is cheaper than one by one."""
-        asked = list(parameters)
-        self._roles.update(zip(map(id, asked), _autograd.roles_of(asked), strict=True))
+        roles = _autograd.roles_of(parameters)
+        self._roles.update(zip(map(id, parameters), roles, strict=True))
 
-    def executes(self, parameter: torch.Tensor) -> bool:
-        """Whether this backward accumulates into ``parameter`` or returns its gradient."""
-        return self._role(parameter) > 0
+    def reached(self, parameters: Sequence[_P]) -> list[_P]:
+        """Those into which this backward accumulates, or whose gradients it returns."""
+        roles = self._roles
+        unknown = [p for p in parameters if id(p) not in roles]
+        if unknown:
+            self.ask(unknown)
+        return [p for p in parameters if roles[id(p)]]
 
     def captures(self, parameter: torch.Tensor) -> bool:
-        """Whether this backward only returns the gradient, leaving ``p.grad`` alone."""
-        return self._role(parameter) > 1
-
-    def _role(self, parameter: torch.Tensor) -> int:
-        key = id(parameter)
-        found = self._roles.get(key)
-        if found is None:
-            (found,) = _autograd.roles_of([parameter])
-            self._roles[key] = found
-        return found
+        """Whether a parameter that is reached has its gradient returned, ``p.grad`` left alone."""
+        return self._roles[id(parameter)] > 1
 
 
 class Ledger:
@@ -401,20 +409,21 @@ class Ledger:
             self.segment += 1
             self._closed = False
 
-    def open(self, module: torch.nn.Module, name: str, site: str | None) -> Tally:
-        """Note a call of ``module`` and return the tally it belongs to."""
+    def open(self, module: torch.nn.Module, name: str, site: str | None) -> tuple[Tally, bool]:
+        """Note a call of ``module``.
+
+        Returns:
+            The tally it belongs to, and whether it is counted there as one that should be
+            backpropagated: recomputations are not.
+        """
         key = (id(module), site, module.training)
         tally = self.open_calls.get(key)
         if tally is None or tally.module() is not module:
             tally = self.open_calls[key] = Tally(key, module, name)
-        return tally
-
-    def count_open(self, tally: Tally) -> bool:
-        """Count a call as one that should be backpropagated; recomputations do not count."""
-        if _autograd.graph_task_id() != -1:
-            return False
-        tally.opened += 1
-        return True
+        counted = _autograd.graph_task_id() == -1
+        if counted:
+            tally.opened += 1
+        return tally, counted
 
     # -- backward --------------------------------------------------------------------------
 
@@ -471,23 +480,6 @@ class Ledger:
     def name_of(self, parameter: torch.Tensor) -> str:
         """Qualified name of ``parameter`` in its model, or its shape if it has none."""
         return self.state(parameter).name
-
-    def add_rows(
-        self,
-        parameter: torch.Tensor,
-        rows: torch.Tensor,
-        opened: int,
-        *,
-        captured: bool,
-        lenders: Iterable[torch.Tensor],
-        order: torch.Tensor | None,
-    ) -> ParameterState:
-        """Publish rows of a call that was opened in segment ``opened``, see ``ParameterState``."""
-        state = self.state(parameter)
-        now = self.segment
-        state.add(parameter, rows, opened, now, captured=captured, lenders=lenders, order=order)
-        self._closed = True
-        return state
 
     def close(self) -> None:
         """A call was backpropagated: the next forward begins a segment."""

@@ -331,9 +331,7 @@ class GhostPairing(Pairing):
             super()._on_backward_end(task)
             return
         self.ledger.end_task(task)
-        for parameter in self._parameters:
-            if id(parameter) not in task.published and task.executes(parameter):
-                self._condemn(parameter, diagnosis.BYPASSED)
+        self._condemn_bypassed(task)
 
     def _condemn(self, parameter: torch.Tensor, cause: str) -> None:
         self._condemned.setdefault(cause, []).append(self.ledger.name_of(parameter))

@@ -17,16 +17,26 @@ class LayerKind:
     """What is the same for all layers of one class in one hooked model.
 
     Attributes:
-        registered: the grad sampler that Opacus has for the class; ``None`` if functorch replays.
+        registered: what Opacus has registered for the class; another is another kind.
+        is_replayed: functorch computes the rows, for want of a registered sampler.
         sampler: computes the rows, ``sampler(module, activations, backprops)``.
         is_fresh: the sampler keeps no reference to the rows that it returns.
         is_cell_layer: a layer of one of Opacus's recurrent cells.
     """
 
-    __slots__ = ("_batch_first", "_dimension", "is_cell_layer", "is_fresh", "registered", "sampler")
+    __slots__ = (
+        "_batch_first",
+        "_dimension",
+        "is_cell_layer",
+        "is_fresh",
+        "is_replayed",
+        "registered",
+        "sampler",
+    )
 
     def __init__(self, hooks: Any, module: torch.nn.Module, *, batch_first: bool) -> None:
-        self.registered = _compat.registered_sampler(hooks, type(module))
+        self.registered: Callable[..., Any] | None = hooks.GRAD_SAMPLERS.get(type(module))
+        self.is_replayed = not _compat.has_grad_sampler(hooks, module)
         self.sampler: Callable[..., Any] = _compat.grad_sampler(hooks, module)
         self.is_fresh = _compat.rows_are_fresh(hooks, module)
         self.is_cell_layer = _compat.is_rnn_linear(module)
@@ -35,11 +45,7 @@ class LayerKind:
         if not _compat.has_own_batch_dimension(module):
             self._dimension = _compat.batch_dimension(module, batch_first=batch_first)
 
-    def is_current(self, hooks: Any, cls: type) -> bool:
-        """Whether nobody has registered another sampler since."""
-        return _compat.registered_sampler(hooks, cls) is self.registered
-
-    def batch_size(self, module: torch.nn.Module, activations: list[Any]) -> int:
+    def batch_size(self, module: torch.nn.Module, activations: list[Any], dimension: int) -> int:
         """Number of rows of a call: that of a packed sequence, or of its last input.
 
         The last input, as Opacus: for ``EmbeddingBag`` that is ``offsets``, one per sample.
@@ -47,7 +53,6 @@ class LayerKind:
         packed = module.__dict__.get("max_batch_len") if self.is_cell_layer else None
         if packed is not None:
             return int(packed)
-        dimension = self.batch_dimension(module)
         for activation in reversed(activations):
             if isinstance(activation, torch.Tensor) and activation.dim() > dimension:
                 return int(activation.shape[dimension])

@@ -17,7 +17,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from dpguard import _compat, diagnosis
-from dpguard.ledger import GraphTask, Ledger, owned_rows, parameters_of
+from dpguard.ledger import GraphTask, Ledger, owned_rows
 from dpguard.patches.layers import LayerKind, Roster
 from dpguard.patches.records import ForwardHook, Record
 from dpguard.patches.replay import replay
@@ -248,7 +248,7 @@ class Pairing:
         """What is the same for all layers of the class of ``module``."""
         cls = type(module)
         kind = self._kinds.get(cls)
-        if kind is None or not kind.is_current(self.hooks, cls):
+        if kind is None or kind.registered is not self.hooks.GRAD_SAMPLERS.get(cls):
             kind = LayerKind(self.hooks, module, batch_first=self.batch_first)
             self._kinds[cls] = kind
         return kind
@@ -257,15 +257,15 @@ class Pairing:
 
     def on_backprops(self, record: Record, backprops: torch.Tensor) -> None:
         """Compute and publish the rows of one call."""
-        task = self._enter()
+        task = self.ledger.task()
+        if id(self) not in task.owners:
+            self._enter(task)
         if torch.is_grad_enabled():
             self.condemn(record, diagnosis.DOUBLE_BACKWARD)
             with torch.no_grad():
                 self.on_backprops(record, backprops)
             return
-        wanted = [
-            p for p in parameters_of(record.module) if id(p) in record.trained and task.executes(p)
-        ]
+        wanted = task.reached(record.trained)
         if not wanted:
             return
         if record.uncounted:
@@ -284,14 +284,12 @@ class Pairing:
         if not task.keeps_graph:
             record.activations = record.outline = None
 
-    def _enter(self) -> GraphTask:
-        task = self.ledger.task()
-        if id(self) not in task.owners:
-            task.owners.add(id(self))
-            self._learn_parameters()
-            task.ask(self._parameters)
-            _autograd.on_backward_end(lambda: self._on_backward_end(task))
-        return task
+    def _enter(self, task: GraphTask) -> None:
+        """The first call of this model is met in a backward."""
+        task.owners.add(id(self))
+        self._learn_parameters()
+        task.ask(self._parameters)
+        _autograd.on_backward_end(lambda: self._on_backward_end(task))
 
     def _arranged(
         self, record: Record, activations: list[Any], backprops: torch.Tensor
@@ -304,7 +302,7 @@ class Pairing:
                 f"loss_reduction = {self.loss_reduction}. "
                 "Only 'sum' and 'mean' losses are supported"
             )
-        dimension = record.kind.batch_dimension(record.module)
+        dimension = record.dimension
         if dimension:
             activations = [
                 a.movedim(dimension, 0) if isinstance(a, torch.Tensor) else a for a in activations
@@ -332,13 +330,13 @@ class Pairing:
         record: Record,
         arranged: tuple[list[Any], torch.Tensor],
         wanted: list[torch.nn.Parameter],
-    ) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, list[torch.Tensor]]]:
+    ) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, list[Any]]]:
         """Opacus's own computation, for the parameters that are wanted.
 
         Yields:
-            A parameter, its rows, and the tensors whose memory they may share: a sampler may
-            return what it was given (a bias: the backprops), one tensor for two, or what it
-            keeps. Opacus copies every result.
+            A parameter, its rows, and what they may share memory with: a sampler may return
+            what it was given (a bias: the backprops), one tensor for two, or what it keeps.
+            Opacus copies every result.
         """
         module, batch, kind = record.module, record.batch, record.kind
         if not batch:
@@ -351,7 +349,7 @@ class Pairing:
             found = replay(kind.sampler, module, outlined, arranged, batch_first=first)
         else:
             found = kind.sampler(module, activations, backprops)
-        lenders = [t for t in (*activations, backprops) if isinstance(t, torch.Tensor)]
+        lenders = [*activations, backprops]
         names = {id(p) for p in wanted}
         for parameter, rows in found.items():
             if id(parameter) not in names:
@@ -370,24 +368,20 @@ class Pairing:
         wanted: list[torch.nn.Parameter],
     ) -> None:
         """Publish the rows of one call."""
+        ledger, opened, order = self.ledger, record.segment, record.order
         for parameter, rows, lenders in self._sampled(record, arranged, wanted):
-            state = self.ledger.add_rows(
-                parameter,
-                rows,
-                record.segment,
-                captured=task.captures(parameter),
-                lenders=lenders,
-                order=record.order,
-            )
+            state, captured = ledger.state(parameter), task.captures(parameter)
+            now = ledger.segment
+            state.add(parameter, rows, opened, now, captured=captured, lenders=lenders, order=order)
+            ledger.close()
             task.published.add(id(parameter))
             if len(state.entries) > 1 and not _compat.allows_accumulation(self.hooks):
                 raise ValueError(diagnosis.OPACUS_NO_ACCUMULATION)
 
     def condemn(self, record: Record, cause: str) -> None:
         """The rows of this call's parameters cannot be right: the step must be refused."""
-        for parameter in parameters_of(record.module):
-            if id(parameter) in record.trained:
-                self._condemn(parameter, cause)
+        for parameter in record.trained:
+            self._condemn(parameter, cause)
 
     def _condemn(self, parameter: torch.Tensor, cause: str) -> None:
         state = self.ledger.state(parameter)
@@ -396,11 +390,14 @@ class Pairing:
     def _on_backward_end(self, task: GraphTask) -> None:
         """Notice parameters that this backward gave a gradient but no rows."""
         self.ledger.end_task(task)
-        for parameter in self._parameters:
-            if id(parameter) not in task.published and task.executes(parameter):
-                self._condemn(parameter, diagnosis.BYPASSED)
+        self._condemn_bypassed(task)
         if self.orders:
             self.ledger.agree_on_order(self._parameters)
+
+    def _condemn_bypassed(self, task: GraphTask) -> None:
+        for parameter in task.reached(self._parameters):
+            if id(parameter) not in task.published:
+                self._condemn(parameter, diagnosis.BYPASSED)
 
 
 def _unreplayable(record: Record) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["ForwardHook", "Record"]
 
 _detach = torch._C.TensorBase.detach
+_inside_transform = _compat.transform_test()
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
 
@@ -39,6 +40,7 @@ class Record:
         "__weakref__",
         "activations",
         "batch",
+        "dimension",
         "hook",
         "index",
         "kind",
@@ -56,36 +58,38 @@ class Record:
         self,
         hook: ForwardHook,
         module: torch.nn.Module,
-        inputs: Any,
         index: int,
+        trained: list[torch.nn.Parameter],
         tally: Tally,
-        trained: set[int],
         *,
+        counted: bool,
         structured: bool,
     ) -> None:
-        pairing = hook.pairing
         self.hook = hook
         self.module = module
         self.index = index
-        self.tally = tally
         self.trained = trained
         """Parameters through which this call's graph leads; freezing later changes nothing."""
-        self.segment = pairing.ledger.segment
-        self.uncounted = pairing.ledger.count_open(tally)
+        self.tally = tally
+        self.uncounted = counted
         """Whether the tally still waits for the first backprop of this call."""
-        self.activations: list[Any] | None = None
-        self.batch = 0
-        self.order = pairing.orders.get(id(module))
-        self.outline: torch.nn.Module | None = None
-        """For functorch to replay, if the module has no registered grad sampler."""
+        self.segment = hook.pairing.ledger.segment
         self.structured = structured
         """Whether the call returned something else than one tensor."""
-        if hook.computes:
-            self.kind = pairing.kind_of(module)
-            if self.kind.registered is None:
-                self.outline = outline(module)
-            self.activations = [_detach(a) if isinstance(a, torch.Tensor) else a for a in inputs]
-            self.batch = self.kind.batch_size(module, self.activations)
+        self.activations: list[Any] | None = None
+        self.outline: torch.nn.Module | None = None
+        """For functorch to replay, if the module has no registered grad sampler."""
+
+    def keep(self, inputs: Iterable[Any]) -> None:
+        """Keep what it takes to compute rows from the backprop of this call."""
+        module, pairing = self.module, self.hook.pairing
+        self.activations = [_detach(a) if isinstance(a, torch.Tensor) else a for a in inputs]
+        self.kind = kind = pairing.kind_of(module)
+        if kind.is_replayed:
+            self.outline = outline(module)
+        self.order = pairing.orders.get(id(module))
+        self.dimension = kind.batch_dimension(module)
+        self.batch = kind.batch_size(module, self.activations, self.dimension)
 
     def __call__(self, grad_outputs: tuple[torch.Tensor | None, ...]) -> None:
         """The backprop of this call has arrived."""
@@ -131,8 +135,8 @@ class ForwardHook:
             What takes the place of the output, if it has to be replaced.
         """
         pairing = self.pairing
-        trained = {id(p) for p in parameters_of(module) if p.requires_grad}
-        if (self.late and not trained) or _compat.inside_transform():
+        trained = [p for p in parameters_of(module) if p.requires_grad]
+        if (self.late and not trained) or _inside_transform():
             return None
         pairing.ledger.boundary()
         if not pairing.hooks.hooks_enabled:
@@ -144,37 +148,43 @@ class ForwardHook:
         if not outputs or not trained:
             return None
         structured = outputs[0] is not output
+        if not self.computes:
+            self._record(module, outputs, trained, structured=structured)
+            return None
         inputs = _in_order(module, args, kwargs) if kwargs else args
         replaced = None
-        if self.computes and not structured and output._is_view():
+        if not structured and output._is_view():
             replaced = _own_output(output, [*inputs, *parameters_of(module)])
-        outputs = outputs if replaced is None else [replaced]
-        self._record(module, inputs, outputs, trained, structured=structured)
+            outputs = outputs if replaced is None else [replaced]
+        record = self._record(module, outputs, trained, structured=structured)
+        if record is not None:
+            record.keep(inputs)
+            pairing.on_call(record)
         return replaced
 
     def _record(
         self,
         module: torch.nn.Module,
-        inputs: Any,
         outputs: list[torch.Tensor],
-        trained: set[int],
+        trained: list[torch.nn.Parameter],
         *,
         structured: bool,
-    ) -> None:
+    ) -> Record | None:
+        """Hang a record on the nodes of ``outputs``, unless the call has one already."""
         first = outputs[0]
         node: Any = first.grad_fn
         tallies = node.metadata.setdefault(TALLY, [])
         if tallies and any(tally.module() is module for tally in tallies):
-            return  # a second wrapper round the same module: the call is recorded already
-        tally = self.pairing.ledger.open(module, self.name, _callsite.forward_caller())
+            return None  # by a second wrapper round the same module
+        tally, counted = self.pairing.ledger.open(module, self.name, _callsite.forward_caller())
         tallies.append(tally)
-        index = first.output_nr
-        record = Record(self, module, inputs, index, tally, trained, structured=structured)
-        if self.computes:
-            self.pairing.on_call(record)
+        record = Record(
+            self, module, first.output_nr, trained, tally, counted=counted, structured=structured
+        )
         node.register_prehook(record)
         for other in outputs[1:]:
             other.grad_fn.register_prehook(Witness(record, other.output_nr))  # type: ignore[union-attr]
+        return record
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ForwardHook:
         pairing = copy.deepcopy(self.pairing, memo)
