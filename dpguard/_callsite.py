@@ -15,6 +15,7 @@ _PACKAGE = Path(__file__).resolve().parent
 _EXAMPLES = _PACKAGE / "examples"
 _CALL_MODULE: CodeType = torch.nn.Module._call_impl.__code__
 _OURS, _OPACUS, _TORCH, _USERS = range(4)
+_FRAMES_OF_A_HOOK = 4
 _kinds: dict[str, int] = {}
 _shown: dict[str, str] = {}
 _outer_forwards: dict[int, CodeType] = {}
@@ -88,9 +89,10 @@ def writer() -> str | None:
 def forward_caller() -> str | None:
     """``file:line`` that called the outermost guarded module of the running forward.
 
-    That is the line ``z = model(x)`` of the training loop, not a line inside of the model.
+    That is the line ``z = model(x)`` of the training loop, not a line inside of the model. Called
+    by a forward hook, of whose own frames nothing is asked.
     """
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(_FRAMES_OF_A_HOOK)
     outermost = frame
     while frame is not None:
         code = frame.f_code

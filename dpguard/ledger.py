@@ -148,12 +148,14 @@ class Clipped:
 class Entry:
     """One group of people: which segments it spans, and (weakly) its rows."""
 
-    __slots__ = ("_rows", "first", "last", "order", "owned")
+    __slots__ = ("_rows", "first", "last", "latest", "order", "owned")
 
     def __init__(self, rows: torch.Tensor, first: int, last: int, *, owned: bool = False) -> None:
         self._rows = weakref.ref(rows)
         self.first = first
         self.last = last
+        self.latest: tuple[int, int, bool] | None = None
+        """Segments of the call whose rows came last, and whether they were captured."""
         self.order: torch.Tensor | None = None
         """Where in the rows each sample is, if they are not in the order of the batch."""
         self.owned = owned
@@ -164,10 +166,21 @@ class Entry:
         """The rows, of shape ``(B, *p.shape)``, as long as ``p.grad_sample`` keeps them alive."""
         return self._rows()
 
-    def spans(self, first: int, last: int) -> None:
-        """A call of these people was open from segment ``first`` to ``last``."""
+    def joined(
+        self,
+        mine: torch.Tensor,
+        rows: torch.Tensor,
+        first: int,
+        last: int,
+        order: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """``mine`` with more rows of these people, whose calls spanned ``first`` to ``last``."""
         self.first = min(self.first, first)
         self.last = max(self.last, last)
+        if self.order is not order:
+            mine = self.in_order(mine)
+            rows = rows if order is None else rows.index_select(0, order)
+        return self.added(mine, rows)
 
     def added(self, mine: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """``mine`` with ``rows`` added to its first rows, as Opacus adds calls of one layer."""
@@ -279,12 +292,17 @@ class ParameterState:
                 copied before they are kept.
             order: where in ``rows`` each sample is, of shape ``(B,)``, if not in its own place.
         """
+        call = (opened, now, captured)
+        if self._continues(parameter, call, order):
+            entry, mine = self.entries[0], parameter.grad_sample  # type: ignore[attr-defined]
+            parameter.grad_sample = entry.added(mine, rows)  # type: ignore[attr-defined]
+            return
         tensors = self.sync(parameter)
         if captured is not self.captured:
             if captured and tensors:
                 return
             self.entries, tensors, self.captured = [], [], captured
-        opened = max(opened, self.epoch)
+        opened = max(self.epoch, opened)
         spanned = [i for i, entry in enumerate(self.entries) if entry.last >= opened]
         if not spanned:
             rows = owned_rows(rows, lenders)
@@ -295,27 +313,35 @@ class ParameterState:
         else:
             if len(spanned) > 1:
                 self._join(tensors, spanned)
-            self._add_to(spanned[0], tensors, rows, order)
-            self.entries[spanned[0]].spans(opened, now)
+            entry, i = self.entries[spanned[0]], spanned[0]
+            tensors[i] = entry.joined(tensors[i], rows, opened, now, order)
+        entry.latest = call
         self.publish(parameter, tensors)
 
-    def _add_to(
-        self, i: int, tensors: list[torch.Tensor], rows: torch.Tensor, order: torch.Tensor | None
-    ) -> None:
-        """More rows of the people of one entry; changes ``tensors``."""
-        entry = self.entries[i]
-        if entry.order is not order:
-            tensors[i] = entry.in_order(tensors[i])
-            rows = rows if order is None else rows.index_select(0, order)
-        tensors[i] = entry.added(tensors[i], rows)
+    def _continues(
+        self, parameter: torch.Tensor, call: tuple[int, int, bool], order: torch.Tensor | None
+    ) -> bool:
+        """Whether all rows are of one group and the last of them came from just such a call.
+
+        As with a recurrent layer, which is called once for each time step.
+        """
+        if len(self.entries) != 1:
+            return False
+        entry = self.entries[0]
+        if entry.latest != call or entry.order is not order:
+            return False
+        rows = entry._rows()
+        return rows is not None and rows is getattr(parameter, "grad_sample", None)
 
     def _join(self, tensors: list[torch.Tensor], spanned: list[int]) -> None:
         """All entries that a call was open across are one group; changes ``tensors``."""
         kept, *gone = spanned
+        entry = self.entries[kept]
         for i in gone:
             other = self.entries[i]
-            self._add_to(kept, tensors, tensors[i], other.order)
-            self.entries[kept].spans(other.first, other.last)
+            tensors[kept] = entry.joined(
+                tensors[kept], tensors[i], other.first, other.last, other.order
+            )
         self.entries = [entry for i, entry in enumerate(self.entries) if i not in gone]
         tensors[:] = [rows for i, rows in enumerate(tensors) if i not in gone]
 
@@ -354,7 +380,7 @@ _TASKS_KEPT = 64
 class GraphTask:
     """What one run of the autograd engine does, asked once per parameter."""
 
-    __slots__ = ("_roles", "id", "keeps_graph", "owners", "published")
+    __slots__ = ("_factors", "_roles", "id", "keeps_graph", "owners", "published")
 
     def __init__(self, task_id: int) -> None:
         self.id = task_id
@@ -363,6 +389,17 @@ class GraphTask:
         self.owners: set[int] = set()
         """Identities of the models of which a call was met in this backward."""
         self._roles: dict[int, int] = {}
+        self._factors: dict[int, torch.Tensor] = {}
+
+    def times(self, tensor: torch.Tensor, factor: int) -> torch.Tensor:
+        """``tensor * factor``, bit by bit; for a number torch makes a tensor with every call."""
+        if type(tensor) is not torch.Tensor:
+            return tensor * factor
+        found = self._factors.get(factor)
+        if found is None:
+            found = torch.tensor(factor, dtype=torch.float64, device="cpu")
+            self._factors[factor] = found
+        return torch.mul(tensor, found)
 
     def ask(self, parameters: Sequence[torch.Tensor]) -> None:
         """Find out about many parameters at once, which is cheaper than one by one."""

@@ -54,8 +54,8 @@ class LayerKind:
         if packed is not None:
             return int(packed)
         for activation in reversed(activations):
-            if isinstance(activation, torch.Tensor) and activation.dim() > dimension:
-                return int(activation.shape[dimension])
+            if isinstance(activation, torch.Tensor) and len(shape := activation.shape) > dimension:
+                return int(shape[dimension])
         return 0
 
     def batch_dimension(self, module: torch.nn.Module) -> int:

@@ -280,7 +280,8 @@ class Pairing:
         if record.outline is not None and (cause := _unreplayable(record)) is not None:
             self.condemn(record, cause)
             return
-        self._take(record, task, self._arranged(record, record.activations, backprops), wanted)
+        arranged = self._arranged(task, record, record.activations, backprops)
+        self._take(record, task, arranged, wanted)
         if not task.keeps_graph:
             record.activations = record.outline = None
 
@@ -292,11 +293,11 @@ class Pairing:
         _autograd.on_backward_end(lambda: self._on_backward_end(task))
 
     def _arranged(
-        self, record: Record, activations: list[Any], backprops: torch.Tensor
+        self, task: GraphTask, record: Record, activations: list[Any], backprops: torch.Tensor
     ) -> tuple[list[Any], torch.Tensor]:
         """Inputs and backprops of a call as samplers want them: batch first, losses unscaled."""
         if self.loss_reduction == "mean":
-            backprops = backprops * record.batch
+            backprops = task.times(backprops, record.batch)
         elif self.loss_reduction != "sum":
             raise ValueError(
                 f"loss_reduction = {self.loss_reduction}. "
