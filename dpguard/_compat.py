@@ -10,7 +10,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from types import FrameType
@@ -123,6 +123,7 @@ _ENGINE_FUNCTIONS = (
     "_current_graph_task_id",
     "_will_engine_execute_node",
     "_autograd._get_current_graph_task_keep_graph",
+    "_functions.DelayedError",
 )
 
 
@@ -156,7 +157,7 @@ class Autograd:
 
     graph_task_id: Callable[[], int]
     keeps_graph: Callable[[], bool]
-    roles_of: Callable[[Iterable[torch.Tensor]], list[int]]
+    roles_of: Callable[[Sequence[torch.Tensor]], list[int]]
     on_backward_end: Callable[[Callable[[], None]], None]
 
 
@@ -164,23 +165,25 @@ class Autograd:
 def autograd() -> Autograd:
     """The engine of the torch that is imported; call only if :func:`unsupported` is ``None``."""
     torch = _torch()
-    graph_task_id, will_execute, keeps_graph = map(_engine_function, _ENGINE_FUNCTIONS)
+    graph_task_id, will_execute, keeps_graph, node_of = map(_engine_function, _ENGINE_FUNCTIONS)
 
-    def role_of(leaf: Any) -> int:
-        if not leaf.requires_grad:
-            return 0
-        node = leaf.view_as(leaf).grad_fn.next_functions[0][0]
+    def role_of(node: Any) -> int:
         try:
-            return int(will_execute(node))
+            return int(node is not None and will_execute(node))
         except RuntimeError:
             # torch refuses the question for a leaf whose gradient autograd.grad() will return.
             return 2
 
-    def roles_of(leaves: Iterable[Any]) -> list[int]:
-        # Asked anew in each backward: a node that is kept would keep its leaf alive, and be the
-        # wrong one once the leaf is moved.
+    def roles_of(leaves: Sequence[Any]) -> list[int]:
+        # The nodes of leaves are those above a node that has them all for inputs. They are asked
+        # for in each backward: one that is kept keeps its leaf, and is the wrong one once the
+        # leaf is moved.
         with torch.enable_grad():
-            return [role_of(leaf) for leaf in leaves]
+            made = node_of(b"never backpropagated", len(leaves))(*leaves)
+        above = (made[0] if isinstance(made, tuple) else made).grad_fn
+        if above is None:
+            return [0] * len(leaves)
+        return [role_of(node) for node, _ in above.next_functions]
 
     return Autograd(
         graph_task_id=graph_task_id,

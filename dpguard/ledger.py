@@ -74,12 +74,13 @@ def parameters_of(module: torch.nn.Module) -> Iterable[torch.nn.Parameter]:
 
 def owned_rows(rows: torch.Tensor, lenders: Iterable[Any]) -> torch.Tensor:
     """``rows``, or a copy if they overlap each other or share memory with one of ``lenders``."""
+    if 0 in rows.stride():
+        return rows.clone()
     memory = rows.untyped_storage().data_ptr()
-    lent = any(
-        isinstance(lender, torch.Tensor) and lender.untyped_storage().data_ptr() == memory
-        for lender in lenders
-    )
-    return rows.clone() if lent or 0 in rows.stride() else rows
+    for lender in lenders:
+        if isinstance(lender, torch.Tensor) and lender.untyped_storage().data_ptr() == memory:
+            return rows.clone()
+    return rows
 
 
 def sum_of_rows(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
