@@ -16,6 +16,7 @@ _EXAMPLES = _PACKAGE / "examples"
 _CALL_MODULE: CodeType = torch.nn.Module._call_impl.__code__
 _OURS, _OPACUS, _TORCH, _USERS = range(4)
 _FRAMES_OF_A_HOOK = 4
+"""Those of a forward hook of ours, at least: to ask a frame for its code is to make an object."""
 _kinds: dict[str, int] = {}
 _shown: dict[str, str] = {}
 _outer_forwards: dict[int, CodeType] = {}
@@ -89,8 +90,8 @@ def writer() -> str | None:
 def forward_caller() -> str | None:
     """``file:line`` that called the outermost guarded module of the running forward.
 
-    That is the line ``z = model(x)`` of the training loop, not a line inside of the model. Called
-    by a forward hook, of whose own frames nothing is asked.
+    That is the line ``z = model(x)`` of the training loop, not a line inside of the model. To be
+    called by a forward hook.
     """
     frame: FrameType | None = sys._getframe(_FRAMES_OF_A_HOOK)
     outermost = frame

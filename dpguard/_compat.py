@@ -178,6 +178,8 @@ def autograd() -> Autograd:
         # The nodes of leaves are those above a node that has them all for inputs. They are asked
         # for in each backward: one that is kept keeps its leaf, and is the wrong one once the
         # leaf is moved.
+        if not leaves:
+            return []
         with torch.enable_grad():
             made = node_of(b"never backpropagated", len(leaves))(*leaves)
         above = (made[0] if isinstance(made, tuple) else made).grad_fn

@@ -24,6 +24,7 @@ from dpguard.patches.replay import replay
 
 __all__ = ["Pairing", "Registry"]
 
+_detach = torch._C.TensorBase.detach
 _autograd = _compat.autograd()
 
 Registry: TypeAlias = "weakref.WeakValueDictionary[int, Pairing]"
@@ -298,7 +299,9 @@ class Pairing:
         """Inputs and backprops of a call as samplers want them: batch first, losses unscaled."""
         if self.loss_reduction == "mean":
             backprops = task.times(backprops, record.batch)
-        elif self.loss_reduction != "sum":
+        elif self.loss_reduction == "sum":
+            backprops = _detach(backprops)
+        else:
             raise ValueError(
                 f"loss_reduction = {self.loss_reduction}. "
                 "Only 'sum' and 'mean' losses are supported"
