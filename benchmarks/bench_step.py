@@ -15,12 +15,15 @@ of memory allocated in them.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces each start and stop
 
 import torch
 from opacus import GradSampleModule
