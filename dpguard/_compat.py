@@ -10,7 +10,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from types import FrameType
@@ -36,13 +36,13 @@ __all__ = [
     "ghost_optimizer_class",
     "grad_sampler",
     "has_grad_sampler",
-    "inside_transform",
     "norm_sampler",
     "on_module_registration",
     "optimizer_class",
     "replay_preparer",
     "rows_are_fresh",
     "stock_hooks_class",
+    "transform_test",
     "unsupported",
     "uses_ghost_hooks",
     "uses_stock_hooks",
@@ -123,9 +123,11 @@ _ENGINE_FUNCTIONS = (
     "_current_graph_task_id",
     "_will_engine_execute_node",
     "_autograd._get_current_graph_task_keep_graph",
+    "_functions.DelayedError",
 )
 
 
+@functools.lru_cache(maxsize=1)
 def _torch() -> Any:
     return importlib.import_module("torch")
 
@@ -148,14 +150,14 @@ class Autograd:
     Attributes:
         graph_task_id: number of the backward that runs in this thread, or -1.
         keeps_graph: whether the running backward was asked to retain its graph.
-        role_of: what the running backward does with a leaf tensor: 0 nothing, 1 accumulate
-            into it, 2 return its gradient (``torch.autograd.grad``).
+        roles_of: what the running backward does with leaf tensors, for each: 0 nothing,
+            1 accumulate into it, 2 return its gradient (``torch.autograd.grad``).
         on_backward_end: have a function called when the running backward has done all its work.
     """
 
     graph_task_id: Callable[[], int]
     keeps_graph: Callable[[], bool]
-    role_of: Callable[[torch.Tensor], int]
+    roles_of: Callable[[Sequence[torch.Tensor]], list[int]]
     on_backward_end: Callable[[Callable[[], None]], None]
 
 
@@ -163,24 +165,32 @@ class Autograd:
 def autograd() -> Autograd:
     """The engine of the torch that is imported; call only if :func:`unsupported` is ``None``."""
     torch = _torch()
-    graph_task_id, will_execute, keeps_graph = map(_engine_function, _ENGINE_FUNCTIONS)
-    enable_grad = torch.enable_grad
+    graph_task_id, will_execute, keeps_graph, node_of = map(_engine_function, _ENGINE_FUNCTIONS)
 
-    def role_of(leaf: Any) -> int:
-        if not leaf.requires_grad:
-            return 0
-        with enable_grad():
-            node = leaf.view_as(leaf).grad_fn.next_functions[0][0]
+    def role_of(node: Any) -> int:
         try:
-            return int(will_execute(node))
+            return int(node is not None and will_execute(node))
         except RuntimeError:
             # torch refuses the question for a leaf whose gradient autograd.grad() will return.
             return 2
 
+    def roles_of(leaves: Sequence[Any]) -> list[int]:
+        # The nodes of leaves are those above a node that has them all for inputs. They are asked
+        # for in each backward: one that is kept keeps its leaf, and is the wrong one once the
+        # leaf is moved.
+        if not leaves:
+            return []
+        with torch.enable_grad():
+            made = node_of(b"never backpropagated", len(leaves))(*leaves)
+        above = (made[0] if isinstance(made, tuple) else made).grad_fn
+        if above is None:
+            return [0] * len(leaves)
+        return [role_of(node) for node, _ in above.next_functions]
+
     return Autograd(
         graph_task_id=graph_task_id,
         keeps_graph=keeps_graph,
-        role_of=role_of,
+        roles_of=roles_of,
         on_backward_end=torch.autograd.Variable._execution_engine.queue_callback,
     )
 
@@ -191,9 +201,11 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 def eager(function: _F) -> _F:
     """Have dynamo neither trace nor compile ``function``; as with Opacus's hooks the graph breaks.
 
-    ``torch._dynamo`` is not imported for it: its own decorator is applied once it is there.
+    ``torch._dynamo`` is not imported for it: its own decorator is applied once it is there, and
+    passed by as long as nothing is compiled in this thread.
     """
     disabled: Callable[..., Any] | None = None
+    evaluator = getattr(_torch()._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -204,18 +216,23 @@ def eager(function: _F) -> _F:
                 return function(*args, **kwargs)
             disabled = dynamo.disable(function)  # type: ignore[union-attr]
             importlib.import_module("torch._dynamo.eval_frame").skip_code(call.__code__)  # type: ignore[attr-defined]
-        return disabled(*args, **kwargs)
+        return (function if evaluator() is None else disabled)(*args, **kwargs)
 
     call._torchdynamo_disable = True  # type: ignore[attr-defined]
     return cast("_F", call)
 
 
-def inside_transform() -> bool:
-    """Whether torch is compiling, exporting or inside a functorch transform."""
+@functools.lru_cache(maxsize=1)
+def transform_test() -> Callable[[], bool]:
+    """The test whether torch is compiling, exporting or inside a functorch transform."""
     torch = _torch()
-    if torch.compiler.is_compiling():
-        return True
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    is_compiling = torch.compiler.is_compiling
+    innermost = torch._C._functorch.peek_interpreter_stack
+
+    def inside_transform() -> bool:
+        return is_compiling() or innermost() is not None
+
+    return inside_transform
 
 
 # -- Opacus: where things are --------------------------------------------------------------------
@@ -333,9 +350,14 @@ def batch_dimension(module: torch.nn.Module, *, batch_first: bool) -> int:
     """
     if is_rnn_linear(module):
         return 0
-    if type(module) is _sequence_bias():
+    if has_own_batch_dimension(module):
         return 0 if module.batch_first else 1
     return 0 if batch_first else 1
+
+
+def has_own_batch_dimension(module: torch.nn.Module) -> bool:
+    """Whether layers of this class each say where their batch is."""
+    return type(module) is _sequence_bias()
 
 
 @functools.lru_cache(maxsize=1)
@@ -393,7 +415,7 @@ def on_module_registration(hook: Callable[..., None]) -> Callable[[], None]:
 
 def has_grad_sampler(hooks: Any, module: torch.nn.Module) -> bool:
     """Whether ``module`` has a registered grad sampler; functorch replays the others."""
-    return type(module) in hooks.GRAD_SAMPLERS and not getattr(hooks, "force_functorch", False)
+    return type(module) in hooks.GRAD_SAMPLERS and not hooks.__dict__.get("force_functorch")
 
 
 def grad_sampler(hooks: Any, module: torch.nn.Module) -> Callable[..., Any]:
@@ -401,19 +423,19 @@ def grad_sampler(hooks: Any, module: torch.nn.Module) -> Callable[..., Any]:
 
     Its signature is ``sampler(module, activations, backprops) -> {parameter: rows}``.
     """
-    sampler = _registered_sampler(hooks, module)
+    sampler = _sampler(hooks, module)
     if _samplers_take_lists():
         return sampler
     return lambda layer, activations, backprops: sampler(layer, activations[0], backprops)
 
 
-def _registered_sampler(hooks: Any, module: torch.nn.Module) -> Callable[..., Any]:
-    sampler: Callable[..., Any]
+def _sampler(hooks: Any, module: torch.nn.Module) -> Callable[..., Any]:
+    found: Callable[..., Any]
     if has_grad_sampler(hooks, module):
-        sampler = hooks.GRAD_SAMPLERS[type(module)]
+        found = hooks.GRAD_SAMPLERS[type(module)]
     else:
-        sampler = _grad_sample_module().ft_compute_per_sample_gradient
-    return sampler
+        found = _grad_sample_module().ft_compute_per_sample_gradient
+    return found
 
 
 def rows_are_fresh(hooks: Any, module: torch.nn.Module) -> bool:
@@ -421,7 +443,7 @@ def rows_are_fresh(hooks: Any, module: torch.nn.Module) -> bool:
 
     True of Opacus's own samplers, unless they return what they were given.
     """
-    return _registered_sampler(hooks, module).__module__.startswith("opacus.")
+    return _sampler(hooks, module).__module__.startswith("opacus.")
 
 
 @functools.lru_cache(maxsize=1)

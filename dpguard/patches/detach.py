@@ -25,6 +25,7 @@ TALLY = "dpguard.tally"
 _NODES_WALKED_AT_MOST = 20_000
 _CUTS_KNOWN_AT_MOST = 1_024
 _autograd = _compat.autograd()
+_inside_transform = _compat.transform_test()
 
 
 class _Transparent:
@@ -95,7 +96,7 @@ class _Attribution:
         tensor = instance if isinstance(instance, torch.Tensor) else None
         if tensor is None:
             tensor = args[0] if args else kwargs.get("input")
-        if not self._on or not isinstance(tensor, torch.Tensor) or _compat.inside_transform():
+        if not self._on or not isinstance(tensor, torch.Tensor) or _inside_transform():
             return
         try:
             if tensor.grad_fn is None or not torch.is_grad_enabled():

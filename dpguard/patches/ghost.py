@@ -22,11 +22,11 @@ import torch
 from dpguard import _compat, diagnosis
 from dpguard._declare import declares_one_batch
 from dpguard._errors import DPGuardError, PerSampleGradientError, PrivacyViolation
-from dpguard.ledger import Clipped, GraphTask, sum_of_rows
+from dpguard.ledger import Clipped, GraphTask, parameters_of, sum_of_rows
 from dpguard.patches.ghost_gradient import Carried
 from dpguard.patches.pairing import Pairing
 from dpguard.patches.pass_sums import PassSums
-from dpguard.patches.records import Record, parameters_of
+from dpguard.patches.records import Record
 
 __all__ = ["GhostPairing"]
 
@@ -341,9 +341,7 @@ class GhostPairing(Pairing):
             super()._on_backward_end(task)
             return
         self.ledger.end_task(task)
-        for parameter in self._parameters:
-            if id(parameter) not in task.published and task.executes(parameter):
-                self._condemn(parameter, diagnosis.BYPASSED)
+        self._condemn_bypassed(task)
         if self._stage is Stage.NORMS and not self.ledger.is_running(self):
             with torch.no_grad():
                 self.ledger.note_pass(self._sums.compare())
