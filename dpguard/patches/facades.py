@@ -9,7 +9,7 @@ clips, adds noise and is accounted. Here each such attribute has that one owner.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from dpguard import _callsite, _compat, diagnosis
@@ -45,7 +45,7 @@ class Family:
 
     def __init__(self) -> None:
         self._known: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
-        self._met: dict[int, tuple[weakref.ref[Any], str, weakref.ref[Any]]] = {}
+        self._met: dict[int, tuple[weakref.ref[Any], str, weakref.ref[Any], bool]] = {}
 
     def is_dp_class(self, cls: type) -> bool:
         """Whether ``cls`` is a class of DP optimizers or of façades that inherit from one."""
@@ -74,13 +74,18 @@ class Family:
         optimizer object as the one that it holds.
         """
         for _ in range(_DEPTH):
+            met = self._met.get(id(found))
+            if met is not None:
+                itself, key, reference, last = met
+                inner = reference()
+                if itself() is found and found.__dict__.get(key) is inner:
+                    if last:
+                        return inner
+                    found = inner
+                    continue
             own = getattr(found, "__dict__", None)
             if own is None or own.get(_SELF) == id(found):
                 return found
-            met = own and self._met.get(id(found))
-            if met and met[0]() is found and own.get(met[1]) is met[2]():
-                found = met[2]()
-                continue
             inner = self._look(found, own)
             if inner is None:
                 return found
@@ -106,7 +111,8 @@ class Family:
             if mine is not ABSENT and mine is not theirs:
                 return None
         if isinstance(found, optimizer):
-            self._met[id(found)] = (weakref.ref(found), key, weakref.ref(inner))
+            last = vars(inner).get(_SELF) == id(inner)
+            self._met[id(found)] = (weakref.ref(found), key, weakref.ref(inner), last)
             weakref.finalize(found, self._met.pop, id(found), None).atexit = False
         return inner
 
@@ -120,11 +126,12 @@ class OwnedAttribute:
     def __init__(self, name: str, facades: Facades) -> None:
         self._name = name
         self._facades = facades
+        self._owner = facades.owner
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         if instance is None:
             return self
-        real = self._facades.owner(instance)
+        real = self._owner(instance)
         if real is not instance:
             return getattr(real, self._name)
         try:
@@ -162,6 +169,8 @@ class Facades:
     def __init__(self, verdicts: Verdicts, family: Family) -> None:
         self._verdicts = verdicts
         self._family = family
+        self.owner: Callable[[Any], Any] = family.owner if verdicts.repairs else _itself
+        """The DP optimizer that an object stands for, or it; in ``observe`` always that."""
         self._seen: weakref.WeakSet[type] = weakref.WeakSet()
 
     def install(self, transaction: Transaction) -> None:
@@ -199,10 +208,6 @@ class Facades:
         """Whether the class of ``found`` is one of DP optimizers."""
         return self._family.is_dp(found)
 
-    def owner(self, found: Any) -> Any:
-        """The DP optimizer that ``found`` stands for, or ``found``; in ``observe`` always that."""
-        return self._family.owner(found) if self._verdicts.repairs else found
-
     def write(self, instance: Any, name: str, value: Any) -> None:
         """Set an attribute where it is applied, and say so if that changed something."""
         real = self._family.owner(instance)
@@ -226,6 +231,10 @@ class Facades:
             site=_callsite.writer(),
             **shown_values(before, value),
         )
+
+
+def _itself(found: Any) -> Any:
+    return found
 
 
 _KEPT = frozenset({"original_optimizer", "param_groups", "defaults", "state", "step"})
