@@ -537,17 +537,20 @@ def wraps_an_optimizer(cls: type) -> bool:
     return bool(names) and "optim" in names[0].lower()
 
 
-def holders_of_optimizers() -> list[type]:
-    """Classes of Opacus's whose objects keep the DP optimizer they are given as ``optimizer``."""
+def holders_of_optimizers() -> list[tuple[type, str | None]]:
+    """Classes of Opacus's whose objects keep the DP optimizer they are given as ``optimizer``.
+
+    Each with the attribute of the optimizer that its objects write to, if there is one.
+    """
     places = (
-        ("opacus.schedulers.noise_scheduler", "_NoiseScheduler"),
-        ("opacus.schedulers.grad_clip_scheduler", "_GradClipScheduler"),
-        ("opacus.scheduler", "_NoiseScheduler"),  # before 1.5
-        ("opacus.utils.batch_memory_manager", "BatchSplittingSampler"),
-        ("opacus.utils.fast_gradient_clipping_utils", "DPLossFastGradientClipping"),
+        ("opacus.schedulers.noise_scheduler", "_NoiseScheduler", "noise_multiplier"),
+        ("opacus.schedulers.grad_clip_scheduler", "_GradClipScheduler", "max_grad_norm"),
+        ("opacus.scheduler", "_NoiseScheduler", "noise_multiplier"),  # before 1.5
+        ("opacus.utils.batch_memory_manager", "BatchSplittingSampler", None),
+        ("opacus.utils.fast_gradient_clipping_utils", "DPLossFastGradientClipping", None),
     )
-    found = [_attribute_of(module, name) for module, name in places]
-    return [cls for cls in dict.fromkeys(found) if cls is not None]
+    found = {_attribute_of(module, name): written for module, name, written in places}
+    return [(cls, written) for cls, written in found.items() if cls is not None]
 
 
 def clips_rows(optimizer: Any) -> bool:

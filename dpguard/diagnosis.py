@@ -15,6 +15,9 @@ DETACH = "detach"
 UNUSED_FORWARD = "unused_forward"
 UNUSED_PARAMETER = "unused_parameter"
 ALIAS = "alias"
+ALIAS_DIVERGED = "alias_diverged"
+ALIAS_LOST = "alias_lost"
+ALIAS_OWN = "alias_own"
 
 BYPASSED = "bypassed_module"
 DOUBLE_BACKWARD = "double_backward"
@@ -85,6 +88,20 @@ _DIAGNOSES = {
     ALIAS: Diagnosis(
         "the DP optimizer held its own copy of an attribute of the optimizer that it wraps",
         "nothing to do; reads and writes now go to the wrapped optimizer",
+    ),
+    ALIAS_DIVERGED: Diagnosis(
+        "the wrapped optimizer replaced an attribute of which the DP optimizer holds its own copy",
+        "load checkpoints into an optimizer before a DP optimizer is made round it, or use Opacus "
+        "1.5.2 or later, whose DP optimizers forward; DPGUARD=repair forwards with every release",
+    ),
+    ALIAS_LOST: Diagnosis(
+        "an attribute was written to an object that is not the one that applies it",
+        "write it to the object that applies it, which is the DP optimizer that make_private "
+        "returned or what that wraps; DPGUARD=repair passes it on",
+    ),
+    ALIAS_OWN: Diagnosis(
+        "the constructor of a DP optimizer sets an attribute that the wrapped optimizer owns",
+        "let the class leave the attribute to the optimizer that it wraps",
     ),
     BYPASSED: Diagnosis(
         "autograd computed a gradient for a parameter of which no module call was seen, so it "

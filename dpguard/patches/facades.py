@@ -8,6 +8,7 @@ clips, adds noise and is accounted. Here each such attribute has that one owner.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -153,14 +154,24 @@ class OwnedAttribute:
 
 
 class _Unwrapped:
-    """An attribute ``optimizer`` that keeps the DP optimizer when it is given a façade."""
+    """An attribute ``optimizer`` that keeps the DP optimizer when it is given a façade.
 
-    def __init__(self, facades: Facades) -> None:
+    Args:
+        facades: tells what an object stands for.
+        written: the attribute of an optimizer that objects of this class write to, if any.
+    """
+
+    def __init__(self, facades: Facades, written: str | None) -> None:
         self._facades = facades
+        self._written = written
 
     def __set__(self, holder: Any, value: Any) -> None:
         real = self._facades.owner(value)
-        vars(holder)["optimizer"] = real if self._facades.is_dp(real) else value
+        if not self._facades.is_dp(real):
+            real = value
+        elif self._written is not None and real is not value:
+            self._facades.pass_on(holder, value, real, self._written)
+        vars(holder)["optimizer"] = real
 
 
 class Facades:
@@ -176,9 +187,9 @@ class Facades:
     def install(self, transaction: Transaction) -> None:
         """Let Opacus's schedulers and batch splitters hold the DP optimizer itself."""
         if self._verdicts.repairs:
-            for cls in _compat.holders_of_optimizers():
+            for cls, written in _compat.holders_of_optimizers():
                 if "optimizer" not in vars(cls):
-                    transaction.patch(cls, "optimizer", _Unwrapped(self))
+                    transaction.patch(cls, "optimizer", _Unwrapped(self, written))
 
     def guard_class(
         self, transaction: Transaction, cls: type, instances: Iterable[Any] = ()
@@ -209,28 +220,77 @@ class Facades:
         return self._family.is_dp(found)
 
     def write(self, instance: Any, name: str, value: Any) -> None:
-        """Set an attribute where it is applied, and say so if that changed something."""
+        """Set an attribute where it is applied, and say so if that changed something.
+
+        Raises:
+            PrivacyViolation: it would have, in ``strict``.
+        """
         real = self._family.owner(instance)
         if real is instance:
             vars(instance)[name] = value
             return
         before = getattr(real, name, ABSENT)
-        if self._verdicts.repairs:
-            setattr(real, name, value)
-        else:
+        changes = name.isidentifier() and name not in _TORCHS and not _equal(before, value)
+        if not self._verdicts.repairs:
             vars(instance)[name] = value
-        if before is value or not name.isidentifier():
-            return
-        outer, inner = type(instance).__name__, type(real).__name__
-        went = "now goes to" if self._verdicts.repairs else "does not reach"
-        self._verdicts.intervene(
-            diagnosis.ALIAS,
-            f"{outer}.{name} was assigned; the value {went} {inner}, which is what is applied.",
-            attribute=name,
-            owner=inner,
+        elif not (changes and self._verdicts.is_strict):
+            setattr(real, name, value)
+        if changes:
+            self._lost(
+                f"{type(instance).__name__}.{name} was assigned",
+                real,
+                name,
+                **shown_values(before, value),
+            )
+
+    def pass_on(self, holder: Any, facade: Any, real: Any, name: str) -> None:
+        """A scheduler was given a façade and writes to the DP optimizer instead.
+
+        Raises:
+            PrivacyViolation: its writes would have been lost, in ``strict``.
+        """
+        if _keeps_writes(type(facade), name):
+            facade_name = type(facade).__name__
+            self._lost(
+                f"{type(holder).__name__} was given {facade_name} to change its {name}", real, name
+            )
+
+    def _lost(self, what: str, real: Any, name: str, **details: Any) -> None:
+        strict, repairs = self._verdicts.is_strict, self._verdicts.repairs
+        action = "refused" if strict else "repaired" if repairs else "observed"
+        owner = type(real).__name__
+        went = "now goes to" if action == "repaired" else "does not reach"
+        error = self._verdicts.alias(
+            f"{what}; the value {went} {owner}, which is what is applied.",
+            diagnosis.ALIAS_LOST,
+            action=action,
             site=_callsite.writer(),
-            **shown_values(before, value),
+            attribute=name,
+            owner=owner,
+            **details,
         )
+        if strict:
+            raise error
+
+
+_TORCHS = frozenset({"_opt_called", "_step_count"})
+"""What torch's schedulers note on the optimizer they are given; nothing is computed from it."""
+
+
+def _equal(before: Any, value: Any) -> bool:
+    """Whether nothing changes when ``value`` takes the place of ``before``."""
+    plain = (bool, int, float, str)
+    return before is value or (
+        isinstance(before, plain) and isinstance(value, plain) and before == value
+    )
+
+
+def _keeps_writes(cls: type, name: str) -> bool:
+    """Whether objects of ``cls`` would keep what is written to them: no class of theirs says no."""
+    if inspect.getattr_static(cls, "__setattr__") is not vars(object)["__setattr__"]:
+        return False
+    found = inspect.getattr_static(cls, name, None)
+    return found is None or isinstance(found, OwnedAttribute)
 
 
 def _itself(found: Any) -> Any:

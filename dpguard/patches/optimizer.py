@@ -200,6 +200,7 @@ class OptimizerPatch:
         self._inside.add(key)
         stepped = False
         try:
+            self._part("attributes", self._forwarding.raise_pending, instance)
             answer = self._part("scale", self._scale.answer, instance)
             if answer is None:
                 answer = self._part("protocol", self._protocol.answer, instance)
