@@ -521,6 +521,17 @@ def test_pre_step_and_then_the_wrapped_optimizer(guard):
     assert guard.violations == ()
 
 
+def test_a_step_that_was_granted_and_not_taken_is_granted_no_more(guard):
+    """The first half of a step by hand, gradients cleared, and then the wrapped optimizer's."""
+    training = Training()
+    training.backward()
+    assert training.dp.pre_step() is True
+    training.dp.zero_grad()
+    training.backward()
+    with pytest.raises(dpguard.PrivacyViolation, match=r"SGD\.step\(\) would update"):
+        training.inner.step()
+
+
 class Lookahead(torch.optim.Optimizer):
     """An optimizer round a DP optimizer, with torch's wrapper round its own step."""
 

@@ -47,7 +47,7 @@ class OptimizerPatch:
         self._family = Family()
         self._facades = Facades(verdicts, self._family)
         self._protocol = Protocol(verdicts, self._adopt, self._family.holds_dp)
-        self._foreign = ForeignSteps(verdicts, self._family.holds_dp)
+        self._foreign = ForeignSteps(verdicts, self._family.holds_dp, ledger)
         self._hooks = StepHooks(verdicts, self._family.owner)
         self._bounds = Bounds(verdicts, self._family.owner)
         self._scale = LossScale(verdicts, self._family)
@@ -189,9 +189,8 @@ class OptimizerPatch:
                         parameter.grad_sample = None
                     if not instance._is_last_step_skipped and hasattr(parameter, "summed_grad"):
                         parameter.summed_grad = None
-        result = wrapped(*args, **kwargs)
-        self._foreign.cleared(parameters)
-        return result
+        self._foreign.revoke(instance)
+        return wrapped(*args, **kwargs)
 
     def _pre_step(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         key = id(instance)
