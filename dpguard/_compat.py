@@ -558,6 +558,12 @@ def clips_rows(optimizer: Any) -> bool:
     return not any("FastGradientClipping" in cls.__name__ for cls in type(optimizer).__mro__)
 
 
+def optimizer_with_noise_hooks() -> Any:
+    """The class whose objects clip, and draw noise, in hooks on the gradients."""
+    module = "opacus.optimizers.ddp_perlayeroptimizer"
+    return _attribute_of(module, "DistributedPerLayerOptimizer")
+
+
 def clips_in_hooks(optimizer: Any) -> bool:
     """Whether this optimizer clips in hooks that hold their bounds since its construction."""
     return any(cls.__name__ == "DistributedPerLayerOptimizer" for cls in type(optimizer).__mro__)

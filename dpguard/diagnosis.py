@@ -49,7 +49,9 @@ NEEDS_CLOSURE = "needs_closure"
 NOT_COPYABLE = "not_copyable"
 FOREIGN_STEP = "foreign_step"
 CLIP_BOUND = "clip_bound"
+CLIP_BOUNDS_CONTRADICT = "clip_bounds_contradict"
 CLIP_BOUNDS_UNKNOWN = "clip_bounds_unknown"
+NOISE_DRAWN_BEFORE = "noise_drawn_before"
 LOSS_SCALE = "loss_scale"
 SCHEDULE = "schedule_in_batch"
 
@@ -223,6 +225,18 @@ _DIAGNOSES = {
         "the bound that rows are clipped to and the bound that the noise is made for were to "
         "differ, so the noise multiplier delivered would not be the one accounted",
         "nothing to do; both follow optimizer.max_grad_norm. Change it between logical batches",
+    ),
+    CLIP_BOUNDS_CONTRADICT: Diagnosis(
+        "bounds of one step contradict each other, so the noise would be made for another bound "
+        "than the one that rows were clipped to",
+        "change the clip bound between logical batches only, and either max_grad_norm or "
+        "max_grad_norms. A DistributedPerLayerOptimizer keeps those of its construction: make a "
+        "new one, or use SimpleDistributedPerLayerOptimizer",
+    ),
+    NOISE_DRAWN_BEFORE: Diagnosis(
+        "the noise of this step was drawn within its backward, with another noise multiplier than "
+        "the accountant would be told",
+        "change the noise multiplier after optimizer.step() and before the next backward",
     ),
     CLIP_BOUNDS_UNKNOWN: Diagnosis(
         "the bounds of per-layer clipping do not fit the optimizer's trainable parameters",

@@ -46,7 +46,8 @@ class ForeignSteps:
     def grant(self, instance: Any) -> None:
         """The next step of what ``instance`` wraps applies gradients that are private."""
         inner = instance.original_optimizer
-        self._granted[id(inner)] = weakref.ref(inner)
+        if isinstance(inner, _compat.torch_optimizer_class()):  # others do not ask
+            self._granted[id(inner)] = weakref.ref(inner)
 
     def revoke(self, instance: Any) -> None:
         """Its gradients are cleared: a step that was granted and not taken is granted no more."""
