@@ -327,6 +327,20 @@ def test_uninstalling_leaves_the_facade_plain(make):
     assert training.delivered(facade.step) == about(0.5)
 
 
+@pytest.mark.parametrize("make", IMITATIONS)
+def test_a_facade_keeps_what_is_its_own(guard, make):
+    """Only what the DP optimizer has is the DP optimizer's."""
+    training = Training()
+    facade = make(training.dp)
+    facade.mine = 3
+    del facade.mine
+    assert not hasattr(facade, "mine")
+    assert not hasattr(training.dp, "mine")
+    facade.mine = 4
+    assert (facade.mine, hasattr(training.dp, "mine")) == (4, False)
+    assert guard.interventions == ()
+
+
 def test_an_optimizer_that_knows_another_is_no_facade(guard):
     """Two DP optimizers, one of which refers to the other: each keeps its own knobs."""
 

@@ -23,6 +23,7 @@ import wrapt
 
 from dpguard import _callsite, _compat, diagnosis
 from dpguard._errors import DPGuardError
+from dpguard.patches.copies import FORWARDED
 from dpguard.patching import ABSENT, Transaction
 from dpguard.verdicts import Verdicts
 
@@ -211,7 +212,7 @@ class AttributeForwarding:
 
     def notice_rebind(self, instance: Any, name: str, value: Any) -> None:
         """Say once when forwarding shows something else than the alias would have shown."""
-        seen = instance.__dict__.get(_SEEN)
+        seen = instance.__dict__.get(FORWARDED)
         if seen is not None and seen.get(name, value) is not value:
             shown, seen[name] = seen[name], value
             self._report(instance, name, shown, value)
@@ -242,7 +243,7 @@ class AttributeForwarding:
             )
             if strict:
                 raise error
-        seen = instance.__dict__.get(_SEEN)
+        seen = instance.__dict__.get(FORWARDED)
         if seen is not None and name in seen:
             seen[name] = getattr(inner, name, value)
 
@@ -262,7 +263,7 @@ class AttributeForwarding:
 
     def give_back(self, instance: Any) -> None:
         """The twin of :meth:`adopt`: plain aliases again, of what is applied now."""
-        seen = instance.__dict__.pop(_SEEN, None) or {}
+        seen = instance.__dict__.pop(FORWARDED, None) or {}
         inner = instance.__dict__.get("original_optimizer")
         for name in seen:
             value = getattr(inner, name, ABSENT)
@@ -286,14 +287,14 @@ class AttributeForwarding:
 
     def _forward(self, instance: Any, name: str, value: Any) -> None:
         if self._changes:
-            instance.__dict__.setdefault(_SEEN, {})[name] = value
+            instance.__dict__.setdefault(FORWARDED, {})[name] = value
             del instance.__dict__[name]
 
     def _report(
         self, instance: Any, name: str, shown: Any, applied: Any, *, left_alone: bool = False
     ) -> None:
         if not self._changes:
-            reported = instance.__dict__.setdefault(_SEEN, {})
+            reported = instance.__dict__.setdefault(FORWARDED, {})
             if reported.get(name) is applied:
                 return
             reported[name] = applied
@@ -350,10 +351,6 @@ def _public(value: Any) -> str | None:
     if not rates or not all(isinstance(rate, (int, float)) for rate in rates):
         return None
     return f"lr={rates if isinstance(value, list) else rates[0]}"
-
-
-_SEEN = "_dpguard_forwarded"
-"""Key in an instance's ``__dict__``: what each forwarded attribute showed last."""
 
 
 def _static(cls: type, name: str) -> Any:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from dpguard import _callsite, _compat, diagnosis
-from dpguard.patches.copies import MINE
+from dpguard.patches.copies import MINE, slots_of
 from dpguard.patching import ABSENT, Transaction
 from dpguard.verdicts import Verdicts
 
@@ -38,6 +38,7 @@ _METHODS = ("attach_step_hook", "signal_skip_step", "accumulated_iterations", "g
 """What a façade that is no DP optimizer by class gets besides."""
 
 _SELF = MINE + "self"
+_NOTHING: Mapping[str, Any] = {}
 _DEPTH = 5
 
 
@@ -46,7 +47,7 @@ class Family:
 
     def __init__(self) -> None:
         self._known: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
-        self._met: dict[int, tuple[weakref.ref[Any], str, weakref.ref[Any], bool]] = {}
+        self._met: dict[int, tuple[weakref.ref[Any], str, Any, weakref.ref[Any], bool]] = {}
 
     def is_dp_class(self, cls: type) -> bool:
         """Whether ``cls`` is a class of DP optimizers or of façades that inherit from one."""
@@ -77,15 +78,16 @@ class Family:
         for _ in range(_DEPTH):
             met = self._met.get(id(found))
             if met is not None:
-                itself, key, reference, last = met
+                itself, key, slot, reference, last = met
                 inner = reference()
-                if itself() is found and found.__dict__.get(key) is inner:
+                held = found.__dict__.get(key) if slot is None else getattr(found, key, None)
+                if itself() is found and held is inner:
                     if last:
                         return inner
                     found = inner
                     continue
-            own = getattr(found, "__dict__", None)
-            if own is None or own.get(_SELF) == id(found):
+            own = getattr(found, "__dict__", _NOTHING)
+            if own.get(_SELF) == id(found):
                 return found
             inner = self._look(found, own)
             if inner is None:
@@ -97,10 +99,12 @@ class Family:
         """Whether ``found`` is a DP optimizer or stands for one."""
         return self.is_dp(self.owner(found))
 
-    def _look(self, found: Any, own: dict[str, Any]) -> Any:
+    def _look(self, found: Any, own: Mapping[str, Any]) -> Any:
         """What ``found`` directly stands for, or ``None``; remembered while it holds it."""
         optimizer = _compat.torch_optimizer_class()
-        held = [(k, v) for k, v in own.items() if isinstance(v, optimizer) and v is not found]
+        slots = {name: getattr(found, name, None) for name in slots_of(type(found))}
+        things = (*own.items(), *slots.items())
+        held = [(k, v) for k, v in things if isinstance(v, optimizer) and v is not found]
         stands_for = self.is_dp if self.is_dp(found) else self.holds_dp
         dp = [(key, value) for key, value in held if stands_for(value)]
         if len(dp) != 1:
@@ -113,7 +117,8 @@ class Family:
                 return None
         if isinstance(found, optimizer):
             last = vars(inner).get(_SELF) == id(inner)
-            self._met[id(found)] = (weakref.ref(found), key, weakref.ref(inner), last)
+            slot = key if key in slots else None
+            self._met[id(found)] = (weakref.ref(found), key, slot, weakref.ref(inner), last)
             weakref.finalize(found, self._met.pop, id(found), None).atexit = False
         return inner
 
@@ -192,7 +197,12 @@ class Facades:
                     transaction.patch(cls, "optimizer", _Unwrapped(self, written))
 
     def guard_class(
-        self, transaction: Transaction, cls: type, instances: Iterable[Any] = ()
+        self,
+        transaction: Transaction,
+        cls: type,
+        instances: Iterable[Any] = (),
+        *,
+        is_facade: bool = False,
     ) -> None:
         """Put owned attributes on ``cls`` if its objects may be façades.
 
@@ -200,14 +210,16 @@ class Facades:
             transaction: remembers how to take them off.
             cls: a class of optimizers.
             instances: DP optimizers that exist, from which further names are learned.
+            is_facade: there is an object of this class that is one.
         """
-        if cls in self._seen or not _may_be_facade(cls, self._family):
+        if cls in self._seen or not (is_facade or _may_be_facade(cls, self._family)):
             return
         self._seen.add(cls)
         names = [*KNOBS]
         if self._family.is_dp_class(cls):
             for instance in instances:
-                if type(instance) in cls.__mro__:
+                real = vars(instance).get(_SELF) == id(instance)
+                if real and type(instance) in cls.__mro__:
                     names.extend(name for name in vars(instance) if not name.startswith(MINE))
         else:
             names.extend(_METHODS)
