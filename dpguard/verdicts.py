@@ -119,6 +119,16 @@ class Verdicts:
         """Say what is probably not meant and does not endanger the guarantee."""
         self._violated(Severity.WARNING, check, cause, body, **details)
 
+    def complain(self, check: str, cause: str, body: str, **details: Any) -> None:
+        """Say what is wrong, but cannot be told from what the user may have meant.
+
+        Raises:
+            PrivacyViolation: in ``strict``.
+        """
+        diagnosed = self._violated(Severity.ERROR, check, cause, body, **details)
+        if self.is_strict:
+            raise PrivacyViolation(f"{body} Remedy: {diagnosed.remedy}.")
+
     def _violated(
         self, severity: Severity, check: str, cause: str, body: str, **details: Any
     ) -> diagnosis.Diagnosis:

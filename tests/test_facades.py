@@ -321,6 +321,13 @@ def test_uninstalling_leaves_the_facade_plain(make):
         facade = make(training.dp)
         names = set(vars(type(facade)))
         facade.noise_multiplier = 0.5
+        forgotten = make(training.dp)
+        training.dp.noise_multiplier = 0.25
+        facade.noise_multiplier = 0.5
+    for found in (facade, forgotten, training.dp):
+        assert not [name for name in vars(found) if name.startswith("_dpguard")]
+        assert found.param_groups is training.dp.original_optimizer.param_groups
+        assert getattr(found, "noise_multiplier", 0.5) == 0.5
     after = vars(type(facade))
     assert set(after) <= names
     assert not [n for n in after if type(after[n]).__module__.startswith("dpguard")]

@@ -231,6 +231,13 @@ class Facades:
         """Whether the class of ``found`` is one of DP optimizers."""
         return self._family.is_dp(found)
 
+    def give_back(self, found: Any) -> None:
+        """Let a façade that has copies of its own show what is applied now."""
+        real = self.owner(found)
+        if real is not found:
+            own, applied = vars(found), vars(real)
+            own.update({name: applied[name] for name in KNOBS if name in own and name in applied})
+
     def write(self, instance: Any, name: str, value: Any) -> None:
         """Set an attribute where it is applied, and say so if that changed something.
 

@@ -160,7 +160,10 @@ class OptimizerPatch:
 
     def _give_back_all(self) -> None:
         self._transaction = None
-        for instance in list(self._instances):
+        # Façades that copy what an optimizer holds have our notes too, and were made unseen.
+        unseen = [found for found in living(self._bases) if found not in self._instances]
+        for instance in (*self._instances, *unseen):
+            self._facades.give_back(instance)
             self._forwarding.give_back(instance)
             self._hooks.give_back(instance)
             self._family.unmark(instance)
