@@ -18,6 +18,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.complete
 # The last Opacus whose DP optimizer copies attributes instead of forwarding them; for the tests.
 ALIASING = 1.5.1
+OLDEST = 1.0.2
 # Releases on which exactness is tested, besides the pinned one.
 RELEASES = 1.0.2 1.4.1 1.5.1 1.5.4
 # What these depend on is the release; the other tests are the same on each.
@@ -43,7 +44,8 @@ PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet
 demo: $(STAMP)
 	$(BIN)/dpguard demo
 
-test: $(STAMP) $(VENV)/opacus-$(ALIASING)/.complete $(LIGHTNING:%=$(VENV)/lightning-%/.complete)
+test: $(STAMP) $(VENV)/opacus-$(OLDEST)/.complete $(VENV)/opacus-$(ALIASING)/.complete \
+		$(LIGHTNING:%=$(VENV)/lightning-%/.complete)
 	$(PYTEST) $(PYTEST_ARGS)
 
 test-releases: $(RELEASES:%=$(VENV)/opacus-%/.complete)

@@ -1,15 +1,12 @@
 """Each attribute of a DP optimizer has one owner, whatever Opacus copies.
 
 The tests run with the Opacus of this environment, whose ``DPOptimizer`` forwards by itself, and
-again, in a second interpreter, with Opacus 1.5.1, whose ``DPOptimizer`` copies.
+again with older ones, whose ``DPOptimizer`` copies, see ``test_older_releases.py``.
 """
 
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import opacus
@@ -27,43 +24,9 @@ from dpguard.patches.attributes import NAMES, ForwardedAttribute
 ALIASES = _release(opacus.__version__) < (1, 5, 2)
 """Whether this Opacus copies the attributes; from 1.5.2 on it has properties."""
 
-OLD_OPACUS = Path(
-    os.environ.get("DPGUARD_TEST_OPACUS_1_5_1") or Path(sys.prefix, "opacus-1.5.1")
-).absolute()
-INNER_RUN = os.environ.get("DPGUARD_TEST_INNER_RUN") == "1"
-
-aliasing = pytest.mark.skipif(not ALIASES, reason="this Opacus forwards; see the run with 1.5.1")
+aliasing = pytest.mark.skipif(not ALIASES, reason="this Opacus forwards; see the older releases")
 # torch, about the kind of backward hook that Opacus registered until 1.5.x.
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
-
-
-@pytest.mark.skipif(INNER_RUN, reason="this is that run")
-def test_all_of_this_with_opacus_1_5_1():
-    """The tests of this file pass with the last Opacus that copies the attributes."""
-    if not (OLD_OPACUS / "opacus").is_dir():
-        reason = f"Opacus 1.5.1 is not in {OLD_OPACUS}; `make test` puts it there"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    path = os.pathsep.join([str(OLD_OPACUS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"PYTHONPATH": path, "DPGUARD_TEST_INNER_RUN": "1"},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.skipif(not INNER_RUN, reason="this is the run with the environment's Opacus")
-def test_the_inner_run_has_opacus_1_5_1():
-    """The second run really has the old Opacus, from the directory that was meant."""
-    assert opacus.__version__ == "1.5.1"
-    assert Path(opacus.__file__).is_relative_to(OLD_OPACUS)
-    assert "param_groups" not in vars(DPOptimizer)
 
 
 class Training:
