@@ -18,12 +18,13 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.complete
 # The last Opacus whose DP optimizer copies attributes instead of forwarding them; for the tests.
 ALIASING = 1.5.1
+OLDEST = 1.0.2
 # Releases on which exactness is tested, besides the pinned one.
 RELEASES = 1.0.2 1.4.1 1.5.1 1.5.4
 # What these depend on is the release; the other tests are the same on each.
 RELEASE_TESTS = grad_sample ghost ghost_gradient ghost_models ghost_by_hand detach late_layers \
 	replay one_batch regressions random_programs other_modes audit attributes protocol facades \
-	mechanism amp lean
+	mechanism amp lean distributed
 # Releases of Lightning that stand for an optimizer in other ways than the pinned one.
 LIGHTNING = 1.9.5 2.0.9 2.1.4
 OPACUS_TESTS ?=
@@ -43,7 +44,8 @@ PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet
 demo: $(STAMP)
 	$(BIN)/dpguard demo
 
-test: $(STAMP) $(VENV)/opacus-$(ALIASING)/.complete $(LIGHTNING:%=$(VENV)/lightning-%/.complete)
+test: $(STAMP) $(VENV)/opacus-$(OLDEST)/.complete $(VENV)/opacus-$(ALIASING)/.complete \
+		$(LIGHTNING:%=$(VENV)/lightning-%/.complete)
 	$(PYTEST) $(PYTEST_ARGS)
 
 test-releases: $(RELEASES:%=$(VENV)/opacus-%/.complete)

@@ -559,22 +559,31 @@ def wraps_an_optimizer(cls: type) -> bool:
     return bool(names) and "optim" in names[0].lower()
 
 
-def holders_of_optimizers() -> list[type]:
-    """Classes of Opacus's whose objects keep the DP optimizer they are given as ``optimizer``."""
+def holders_of_optimizers() -> list[tuple[type, str | None]]:
+    """Classes of Opacus's whose objects keep the DP optimizer they are given as ``optimizer``.
+
+    Each with the attribute of the optimizer that its objects write to, if there is one.
+    """
     places = (
-        ("opacus.schedulers.noise_scheduler", "_NoiseScheduler"),
-        ("opacus.schedulers.grad_clip_scheduler", "_GradClipScheduler"),
-        ("opacus.scheduler", "_NoiseScheduler"),  # before 1.5
-        ("opacus.utils.batch_memory_manager", "BatchSplittingSampler"),
-        ("opacus.utils.fast_gradient_clipping_utils", "DPLossFastGradientClipping"),
+        ("opacus.schedulers.noise_scheduler", "_NoiseScheduler", "noise_multiplier"),
+        ("opacus.schedulers.grad_clip_scheduler", "_GradClipScheduler", "max_grad_norm"),
+        ("opacus.scheduler", "_NoiseScheduler", "noise_multiplier"),  # before 1.5
+        ("opacus.utils.batch_memory_manager", "BatchSplittingSampler", None),
+        ("opacus.utils.fast_gradient_clipping_utils", "DPLossFastGradientClipping", None),
     )
-    found = [_attribute_of(module, name) for module, name in places]
-    return [cls for cls in dict.fromkeys(found) if cls is not None]
+    found = {_attribute_of(module, name): written for module, name, written in places}
+    return [(cls, written) for cls, written in found.items() if cls is not None]
 
 
 def clips_rows(optimizer: Any) -> bool:
     """Whether this optimizer clips ``p.grad_sample``; those of ghost clipping do not."""
     return not any("FastGradientClipping" in cls.__name__ for cls in type(optimizer).__mro__)
+
+
+def optimizer_with_noise_hooks() -> Any:
+    """The class whose objects clip, and draw noise, in hooks on the gradients."""
+    module = "opacus.optimizers.ddp_perlayeroptimizer"
+    return _attribute_of(module, "DistributedPerLayerOptimizer")
 
 
 def clips_in_hooks(optimizer: Any) -> bool:

@@ -67,12 +67,13 @@ class Runtime:
         self.auditor = StepAuditor(self.ledger, settings, emit, self._checks(), report)
         kinds = ((Pairing, _compat.uses_stock_hooks), (GhostPairing, _compat.uses_ghost_hooks))
         self.grad_sample = GradSamplePatch(self.ledger, kinds, computes=changes)
-        self._forwarding = AttributeForwarding(emit, settings.mode)
+        verdicts = Verdicts(emit, settings.mode)
+        self._forwarding = AttributeForwarding(verdicts)
         self.optimizer = OptimizerPatch(
             self.ledger,
             self.auditor,
             self._forwarding,
-            Verdicts(emit, settings.mode),
+            verdicts,
             report,
         )
         self._transaction = Transaction()

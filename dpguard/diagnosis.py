@@ -17,6 +17,9 @@ DETACH = "detach"
 UNUSED_FORWARD = "unused_forward"
 UNUSED_PARAMETER = "unused_parameter"
 ALIAS = "alias"
+ALIAS_DIVERGED = "alias_diverged"
+ALIAS_LOST = "alias_lost"
+ALIAS_OWN = "alias_own"
 
 BYPASSED = "bypassed_module"
 DOUBLE_BACKWARD = "double_backward"
@@ -50,7 +53,9 @@ NEEDS_CLOSURE = "needs_closure"
 NOT_COPYABLE = "not_copyable"
 FOREIGN_STEP = "foreign_step"
 CLIP_BOUND = "clip_bound"
+CLIP_BOUNDS_CONTRADICT = "clip_bounds_contradict"
 CLIP_BOUNDS_UNKNOWN = "clip_bounds_unknown"
+NOISE_DRAWN_BEFORE = "noise_drawn_before"
 LOSS_SCALE = "loss_scale"
 SCHEDULE = "schedule_in_batch"
 
@@ -94,6 +99,20 @@ _DIAGNOSES = {
     ALIAS: Diagnosis(
         "the DP optimizer held its own copy of an attribute of the optimizer that it wraps",
         "nothing to do; reads and writes now go to the wrapped optimizer",
+    ),
+    ALIAS_DIVERGED: Diagnosis(
+        "the wrapped optimizer replaced an attribute of which the DP optimizer holds its own copy",
+        "load checkpoints into an optimizer before a DP optimizer is made round it, or use Opacus "
+        "1.5.2 or later, whose DP optimizers forward; DPGUARD=repair forwards with every release",
+    ),
+    ALIAS_LOST: Diagnosis(
+        "an attribute was written to an object that is not the one that applies it",
+        "write it to the object that applies it, which is the DP optimizer that make_private "
+        "returned or what that wraps; DPGUARD=repair passes it on",
+    ),
+    ALIAS_OWN: Diagnosis(
+        "the constructor of a DP optimizer sets an attribute that the wrapped optimizer owns",
+        "let the class leave the attribute to the optimizer that it wraps",
     ),
     BYPASSED: Diagnosis(
         "autograd computed a gradient for a parameter of which no module call was seen, so it "
@@ -232,6 +251,18 @@ _DIAGNOSES = {
         "the bound that rows are clipped to and the bound that the noise is made for were to "
         "differ, so the noise multiplier delivered would not be the one accounted",
         "nothing to do; both follow optimizer.max_grad_norm. Change it between logical batches",
+    ),
+    CLIP_BOUNDS_CONTRADICT: Diagnosis(
+        "bounds of one step contradict each other, so the noise would be made for another bound "
+        "than the one that rows were clipped to",
+        "change the clip bound between logical batches only, and either max_grad_norm or "
+        "max_grad_norms. A DistributedPerLayerOptimizer keeps those of its construction: make a "
+        "new one, or use SimpleDistributedPerLayerOptimizer",
+    ),
+    NOISE_DRAWN_BEFORE: Diagnosis(
+        "the noise of this step was drawn within its backward, with another noise multiplier than "
+        "the accountant would be told",
+        "change the noise multiplier after optimizer.step() and before the next backward",
     ),
     CLIP_BOUNDS_UNKNOWN: Diagnosis(
         "the bounds of per-layer clipping do not fit the optimizer's trainable parameters",

@@ -111,15 +111,17 @@ class Clipped:
         batches: how many clipped forward/backward pairs are in it.
         rows: number of people of each of them.
         unclipped: a gradient that no clip factor met was added as well.
+        hooked: that gradient came through the hooks, and so is of private data.
         spent: an optimizer has taken it already.
     """
 
-    __slots__ = ("_grad", "_version", "batches", "rows", "spent", "unclipped")
+    __slots__ = ("_grad", "_version", "batches", "hooked", "rows", "spent", "unclipped")
 
     def __init__(self, grad: torch.Tensor | None, rows: tuple[int, ...] = ()) -> None:
         self.rows = rows
         self.batches = len(rows)
         self.unclipped = False
+        self.hooked = False
         self.spent = False
         self.renew(grad)
 
@@ -137,6 +139,11 @@ class Clipped:
     def is_fresh(self) -> bool:
         """Whether clipped batches wait for a step."""
         return self.batches > 0 and not self.spent
+
+    @property
+    def is_private(self) -> bool:
+        """Whether it is of people's data and no optimizer has taken it."""
+        return (self.batches > 0 or self.hooked) and not self.spent
 
     def is_in(self, grad: torch.Tensor | None) -> bool:
         """Whether ``grad`` is still the tensor meant: a step and ``zero_grad`` put another."""

@@ -87,6 +87,8 @@ class GhostPairing(Pairing):
         self._last_backward = 0
         self._stage = Stage.OUTSIDE
         self._norms_read = False
+        self._by_hand: Clipped | None = None
+        """What the last second backward that was written by hand left in a gradient."""
         self._received: dict[int, tuple[torch.nn.Parameter, int]] = {}
         """Parameters into which this backward accumulated, with the version of ``p.grad``."""
         self._watched: dict[int, tuple[weakref.ref[Any], Any]] = {}
@@ -235,14 +237,18 @@ class GhostPairing(Pairing):
             self._received[id(parameter)] = (parameter, grad._version)
             return
         state = self.ledger.state(parameter)
-        if self._norms_read and not self.hooks.hooks_enabled:
+        hooked = bool(self.hooks.hooks_enabled)
+        if self._by_hand is not None and self._by_hand.spent:
+            self._norms_read, self._by_hand = False, None  # a step has taken that batch
+        if self._norms_read and not hooked:
             # Opacus's two backwards written out by hand.
-            state.clipped = Clipped(grad, (self._batch,))
+            self._by_hand = state.clipped = Clipped(grad, (self._batch,))
             return
         note = state.clipped
         if note is None or not note.is_in(grad):
             note = state.clipped = Clipped(grad)
         note.unclipped = True
+        note.hooked = note.hooked or hooked
         note.renew(grad)
 
     # -- first backward ------------------------------------------------------------------------
@@ -361,6 +367,7 @@ class GhostPairing(Pairing):
         inside = self._stage is Stage.NORMS
         if not self.computes:
             self._stage = Stage.CLIPPED if inside else self._stage
+            self._norms_read = self._norms_read or self._stage is Stage.OUTSIDE
             return
         if self._stage is Stage.CLIPPED or not (inside or self._found or self._condemned):
             return
