@@ -24,6 +24,7 @@ __all__ = [
     "REPLAY",
     "TORCH_OLDEST",
     "Autograd",
+    "adaptive_optimizer_class",
     "allows_accumulation",
     "autograd",
     "batch_dimension",
@@ -439,6 +440,11 @@ def optimizer_class() -> type:
     """Opacus's ``DPOptimizer``, the base of all its optimizers."""
     found: type = importlib.import_module("opacus.optimizers.optimizer").DPOptimizer
     return found
+
+
+def adaptive_optimizer_class() -> Any:
+    """The optimizer that adapts its clip bound to rows (AdaClip), or ``None`` before 1.4."""
+    return _attribute_of("opacus.optimizers.adaclipoptimizer", "AdaClipDPOptimizer")
 
 
 HOOK_REGISTRARS = (
