@@ -11,7 +11,7 @@ import torch
 from opacus import PrivacyEngine
 from releases import GHOST
 from torch import nn
-from truth import flat_rows, relative_error, rows_of
+from truth import TOLERANCE, flat_rows, relative_error, rows_of
 
 import dpguard
 
@@ -30,11 +30,13 @@ class Case:
         build: makes the model.
         inputs: makes the tensors of a batch of so many rows, from a generator.
         losses: ``losses(called, *inputs)``, one loss for each row, of shape ``(B,)``.
+        dtype: in which it is compared with ground truth.
     """
 
     build: Callable[[], nn.Module]
     inputs: Callable[[int, torch.Generator], tuple[torch.Tensor, ...]]
     losses: Callable[..., torch.Tensor]
+    dtype: torch.dtype = torch.float64
 
 
 class PerSample(nn.Module):
@@ -96,7 +98,7 @@ def untouched(mode="repair"):
         assert guard.internal_errors == ()
 
 
-def assert_untouched(run):
+def assert_untouched(run, equal=torch.equal):
     """``run()`` gives the same tensors, bit by bit, with and without a guard, and no event."""
     with dpguard.install(mode="off"):
         plain = run()
@@ -105,17 +107,16 @@ def assert_untouched(run):
     assert plain
     assert len(plain) == len(guarded)
     for one, other in zip(plain, guarded, strict=True):
-        assert torch.equal(one, other)
+        assert equal(one, other)
 
 
 def assert_true(case, how="wrapped"):
     """The rows (with ghost clipping, the clipped sums) equal single-sample backwards."""
     torch.manual_seed(0)
-    model = case.build().double()
-    plain = case.build().double()
+    model, plain = case.build().to(case.dtype), case.build().to(case.dtype)
     plain.load_state_dict(model.state_dict())
     data = case.inputs(4, torch.Generator().manual_seed(1))
-    data = [x.double() if x.is_floating_point() else x for x in data]
+    data = [x.to(case.dtype) if x.is_floating_point() else x for x in data]
     truth = rows_of(lambda m, *x: case.losses(m, *x).mean(), plain, data)
     called, _, criterion = private(model, how)
     criterion(case.losses(called, *data), None).backward()
@@ -126,4 +127,4 @@ def assert_true(case, how="wrapped"):
         found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     else:
         found = flat_rows(model)
-    assert relative_error(found, truth) <= 1e-8
+    assert relative_error(found, truth) <= TOLERANCE[case.dtype]

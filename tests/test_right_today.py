@@ -96,15 +96,15 @@ LAYERS = {
     "conv3d": (lambda: nn.Conv3d(1, 2, 2), (1, 3, 4, 3)),
     "group_norm": (lambda: nn.Sequential(nn.Conv2d(2, 4, 1), nn.GroupNorm(2, 4)), (2, 3, 3)),
     "instance_norm1d": (
-        lambda: nn.Sequential(nn.Conv1d(2, 3, 1), nn.InstanceNorm1d(3, affine=True)),
+        lambda: nn.Sequential(nn.Conv1d(2, 3, 1, bias=False), nn.InstanceNorm1d(3, affine=True)),
         (2, 5),
     ),
     "instance_norm2d": (
-        lambda: nn.Sequential(nn.Conv2d(2, 3, 1), nn.InstanceNorm2d(3, affine=True)),
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 1, bias=False), nn.InstanceNorm2d(3, affine=True)),
         (2, 3, 4),
     ),
     "instance_norm3d": (
-        lambda: nn.Sequential(nn.Conv3d(2, 3, 1), nn.InstanceNorm3d(3, affine=True)),
+        lambda: nn.Sequential(nn.Conv3d(2, 3, 1, bias=False), nn.InstanceNorm3d(3, affine=True)),
         (2, 2, 3, 2),
     ),
     "layer_norm": (_after(lambda: nn.LayerNorm(5), 5), (5,)),
