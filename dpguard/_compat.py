@@ -30,6 +30,7 @@ __all__ = [
     "batch_dimension",
     "can_be_replayed",
     "clips_rows",
+    "compiled_code_knows_methods_by_identity",
     "eager",
     "ghost_criterion_classes",
     "ghost_hooks_class",
@@ -209,6 +210,14 @@ def eager(function: _F) -> _F:
 
     call._torchdynamo_disable = True  # type: ignore[attr-defined]
     return cast("_F", call)
+
+
+def compiled_code_knows_methods_by_identity() -> bool:
+    """Whether dynamo checks that ``Tensor.detach`` is the very object that it has compiled.
+
+    It did in 2.6 and does not in 2.13; for releases in between it is assumed.
+    """
+    return _release(_torch().__version__) < (2, 13)
 
 
 def inside_transform() -> bool:

@@ -1,6 +1,8 @@
 """Run the tests that Opacus ships, without dpguard and in each mode, and say what differs.
 
-    python -m opacus_suite [--modes repair observe] [--workers N] [file or folder of opacus/tests ...]
+    python -m opacus_suite [--modes repair observe] [--workers N] [-k EXPRESSION] [-- path ...]
+
+Paths are files and folders of opacus/tests; without any, all. EXPRESSION is pytest's.
 
 Takes the Opacus that is installed (or first on the path). Exit code 0: the same tests passed,
 failed and were skipped, but for those known to pass only because of a defect that is repaired;
@@ -61,7 +63,7 @@ def tests_of_opacus(names: list[str]) -> list[Path]:
     return [path for path in found if path not in needing]
 
 
-def outcomes(mode: str, paths: list[Path], workers: int) -> dict[str, Outcome]:
+def outcomes(mode: str, paths: list[Path], options: argparse.Namespace) -> dict[str, Outcome]:
     """Outcome of each test."""
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
@@ -73,7 +75,8 @@ def outcomes(mode: str, paths: list[Path], workers: int) -> dict[str, Outcome]:
             *(sys.executable, "-m", "pytest", "-p", "opacus_suite.plugin", "-p", "no:randomly"),
             *("-p", "no:cacheprovider", "-q", "--no-header", f"--junitxml={report}"),
             *("-c", os.devnull, *map(str, paths)),
-            *(("-n", str(workers)) if workers > 1 else ()),
+            *(("-n", str(options.workers)) if options.workers > 1 else ()),
+            *(("-k", options.expression) if options.expression else ()),
         ]
         done = subprocess.run(command, env=environ, check=False, capture_output=True, text=True)
         if done.returncode not in (0, 1) or not report.exists():
@@ -119,14 +122,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="opacus_suite", description=__doc__)
     parser.add_argument("--modes", nargs="+", default=["repair", "observe"])
     parser.add_argument("--workers", type=int, default=1, help="processes, by pytest-xdist")
+    parser.add_argument("-k", dest="expression", metavar="EXPRESSION", help="which of the tests")
     parser.add_argument("paths", nargs="*")
     options = parser.parse_args()
     paths = tests_of_opacus(options.paths)
-    plain = outcomes("off", paths, options.workers)
+    plain = outcomes("off", paths, options)
     print(f"without dpguard: {summary(plain)}", flush=True)
     wrong = 0
     for mode in options.modes:
-        guarded = outcomes(mode, paths, options.workers)
+        guarded = outcomes(mode, paths, options)
         print(f"in mode {mode}: {summary(guarded)}", flush=True)
         for said, expected in differences(mode, plain, guarded):
             wrong += not expected
