@@ -1,5 +1,6 @@
 """Random programs of forwards, cuts, backwards and steps: all equals ground truth, or is refused.
 
+Some hundred run with the other tests, 2,000 more with the slow ones, always the same.
 ``DPGUARD_TEST_PROGRAMS=N`` runs N programs and other ones each time, or those of
 ``--hypothesis-seed``; a failure prints the shrunk model and program.
 """
@@ -10,7 +11,7 @@ import gc
 import os
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from programs.comparison import check, check_same
 from programs.found import FOUND
@@ -29,9 +30,12 @@ _SHARES = {"hooks": 0.4, "functorch": 0.15, "ghost": 0.3, "fast": 0.15}
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
 
 
-def _settings(share):
+_FEW, _MANY, _PARTS = 400, 2000, 4
+
+
+def _settings(share, programs=_FEW):
     return settings(
-        max_examples=round((_WANTED or 1000) * share),
+        max_examples=round((_WANTED or programs) * share),
         derandomize=not _WANTED,
         deadline=None,
         database=None,
@@ -52,6 +56,24 @@ def test_random_programs(guard, mode):
     """Rows, norms, clipped sums and updates equal ground truth, or the step is refused."""
 
     @_settings(_SHARES[mode])
+    @given(design=designs(mode), program=programs)
+    def run(design, program):
+        check(design, program)
+        assert guard.internal_errors == ()
+
+    run()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(_WANTED), reason="as many as were asked for have run above")
+@pytest.mark.usefixtures("_quiet")
+@pytest.mark.parametrize("part", range(_PARTS))
+@pytest.mark.parametrize("mode", MODES)
+def test_many_random_programs(guard, mode, part):
+    """The same for thousands of other programs, in parts that can run side by side."""
+
+    @seed(part)
+    @_settings(_SHARES[mode], _MANY / _PARTS)
     @given(design=designs(mode), program=programs)
     def run(design, program):
         check(design, program)
