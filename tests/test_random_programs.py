@@ -7,7 +7,6 @@ Some hundred run with the other tests, 2,000 more with the slow ones, always the
 
 from __future__ import annotations
 
-import gc
 import os
 
 import pytest
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 from programs.comparison import check, check_same
 from programs.found import FOUND
 from programs.guarded import guarded
-from programs.models import Design, lacking
+from programs.models import lacking
 from programs.releases import MODES
 from programs.strategies import designs, programs, tidy_designs, tidy_programs
 
@@ -93,17 +92,7 @@ def test_programs_that_failed_once(guard, name):
     assert guard.internal_errors == ()
 
 
-@pytest.fixture
-def _quick_install():
-    """A guard looks for models that live already among all objects but the frozen ones."""
-    guarded(Design(), ())  # torch imports more once an optimizer is made
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.mark.usefixtures("_quiet", "_quick_install")
+@pytest.mark.usefixtures("_quiet")
 @pytest.mark.parametrize("mode", MODES)
 def test_right_programs_stay_untouched(mode):
     """Where Opacus alone is right, it gets the same bits, and no intervention is reported."""

@@ -7,7 +7,6 @@ integrations (schedulers, accelerate, transformers) are in ``integrations/``.
 from __future__ import annotations
 
 import copy
-import inspect
 
 import pytest
 import torch
@@ -59,19 +58,15 @@ def squares(called, x):
 # -- layers ----------------------------------------------------------------------------------------
 
 
-class _Batched(nn.Module):
-    """Attention over (B, T, D), in whatever order the installed Opacus has it."""
+class _Attention(nn.Module):
+    """Attention over (B, T, D)."""
 
     def __init__(self):
         super().__init__()
-        self.batch_first = "batch_first" in inspect.signature(DPMultiheadAttention).parameters
-        options = {"batch_first": True} if self.batch_first else {}
-        self.attention = DPMultiheadAttention(4, 2, **options)
+        self.attention = DPMultiheadAttention(4, 2, batch_first=True)
 
     def forward(self, x):
-        x = x if self.batch_first else x.transpose(0, 1)
-        out = self.attention(x, x, x, need_weights=False)[0]
-        return out if self.batch_first else out.transpose(0, 1)
+        return self.attention(x, x, x, need_weights=False)[0]
 
 
 class _Recurrent(nn.Module):
@@ -92,7 +87,6 @@ LAYERS = {
     "conv1d": (lambda: nn.Conv1d(2, 3, 3, stride=2, padding=1), (2, 7)),
     "conv1d_dilated": (lambda: nn.Conv1d(4, 4, 3, dilation=2, groups=2), (4, 9)),
     "conv2d": (lambda: nn.Conv2d(2, 4, 3, padding=1), (2, 5, 5)),
-    "conv2d_same": (lambda: nn.Conv2d(2, 2, (3, 5), padding="same", groups=2), (2, 5, 5)),
     "conv3d": (lambda: nn.Conv3d(1, 2, 2), (1, 3, 4, 3)),
     "group_norm": (lambda: nn.Sequential(nn.Conv2d(2, 4, 1), nn.GroupNorm(2, 4)), (2, 3, 3)),
     "instance_norm1d": (
@@ -111,9 +105,10 @@ LAYERS = {
     "linear_3d": (_after(nn.Identity, 4), (3, 4)),
     "lstm": (_Recurrent, (4, 3)),
     "lstm_bidirectional": (lambda: _Recurrent(bidirectional=True, num_layers=2), (4, 3)),
-    "attention": (_Batched, (3, 4)),
 }
-REPLAYED = {
+NEWER = {
+    "conv2d_same": (lambda: nn.Conv2d(2, 2, (3, 5), padding="same", groups=2), (2, 5, 5)),
+    "attention": (_Attention, (3, 4)),
     "rms_norm": (_after(lambda: nn.RMSNorm(5), 5), (5,)),
     "prelu": (_after(lambda: nn.PReLU(5), 5), (5,)),
     "prelu_one": (_after(nn.PReLU, 5), (5,)),
@@ -124,9 +119,9 @@ REPLAYED = {
         (2, 3, 3),
     ),
 }
-"""What Opacus replays with functorch, or has a sampler of since 1.5."""
+"""What Opacus replays with functorch, has a sampler of since 1.5, or could not do at first."""
 if FUNCTORCH:
-    LAYERS.update(REPLAYED)
+    LAYERS.update(NEWER)
 
 
 def case_of(name):
@@ -255,12 +250,13 @@ PROGRAMS = {
     "no_grad_target": Case(lambda: SimSiam(CNN), views(2, 6, 6), _no_grad_target),
     "no_grad_target_recurrent": Case(lambda: SimSiam(Recurrent), views(4, 3), _no_grad_target),
     "frozen_teacher": Case(_Teacher, noise(6), _itself),
-    "straight_through": Case(_Quantised, noise(6), _itself),
+    # Embeddings have had rows in single precision only.
+    "straight_through": Case(_Quantised, noise(6), _itself, torch.float32),
     "actor_critic": Case(_ActorCritic, _states, _itself),
 }
 REPEATED = {
     "reentrant_checkpoint": Case(_Checkpointed, noise(6), squares),
-    "tied": Case(_Tied, _ids, squares),
+    "tied": Case(_Tied, _ids, squares, torch.float32),
     "symmetric": Case(lambda: SimSiam(MLP), views(6), _symmetric),
     "symmetric_convolutions": Case(lambda: SimSiam(CNN), views(2, 6, 6), _symmetric),
 }
@@ -271,11 +267,13 @@ REPEATED = {
 @pytest.mark.parametrize("name", [*PROGRAMS, *REPEATED])
 def test_programs(name, how):
     """Cuts that leave no forward without its backward, and layers that are used twice."""
-    if name in PROGRAMS or not how.startswith("ghost"):
-        case = {**PROGRAMS, **REPEATED}[name]
+    case = {**PROGRAMS, **REPEATED}[name]
+    # At first Opacus took the rows of a tied weight for those of several batches.
+    refused = (name in REPEATED and how.startswith("ghost")) or (name == "tied" and not FUNCTORCH)
+    if not refused:
         assert_untouched(lambda: trained(case, how))
     with untouched():
-        assert_true({**PROGRAMS, **REPEATED}[name], how)
+        assert_true(case, how)
 
 
 @pytest.mark.parametrize("how", HOW)
