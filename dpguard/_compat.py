@@ -10,6 +10,7 @@ import functools
 import importlib
 import inspect
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -24,11 +25,13 @@ __all__ = [
     "REPLAY",
     "TORCH_OLDEST",
     "Autograd",
+    "adaptive_optimizer_class",
     "allows_accumulation",
     "autograd",
     "batch_dimension",
     "can_be_replayed",
     "clips_rows",
+    "compiled_code_knows_methods_by_identity",
     "eager",
     "ghost_criterion_classes",
     "ghost_hooks_class",
@@ -36,6 +39,7 @@ __all__ = [
     "ghost_optimizer_class",
     "grad_sampler",
     "has_grad_sampler",
+    "learn_layout",
     "norm_sampler",
     "on_module_registration",
     "optimizer_class",
@@ -222,6 +226,14 @@ def eager(function: _F) -> _F:
     return cast("_F", call)
 
 
+def compiled_code_knows_methods_by_identity() -> bool:
+    """Whether dynamo checks that ``Tensor.detach`` is the very object that it has compiled.
+
+    It did in 2.6 and does not in 2.13; for releases in between it is assumed.
+    """
+    return _release(_torch().__version__) < (2, 13)
+
+
 @functools.lru_cache(maxsize=1)
 def transform_test() -> Callable[[], bool]:
     """The test whether torch is compiling, exporting or inside a functorch transform."""
@@ -352,12 +364,33 @@ def batch_dimension(module: torch.nn.Module, *, batch_first: bool) -> int:
         return 0
     if has_own_batch_dimension(module):
         return 0 if module.batch_first else 1
+    if _transposing_attention() is not None and module in _TIME_FIRST:
+        return 1
     return 0 if batch_first else 1
+
+
+_TIME_FIRST: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+"""Layers that are given the time first although all around them has the batch first."""
+
+
+def learn_layout(module: torch.nn.Module) -> None:
+    """Note in which order the parts of ``module`` are given batch and time."""
+    attention = _transposing_attention()
+    if attention is not None and isinstance(module, attention) and module.batch_first:
+        _TIME_FIRST.update(module.children())
+
+
+@functools.lru_cache(maxsize=1)
+def _transposing_attention() -> Any:
+    """Opacus's attention of 1.4, which transposes before its layers and not after them."""
+    if not (1, 4) <= _release(opacus_version()) < (1, 5):
+        return None
+    return _attribute_of("opacus.layers.dp_multihead_attention", "DPMultiheadAttention")
 
 
 def has_own_batch_dimension(module: torch.nn.Module) -> bool:
     """Whether layers of this class each say where their batch is."""
-    return type(module) is _sequence_bias()
+    return type(module) is _sequence_bias() or _transposing_attention() is not None
 
 
 @functools.lru_cache(maxsize=1)
@@ -461,6 +494,11 @@ def optimizer_class() -> type:
     """Opacus's ``DPOptimizer``, the base of all its optimizers."""
     found: type = importlib.import_module("opacus.optimizers.optimizer").DPOptimizer
     return found
+
+
+def adaptive_optimizer_class() -> Any:
+    """The optimizer that adapts its clip bound to rows (AdaClip), or ``None`` before 1.4."""
+    return _attribute_of("opacus.optimizers.adaclipoptimizer", "AdaClipDPOptimizer")
 
 
 HOOK_REGISTRARS = (

@@ -30,7 +30,7 @@ from dpguard.events import (
 )
 from dpguard.journal import Journal
 from dpguard.ledger import Ledger
-from dpguard.patches import detach, ghost_gradient
+from dpguard.patches import detach, empty_batches, ghost_gradient
 from dpguard.patches.attributes import AttributeForwarding
 from dpguard.patches.ghost import GhostPairing
 from dpguard.patches.grad_sample import GradSamplePatch
@@ -143,6 +143,8 @@ class Runtime:
             repairs=self.settings.mode.changes_the_host,
         )
         self.optimizer.install(self._transaction)
+        if self.settings.mode.changes_the_host:
+            empty_batches.install(self._transaction)
         return skipped
 
     def _ghost_pairing_of(self, hooks: Any) -> GhostPairing | None:

@@ -351,6 +351,16 @@ class GhostPairing(Pairing):
         if self._stage is Stage.NORMS and not self.ledger.is_running(self):
             with torch.no_grad():
                 self.ledger.note_pass(self._sums.compare())
+        if self._stage is Stage.OUTSIDE:
+            self._show_norms()
+
+    def _show_norms(self) -> None:
+        """Leave norms where Opacus leaves them: whoever calls backward may look at them."""
+        with torch.no_grad():
+            for parameter in self._parameters:
+                found = self._found.get(id(parameter))
+                if found is not None:
+                    parameter._norm_sample = found.norms()  # type: ignore[attr-defined]
 
     def _condemn(self, parameter: torch.Tensor, cause: str) -> None:
         self._condemned.setdefault(cause, []).append(self.ledger.name_of(parameter))

@@ -122,13 +122,19 @@ class Pairing:
             modules.append(around)
         return any(self._has_hook(m) and not self._is_sampled(m) for m in modules)
 
-    def _extend(self, module: torch.nn.Module, name: str) -> None:
+    def _extend(self, module: torch.nn.Module, name: str, seen: set[int] | None = None) -> None:
         """Hook what Opacus has not: parts that were frozen when it looked, or not yet there.
 
         As Opacus, a module that has parameters of its own and no grad sampler is replayed
         whole. One that contains such parts and is frozen is left alone, with what it contains
-        hooked; should its own parameters be trained, the step is refused.
+        hooked; should its own parameters be trained, the step is refused. A part may contain what
+        contains it, such as a model that keeps its wrapper.
         """
+        seen = set() if seen is None else seen
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        _compat.learn_layout(module)
         if _compat.is_recurrent(module):
             if self._learn_packing not in module._forward_pre_hooks.values():
                 handle = module.register_forward_pre_hook(self._learn_packing)
@@ -141,7 +147,7 @@ class Pairing:
             return
         for key, child in module._modules.items():
             if child is not None:
-                self._extend(child, f"{name}.{key}" if name else key)
+                self._extend(child, f"{name}.{key}" if name else key, seen)
 
     def _is_late(self, module: torch.nn.Module) -> bool:
         own = [p for p in module._parameters.values() if p is not None]
