@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import re
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ __all__ = [
     "REPLAY",
     "TORCH_OLDEST",
     "Autograd",
+    "Nodes",
     "adaptive_optimizer_class",
     "allows_accumulation",
     "autograd",
@@ -40,6 +42,7 @@ __all__ = [
     "grad_sampler",
     "has_grad_sampler",
     "learn_layout",
+    "nodes",
     "norm_sampler",
     "on_module_registration",
     "optimizer_class",
@@ -197,6 +200,81 @@ def autograd() -> Autograd:
         roles_of=roles_of,
         on_backward_end=torch.autograd.Variable._execution_engine.queue_callback,
     )
+
+
+# -- torch: the nodes of a graph -----------------------------------------------------------------
+
+
+class Nodes:
+    """What is asked of the nodes of a graph when they are run beside the engine.
+
+    Raises:
+        AttributeError: this torch does not tell what has to be known of a node.
+    """
+
+    def __init__(self) -> None:
+        torch = _torch()
+        self.current: Callable[[], Any] = torch._C._current_autograd_node
+        """The node that the engine evaluates in this thread."""
+        if not hasattr(torch._C._autograd.SavedTensor, "unpack_hook"):
+            raise AttributeError("SavedTensor.unpack_hook")
+        self._in_python: type = torch._C._FunctionBase
+        self._identity: type = torch.nn.modules._functions.BackwardHookFunction
+        self._kinds: dict[type, tuple[str, ...] | None] = {}
+
+    def is_leaf(self, node: Any) -> bool:
+        """Whether ``node`` accumulates into a leaf tensor, which is its ``variable``."""
+        return type(node).__name__ == "AccumulateGrad"
+
+    def is_identity(self, node: Any) -> bool:
+        """Whether ``node`` hands on what it is given: full backward hooks stand on such nodes."""
+        return isinstance(node, self._in_python) and (
+            getattr(node, "_forward_cls", None) is self._identity
+        )
+
+    def is_plain(self, node: Any) -> bool:
+        """Whether ``node`` is a formula of torch's own that may be evaluated at will.
+
+        Not so functions written in Python or elsewhere, which may do more than compute (run a
+        backward, reduce over processes, free what they hold), changes in place of views, whose
+        saved tensors cannot be looked at, and nodes whose saved tensors somebody else keeps
+        (checkpoints count how often they are asked for them).
+        """
+        cls = type(node)
+        names = self._kinds.get(cls, ())
+        if not names and cls not in self._kinds:
+            names = self._kinds[cls] = self._saved_by(cls)
+        if names is None:
+            return False
+        return all(_is_kept_by_torch(getattr(node, name)) for name in names)
+
+    def _saved_by(self, cls: type) -> tuple[str, ...] | None:
+        if issubclass(cls, self._in_python) or not _FORMULA.fullmatch(cls.__name__):
+            return None
+        return tuple(name for name in dir(cls) if name.startswith("_raw_saved_"))
+
+    def inputs(self, node: Any) -> Any:
+        """For each gradient that ``node`` takes its ``shape``, ``dtype`` and ``device``."""
+        return node._input_metadata
+
+
+_FORMULA = re.compile(r"[A-Za-z]\w*Backward\d+")
+"""Names of the nodes that torch makes from its list of derivatives."""
+
+
+def _is_kept_by_torch(saved: Any) -> bool:
+    if isinstance(saved, (tuple, list)):
+        return all(map(_is_kept_by_torch, saved))
+    return saved is None or saved.unpack_hook is None
+
+
+@functools.lru_cache(maxsize=1)
+def nodes() -> Nodes | None:
+    """The nodes of the torch that is imported, or ``None`` if it tells too little of them."""
+    try:
+        return Nodes()
+    except AttributeError:
+        return None
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])

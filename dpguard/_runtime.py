@@ -16,6 +16,7 @@ from typing import Any
 from dpguard import _compat
 from dpguard._settings import Settings
 from dpguard.audit.check import Check
+from dpguard.audit.oracle import RowOracle
 from dpguard.audit.passes import PassValues
 from dpguard.audit.rows import RowValues
 from dpguard.audit.steps import StepAuditor
@@ -35,6 +36,7 @@ from dpguard.patches.attributes import AttributeForwarding
 from dpguard.patches.ghost import GhostPairing
 from dpguard.patches.grad_sample import GradSamplePatch
 from dpguard.patches.optimizer import OptimizerPatch
+from dpguard.patches.outputs import Outputs
 from dpguard.patches.pairing import Pairing
 from dpguard.patching import Transaction
 from dpguard.verdicts import Verdicts
@@ -64,9 +66,12 @@ class Runtime:
         emit = _weakly(self.emit)
         changes = settings.mode.changes_the_host
         report = _weakly(self.report_internal)
+        self.outputs = Outputs(report) if settings.oracle_every and _compat.nodes() else None
         self.auditor = StepAuditor(self.ledger, settings, emit, self._checks(), report)
         kinds = ((Pairing, _compat.uses_stock_hooks), (GhostPairing, _compat.uses_ghost_hooks))
-        self.grad_sample = GradSamplePatch(self.ledger, kinds, computes=changes)
+        self.grad_sample = GradSamplePatch(
+            self.ledger, kinds, computes=changes, outputs=self.outputs
+        )
         verdicts = Verdicts(emit, settings.mode)
         self._forwarding = AttributeForwarding(verdicts)
         self.optimizer = OptimizerPatch(
@@ -82,7 +87,10 @@ class Runtime:
 
     def _checks(self) -> list[Check]:
         """What is looked at in each step besides the coverage, in this order."""
-        return [RowValues(self.ledger), PassValues(self.ledger)]
+        checks: list[Check] = [RowValues(self.ledger), PassValues(self.ledger)]
+        if self.outputs is not None:
+            checks.append(RowOracle(self.ledger, self.outputs, self.settings.oracle_every))
+        return checks
 
     # -- activation ----------------------------------------------------------------------------
 
@@ -178,6 +186,7 @@ class Runtime:
             versions={**_compat.versions(), "python": sys.version.split()[0]},
             settings={
                 "audit_every": settings.audit_every,
+                "oracle_every": settings.oracle_every,
                 "sensitive": settings.sensitive,
                 "hmac": settings.key_file is not None,
             },

@@ -38,6 +38,9 @@ ROW_DEVICE = "row_device"
 ROWS_NOT_FINITE = "rows_not_finite"
 NOT_CONSERVED = "rows_do_not_add_up"
 NORMS_INCOMPLETE = "norms_miss_a_part"
+ROW_OF_ANOTHER = "row_of_another"
+ROW_INEXACT = "row_inexact"
+ROWS_REORDERED = "rows_reordered"
 BATCHES_OVERLAP = "batches_overlap"
 BATCHES_UNRELATED = "batches_unrelated"
 UNCLIPPED = "unclipped_backward"
@@ -207,6 +210,29 @@ _DIAGNOSES = {
         "that is used outside of its module, Embedding(padding_idx, scale_grad_by_freq), hooks on "
         "the gradient",
         Severity.CRITICAL,
+    ),
+    ROW_OF_ANOTHER: Diagnosis(
+        "the per-sample gradients add up to the gradient of the batch, but the row of a person is "
+        "not what the gradient owes to that person, so removing a person changes rows of others",
+        "let no sample see another on its way through the model: no statistics over the batch "
+        "(BatchNorm in training mode, also without weights, F.batch_norm, x - x.mean(0)), inputs "
+        "of every layer with the samples as first dimension (position ids expanded to the batch: "
+        "arange(T).expand(B, T)). Otherwise check the grad sampler that is registered for the "
+        "layer, and what changes p.grad_sample between backward() and step()",
+        Severity.CRITICAL,
+    ),
+    ROW_INEXACT: Diagnosis(
+        "the row of a person differs from what the gradient owes to that person by more than "
+        "rounding explains, though not by much",
+        "check the grad sampler that is registered for the layer, and whether samples influence "
+        "each other slightly on their way through the model (statistics over the batch)",
+    ),
+    ROWS_REORDERED: Diagnosis(
+        "the per-sample gradients are not in the order of the model's outputs; each still is one "
+        "person's, and their clipped sum does not depend on the order",
+        "do not rely on row i being sample i of the batch. If the model sorts its inputs (by "
+        "length), let all layers see the same order",
+        Severity.WARNING,
     ),
     STEP_HOOK: Diagnosis(
         "a second step hook was attached; Opacus has room for one and would forget the first, "

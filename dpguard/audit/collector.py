@@ -67,10 +67,13 @@ class Collector:
     def drain(self, *, wait: bool = False) -> None:
         """Hand out what has arrived; with ``wait`` everything, however long it takes."""
         while self._pending:
-            host, arrived, receive = self._pending[0]
+            try:
+                host, arrived, receive = self._pending.popleft()
+            except IndexError:
+                return  # another thread trains as well
             if arrived is not None and not arrived.query():
                 if not wait:
+                    self._pending.appendleft((host, arrived, receive))
                     return
                 arrived.synchronize()
-            self._pending.popleft()
             receive(host.tolist())

@@ -35,7 +35,7 @@ from dpguard.patches.lean import Clipping
 if TYPE_CHECKING:
     from dpguard.patches.lean import Rows
 
-__all__ = ["CONSERVATION", "RowValues", "finiteness"]
+__all__ = ["CONSERVATION", "RowValues", "factors", "finiteness"]
 
 CONSERVATION = "conservation"
 LAMBDA = 8.0
@@ -93,16 +93,14 @@ class RowValues(Check):
         for i, parameter in zip(compared, parameters, strict=True):
             summands = count * self._ledger.summands_of(parameter)
             key = (summands, parameter.dtype, rows.pieces[i][0].dtype, parameter.dim() > 2)  # noqa: PLR2004
-            factors = self._factors.get(key)
-            if factors is None:
-                factors = self._factors[key] = _factors(
-                    parameter, rows.pieces[i][0].dtype, summands
-                )
-            found.append(factors)
+            made = self._factors.get(key)
+            if made is None:
+                made = self._factors[key] = factors(parameter, rows.pieces[i][0].dtype, summands)
+            found.append(made)
         return tuple(found)
 
 
-def _factors(
+def factors(
     parameter: torch.nn.Parameter, rows_dtype: torch.dtype, summands: int
 ) -> tuple[float, float]:
     """What ``S`` and the norm of all parameters are multiplied by."""

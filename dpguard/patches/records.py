@@ -22,7 +22,7 @@ from dpguard.patches.replay import outline
 if TYPE_CHECKING:
     from dpguard.patches.pairing import Pairing
 
-__all__ = ["ForwardHook", "Record"]
+__all__ = ["ForwardHook", "Record", "differentiable"]
 
 _detach = torch._C.TensorBase.detach
 _inside_transform = _compat.transform_test()
@@ -144,7 +144,7 @@ class ForwardHook:
         if not torch.is_grad_enabled():
             pairing.on_hidden_call(module)
             return None
-        outputs = _differentiable(output)
+        outputs = differentiable(output)
         if not outputs or not trained:
             return None
         structured = outputs[0] is not output
@@ -231,7 +231,7 @@ def _own_output(output: torch.Tensor, others: Sequence[Any]) -> torch.Tensor | N
     return owned
 
 
-def _differentiable(output: Any) -> list[torch.Tensor]:
+def differentiable(output: Any) -> list[torch.Tensor]:
     """The tensors in a module's output that a backward can reach, in order, each once."""
     if isinstance(output, torch.Tensor):
         return [output] if output.grad_fn is not None else []
@@ -243,5 +243,5 @@ def _differentiable(output: Any) -> list[torch.Tensor]:
     elif not isinstance(output, (tuple, list)):
         return []
     for value in output:
-        found.update((id(tensor), tensor) for tensor in _differentiable(value))
+        found.update((id(tensor), tensor) for tensor in differentiable(value))
     return list(found.values())
