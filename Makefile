@@ -21,7 +21,7 @@ ALIASING = 1.5.1
 # Releases on which exactness is tested, besides the pinned one.
 RELEASES = 1.0.2 1.4.1 1.5.1 1.5.4
 # What these depend on is the release; the other tests are the same on each.
-RELEASE_TESTS = grad_sample ghost ghost_gradient ghost_models ghost_by_hand detach late_layers \
+RELEASE_TESTS = grad_sample ghost ghost_gradient ghost_models ghost_by_hand detach late_layers layers \
 	replay one_batch regressions random_programs other_modes audit attributes protocol facades \
 	mechanism amp
 # Releases of Lightning that stand for an optimizer in other ways than the pinned one.
