@@ -34,6 +34,8 @@ ROW_DTYPE = "row_dtype"
 ROW_DEVICE = "row_device"
 ROWS_NOT_FINITE = "rows_not_finite"
 NOT_CONSERVED = "rows_do_not_add_up"
+GRADIENT_HOOK = "gradient_hook"
+LOSS_REDUCTION = "loss_reduction"
 BATCHES_OVERLAP = "batches_overlap"
 BATCHES_UNRELATED = "batches_unrelated"
 UNCLIPPED = "unclipped_backward"
@@ -175,10 +177,23 @@ _DIAGNOSES = {
     NOT_CONSERVED: Diagnosis(
         "the per-sample gradients do not add up to the gradient that autograd computed for the "
         "batch, so they are wrong, or p.grad was changed by something that has no rows",
-        "penalties on weights, clip_grad_norm_ and hooks on p.grad have no effect with DP-SGD: "
-        "drop them (use weight_decay of the optimizer for a penalty). Otherwise check what is "
-        "special about the layer: a weight that is used outside of its module, an input or keyword "
-        "argument that its grad sampler ignores, padding modes, scale_grad_by_freq",
+        "a penalty on weights in the loss and clip_grad_norm_ before the step have no effect with "
+        "DP-SGD, which makes the update from the per-sample gradients only: drop them (use "
+        "weight_decay of the optimizer for a penalty, max_grad_norm for clipping). Otherwise check "
+        "what is special about the layer: a weight that is used outside of its module, an input "
+        "or keyword argument that its grad sampler ignores, padding modes, scale_grad_by_freq",
+    ),
+    GRADIENT_HOOK: Diagnosis(
+        "a hook on the parameter (register_hook) changes the gradient that autograd computes, and "
+        "has no effect with DP-SGD, which makes the update from the per-sample gradients only",
+        "remove the hook; to scale the update of a parameter give it a group of its own in the "
+        "optimizer, with a learning rate of its own",
+    ),
+    LOSS_REDUCTION: Diagnosis(
+        "the model was wrapped for another reduction of the loss than the optimizer, so the "
+        "update is wrong by a factor of the batch size",
+        "give the same loss_reduction, the one of your loss, to GradSampleModule and to the DP "
+        "optimizer, or let make_private(loss_reduction=...) make both",
     ),
     STEP_HOOK: Diagnosis(
         "a second step hook was attached; Opacus has room for one and would forget the first, "

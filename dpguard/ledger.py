@@ -126,7 +126,7 @@ class Clipped:
 class Entry:
     """One group of people: which segments it spans, and (weakly) its rows."""
 
-    __slots__ = ("_rows", "captured", "first", "last", "order", "owned")
+    __slots__ = ("_rows", "captured", "first", "last", "order", "owned", "strength", "terms")
 
     def __init__(self, rows: torch.Tensor, first: int, last: int, *, owned: bool = False) -> None:
         self._rows = weakref.ref(rows)
@@ -138,6 +138,10 @@ class Entry:
         """Where in the rows each sample is, if they are not in the order of the batch."""
         self.owned = owned
         """Whether the tensor is ours to change in place, and not one that somebody put there."""
+        self.terms = 0
+        """Of how many products an element of a row is the sum, at most."""
+        self.strength: torch.Tensor | None = None
+        """Sum over the rows of their norm if nothing cancelled in them, where it was probed."""
 
     @property
     def rows(self) -> torch.Tensor | None:
@@ -173,7 +177,8 @@ class ParameterState:
     """What the ledger knows about one parameter."""
 
     __slots__ = (
-        "clipped", "condemned", "entries", "epoch", "hooked", "name", "paired", "ref", "summands"
+        "clipped", "condemned", "entries", "epoch", "hooked", "name", "paired", "probed",
+        "reduction", "ref", "summands",
     )  # fmt: skip
 
     def __init__(self, parameter: torch.Tensor, forget: Callable[[Any], None]) -> None:
@@ -191,6 +196,10 @@ class ParameterState:
         """In ghost clipping, what is in ``p.grad``."""
         self.summands = 1
         """Of how many products an element of a row is the sum, at most so far."""
+        self.probed = True
+        """Whether the strength of rows is wanted."""
+        self.reduction: str | None = None
+        """The reduction of the loss that the model was wrapped for."""
 
     def sync(self, parameter: torch.Tensor) -> list[torch.Tensor]:
         """Take over what somebody else did to ``p.grad_sample``; its tensors, one per entry."""
@@ -228,6 +237,8 @@ class ParameterState:
         captured: bool = False,
         owned: bool = False,
         order: torch.Tensor | None = None,
+        terms: int = 1,
+        strength: torch.Tensor | None = None,
     ) -> None:
         """Add the rows of a call opened in segment ``opened``, now being segment ``now``.
 
@@ -242,6 +253,8 @@ class ParameterState:
             captured: the backward returns the gradient and leaves ``p.grad`` alone.
             owned: nobody else holds ``rows``; others are copied before they are kept.
             order: where in ``rows`` each sample is, of shape ``(B,)``, if not in its own place.
+            terms: of how many products an element of ``rows`` is the sum.
+            strength: see :attr:`Entry.strength`.
         """
         tensors = self.sync(parameter)
         if captured and any(not entry.captured for entry in self.entries):
@@ -256,6 +269,7 @@ class ParameterState:
             entry = Entry(rows, opened, now, owned=True)
             entry.captured = captured
             entry.order = order
+            entry.strength = strength
             self.entries.append(entry)
             tensors.append(rows)
         else:
@@ -264,6 +278,11 @@ class ParameterState:
                     tensors[i] = self.entries[i].in_order(tensors[i])
                 rows = rows if order is None else rows.index_select(0, order)
             tensors = self._merge(tensors, spanned, rows, opened, now)
+            entry = self.entries[spanned[0]]
+            both = None if entry.strength is None or strength is None else entry.strength + strength
+            entry.strength = both
+        entry.terms += terms
+        self.summands = max(self.summands, entry.terms)
         self.publish(parameter, tensors)
 
     def put_in_order(self, parameter: torch.Tensor) -> None:
@@ -285,6 +304,8 @@ class ParameterState:
         entry, total = self.entries[spanned[0]], tensors[spanned[0]]
         for i in spanned[1:]:
             total = entry.added(total, tensors[i])
+            entry.terms += self.entries[i].terms
+            entry.strength = None
         total = entry.added(total, rows)
         entry.first = min(entry.first, opened)
         entry.last = max(self.entries[spanned[-1]].last, now)
@@ -455,11 +476,16 @@ class Ledger:
         captured: bool,
         owned: bool,
         order: torch.Tensor | None,
+        terms: int = 1,
+        strength: torch.Tensor | None = None,
     ) -> ParameterState:
         """Publish rows of shape ``(B, *p.shape)`` that belong to a call of segment ``opened``."""
         state = self.state(parameter)
         now = self.segment
-        state.add(parameter, rows, opened, now, captured=captured, owned=owned, order=order)
+        state.add(
+            parameter, rows, opened, now, captured=captured, owned=owned, order=order,
+            terms=terms, strength=strength,
+        )  # fmt: skip
         self.close()
         return state
 
