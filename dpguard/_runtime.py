@@ -16,6 +16,7 @@ from typing import Any
 from dpguard import _compat
 from dpguard._settings import Settings
 from dpguard.audit.check import Check
+from dpguard.audit.clip import Clip
 from dpguard.audit.rows import RowValues
 from dpguard.audit.steps import StepAuditor
 from dpguard.events import (
@@ -80,7 +81,7 @@ class Runtime:
 
     def _checks(self) -> list[Check]:
         """What is looked at in each step besides the coverage, in this order."""
-        return [RowValues(self.ledger)]
+        return [RowValues(self.ledger), Clip()]
 
     # -- activation ----------------------------------------------------------------------------
 

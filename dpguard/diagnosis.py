@@ -50,6 +50,10 @@ NESTED = "nested_dp_optimizer"
 NEEDS_CLOSURE = "needs_closure"
 NOT_COPYABLE = "not_copyable"
 FOREIGN_STEP = "foreign_step"
+CLIP_WRONG = "clipped_sum_wrong"
+CLIP_EXCEEDED = "clipped_sum_too_long"
+CLIP_SENSITIVITY = "clip_sensitivity"
+CLIP_UNPROVED = "clip_unproved"
 CLIP_BOUND = "clip_bound"
 CLIP_BOUNDS_UNKNOWN = "clip_bounds_unknown"
 LOSS_SCALE = "loss_scale"
@@ -233,6 +237,35 @@ _DIAGNOSES = {
         "nor noised nor accounted",
         "call step() of the DP optimizer. If the gradients are of public data, switch the hooks "
         "off for them (model.disable_hooks())",
+    ),
+    CLIP_WRONG: Diagnosis(
+        "what was added to the clipped sum is not the sum of the rows, each clipped by itself",
+        "let nothing change p.grad_sample or p.summed_grad while rows are clipped, and clip each "
+        "row to optimizer.max_grad_norm over all parameters (or to its bound of max_grad_norms)",
+        Severity.CRITICAL,
+    ),
+    CLIP_EXCEEDED: Diagnosis(
+        "what was added to the clipped sum is longer than all rows of the batch clipped to "
+        "max_grad_norm can be together",
+        "clip each row, not the gradient of the batch, to optimizer.max_grad_norm over all "
+        "parameters together",
+        Severity.CRITICAL,
+    ),
+    CLIP_SENSITIVITY: Diagnosis(
+        "the clip_and_accumulate in use lets one person move the clipped sum by more than "
+        "max_grad_norm, for which the noise is made: it clips the gradient of the batch or of "
+        "groups of rows, or not all parameters together, or to another bound",
+        "clip each person's row by itself, so that its norm over all parameters is at most "
+        "optimizer.max_grad_norm, and only then add rows up; rows of one person are to be added "
+        "up before, not by the clipping",
+        Severity.CRITICAL,
+    ),
+    CLIP_UNPROVED: Diagnosis(
+        "rows are clipped by a clip_and_accumulate that is not Opacus's, and it could not be "
+        "measured how far one person can move its sum",
+        "see to it yourself that each person's contribution is at most as long as the noise is "
+        "made for, or use the clipping of Opacus",
+        Severity.WARNING,
     ),
     CLIP_BOUND: Diagnosis(
         "the bound that rows are clipped to and the bound that the noise is made for were to "

@@ -20,7 +20,15 @@ import torch
 
 from dpguard import _compat
 
-__all__ = ["Clipping", "Rows", "add_noise", "clip_and_accumulate", "pre_step", "scale_grad"]
+__all__ = [
+    "Clipping",
+    "Rows",
+    "add_noise",
+    "blank_rows",
+    "clip_and_accumulate",
+    "pre_step",
+    "scale_grad",
+]
 
 
 @dataclass(frozen=True)
@@ -149,6 +157,14 @@ def blank(rows: Rows, totals: torch.Tensor) -> torch.Tensor:
             if not is_zero(mine[k]):
                 mine[k].masked_fill_(here.view(-1, *[1] * (mine[k].dim() - 1)), 0)
     return totals.masked_fill(broken, 0)
+
+
+@torch.no_grad()
+def blank_rows(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Make rows that are not finite zero, before code that is not ours clips them."""
+    rows = Rows.of(parameters)
+    if rows is not None and rows.are_of_one_type:
+        blank(rows, row_norms(rows).norm(2, dim=1))
 
 
 @torch.no_grad()
