@@ -795,6 +795,60 @@ def at_least_single(dtype: torch.dtype) -> torch.dtype:
     return wide
 
 
+CLIP_SHIFT = 1e-6
+"""What Opacus adds to a row's norm before it divides by it."""
+
+_KNOWN_RULES = {
+    "DPOptimizer.clip_and_accumulate": "flat",
+    "AdaClipDPOptimizer.clip_and_accumulate": "flat",
+    "DPPerLayerOptimizer.clip_and_accumulate": "per_layer",
+}
+
+
+def _method(optimizer: Any, name: str) -> Any:
+    """What ``optimizer.name`` runs, without wrappers; the getter of a property."""
+    found = vars(optimizer).get(name) or inspect.getattr_static(type(optimizer), name, None)
+    found = getattr(found, "fget", found)
+    found = getattr(found, "__func__", found)
+    if not callable(found):
+        return None
+    found = inspect.unwrap(found)
+    return getattr(found, "__func__", found)
+
+
+def is_opacus_method(optimizer: Any, name: str) -> bool:
+    """Whether a method or property is Opacus's own, on the instance as on its class."""
+    return str(getattr(_method(optimizer, name), "__module__", "")).startswith("opacus.")
+
+
+def clip_rule(optimizer: Any) -> str | None:
+    """``flat`` or ``per_layer`` where Opacus's own code clips rows as they are, else ``None``."""
+    read = ("clip_and_accumulate", "params", "grad_samples", "_get_flat_grad_sample")
+    present = [name for name in read if hasattr(type(optimizer), name)]
+    if not all(is_opacus_method(optimizer, name) for name in present):
+        return None
+    return _KNOWN_RULES.get(_method(optimizer, read[0]).__qualname__)
+
+
+def is_distributed() -> bool:
+    """Whether this process trains together with others."""
+    distributed = _torch().distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    return int(distributed.get_world_size()) > 1
+
+
+def device_stream(device: torch.device) -> Any:
+    """The state of the random stream of an accelerator, which the host knows without waiting."""
+    return _torch().cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def set_device_stream(device: torch.device, state: Any) -> None:
+    """Put back what :func:`device_stream` has returned."""
+    if state is not None:
+        _torch().cuda.set_rng_state(state, device)
+
+
 def unit_roundoff(dtype: torch.dtype) -> float:
     """Relative error of one rounding in ``dtype``."""
     return float(_torch().finfo(dtype).eps) / 2

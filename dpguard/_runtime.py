@@ -16,6 +16,7 @@ from typing import Any
 from dpguard import _compat
 from dpguard._settings import Settings
 from dpguard.audit.check import Check
+from dpguard.audit.clip import Clip
 from dpguard.audit.oracle import RowOracle
 from dpguard.audit.passes import PassValues
 from dpguard.audit.rows import RowValues
@@ -87,7 +88,7 @@ class Runtime:
 
     def _checks(self) -> list[Check]:
         """What is looked at in each step besides the coverage, in this order."""
-        checks: list[Check] = [RowValues(self.ledger), PassValues(self.ledger)]
+        checks: list[Check] = [RowValues(self.ledger), PassValues(self.ledger), Clip()]
         if self.outputs is not None:
             checks.append(RowOracle(self.ledger, self.outputs, self.settings.oracle_every))
         return checks

@@ -41,6 +41,8 @@ NORMS_INCOMPLETE = "norms_miss_a_part"
 ROW_OF_ANOTHER = "row_of_another"
 ROW_INEXACT = "row_inexact"
 ROWS_REORDERED = "rows_reordered"
+GRADIENT_HOOK = "gradient_hook"
+LOSS_REDUCTION = "loss_reduction"
 BATCHES_OVERLAP = "batches_overlap"
 BATCHES_UNRELATED = "batches_unrelated"
 UNCLIPPED = "unclipped_backward"
@@ -55,6 +57,10 @@ NESTED = "nested_dp_optimizer"
 NEEDS_CLOSURE = "needs_closure"
 NOT_COPYABLE = "not_copyable"
 FOREIGN_STEP = "foreign_step"
+CLIP_WRONG = "clipped_sum_wrong"
+CLIP_EXCEEDED = "clipped_sum_too_long"
+CLIP_SENSITIVITY = "clip_sensitivity"
+CLIP_UNPROVED = "clip_unproved"
 CLIP_BOUND = "clip_bound"
 CLIP_BOUNDS_CONTRADICT = "clip_bounds_contradict"
 CLIP_BOUNDS_UNKNOWN = "clip_bounds_unknown"
@@ -198,10 +204,23 @@ _DIAGNOSES = {
     NOT_CONSERVED: Diagnosis(
         "the per-sample gradients do not add up to the gradient that autograd computed for the "
         "batch, so they are wrong, or p.grad was changed by something that has no rows",
-        "penalties on weights, clip_grad_norm_ and hooks on p.grad have no effect with DP-SGD: "
-        "drop them (use weight_decay of the optimizer for a penalty). Otherwise check what is "
-        "special about the layer: a weight that is used outside of its module, an input or keyword "
-        "argument that its grad sampler ignores, padding modes, scale_grad_by_freq",
+        "a penalty on weights in the loss and clip_grad_norm_ before the step have no effect with "
+        "DP-SGD, which makes the update from the per-sample gradients only: drop them (use "
+        "weight_decay of the optimizer for a penalty, max_grad_norm for clipping). Otherwise check "
+        "what is special about the layer: a weight that is used outside of its module, an input "
+        "or keyword argument that its grad sampler ignores, padding modes, scale_grad_by_freq",
+    ),
+    GRADIENT_HOOK: Diagnosis(
+        "a hook on the parameter (register_hook) changes the gradient that autograd computes, and "
+        "has no effect with DP-SGD, which makes the update from the per-sample gradients only",
+        "remove the hook; to scale the update of a parameter give it a group of its own in the "
+        "optimizer, with a learning rate of its own",
+    ),
+    LOSS_REDUCTION: Diagnosis(
+        "the model was wrapped for another reduction of the loss than the optimizer, so the "
+        "update is wrong by a factor of the batch size",
+        "give the same loss_reduction, the one of your loss, to GradSampleModule and to the DP "
+        "optimizer, or let make_private(loss_reduction=...) make both",
     ),
     NORMS_INCOMPLETE: Diagnosis(
         "the calls of which ghost clipping knows the norms do not add up to the gradient of the "
@@ -272,6 +291,35 @@ _DIAGNOSES = {
         "nor noised nor accounted",
         "call step() of the DP optimizer. If the gradients are of public data, switch the hooks "
         "off for them (model.disable_hooks())",
+    ),
+    CLIP_WRONG: Diagnosis(
+        "what was added to the clipped sum is not the sum of the rows, each clipped by itself",
+        "let nothing change p.grad_sample or p.summed_grad while rows are clipped, and clip each "
+        "row to optimizer.max_grad_norm over all parameters (or to its bound of max_grad_norms)",
+        Severity.CRITICAL,
+    ),
+    CLIP_EXCEEDED: Diagnosis(
+        "what was added to the clipped sum is longer than all rows of the batch clipped to "
+        "max_grad_norm can be together",
+        "clip each row, not the gradient of the batch, to optimizer.max_grad_norm over all "
+        "parameters together",
+        Severity.CRITICAL,
+    ),
+    CLIP_SENSITIVITY: Diagnosis(
+        "the clip_and_accumulate in use lets one person move the clipped sum by more than "
+        "max_grad_norm, for which the noise is made: it clips the gradient of the batch or of "
+        "groups of rows, or not all parameters together, or to another bound",
+        "clip each person's row by itself, so that its norm over all parameters is at most "
+        "optimizer.max_grad_norm, and only then add rows up; rows of one person are to be added "
+        "up before, not by the clipping",
+        Severity.CRITICAL,
+    ),
+    CLIP_UNPROVED: Diagnosis(
+        "rows are clipped by a clip_and_accumulate that is not Opacus's, and it could not be "
+        "measured how far one person can move its sum",
+        "see to it yourself that each person's contribution is at most as long as the noise is "
+        "made for, or use the clipping of Opacus",
+        Severity.WARNING,
     ),
     CLIP_BOUND: Diagnosis(
         "the bound that rows are clipped to and the bound that the noise is made for were to "

@@ -157,7 +157,9 @@ class Clipped:
 class Entry:
     """One group of people: which segments it spans, and (weakly) its rows."""
 
-    __slots__ = ("_rows", "first", "last", "latest", "order", "owned")
+    __slots__ = (
+        "_rows", "first", "last", "latest", "order", "owned", "strength", "terms"
+    )  # fmt: skip
 
     def __init__(self, rows: torch.Tensor, first: int, last: int, *, owned: bool = False) -> None:
         self._rows = weakref.ref(rows)
@@ -169,6 +171,10 @@ class Entry:
         """Where in the rows each sample is, if they are not in the order of the batch."""
         self.owned = owned
         """Whether the tensor is ours to change in place, and not one that somebody put there."""
+        self.terms = 0
+        """Of how many products an element of a row is the sum, at most."""
+        self.strength: torch.Tensor | None = None
+        """Sum over the rows of their norm if nothing cancelled in them, where it was probed."""
 
     @property
     def rows(self) -> torch.Tensor | None:
@@ -190,6 +196,11 @@ class Entry:
             mine = self.in_order(mine)
             rows = rows if order is None else rows.index_select(0, order)
         return self.added(mine, rows)
+
+    def strengthen(self, strength: torch.Tensor | None) -> None:
+        """Rows of a call of this strength were added; what was not probed leaves it unknown."""
+        if self.strength is not None:
+            self.strength = None if strength is None else self.strength + strength
 
     def added(self, mine: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """``mine`` with ``rows`` added to its first rows, as Opacus adds calls of one layer."""
@@ -228,6 +239,8 @@ class ParameterState:
         "hooked",
         "name",
         "paired",
+        "probed",
+        "reduction",
         "ref",
         "summands",
     )
@@ -249,6 +262,10 @@ class ParameterState:
         """In ghost clipping, what is in ``p.grad``."""
         self.summands = 1
         """Of how many products an element of a row is the sum, at most so far."""
+        self.probed = True
+        """Whether the strength of rows is wanted."""
+        self.reduction: str | None = None
+        """The reduction of the loss that the model was wrapped for."""
 
     def sync(self, parameter: torch.Tensor) -> list[torch.Tensor]:
         """Take over what somebody else did to ``p.grad_sample``; its tensors, one per entry."""
@@ -288,6 +305,8 @@ class ParameterState:
         captured: bool,
         lenders: Iterable[Any],
         order: torch.Tensor | None,
+        terms: int = 1,
+        strength: torch.Tensor | None = None,
     ) -> None:
         """Add the rows of a call opened in segment ``opened``, now being segment ``now``.
 
@@ -303,11 +322,16 @@ class ParameterState:
             lenders: what somebody else holds; rows that lie in the memory of a tensor of it are
                 copied before they are kept.
             order: where in ``rows`` each sample is, of shape ``(B,)``, if not in its own place.
+            terms: of how many products an element of ``rows`` is the sum.
+            strength: see :attr:`Entry.strength`.
         """
         call = (opened, now, captured)
         if self._continues(parameter, call, order):
             entry, mine = self.entries[0], parameter.grad_sample  # type: ignore[attr-defined]
             parameter.grad_sample = entry.added(mine, rows)  # type: ignore[attr-defined]
+            entry.strengthen(strength)
+            entry.terms += terms
+            self.summands = max(self.summands, entry.terms)
             return
         tensors = self.sync(parameter)
         if captured is not self.captured:
@@ -320,6 +344,7 @@ class ParameterState:
             rows = owned_rows(rows, lenders)
             entry = Entry(rows, opened, now, owned=True)
             entry.order = order
+            entry.strength = strength
             self.entries.append(entry)
             tensors.append(rows)
         else:
@@ -327,7 +352,10 @@ class ParameterState:
                 self._join(tensors, spanned)
             entry, i = self.entries[spanned[0]], spanned[0]
             tensors[i] = entry.joined(tensors[i], rows, opened, now, order)
+            entry.strengthen(strength)
         entry.latest = call
+        entry.terms += terms
+        self.summands = max(self.summands, entry.terms)
         self.publish(parameter, tensors)
 
     def _continues(
@@ -354,6 +382,8 @@ class ParameterState:
             tensors[kept] = entry.joined(
                 tensors[kept], tensors[i], other.first, other.last, other.order
             )
+            entry.terms += other.terms
+            entry.strengthen(other.strength)
         self.entries = [entry for i, entry in enumerate(self.entries) if i not in gone]
         tensors[:] = [rows for i, rows in enumerate(tensors) if i not in gone]
 

@@ -37,6 +37,8 @@ class Failure:
     site: str | None = None
     figure: float | None = None
     bound: float | None = None
+    only_said: bool = False
+    """Something is told, and the check counts as not run."""
 
 
 Failures: TypeAlias = "Iterable[Failure]"
@@ -71,6 +73,8 @@ class Step:
     failed: dict[str, set[str]] = field(default_factory=dict)
     awaited: int = 1
     """The end of the step, and figures that are on their way from the device."""
+    clip: Callable[[], Any] | None = None
+    """During ``before_clip``: the code that is about to clip."""
     send: Callable[[Step, tuple[str, ...], torch.Tensor, Receiver], None] | None = None
 
     def run(self, *checks: str, count: int | None = None) -> None:

@@ -35,7 +35,8 @@ class Findings:
         """
         violations = []
         for failure in failures:
-            step.fail(failure)
+            if not failure.only_said:
+                step.fail(failure)
             violations.append(self._violation(step, failure))
             self._emit(violations[-1])
         errors = (self._error_for(violation) for violation in violations)

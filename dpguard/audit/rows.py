@@ -4,14 +4,21 @@ For a mean loss over ``B`` people, ``sum of rows = B * p.grad`` before clipping.
 from the same activations and backprops, the rows by Opacus's samplers, ``p.grad`` by autograd, so
 a row that is wrong, missing or mispaired shows, unless its errors cancel in the sum.
 
-The bound. Let ``S`` be the sum of the norms of the rows, weighted as in the sum, and ``u`` the unit
-roundoff of the arithmetic. Each side is a sum of ``n`` products; its rounding error is at most
-``LAMBDA * sqrt(n) * u`` of the sum of their norms except with a probability that is negligible at
-``LAMBDA = 8`` (Higham and Mary, *A new approach to probabilistic rounding error analysis*, SIAM J.
-Sci. Comput. 41, 2019, theorem 2.4). Operands or results of lower precision (TF32, bfloat16) add at
-most ``2 u`` each, however many there are. Where the products of one row cancel, as for the bias
-of attention keys, whose gradient is zero, ``S`` is no measure of them; the norm of the gradient of
-all parameters is one, so the bound has its share of that as well.
+The bound. Each side is a sum of ``n`` products ``x``, and its rounding error is at most
+``LAMBDA * sqrt(n) * u`` times the largest partial sum, ``u`` the unit roundoff of the arithmetic,
+except with a probability that is negligible at ``LAMBDA = 8`` (Higham and Mary, *A new approach to
+probabilistic rounding error analysis*, SIAM J. Sci. Comput. 41, 2019: roundings are independent
+with mean zero, and Azuma's inequality bounds their sum). Operands or results of lower precision
+(TF32, bfloat16) add at most ``2 u`` each, however many there are. What measures partial sums:
+
+* A row that is one product (a linear layer without a sequence) has its own norm, so the sum ``S``
+  of the norms of all rows, weighted as in the sum, bounds every partial sum.
+* Where a row is a sum itself (sequences, convolutions, several calls), its products may cancel, as
+  for the bias of attention keys, whose gradient is zero. Then ``S`` says nothing of their size. In
+  the first and in every ``PROBE_EVERY``-th audited step the pairing probes it: the rows that come
+  of backprops with random signs have norms of about ``sqrt(sum of x**2)``, and the larger of their
+  sum and ``S`` is used. In the steps between it is the norm of the gradients of all parameters,
+  which is larger, so a small fault is found in the next step that is probed.
 
 Finiteness is read off the norms, which clipping needs anyway.
 """
@@ -19,9 +26,9 @@ Finiteness is read off the norms, which clipping needs anyway.
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -35,10 +42,28 @@ from dpguard.patches.lean import Clipping
 if TYPE_CHECKING:
     from dpguard.patches.lean import Rows
 
-__all__ = ["CONSERVATION", "RowValues", "factors", "finiteness"]
+__all__ = ["CONSERVATION", "LAMBDA", "RowValues", "factors", "finiteness"]
 
 CONSERVATION = "conservation"
 LAMBDA = 8.0
+PROBE_EVERY = 50
+"""How many audited steps there are to one in which the strength of the rows is probed."""
+
+
+class _Limits(NamedTuple):
+    """What the bound is made of, for each parameter; vectors on the device.
+
+    Attributes:
+        plain: of the roundings of one sample's row; that of the batch grows with its root.
+        low: of operands in lower precision.
+        composed: 1 where rows are sums of several products, else 0.
+        is_composed: whether any is.
+    """
+
+    plain: torch.Tensor
+    low: torch.Tensor
+    composed: torch.Tensor
+    is_composed: bool
 
 
 class RowValues(Check):
@@ -53,7 +78,8 @@ class RowValues(Check):
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._survey: Survey | None = None
-        self._factors: dict[tuple[object, ...], tuple[float, float]] = {}
+        self._limits: tuple[Any, _Limits] | None = None
+        self._compared: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def before_clip(self, step: Step, optimizer: Any) -> Failures:
         """Rows that our code does not clip are measured before anybody changes them."""
@@ -68,115 +94,160 @@ class RowValues(Check):
         found, self._survey = clipping or self._survey, None
         if found is None or found.means is None or not step.audited:
             return ()
-        step.run(FINITE)
+        if (odd := self._of_another_reduction(found.rows, optimizer)) is not None:
+            step.run(CONSERVATION)
+            return [Failure(CONSERVATION, diagnosis.LOSS_REDUCTION, odd)]
         with torch.no_grad():
-            sizes = found.shares @ found.norms
-            compared = _comparable(found.rows.parameters, found.means)
-            if not compared:
-                step.collect((FINITE,), sizes, _verdict(step.names, (), ()))
-                return ()
-            step.run(CONSERVATION, count=len(compared))
-            chosen, grads, parameters = zip(*(compared.values()), strict=True)
-            residuals = torch._foreach_norm(torch._foreach_sub(chosen, grads))
-            total = found.shares @ found.totals
-            figures = torch.cat((sizes, torch.stack((*residuals, total.to(residuals[0].dtype)))))
-        limits = self._limits(found.rows, compared, parameters)
-        step.collect((FINITE, CONSERVATION), figures, _verdict(step.names, tuple(compared), limits))
+            self._compare(step, found, found.means)
+        self._count(optimizer, found.rows)
         return ()
 
-    def _limits(
-        self, rows: Rows, compared: Iterable[int], parameters: Sequence[torch.nn.Parameter]
-    ) -> tuple[tuple[float, float], ...]:
-        """The factors of the bound, for each parameter compared."""
-        count = sum(rows.sizes)
-        found = []
-        for i, parameter in zip(compared, parameters, strict=True):
-            summands = count * self._ledger.summands_of(parameter)
-            key = (summands, parameter.dtype, rows.pieces[i][0].dtype, parameter.dim() > 2)  # noqa: PLR2004
-            made = self._factors.get(key)
-            if made is None:
-                made = self._factors[key] = factors(parameter, rows.pieces[i][0].dtype, summands)
-            found.append(made)
-        return tuple(found)
+    def _of_another_reduction(self, rows: Rows, optimizer: Any) -> tuple[str, ...] | None:
+        """Parameters whose model was wrapped for another reduction of the loss."""
+        states = map(self._ledger.known, rows.parameters)
+        wrong = [s for s in states if s and s.reduction not in (None, optimizer.loss_reduction)]
+        return tuple(state.name for state in wrong) if wrong else None
+
+    def _count(self, optimizer: Any, rows: Rows) -> None:
+        """Have the strength of the rows probed in the next step, if it is time."""
+        count = self._compared[optimizer] = self._compared.get(optimizer, 0) + 1
+        turn = count % PROBE_EVERY
+        if turn <= 1:
+            for parameter in rows.parameters:
+                self._ledger.state(parameter).probed = turn == 0
+
+    def _compare(self, step: Step, found: Clipping | Survey, means: list[torch.Tensor]) -> None:
+        rows, norms = found.rows, found.norms
+        compared = [i for i, p in enumerate(rows.parameters) if _is_comparable(p, means[i])]
+        step.run(FINITE)
+        sizes = norms.sum(0)
+        if not compared:
+            names = step.names
+            step.collect((FINITE,), torch.isfinite(sizes).to(norms.dtype), finiteness(names))
+            return
+        step.run(CONSERVATION, count=len(compared))
+        grads: list[Any] = [rows.parameters[i].grad for i in compared]
+        chosen = means if len(compared) == len(means) else [means[i] for i in compared]
+        residuals = torch.stack(torch._foreach_norm(torch._foreach_sub(chosen, grads)))
+        scales = found.shares @ norms
+        if len(compared) < len(means):
+            scales = scales[compared]
+        limits = self._limit(rows, compared, residuals)
+        if limits.is_composed:
+            total = found.shares @ found.totals
+            strengths = self._strengths(found, compared, total)
+            scales = torch.maximum(scales, limits.composed * strengths)
+        factors = limits.plain * math.sqrt(sum(rows.sizes)) + limits.low
+        ratios = residuals / (factors * scales).clamp(min=_tiny(residuals.dtype))
+        figures = torch.cat((torch.isfinite(sizes).to(ratios.dtype), ratios))
+        parameters = [rows.parameters[i] for i in compared]
+        receive = _verdict(step.names, tuple(step.names[i] for i in compared), parameters)
+        step.collect((FINITE, CONSERVATION), figures, receive)
+
+    def _strengths(
+        self, found: Clipping | Survey, compared: Sequence[int], total: torch.Tensor
+    ) -> torch.Tensor:
+        """What the rows of each parameter would add up to if nothing cancelled in them, at most."""
+        parameters = [found.rows.parameters[i] for i in compared]
+        if not any(self._ledger.state(p).probed for p in parameters):
+            return total
+        sizes = found.rows.sizes
+        shares = [found.shares[sum(sizes[:k])] for k, size in enumerate(sizes) if size]
+        strengths = []
+        for parameter in parameters:
+            entries = self._ledger.entries_of(parameter)
+            probed = [entry.strength for entry in entries if entry.strength is not None]
+            if len(probed) == len(entries) == len(shares):
+                parts = [share * mine for share, mine in zip(shares, probed, strict=True)]
+                strengths.append(torch.stack(parts).sum())
+            else:
+                strengths.append(total)
+        return torch.stack([strength.to(total.dtype) for strength in strengths])
+
+    def _limit(self, rows: Rows, compared: Sequence[int], like: torch.Tensor) -> _Limits:
+        """The factors of the bound, for each parameter compared; made once for each situation."""
+        parameters = [rows.parameters[i] for i in compared]
+        terms = [self._ledger.summands_of(p) for p in parameters]
+        kinds = [
+            (p.dtype, rows.pieces[i][0].dtype) for p, i in zip(parameters, compared, strict=True)
+        ]
+        key = (tuple(terms), tuple(kinds), like.device, like.dtype)
+        if self._limits is None or self._limits[0] != key:
+            made = [
+                _factors(p, kind, count)
+                for p, (_, kind), count in zip(parameters, kinds, terms, strict=True)
+            ]
+            columns = torch.tensor(made, dtype=like.dtype).t().contiguous()
+            columns = columns.to(like.device, non_blocking=True)
+            composed = any(count > 1 for count in terms)
+            self._limits = key, _Limits(columns[0], columns[1], columns[2], composed)
+        return self._limits[1]
 
 
 def factors(
     parameter: torch.nn.Parameter, rows_dtype: torch.dtype, summands: int
 ) -> tuple[float, float]:
-    """What ``S`` and the norm of all parameters are multiplied by."""
+    """What the norms of products, and of everything, are multiplied by in a bound."""
+    plain, low, _ = _factors(parameter, rows_dtype, max(1, summands))
+    return plain + low, plain
+
+
+def _factors(
+    parameter: torch.nn.Parameter, rows_dtype: torch.dtype, terms: int
+) -> tuple[float, float, float]:
+    """The numbers of :class:`_Limits` for one parameter."""
     device = parameter.device
     wide = _compat.at_least_single(parameter.dtype)
-    plain = LAMBDA * math.sqrt(max(1, summands)) * _compat.unit_roundoff(wide)
+    plain = LAMBDA * math.sqrt(terms) * _compat.unit_roundoff(wide)
     low = max(
         _compat.operand_roundoff(parameter.dtype, device, convolves=parameter.dim() > 2),  # noqa: PLR2004
         _compat.operand_roundoff(rows_dtype, device, convolves=False),
     )
-    return plain + 4 * low, plain
+    return plain, 4 * low, float(terms > 1)
 
 
-_Compared: TypeAlias = "tuple[torch.Tensor, torch.Tensor, torch.nn.Parameter]"
+def _is_comparable(parameter: torch.nn.Parameter, mean: torch.Tensor) -> bool:
+    grad = parameter.grad
+    return (
+        grad is not None
+        and type(grad) is torch.Tensor
+        and grad.layout is torch.strided
+        and grad.device == mean.device
+        and grad.dtype == mean.dtype
+    )
 
 
-def _comparable(
-    parameters: Sequence[torch.nn.Parameter], means: Sequence[torch.Tensor]
-) -> dict[int, _Compared]:
-    """By index: the mean of its rows, what autograd has computed, and the parameter."""
-    found = {}
-    for i, (parameter, mean) in enumerate(zip(parameters, means, strict=True)):
-        grad = parameter.grad
-        if (
-            type(grad) is torch.Tensor
-            and grad.dtype is mean.dtype
-            and grad.layout is torch.strided
-            and grad.device == mean.device
-        ):
-            found[i] = mean, grad, parameter
-    return found
+def _tiny(dtype: torch.dtype) -> float:
+    return float(torch.finfo(dtype).tiny)
+
+
+def finiteness(names: tuple[str, ...]) -> Any:
+    """What to make of one flag for each name: whether what it stands for is finite."""
+    return _verdict(names, (), ())
 
 
 def _verdict(
-    names: tuple[str, ...],
-    compared: Sequence[int],
-    limits: Sequence[tuple[float, float]],
-) -> Callable[[list[float]], list[Failure]]:
-    """What to make of the figures: sizes of all, residuals of those compared, size of the whole.
-
-    Args:
-        names: of all parameters.
-        compared: indices of those that were compared.
-        limits: factors of the bound, for each of those.
-    """
+    names: tuple[str, ...], compared: tuple[str, ...], parameters: Sequence[torch.Tensor]
+) -> Any:
+    """What to make of the figures: whether each parameter's rows are finite, then the ratios."""
+    hooked = tuple(n for n, p in zip(compared, parameters, strict=True) if p._backward_hooks)
 
     def receive(values: list[float]) -> list[Failure]:
-        count = len(names)
-        if not all(map(math.isfinite, values[:count])):
-            broken = tuple(n for n, v in zip(names, values, strict=False) if not math.isfinite(v))
+        finite, ratios = values[: len(names)], values[len(names) :]
+        if not all(finite):
+            broken = tuple(n for n, good in zip(names, finite, strict=True) if not good)
             return [Failure(FINITE, diagnosis.ROWS_NOT_FINITE, broken)]
-        if not compared:
+        if all(ratio <= 1.0 for ratio in ratios):
             return []
-        whole = values[-1]
-        wrong = [
-            (names[i], residual, bound)
-            for i, residual, (own, shared) in zip(compared, values[count:], limits, strict=False)
-            if not residual <= (bound := own * values[i] + shared * whole)
-        ]
-        if not wrong:
-            return []
-        worst = max(wrong, key=lambda found: found[1] / max(found[2], sys.float_info.min))
-        concerned = tuple(name for name, _, _ in wrong)
-        figure, bound = worst[1:]
+        wrong = {n: r for n, r in zip(compared, ratios, strict=True) if not r <= 1.0}
+        caused = {
+            diagnosis.GRADIENT_HOOK: tuple(n for n in wrong if n in hooked),
+            diagnosis.NOT_CONSERVED: tuple(n for n in wrong if n not in hooked),
+        }
         return [
-            Failure(CONSERVATION, diagnosis.NOT_CONSERVED, concerned, figure=figure, bound=bound)
+            Failure(CONSERVATION, cause, who, figure=max(wrong[n] for n in who), bound=1.0)
+            for cause, who in caused.items()
+            if who
         ]
-
-    return receive
-
-
-def finiteness(names: tuple[str, ...]) -> Callable[[list[float]], list[Failure]]:
-    """What to make of one flag for each name: whether what it stands for is finite."""
-
-    def receive(flags: list[float]) -> list[Failure]:
-        broken = tuple(name for name, good in zip(names, flags, strict=True) if not good)
-        return [Failure(FINITE, diagnosis.ROWS_NOT_FINITE, broken)] if broken else []
 
     return receive

@@ -137,9 +137,14 @@ class StepAuditor:
         """Whether the means of the rows are wanted along with the clipped sums."""
         return self._current(optimizer).audited
 
-    def before_clip(self, optimizer: Any) -> None:
+    def before_clip(self, optimizer: Any, clip: Callable[[], Any]) -> None:
         """Rows are about to be clipped by code that is not ours."""
-        self._run("before_clip", optimizer)
+        step = self._current(optimizer)
+        step.clip = clip
+        try:
+            self._run("before_clip", optimizer)
+        finally:
+            step.clip = None
 
     def after_clip(self, optimizer: Any, clipping: Clipping | None) -> None:
         """Rows were clipped and added to ``p.summed_grad``."""

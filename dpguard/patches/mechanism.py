@@ -31,8 +31,8 @@ class Observer(Protocol):
     def wants_means(self, optimizer: Any) -> bool:
         """Whether the means of the rows are wanted along with the clipped sums."""
 
-    def before_clip(self, optimizer: Any) -> None:
-        """Rows are about to be clipped by code that is not ours."""
+    def before_clip(self, optimizer: Any, clip: Callable[[], Any]) -> None:
+        """Rows are about to be clipped by code that is not ours, which is ``clip``."""
 
     def after_clip(self, optimizer: Any, clipping: lean.Clipping | None) -> None:
         """Rows were clipped; ``None`` if it was not done by :mod:`dpguard.patches.lean`."""
@@ -104,6 +104,7 @@ class Mechanism:
             stock = not args and not kwargs and self._is_stock(original, instance, name)
             return run(instance, lambda: original(*args, **kwargs), stock=stock)
 
+        call.__wrapped__ = original  # type: ignore[attr-defined]
         return call
 
     def _is_stock(self, method: Any, instance: Any, name: str) -> bool:
@@ -128,7 +129,9 @@ class Mechanism:
     ) -> Any:
         rows = self._rows(instance) if stock else None
         if rows is None or not _is_lean(rows):
-            self._observer.before_clip(instance)
+            self._observer.before_clip(instance, original)
+            if self._lean:
+                lean.blank_rows(instance.params)
             result = original()
             self._observer.after_clip(instance, None)
             return result

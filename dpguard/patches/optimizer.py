@@ -290,8 +290,8 @@ class _Guarded:
     def wants_means(self, optimizer: Any) -> bool:
         return self._patch._audits and self._patch._auditor.wants_means(optimizer)
 
-    def before_clip(self, optimizer: Any) -> None:
-        self._patch._audit(self._patch._auditor.before_clip, optimizer)
+    def before_clip(self, optimizer: Any, clip: Callable[[], Any]) -> None:
+        self._patch._audit(self._patch._auditor.before_clip, optimizer, clip)
 
     def after_clip(self, optimizer: Any, clipping: Any) -> None:
         self._patch._audit(self._patch._auditor.after_clip, optimizer, clipping)

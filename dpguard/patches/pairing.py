@@ -17,6 +17,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from dpguard import _compat, diagnosis
+from dpguard.audit.signs import Signs
 from dpguard.ledger import GraphTask, Ledger, owned_rows
 from dpguard.patches.layers import LayerKind, Roster
 from dpguard.patches.records import ForwardHook, Record
@@ -26,6 +27,8 @@ __all__ = ["Pairing", "Registry"]
 
 _detach = torch._C.TensorBase.detach
 _autograd = _compat.autograd()
+_signs = Signs()
+_ENOUGH_FOR_A_MEAN = 64
 
 Registry: TypeAlias = "weakref.WeakValueDictionary[int, Pairing]"
 """Pairings by the identity of Opacus's object."""
@@ -228,6 +231,7 @@ class Pairing:
         for name, parameter in self._roster.named:
             state = self.ledger.state(parameter)
             state.name, state.paired, state.hooked = name, self.computes, True
+            state.reduction = self.loss_reduction
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pairing:
         """The pairing of a deep copy of the model that is being made."""
@@ -379,14 +383,52 @@ class Pairing:
     ) -> None:
         """Publish the rows of one call."""
         ledger, opened, order = self.ledger, record.segment, record.order
+        strengths = {}
+        if ledger.state(wanted[0]).probed:
+            strengths = self._strengths(record, arranged, wanted)
         for parameter, rows, lenders in self._sampled(record, arranged, wanted):
             state, captured = ledger.state(parameter), task.captures(parameter)
-            now = ledger.segment
-            state.add(parameter, rows, opened, now, captured=captured, lenders=lenders, order=order)
+            state.add(
+                parameter,
+                rows,
+                opened,
+                ledger.segment,
+                captured=captured,
+                lenders=lenders,
+                order=order,
+                terms=_terms(record, parameter, arranged[1]),
+                strength=strengths.get(parameter),
+            )
             ledger.close()
             task.published.add(id(parameter))
             if len(state.entries) > 1 and not _compat.allows_accumulation(self.hooks):
                 raise ValueError(diagnosis.OPACUS_NO_ACCUMULATION)
+
+    def _strengths(
+        self,
+        record: Record,
+        arranged: tuple[list[Any], torch.Tensor],
+        wanted: list[torch.nn.Parameter],
+    ) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """How large the rows of one call would be, added up, if nothing cancelled in them.
+
+        Rows are linear in the backprops. With random signs on these, the square of a row's norm
+        has as its mean the sum of the squares of the products that the row is made of. Samplers
+        that are not Opacus's own are not asked twice, and a few numbers are no mean.
+        """
+        activations, backprops = arranged
+        if not record.batch or not _compat.rows_are_fresh(self.hooks, record.module):
+            return {}
+        mixed = activations, backprops * _signs.like(backprops)
+        return {
+            parameter: torch.linalg.vector_norm(
+                rows.reshape(rows.shape[0], -1),
+                dim=1,
+                dtype=torch.promote_types(rows.dtype, torch.float32),
+            ).sum()
+            for parameter, rows, _ in self._sampled(record, mixed, wanted)
+            if rows.numel() >= _ENOUGH_FOR_A_MEAN
+        }
 
     def condemn(self, record: Record, cause: str) -> None:
         """The rows of this call's parameters cannot be right: the step must be refused."""
@@ -418,6 +460,21 @@ def _unreplayable(record: Record) -> str | None:
     if any(value is not None for value in further):
         return diagnosis.INPUTS_DROPPED
     return diagnosis.STRUCTURED_OUTPUT if record.structured else None
+
+
+def _terms(record: Record, parameter: torch.Tensor, backprops: torch.Tensor) -> int:
+    """Of how many products an element of this call's rows is the sum, at most.
+
+    Each is a product with one of the row's backprops, of which each output feature has its own.
+    """
+    own, shape = parameter.shape, backprops.shape[1:]
+    if not record.batch or (len(shape) == 1 and own[:1] == shape):
+        return 1
+    if isinstance(record.module, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
+        features = own[1]
+    else:
+        features = own[0] if len(own) and own[0] in shape else 1
+    return max(1, -(-shape.numel() // max(1, features)))
 
 
 def _padded(rows: torch.Tensor, batch: int) -> torch.Tensor:
