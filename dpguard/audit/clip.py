@@ -92,7 +92,7 @@ class Clip(Check):
                     self._compare(step, optimizer, before)
                 return ()
             self._bound(step, optimizer, clipping)
-            if self._is_turn(optimizer) and clipping.rows.sizes:
+            if self._is_turn(optimizer) and _are_of_one_type(clipping.rows):
                 self._sketch(step, clipping)
         return ()
 
@@ -111,14 +111,15 @@ class Clip(Check):
     def _slack(self, count: int, rows: Rows) -> float:
         """Relative rounding error of a clipped sum and of the norms of what it is made of."""
         parameter = rows.parameters[0]
-        key = (count, parameter.dtype, parameter.device.type)
+        kinds = frozenset([parameter.dtype, *(mine[0].dtype for mine in rows.pieces)])
+        key = (count, kinds, parameter.device.type)
         found = self._slacks.get(key)
         if found is None:
             if len(self._slacks) > 1000:  # noqa: PLR2004 - sizes of batches
                 self._slacks.clear()
             total = math.sqrt(sum(p.numel() for p in rows.parameters))
             unit = _roundoff(torch.float32, parameter.device)
-            own = _roundoff(parameter.dtype, parameter.device)
+            own = max(_roundoff(kind, parameter.device) for kind in kinds)
             found = self._slacks[key] = CERTAIN * (own * (math.sqrt(count) + 1) + unit * total)
         return found
 
@@ -139,7 +140,7 @@ class Clip(Check):
         """Rows are about to be clipped by code that is not ours."""
         self._before = None
         rows = Rows.of(step.parameters) if step.audited else None
-        if rows is None or _compat.clips_in_hooks(optimizer):
+        if rows is None or not _are_of_one_type(rows) or _compat.clips_in_hooks(optimizer):
             return ()
         rule = _compat.clip_rule(optimizer)
         with torch.no_grad():
@@ -302,6 +303,12 @@ class Clip(Check):
 
         step.run(SUM)
         step.collect((SUM,), torch.cat([deviations, allowed]), receive)
+
+
+def _are_of_one_type(rows: Rows) -> bool:
+    """Whether all rows have the precision of their parameters, which the bounds are made for."""
+    pairs = zip(rows.parameters, rows.pieces, strict=True)
+    return len({kind for p, mine in pairs for kind in (p.dtype, mine[0].dtype)}) == 1
 
 
 def _judge_bound(count: int, people: int, bound: Any, slack: float) -> Any:

@@ -5,8 +5,8 @@ it needs them, and counts the batches anew for each parameter, so a step takes t
 the number of parameters. What is here computes the same in one walk, and while the rows are at
 hand also their mean, which the audit compares with the gradient of the batch.
 
-Bits are those of Opacus where one batch is clipped at a time. Batches that were accumulated are
-summed one after the other instead of in one product, so their clipped sums differ by rounding.
+Bits are those of Opacus on a CPU: the same functions of torch are given the same numbers. On a GPU
+clipped sum and mean come from one product with two rows, which may round in another way.
 """
 
 from __future__ import annotations
@@ -194,11 +194,10 @@ def clip_and_accumulate(optimizer: Any, rows: Rows, *, blanks: bool, means: bool
     factors = (optimizer.max_grad_norm / (totals + 1e-6)).clamp(max=1.0)
     shares = row_shares(rows, factors, mean=optimizer.loss_reduction == "mean")
     weights = torch.stack((factors, shares)) if means else factors.unsqueeze(0)
-    parts = [weights] if len(rows.sizes) == 1 else weights.split(rows.sizes, dim=1)
     sums: list[torch.Tensor] = []
     averages: list[torch.Tensor] = []
     for parameter, mine in zip(rows.parameters, rows.pieces, strict=True):
-        total, *average = _products(parameter, mine, parts)
+        total, *average = _products(parameter, mine, weights)
         sums.append(total)
         averages.extend(average)
         held: Any = parameter
@@ -220,43 +219,36 @@ def row_shares(rows: Rows, like: torch.Tensor, *, mean: bool) -> torch.Tensor:
 
 
 def _products(
-    parameter: torch.nn.Parameter, pieces: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
+    parameter: torch.nn.Parameter, pieces: Sequence[torch.Tensor], weights: torch.Tensor
 ) -> Sequence[torch.Tensor]:
     """Weighted sums of one parameter's rows, in the parameter's precision.
 
     Args:
         parameter: of shape ``S``.
         pieces: its rows, of shape ``(B_k, *S)`` for each accumulated batch.
-        weights: one or two weights for each row, of shape ``(1 or 2, B_k)``.
+        weights: one or two weights for each row, of shape ``(1 or 2, B)``.
 
     Returns:
         One or two tensors of shape ``S``; the first shares no memory with the second where that
         would keep much of it.
     """
     dtype = parameter.dtype
-    found: list[torch.Tensor] = []
-    for piece, weight in zip(pieces, weights, strict=True):
-        matrix = flat(piece)
-        if matrix.dtype is not dtype or weight.dtype is not dtype:
-            # Rows in lower precision are summed in that of the parameter, as Opacus does.
-            matrix, weight = matrix.to(dtype), weight.to(dtype)  # noqa: PLW2901
-        large = matrix.numel() > _SMALL
-        if large and matrix.device.type == "cpu":
-            # Two products with a vector are as fast there as one with both.
-            made = [one @ matrix for one in weight.unbind(0)]
-        else:
-            made = [*(weight @ matrix).unbind(0)]  # one read of the rows
-            if large and len(made) > 1:
-                made[0] = made[0].clone()
-        if found:
-            torch._foreach_add_(found, made)
-        else:
-            found = made
-    shape = parameter.shape
-    return [total.view(shape) for total in found]
+    piece = pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
+    if piece.dtype is not dtype or weights.dtype is not dtype:
+        # Rows in lower precision are summed in that of the parameter, as Opacus does.
+        piece, weights = piece.to(dtype), weights.to(dtype)
+    if len(weights) == 1 or piece.device.type == "cpu":
+        # A product with both weights would round in another way than Opacus's own function.
+        total = torch.einsum("i,i...", weights[0], piece)
+        return [total, *(one.matmul(flat(piece)).view(total.shape) for one in weights[1:])]
+    clipped, plain = (weights @ flat(piece)).unbind(0)  # one read of the rows
+    if clipped.numel() > _SMALL:
+        clipped = clipped.clone()
+    return [clipped.view(parameter.shape), plain.view(parameter.shape)]
 
 
 _SMALL = 1 << 14
+"""A sum with fewer elements may keep the memory of a mean with as many."""
 
 
 def add_noise(optimizer: Any) -> None:
