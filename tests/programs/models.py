@@ -183,6 +183,8 @@ NEVER_EMPTY = {
 }
 """What torch itself or the layer refuses an empty batch."""
 
+EMBEDDING = {"embedding", "bag_sum", "bag_mean"}
+
 STATEFUL = {"alternating_gru"}
 """What computes something else in a second call, so that a checkpoint cannot repeat it."""
 
@@ -274,6 +276,8 @@ def lacking(design, program):
         return "forbid_grad_accumulation"
     if not {kind for kind, _ in design.blocks} <= set(kinds(design.mode, design.layout)):
         return "a grad sampler"
+    if design.dtype is torch.float64 and not releases.EMBEDS_IN_DOUBLE and design.has(EMBEDDING):
+        return "rows of embeddings in double precision"
     empty = any(getattr(op, "batch", None) == 0 for op in program)
     return "empty batches" if empty and not releases.EMPTY else None
 
