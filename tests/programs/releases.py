@@ -9,6 +9,7 @@ import torch
 from opacus import GradSampleModule
 from opacus.layers import DPMultiheadAttention
 from opacus.optimizers import DPOptimizer
+from torch import nn
 
 from dpguard import _compat
 
@@ -23,16 +24,17 @@ def _class(module, name):
         return None
 
 
+_BAGS = ("bag_sum", "bag_mean")
 _FAST = "FastGradientClipping"
 SAMPLED = frozenset(GradSampleModule.GRAD_SAMPLERS)
 """Classes of layers with a grad sampler."""
 FUNCTORCH = _class("opacus.grad_sample.functorch", "prepare_layer") is not None
 """Layers without a grad sampler are replayed with functorch."""
-EMPTY = FUNCTORCH
-"""Empty batches: optimizers and samplers from before functorch cannot reshape them."""
 ACCUMULATES_SIZES = FUNCTORCH
 """Opacus alone takes accumulated batches of different sizes."""
 BATCH_FIRST_ATTENTION = "batch_first" in inspect.signature(DPMultiheadAttention).parameters
+MISTAKES_ATTENTION = _compat._transposing_attention() is not None
+"""Attention that is batch first takes the time for the batch."""
 FORBIDS = hasattr(GradSampleModule, "forbid_grad_accumulation")
 """With Poisson sampling Opacus refuses to accumulate."""
 HOOKS = _class("opacus.grad_sample", "GradSampleHooks")
@@ -44,19 +46,29 @@ GHOST_LOSS = _class("opacus.utils.fast_gradient_clipping_utils", f"DPTensor{_FAS
 WRAPPER, OPTIMIZER = GradSampleModule, DPOptimizer
 
 
-def _embeds(dtype):
-    """Whether there are rows of embeddings in this precision."""
-    layer = torch.nn.Embedding(2, 1).to(dtype)
+def _in_double(layer, *inputs):
+    """Whether there are rows of this layer in double precision."""
+    if type(layer) not in SAMPLED:
+        return False
     sampler = _compat.grad_sampler(GradSampleModule, layer)
+    backprops = torch.ones_like(layer(*inputs))
     try:
-        sampler(layer, [torch.zeros(1, 1, dtype=torch.long)], torch.ones(1, 1, 1, dtype=dtype))
+        (rows,) = sampler(layer, list(inputs), backprops).values()
     except RuntimeError:
         return False
-    return True
+    return rows.dtype == torch.float64
 
 
-EMBEDS_IN_DOUBLE = _embeds(torch.float64)
-"""At first rows of embeddings were computed in single precision only."""
+_IDS = torch.zeros(2, dtype=torch.long)
+SINGLE = {
+    *([] if _in_double(nn.Embedding(2, 1).double(), _IDS[:, None]) else ["embedding"]),
+    *(
+        []
+        if _in_double(nn.EmbeddingBag(2, 1, mode="sum").double(), _IDS, torch.arange(2))
+        else _BAGS
+    ),
+}
+"""Blocks of which rows are computed in single precision, whatever the model."""
 
 MODES = (
     "hooks",
