@@ -46,11 +46,13 @@ __all__ = [
     "norm_sampler",
     "on_module_registration",
     "optimizer_class",
+    "optimizer_that_needs_rows",
     "replay_preparer",
     "rows_are_fresh",
     "stock_hooks_class",
     "transform_test",
     "unsupported",
+    "use_rows_once",
     "uses_ghost_hooks",
     "uses_stock_hooks",
     "versions",
@@ -577,6 +579,18 @@ def optimizer_class() -> type:
 def adaptive_optimizer_class() -> Any:
     """The optimizer that adapts its clip bound to rows (AdaClip), or ``None`` before 1.4."""
     return _attribute_of("opacus.optimizers.adaclipoptimizer", "AdaClipDPOptimizer")
+
+
+def optimizer_that_needs_rows() -> Any:
+    """The base of DP optimizers if it does not take every empty batch, ``None`` from 1.5.2 on."""
+    return optimizer_class() if _release(opacus_version()) < (1, 5, 2) else None
+
+
+def use_rows_once(rows: Any) -> None:
+    """Mark per-sample gradients as used for a step, as Opacus does; it raises if they were."""
+    module = importlib.import_module("opacus.optimizers.optimizer")
+    module._check_processed_flag(rows)
+    module._mark_as_processed(rows)
 
 
 HOOK_REGISTRARS = (

@@ -26,14 +26,13 @@ from opacus import PrivacyEngine
 from opacus.layers import DPLSTM, DPMultiheadAttention
 from opacus.optimizers import DPOptimizer
 from opacus.utils.batch_memory_manager import BatchMemoryManager
+from programs.releases import MISTAKES_ATTENTION
 from releases import FUNCTORCH
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import SWALR, AveragedModel
 from torch.utils.checkpoint import checkpoint
 from truth import assert_rows_equal, rows_of
-
-from dpguard import _compat
 
 
 def inner(called):
@@ -137,7 +136,7 @@ def test_layers(name, how):
     """One forward and backward a step through each kind of layer."""
     case = case_of(name)
     # Before 1.5 Opacus mistakes the time for the batch in attention that is batch first.
-    if name != "attention" or _compat._transposing_attention() is None:
+    if name != "attention" or not MISTAKES_ATTENTION:
         assert_untouched(lambda: trained(case, how))
     with untouched():
         assert_true(case, how)

@@ -427,8 +427,9 @@ def test_kill_in_the_middle_of_writing(tmp_path, delay):
     """After kill -9 the file verifies; reopened, cut inside its last line, it goes on."""
     process = start(
         """
+        write(0)
         print(flush=True)
-        n = 0
+        n = 1
         while True:
             write(n); n += 1
         """,

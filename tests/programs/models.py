@@ -264,8 +264,8 @@ class Design:
         return any(kind in kinds for kind, _ in self.blocks)
 
 
-def lacking(design, program):
-    """What the program needs and the installed Opacus lacks, if there is anything."""
+def lacking(design):
+    """What the design needs and the installed Opacus lacks, if there is anything."""
     if design.mode not in releases.MODES:
         return f"mode {design.mode}"
     if not design.wrapped and releases.HOOKS is None:
@@ -274,8 +274,9 @@ def lacking(design, program):
         return "forbid_grad_accumulation"
     if not {kind for kind, _ in design.blocks} <= set(kinds(design.mode, design.layout)):
         return "a grad sampler"
-    empty = any(getattr(op, "batch", None) == 0 for op in program)
-    return "empty batches" if empty and not releases.EMPTY else None
+    if design.dtype is torch.float64 and design.has(releases.SINGLE):
+        return "rows in double precision"
+    return None
 
 
 class Model(nn.Module):
