@@ -15,6 +15,11 @@ from typing import Any
 
 from dpguard import _compat
 from dpguard._settings import Settings
+from dpguard.audit.check import Check
+from dpguard.audit.clip import Clip
+from dpguard.audit.oracle import RowOracle
+from dpguard.audit.passes import PassValues
+from dpguard.audit.rows import RowValues
 from dpguard.audit.steps import StepAuditor
 from dpguard.events import (
     Event,
@@ -27,11 +32,12 @@ from dpguard.events import (
 )
 from dpguard.journal import Journal
 from dpguard.ledger import Ledger
-from dpguard.patches import detach, ghost_gradient
+from dpguard.patches import detach, empty_batches, ghost_gradient
 from dpguard.patches.attributes import AttributeForwarding
 from dpguard.patches.ghost import GhostPairing
 from dpguard.patches.grad_sample import GradSamplePatch
 from dpguard.patches.optimizer import OptimizerPatch
+from dpguard.patches.outputs import Outputs
 from dpguard.patches.pairing import Pairing
 from dpguard.patching import Transaction
 from dpguard.verdicts import Verdicts
@@ -60,9 +66,13 @@ class Runtime:
         self.ledger = Ledger()
         emit = _weakly(self.emit)
         changes = settings.mode.changes_the_host
-        self.auditor = StepAuditor(self.ledger, settings, emit)
+        report = _weakly(self.report_internal)
+        self.outputs = Outputs(report) if settings.oracle_every and _compat.nodes() else None
+        self.auditor = StepAuditor(self.ledger, settings, emit, self._checks(), report)
         kinds = ((Pairing, _compat.uses_stock_hooks), (GhostPairing, _compat.uses_ghost_hooks))
-        self.grad_sample = GradSamplePatch(self.ledger, kinds, computes=changes)
+        self.grad_sample = GradSamplePatch(
+            self.ledger, kinds, computes=changes, outputs=self.outputs
+        )
         verdicts = Verdicts(emit, settings.mode)
         self._forwarding = AttributeForwarding(verdicts)
         self.optimizer = OptimizerPatch(
@@ -70,11 +80,18 @@ class Runtime:
             self.auditor,
             self._forwarding,
             verdicts,
-            _weakly(self.report_internal),
+            report,
         )
         self._transaction = Transaction()
         self._intervened = 0
         self._violated = 0
+
+    def _checks(self) -> list[Check]:
+        """What is looked at in each step besides the coverage, in this order."""
+        checks: list[Check] = [RowValues(self.ledger), PassValues(self.ledger), Clip()]
+        if self.outputs is not None:
+            checks.append(RowOracle(self.ledger, self.outputs, self.settings.oracle_every))
+        return checks
 
     # -- activation ----------------------------------------------------------------------------
 
@@ -135,6 +152,8 @@ class Runtime:
             repairs=self.settings.mode.changes_the_host,
         )
         self.optimizer.install(self._transaction)
+        if self.settings.mode.changes_the_host:
+            empty_batches.install(self._transaction)
         return skipped
 
     def _ghost_pairing_of(self, hooks: Any) -> GhostPairing | None:
@@ -168,6 +187,7 @@ class Runtime:
             versions={**_compat.versions(), "python": sys.version.split()[0]},
             settings={
                 "audit_every": settings.audit_every,
+                "oracle_every": settings.oracle_every,
                 "sensitive": settings.sensitive,
                 "hmac": settings.key_file is not None,
             },

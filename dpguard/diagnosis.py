@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dpguard.events import Severity
+
 __all__ = ["Diagnosis", "explain", "listed"]
 
 DETACH = "detach"
@@ -34,6 +36,13 @@ ROW_SHAPE = "row_shape"
 ROW_DTYPE = "row_dtype"
 ROW_DEVICE = "row_device"
 ROWS_NOT_FINITE = "rows_not_finite"
+NOT_CONSERVED = "rows_do_not_add_up"
+NORMS_INCOMPLETE = "norms_miss_a_part"
+ROW_OF_ANOTHER = "row_of_another"
+ROW_INEXACT = "row_inexact"
+ROWS_REORDERED = "rows_reordered"
+GRADIENT_HOOK = "gradient_hook"
+LOSS_REDUCTION = "loss_reduction"
 BATCHES_OVERLAP = "batches_overlap"
 BATCHES_UNRELATED = "batches_unrelated"
 UNCLIPPED = "unclipped_backward"
@@ -48,6 +57,10 @@ NESTED = "nested_dp_optimizer"
 NEEDS_CLOSURE = "needs_closure"
 NOT_COPYABLE = "not_copyable"
 FOREIGN_STEP = "foreign_step"
+CLIP_WRONG = "clipped_sum_wrong"
+CLIP_EXCEEDED = "clipped_sum_too_long"
+CLIP_SENSITIVITY = "clip_sensitivity"
+CLIP_UNPROVED = "clip_unproved"
 CLIP_BOUND = "clip_bound"
 CLIP_BOUNDS_CONTRADICT = "clip_bounds_contradict"
 CLIP_BOUNDS_UNKNOWN = "clip_bounds_unknown"
@@ -66,10 +79,15 @@ OPACUS_NO_ACCUMULATION = (
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What a cause means and what the user can do."""
+    """What a cause means, what the user can do, and how bad it is.
+
+    ``CRITICAL`` is what makes the guarantee false: rows no longer belong to one person each, are
+    not clipped, or are not noised as accounted.
+    """
 
     statement: str
     remedy: str
+    severity: Severity = Severity.ERROR
 
 
 _DIAGNOSES = {
@@ -165,6 +183,7 @@ _DIAGNOSES = {
         "not belong to the same people",
         "feed every layer inputs whose batch dimension is the number of samples "
         "(batch_first as declared; position ids expanded to the batch)",
+        Severity.CRITICAL,
     ),
     ROW_SHAPE: Diagnosis(
         "per-sample gradients do not have the shape of the parameter",
@@ -181,6 +200,58 @@ _DIAGNOSES = {
     ROWS_NOT_FINITE: Diagnosis(
         "per-sample gradients are not finite",
         "find the samples that make the loss overflow; one of them makes the whole update NaN",
+    ),
+    NOT_CONSERVED: Diagnosis(
+        "the per-sample gradients do not add up to the gradient that autograd computed for the "
+        "batch, so they are wrong, or p.grad was changed by something that has no rows",
+        "a penalty on weights in the loss and clip_grad_norm_ before the step have no effect with "
+        "DP-SGD, which makes the update from the per-sample gradients only: drop them (use "
+        "weight_decay of the optimizer for a penalty, max_grad_norm for clipping). Otherwise check "
+        "what is special about the layer: a weight that is used outside of its module, an input "
+        "or keyword argument that its grad sampler ignores, padding modes, scale_grad_by_freq",
+    ),
+    GRADIENT_HOOK: Diagnosis(
+        "a hook on the parameter (register_hook) changes the gradient that autograd computes, and "
+        "has no effect with DP-SGD, which makes the update from the per-sample gradients only",
+        "remove the hook; to scale the update of a parameter give it a group of its own in the "
+        "optimizer, with a learning rate of its own",
+    ),
+    LOSS_REDUCTION: Diagnosis(
+        "the model was wrapped for another reduction of the loss than the optimizer, so the "
+        "update is wrong by a factor of the batch size",
+        "give the same loss_reduction, the one of your loss, to GradSampleModule and to the DP "
+        "optimizer, or let make_private(loss_reduction=...) make both",
+    ),
+    NORMS_INCOMPLETE: Diagnosis(
+        "the calls of which ghost clipping knows the norms do not add up to the gradient of the "
+        "batch, so a part of it is not clipped",
+        "use grad_sample_mode='hooks' for this model, or find what goes round the layer: a weight "
+        "that is used outside of its module, Embedding(padding_idx, scale_grad_by_freq), hooks on "
+        "the gradient",
+        Severity.CRITICAL,
+    ),
+    ROW_OF_ANOTHER: Diagnosis(
+        "the per-sample gradients add up to the gradient of the batch, but the row of a person is "
+        "not what the gradient owes to that person, so removing a person changes rows of others",
+        "let no sample see another on its way through the model: no statistics over the batch "
+        "(BatchNorm in training mode, also without weights, F.batch_norm, x - x.mean(0)), inputs "
+        "of every layer with the samples as first dimension (position ids expanded to the batch: "
+        "arange(T).expand(B, T)). Otherwise check the grad sampler that is registered for the "
+        "layer, and what changes p.grad_sample between backward() and step()",
+        Severity.CRITICAL,
+    ),
+    ROW_INEXACT: Diagnosis(
+        "the row of a person differs from what the gradient owes to that person by more than "
+        "rounding explains, though not by much",
+        "check the grad sampler that is registered for the layer, and whether samples influence "
+        "each other slightly on their way through the model (statistics over the batch)",
+    ),
+    ROWS_REORDERED: Diagnosis(
+        "the per-sample gradients are not in the order of the model's outputs; each still is one "
+        "person's, and their clipped sum does not depend on the order",
+        "do not rely on row i being sample i of the batch. If the model sorts its inputs (by "
+        "length), let all layers see the same order",
+        Severity.WARNING,
     ),
     STEP_HOOK: Diagnosis(
         "a second step hook was attached; Opacus has room for one and would forget the first, "
@@ -221,6 +292,35 @@ _DIAGNOSES = {
         "call step() of the DP optimizer. If the gradients are of public data, switch the hooks "
         "off for them (model.disable_hooks())",
     ),
+    CLIP_WRONG: Diagnosis(
+        "what was added to the clipped sum is not the sum of the rows, each clipped by itself",
+        "let nothing change p.grad_sample or p.summed_grad while rows are clipped, and clip each "
+        "row to optimizer.max_grad_norm over all parameters (or to its bound of max_grad_norms)",
+        Severity.CRITICAL,
+    ),
+    CLIP_EXCEEDED: Diagnosis(
+        "what was added to the clipped sum is longer than all rows of the batch clipped to "
+        "max_grad_norm can be together",
+        "clip each row, not the gradient of the batch, to optimizer.max_grad_norm over all "
+        "parameters together",
+        Severity.CRITICAL,
+    ),
+    CLIP_SENSITIVITY: Diagnosis(
+        "the clip_and_accumulate in use lets one person move the clipped sum by more than "
+        "max_grad_norm, for which the noise is made: it clips the gradient of the batch or of "
+        "groups of rows, or not all parameters together, or to another bound",
+        "clip each person's row by itself, so that its norm over all parameters is at most "
+        "optimizer.max_grad_norm, and only then add rows up; rows of one person are to be added "
+        "up before, not by the clipping",
+        Severity.CRITICAL,
+    ),
+    CLIP_UNPROVED: Diagnosis(
+        "rows are clipped by a clip_and_accumulate that is not Opacus's, and it could not be "
+        "measured how far one person can move its sum",
+        "see to it yourself that each person's contribution is at most as long as the noise is "
+        "made for, or use the clipping of Opacus",
+        Severity.WARNING,
+    ),
     CLIP_BOUND: Diagnosis(
         "the bound that rows are clipped to and the bound that the noise is made for were to "
         "differ, so the noise multiplier delivered would not be the one accounted",
@@ -256,16 +356,19 @@ _DIAGNOSES = {
         "took part in all of them, so it cannot be said whether the rounds saw the same people",
         "run all forwards of a batch before its first backward, or call optimizer.step() and "
         "optimizer.zero_grad() between batches",
+        Severity.CRITICAL,
     ),
     UNCLIPPED: Diagnosis(
         "a backward that ghost clipping did not see added gradients that nobody clipped",
         "call backward() on what the criterion that make_private returned gives you, and on no "
         "other loss between optimizer.zero_grad() and optimizer.step(); use weight_decay of the "
         "optimizer instead of a penalty",
+        Severity.CRITICAL,
     ),
     NOT_CLEARED: Diagnosis(
         "the clipped gradients were already added to this step by an earlier optimizer.step()",
         "call optimizer.zero_grad() and backpropagate a new batch before the next optimizer.step()",
+        Severity.CRITICAL,
     ),
     LOSS_SHAPE: Diagnosis(
         "ghost clipping needs exactly one loss for each sample of the batch",
@@ -283,6 +386,7 @@ _DIAGNOSES = {
         "batch, so rows of different parameters cannot be matched to people",
         "call optimizer.step() and optimizer.zero_grad() between batches, or backpropagate each "
         "batch completely before the next forward",
+        Severity.CRITICAL,
     ),
 }
 

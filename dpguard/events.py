@@ -199,6 +199,8 @@ class Violation(Event):
         cause: stable code of the cause, see :mod:`dpguard.diagnosis`.
         remedy: what the user can do.
         first_step: logical step in which this was first seen.
+        figure: what was measured, which depends on the data.
+        bound: what it should have been at most, which depends on the data as well.
     """
 
     event_name: ClassVar[str] = "dpguard.violation"
@@ -210,6 +212,8 @@ class Violation(Event):
     cause: str | None = _marked(DataClass.CODE, "dpguard.cause", default=None)
     remedy: str | None = _marked(DataClass.CODE, "dpguard.remedy", default=None)
     first_step: int | None = _marked(DataClass.DERIVED, "dpguard.first_step", default=None)
+    figure: float | None = _marked(DataClass.DATA_DEPENDENT, "dpguard.figure", default=None)
+    bound: float | None = _marked(DataClass.DATA_DEPENDENT, "dpguard.bound", default=None)
 
     @property
     def site_key(self) -> tuple[object, ...]:

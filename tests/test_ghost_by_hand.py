@@ -165,3 +165,13 @@ def test_observe_has_nothing_to_say_of_it(ghost):
         both_backwards(called, optimizer, losses_of(called, *batch(4, 3)))
         optimizer.original_optimizer.step()
         assert [v.cause for v in guard.violations] == ["foreign_step"]
+
+
+def test_norms_can_be_looked_at_after_the_first_backward(training):
+    """Each parameter carries its rows' norms, as Opacus leaves them, before anybody asks."""
+    model, called, _ = training
+    data = batch(4, 0)
+    rows = rows_of(lambda m, x, y: losses_of(m, x, y).mean(), plain_copy(model), data)
+    losses_of(called, *data).mean().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p._norm_sample, rows[name].flatten(1).norm(dim=1), **CLOSE)

@@ -21,6 +21,7 @@ from dpguard.patches.attributes import AttributeForwarding
 from dpguard.patches.bounds import Bounds
 from dpguard.patches.facades import Facades, Family
 from dpguard.patches.foreign_steps import ForeignSteps
+from dpguard.patches.mechanism import Mechanism
 from dpguard.patches.protocol import Protocol
 from dpguard.patches.step_hooks import StepHooks
 from dpguard.patching import Transaction, living
@@ -51,6 +52,7 @@ class OptimizerPatch:
         self._hooks = StepHooks(verdicts, self._family.owner)
         self._bounds = Bounds(verdicts, self._family.owner)
         self._scale = LossScale(verdicts, self._family)
+        self._mechanism = Mechanism(_Guarded(self), lean=verdicts.repairs)
         self._report = report
         self._active = True
         self._audits = True
@@ -80,6 +82,7 @@ class OptimizerPatch:
             hook = classmethod(self._subclass_hook(torchs, vars(torchs).get("__init_subclass__")))
             transaction.patch(torchs, "__init_subclass__", hook)
         self._transaction = transaction
+        self._mechanism.install()
         self._facades.install(transaction)
         for cls in list(_with_subclasses(torchs)):
             self._meet(cls)
@@ -211,8 +214,10 @@ class OptimizerPatch:
 
     def _pre_step(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         key = id(instance)
-        if key in self._inside or not self._active:
+        if not self._active:
             return wrapped(*args, **kwargs)
+        if key in self._inside:  # a subclass whose own pre_step calls that of its base
+            return self._mechanism.pre_step(wrapped, instance, args, kwargs)
         self._inside.add(key)
         stepped = False
         try:
@@ -224,8 +229,10 @@ class OptimizerPatch:
                 self._part("protocol", self._protocol.before_step, instance)
                 self._part("hooks", self._hooks.before_step, instance)
                 self._audit(self._before, instance)
-                with self._bounds.fixed(instance):
-                    answer = wrapped(*args, **kwargs)
+                with self._bounds.fixed(instance), self._mechanism.watch(instance):
+                    answer = self._mechanism.pre_step(wrapped, instance, args, kwargs)
+                if answer:
+                    self._audit(self._auditor.before_update, instance)
                 stepped = True
         finally:
             self._inside.discard(key)
@@ -269,6 +276,31 @@ class OptimizerPatch:
         except Exception as error:  # noqa: BLE001 - the host goes on without this part
             self._audits = False
             self._report("audit", error)
+
+
+class _Guarded:
+    """The auditor, as the mechanism sees it: an error of its own does not reach the host."""
+
+    def __init__(self, patch: OptimizerPatch) -> None:
+        self._patch = patch
+
+    def rows_of(self, optimizer: Any) -> Any:
+        return self._patch._auditor.rows_of(optimizer) if self._patch._audits else None
+
+    def wants_means(self, optimizer: Any) -> bool:
+        return self._patch._audits and self._patch._auditor.wants_means(optimizer)
+
+    def before_clip(self, optimizer: Any, clip: Callable[[], Any]) -> None:
+        self._patch._audit(self._patch._auditor.before_clip, optimizer, clip)
+
+    def after_clip(self, optimizer: Any, clipping: Any) -> None:
+        self._patch._audit(self._patch._auditor.after_clip, optimizer, clipping)
+
+    def before_noise(self, optimizer: Any) -> None:
+        self._patch._audit(self._patch._auditor.before_noise, optimizer)
+
+    def after_noise(self, optimizer: Any) -> None:
+        self._patch._audit(self._patch._auditor.after_noise, optimizer)
 
 
 def _with_subclasses(base: type[Any]) -> Iterator[type[Any]]:

@@ -1,0 +1,162 @@
+"""What a check is, and what is known of the step that it looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from dpguard.events import CheckCount, StepAudit
+
+if TYPE_CHECKING:
+    from dpguard.patches.lean import Clipping, Rows
+
+__all__ = ["Check", "Failure", "Failures", "Step"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One check that failed.
+
+    Attributes:
+        check: name of the check.
+        cause: code of the cause, see :mod:`dpguard.diagnosis`, which also knows how bad it is.
+        parameters: qualified names of the parameters concerned.
+        modules: qualified names of the modules concerned.
+        site: ``file:line`` of the user's code, if it is known.
+        figure: what was measured; it depends on the data and goes to their channel only.
+        bound: what it should have been at most, likewise.
+    """
+
+    check: str
+    cause: str
+    parameters: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    site: str | None = None
+    figure: float | None = None
+    bound: float | None = None
+    only_said: bool = False
+    """Something is told, and the check counts as not run."""
+
+
+Failures: TypeAlias = "Iterable[Failure]"
+Receiver: TypeAlias = "Callable[[list[float]], Failures]"
+
+
+@dataclass
+class Step:
+    """A logical step of one DP optimizer that is under way.
+
+    Attributes:
+        number: counted from 0 for each optimizer.
+        audited: whether values are looked at and an event is written in this step.
+        optimizer: class of the optimizer.
+        parameters: its trainable parameters, in the physical batch at hand.
+        names: their qualified names.
+        rows: their rows, if they are as they should be; none in ghost clipping.
+        physical: number of physical batches so far, this one included.
+        ran: for each check that was run, on how many parameters (or other things) it was.
+        failed: for each check that failed, on which.
+    """
+
+    number: int
+    audited: bool
+    optimizer: str
+    parameters: Sequence[torch.nn.Parameter] = ()
+    names: tuple[str, ...] = ()
+    rows: Rows | None = None
+    physical: int = 0
+    interventions: int = 0
+    ran: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, set[str]] = field(default_factory=dict)
+    awaited: int = 1
+    """The end of the step, and figures that are on their way from the device."""
+    clip: Callable[[], Any] | None = None
+    """During ``before_clip``: the code that is about to clip."""
+    send: Callable[[Step, tuple[str, ...], torch.Tensor, Receiver], None] | None = None
+
+    def run(self, *checks: str, count: int | None = None) -> None:
+        """Note that these checks are run, on all parameters unless ``count`` says otherwise."""
+        for check in checks:
+            self.ran[check] = len(self.names) if count is None else count
+
+    def fail(self, failure: Failure) -> None:
+        """Note a failure."""
+        self.failed.setdefault(failure.check, set()).update(failure.parameters or ("",))
+        self.ran.setdefault(failure.check, len(failure.parameters) or 1)
+
+    def collect(self, checks: tuple[str, ...], figures: torch.Tensor, receive: Receiver) -> None:
+        """Send figures of these checks to the host, without waiting for the device.
+
+        Args:
+            checks: names of the checks, which are not run if the figures cannot be had.
+            figures: a vector.
+            receive: is given its values some time later, before the end of the step where the
+                device is the CPU; what it returns has failed.
+        """
+        if self.send is None:
+            raise RuntimeError("figures of a step that is not under way")
+        self.send(self, checks, figures, receive)
+
+    def audit(self, checks: Mapping[str, CheckCount]) -> StepAudit:
+        """The event that says how all ``checks`` went, as they were counted."""
+        return StepAudit(
+            step=self.number,
+            body=f"Logical step {self.number} of {self.optimizer} was audited.",
+            checks=checks,
+            parameters=len(self.parameters),
+            physical_batches=self.physical,
+            optimizer=self.optimizer,
+            interventions=self.interventions,
+        )
+
+    def count(self, check: str) -> CheckCount:
+        """How many passed a check, failed it or were not looked at."""
+        ran = self.ran.get(check)
+        if ran is None:
+            return CheckCount(not_run=len(self.parameters))
+        failed = len(self.failed.get(check, ()))
+        return CheckCount(passed=max(0, ran - failed), failed=failed)
+
+
+class Check:
+    """One kind of check; each hook is given the step and returns what has failed.
+
+    A hook runs in every physical batch, or where the step's :attr:`Step.audited` says so: that is
+    for the check to decide. It must not wait for the device. What it raises switches it off.
+    """
+
+    names: tuple[str, ...] = ()
+    """Names of the checks that it makes, as in ``dpguard.check.<name>``."""
+
+    def begin(self, step: Step, optimizer: Any) -> Failures:
+        """A physical batch has come, and its rows or clipped sums are there; in every mode."""
+        return ()
+
+    def before_clip(self, step: Step, optimizer: Any) -> Failures:
+        """Rows are complete; ``p.grad`` still is what autograd made it."""
+        return ()
+
+    def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:
+        """Clipped rows were added to ``p.summed_grad``.
+
+        ``clipping`` is ``None`` where the code that clips is not ours.
+        """
+        return ()
+
+    def before_noise(self, step: Step, optimizer: Any) -> Failures:
+        """The clipped sum of the logical batch is complete."""
+        return ()
+
+    def after_noise(self, step: Step, optimizer: Any) -> Failures:
+        """``p.grad`` is the clipped sum with noise, not yet scaled."""
+        return ()
+
+    def before_update(self, step: Step, optimizer: Any) -> Failures:
+        """Everything is done, step hooks included; the wrapped optimizer steps next."""
+        return ()
+
+    def forget(self, optimizer: Any) -> None:
+        """The step was refused or has raised: what was noted for it does not count."""

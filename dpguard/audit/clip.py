@@ -1,0 +1,356 @@
+"""Clip: what was added to the clipped sum is ``sum_i c_i row_i``, and at most ``B C`` long.
+
+``clip.bound`` compares norms: that of what was added is at most the sum of the norms of the clipped
+rows, and that at most ``B C``, in each audited step.
+
+``clip.sum`` compares values, through one vector ``v`` of random signs per parameter: ``<sum, v>``
+with ``sum_i c_i <row_i, v>``. A sum that is off by ``d`` shows as ``|<d, v>|``, about ``|d|``.
+Where our own code clips that is done in the first and every ``SKETCH_EVERY``-th audited step,
+where Opacus's does (per layer, adaptive) in each. Rules of the user's own are measured by what they
+have to keep, their sensitivity, as often: see :mod:`dpguard.audit.sensitivity`.
+
+The bound of the sketch. Let ``u`` be the unit roundoff, ``n`` the size of the parameter, ``B`` the
+number of rows, ``A = sum_i c_i |row_i|`` and ``G = (sum_i (c_i |row_i|)**2)**.5``. Roundings are
+taken as independent with mean zero (Higham and Mary 2019), the signs are so by construction;
+Azuma's inequality then bounds each sum of roundings by ``t = 9`` times the root of the sum of their
+squared bounds:
+
+* the sum itself, ``B`` additions per element, and its products: ``t u (B**.5 + 1) A``;
+* the sketches of the rows, ``n`` additions, with partial sums of at most ``t`` times the norm:
+  ``t**2 u n**.5 G``;
+* the factors ``c_i``, whose norms are sums over all ``N`` elements of a row:
+  ``t u N**.5 sum_i c_i |<row_i, v>|``;
+* the sums before and after, sketched and rounded: ``t**2 u n**.5 (|before| + |after|)``.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dpguard import _compat, diagnosis
+from dpguard.audit.check import Check, Failure, Failures, Step
+from dpguard.audit.sensitivity import Unproved, sensitivity
+from dpguard.audit.signs import CERTAIN, Signs
+from dpguard.patches.lean import Clipping, Rows, flat, row_norms
+
+__all__ = ["BOUND", "SKETCH_EVERY", "SUM", "Clip"]
+
+BOUND = "clip.bound"
+SUM = "clip.sum"
+SKETCH_EVERY = 50
+ALLOWED = 1e-3
+"""By how much of ``C`` the sensitivity may exceed it."""
+
+
+@dataclass
+class _Before:
+    """What is known before code that is not ours clips."""
+
+    rows: Rows
+    rule: str | None
+    norms: torch.Tensor
+    sums: torch.Tensor
+    """Norms of the clipped sums so far."""
+    row_sketches: torch.Tensor | None
+    sum_sketches: torch.Tensor | None
+
+
+class Clip(Check):
+    """Compares, per physical batch, what was clipped with what should have been."""
+
+    names = (BOUND, SUM)
+
+    def __init__(self) -> None:
+        self._signs = Signs()
+        self._before: _Before | None = None
+        self._turns: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._said: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._slacks: dict[tuple[Any, ...], float] = {}
+
+    def _is_turn(self, optimizer: Any) -> bool:
+        """Whether it is time for what is not done in each step."""
+        turn = self._turns.get(optimizer, 0)
+        self._turns[optimizer] = turn + 1
+        return turn % SKETCH_EVERY == 0
+
+    # -- our own code clips ----------------------------------------------------------------------
+
+    def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:
+        """Send the figures of what was added to the host."""
+        before, self._before = self._before, None
+        if not step.audited:
+            return ()
+        with torch.no_grad():
+            if clipping is None:
+                if before is not None:
+                    self._compare(step, optimizer, before)
+                return ()
+            self._bound(step, optimizer, clipping)
+            if self._is_turn(optimizer) and clipping.rows.sizes:
+                self._sketch(step, clipping)
+        return ()
+
+    def _bound(self, step: Step, optimizer: Any, clipping: Clipping) -> None:
+        bound = optimizer.max_grad_norm
+        parts = [*torch._foreach_norm(clipping.sums), clipping.factors @ clipping.totals]
+        if isinstance(bound, torch.Tensor):
+            parts.append(bound.reshape(()))
+        count = sum(clipping.rows.sizes)
+        slack = self._slack(count, clipping.rows)
+        step.run(BOUND)
+        step.collect(
+            (BOUND,), torch.stack(parts), _judge_bound(len(clipping.sums), count, bound, slack)
+        )
+
+    def _slack(self, count: int, rows: Rows) -> float:
+        """Relative rounding error of a clipped sum and of the norms of what it is made of."""
+        parameter = rows.parameters[0]
+        key = (count, parameter.dtype, parameter.device.type)
+        found = self._slacks.get(key)
+        if found is None:
+            if len(self._slacks) > 1000:  # noqa: PLR2004 - sizes of batches
+                self._slacks.clear()
+            total = math.sqrt(sum(p.numel() for p in rows.parameters))
+            unit = _roundoff(torch.float32, parameter.device)
+            own = _roundoff(parameter.dtype, parameter.device)
+            found = self._slacks[key] = CERTAIN * (own * (math.sqrt(count) + 1) + unit * total)
+        return found
+
+    def _sketch(self, step: Step, clipping: Clipping) -> None:
+        rows, norms, factors = clipping.rows, clipping.norms.t(), clipping.factors
+        # Rows that were not finite are zero by now; their norms are not.
+        norms = torch.where(torch.isfinite(norms), norms, torch.zeros_like(norms))
+        sketches = self._of_rows(rows)
+        found, lengths = self._of_sums(rows.parameters, clipping.sums)
+        deviations = found - (factors * sketches).sum(1)
+        allowed = self._allowed(rows, norms, factors, sketches, lengths)
+        self._signs.forget()
+        self._judge(step, deviations, allowed)
+
+    # -- other code clips ------------------------------------------------------------------------
+
+    def before_clip(self, step: Step, optimizer: Any) -> Failures:
+        """Rows are about to be clipped by code that is not ours."""
+        self._before = None
+        rows = Rows.of(step.parameters) if step.audited else None
+        if rows is None or _compat.clips_in_hooks(optimizer):
+            return ()
+        rule = _compat.clip_rule(optimizer)
+        with torch.no_grad():
+            norms = row_norms(rows).t()
+            sums = [getattr(p, "summed_grad", None) for p in rows.parameters]
+            if rule is None:
+                self._before = _Before(
+                    rows, None, norms, _lengths(rows.parameters, sums), None, None
+                )
+            else:
+                found, lengths = self._of_sums(rows.parameters, sums)
+                sketches = self._of_rows(rows)
+                self._before = _Before(rows, rule, norms, lengths, sketches, found)
+        if rule is None and sum(rows.sizes) > 1 and step.clip is not None:
+            return self._measure(step, optimizer, rows)
+        return ()
+
+    def _measure(self, step: Step, optimizer: Any, rows: Rows) -> Failures:
+        """How much one person can change by the rule that is about to be used."""
+        if not self._is_turn(optimizer) or step.clip is None:
+            return ()
+        generator = self._signs.generator(rows.parameters[0].device)
+        try:
+            figure = sensitivity(optimizer, step.clip, rows, generator)
+        except Unproved:
+            return self._unproved(step, optimizer)
+        parameter = rows.parameters[0]
+        count = sum(rows.sizes)
+        limit = 1 + ALLOWED + CERTAIN * _roundoff(parameter.dtype, parameter.device) * count
+        names, own_noise = step.names, not _compat.is_opacus_method(optimizer, "add_noise")
+        step.run(SUM)
+
+        def receive(values: list[float]) -> Failures:
+            if values[0] <= limit:
+                return ()
+            if own_noise or not math.isfinite(values[0]):
+                # The noise may be made for another bound than max_grad_norm.
+                return self._unproved(step, optimizer)
+            cause = diagnosis.CLIP_SENSITIVITY
+            return [Failure(SUM, cause, names, figure=values[0], bound=limit)]
+
+        step.collect((SUM,), figure.reshape(1), receive)
+        return ()
+
+    def _unproved(self, step: Step, optimizer: Any) -> Failures:
+        step.ran.pop(SUM, None)
+        if optimizer in self._said:
+            return ()
+        self._said.add(optimizer)
+        return [Failure(SUM, diagnosis.CLIP_UNPROVED, only_said=True)]
+
+    def _compare(self, step: Step, optimizer: Any, before: _Before) -> None:
+        rows, norms = before.rows, before.norms
+        sums = [getattr(p, "summed_grad", None) for p in rows.parameters]
+        if not all(
+            type(s) is torch.Tensor and s.shape == p.shape and s.device == p.device
+            for s, p in zip(sums, rows.parameters, strict=True)
+        ):
+            return
+        count = sum(rows.sizes)
+        if before.row_sketches is None or before.sum_sketches is None:
+            lengths = _lengths(rows.parameters, sums)
+            self._bound_of(step, optimizer, before, lengths, count)
+            return
+        found, lengths = self._of_sums(rows.parameters, sums)
+        self._bound_of(step, optimizer, before, lengths, count)
+        if before.rule == "per_layer":
+            clips = torch.tensor([float(c) for c in optimizer.max_grad_norms], dtype=norms.dtype)
+            if len(clips) != len(norms):
+                return
+            clips, against = clips.to(norms.device, non_blocking=True)[:, None], norms
+        else:
+            clips, against = optimizer.max_grad_norm, torch.linalg.vector_norm(norms, dim=0)
+        factors = (clips / (against + _compat.CLIP_SHIFT)).clamp(max=1.0)
+        deviations = found - before.sum_sketches - (factors * before.row_sketches).sum(1)
+        both = before.sums + lengths
+        allowed = self._allowed(rows, norms, factors, before.row_sketches, both)
+        self._signs.forget()
+        self._judge(step, deviations, allowed)
+
+    def _bound_of(
+        self, step: Step, optimizer: Any, before: _Before, lengths: torch.Tensor, count: int
+    ) -> None:
+        """What was added cannot be longer than ``B C``, whatever the rule."""
+        if not _compat.is_opacus_method(optimizer, "add_noise"):
+            return
+        added = torch.linalg.vector_norm(torch.relu(lengths - before.sums))
+        bound = optimizer.max_grad_norm
+        parts = [added, added]  # of the rule nothing is known here but its bound
+        if isinstance(bound, torch.Tensor):
+            parts.append(bound.reshape(()).to(added.dtype))
+        slack = self._slack(count, before.rows)
+        step.run(BOUND)
+        step.collect((BOUND,), torch.stack(parts), _judge_bound(1, count, bound, slack))
+
+    # -- figures ---------------------------------------------------------------------------------
+
+    def _of_rows(self, rows: Rows) -> torch.Tensor:
+        """The sketch of each row of each parameter, of shape ``(P, B)``."""
+        found = []
+        for mine in rows.pieces:
+            wide = torch.promote_types(mine[0].dtype, torch.float32)
+            matrices = [flat(piece).to(wide) for piece in mine]
+            found.append(
+                torch.cat([m @ self._signs.of(m.shape[1], m.device, wide) for m in matrices])
+            )
+        return torch.stack(found)
+
+    def _of_sums(
+        self, parameters: Sequence[torch.nn.Parameter], sums: Sequence[torch.Tensor | None]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sketches and norms of clipped sums; those that do not exist yet are 0."""
+        sketches = []
+        for parameter, total in zip(parameters, sums, strict=True):
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            if total is None:
+                sketches.append(torch.zeros((), dtype=wide, device=parameter.device))
+            else:
+                row = total.flatten().to(wide)
+                sketches.append(row @ self._signs.of(row.numel(), row.device, wide))
+        return torch.stack(sketches), _lengths(parameters, sums)
+
+    def _allowed(
+        self,
+        rows: Rows,
+        norms: torch.Tensor,
+        factors: torch.Tensor,
+        sketches: torch.Tensor,
+        lengths: torch.Tensor,
+    ) -> torch.Tensor:
+        """The bound of the deviation of each parameter, see above."""
+        made = torch.tensor(_coefficients(rows), dtype=norms.dtype)
+        to_sum, to_rows, to_factors, to_sums = made.to(norms.device, non_blocking=True)
+        shares = factors * norms
+        allowed: torch.Tensor = (
+            to_sum * (math.sqrt(norms.shape[1]) + 1) * shares.sum(1)
+            + to_rows * torch.linalg.vector_norm(shares, dim=1)
+            + to_factors * (factors * sketches.abs()).sum(1)
+            + to_sums * lengths
+        )
+        return allowed
+
+    def _judge(self, step: Step, deviations: torch.Tensor, allowed: torch.Tensor) -> None:
+        names = step.names
+
+        def receive(values: list[float]) -> Failures:
+            count = len(names)
+            pairs = [(abs(values[i]), values[count + i]) for i in range(count)]
+            # What is not finite says nothing: a row was not.
+            wrong = [
+                i
+                for i, pair in enumerate(pairs)
+                if pair[0] > pair[1] and all(map(math.isfinite, pair))
+            ]
+            if not wrong:
+                return ()
+            figure, bound = max((pairs[i] for i in wrong), key=lambda pair: pair[0])
+            who = tuple(names[i] for i in wrong)
+            return [Failure(SUM, diagnosis.CLIP_WRONG, who, figure=figure, bound=bound)]
+
+        step.run(SUM)
+        step.collect((SUM,), torch.cat([deviations, allowed]), receive)
+
+
+def _judge_bound(count: int, people: int, bound: Any, slack: float) -> Any:
+    """What to make of ``count`` norms of parts, the sum of the norms, and the bound if a tensor."""
+
+    def receive(values: list[float]) -> Failures:
+        added, single = math.hypot(*values[:count]), values[count]
+        clip = values[-1] if isinstance(bound, torch.Tensor) else float(bound)
+        limit = people * clip * (1 + slack)
+        if added > single * (1 + slack) or max(added, single) > limit:
+            exceeded = min(single * (1 + slack), limit)
+            return [Failure(BOUND, diagnosis.CLIP_EXCEEDED, figure=added, bound=exceeded)]
+        return ()
+
+    return receive
+
+
+def _lengths(
+    parameters: Sequence[torch.nn.Parameter], sums: Sequence[torch.Tensor | None]
+) -> torch.Tensor:
+    """Norms of clipped sums."""
+    norms = []
+    for parameter, total in zip(parameters, sums, strict=True):
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        if total is None:
+            norms.append(torch.zeros((), dtype=wide, device=parameter.device))
+        else:
+            norms.append(torch.linalg.vector_norm(total, dtype=wide))
+    return torch.stack(norms)
+
+
+def _roundoff(dtype: torch.dtype, device: torch.device) -> float:
+    """Relative error of one rounding in products of matrices."""
+    return max(
+        _compat.unit_roundoff(dtype), _compat.operand_roundoff(dtype, device, convolves=False)
+    )
+
+
+def _coefficients(rows: Rows) -> list[list[float]]:
+    """What the four terms of the bound are multiplied by, for each parameter."""
+    total = sum(p.numel() for p in rows.parameters)
+    found = []
+    for parameter, mine in zip(rows.parameters, rows.pieces, strict=True):
+        mean = math.sqrt(parameter.numel())
+        plain, own, low = (
+            _roundoff(kind, parameter.device)
+            for kind in (torch.float32, parameter.dtype, mine[0].dtype)
+        )
+        wide = min(plain, own)
+        factor = CERTAIN * max(own, low) * math.sqrt(total)
+        found.append([CERTAIN * own, CERTAIN**2 * wide * mean, factor, CERTAIN**2 * own * mean])
+    return [list(column) for column in zip(*found, strict=True)]

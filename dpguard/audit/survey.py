@@ -1,0 +1,54 @@
+"""The figures of rows that somebody else clips, taken before he does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dpguard.patches.lean import Rows, flat, row_norms, row_shares
+
+__all__ = ["Survey"]
+
+
+class Survey:
+    """Norms and means of the rows of one physical batch, as :class:`Clipping` has them.
+
+    Attributes:
+        rows: what was looked at.
+        norms: norm of each row of each parameter, of shape ``(B, P)``.
+        totals: norm of each person's gradient, of shape ``(B,)``.
+        shares: weight of each row in the means, of shape ``(B,)``.
+        means: for each parameter what autograd should have put into ``p.grad``.
+    """
+
+    __slots__ = ("means", "norms", "rows", "shares", "totals")
+
+    def __init__(self, rows: Rows, *, mean: bool) -> None:
+        self.rows = rows
+        self.norms = row_norms(rows)
+        self.totals = self.norms.norm(2, dim=1)
+        self.shares = row_shares(rows, self.totals, mean=mean)
+        parts = self.shares.split(rows.sizes)
+        self.means = [
+            _mean(parameter, mine, parts)
+            for parameter, mine in zip(rows.parameters, rows.pieces, strict=True)
+        ]
+
+    @classmethod
+    def of(cls, parameters: Sequence[torch.nn.Parameter], *, mean: bool) -> Survey | None:
+        """A survey of the rows that the parameters carry, or ``None`` if that is not possible."""
+        rows = Rows.of(parameters)
+        if rows is None:
+            return None
+        with torch.no_grad():
+            return cls(rows, mean=mean)
+
+
+def _mean(
+    parameter: torch.nn.Parameter, pieces: Sequence[torch.Tensor], shares: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    total = torch.zeros(parameter.numel(), dtype=parameter.dtype, device=parameter.device)
+    for piece, share in zip(pieces, shares, strict=True):
+        total += share.to(parameter.dtype) @ flat(piece).to(parameter.dtype)
+    return total.view(parameter.shape)

@@ -1,0 +1,571 @@
+"""The clipped sum is that of the rows, each clipped by itself; what is not sound is refused."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from models import CNN, MLP, Recurrent
+from opacus import GradSampleModule
+from opacus.optimizers import DPOptimizer, DPPerLayerOptimizer
+from opacus.utils.batch_memory_manager import BatchMemoryManager
+from releases import needs_adaptive, needs_reshaping
+from test_audit import private
+from torch import nn
+
+import dpguard
+from dpguard import diagnosis
+from dpguard.audit import clip as clip_module
+from dpguard.audit.clip import BOUND, SKETCH_EVERY, SUM
+
+pytestmark = needs_reshaping
+
+
+class Training:
+    """A training on eight samples."""
+
+    def __init__(self, cls=DPOptimizer, *, bound=0.05, model=MLP, batch=8, dtype=None, **options):
+        torch.manual_seed(1)
+        self.model = model().to(dtype)
+        self.called = GradSampleModule(
+            self.model, loss_reduction=options.get("loss_reduction", "mean")
+        )
+        options = {"noise_multiplier": 0.5, "expected_batch_size": batch} | options
+        self.optimizer = cls(
+            torch.optim.SGD(self.model.parameters(), lr=0.05), max_grad_norm=bound, **options
+        )
+        self.reduce = getattr(torch, options.get("loss_reduction", "mean"))
+        self.x = torch.randn(batch, *self.model.shape, dtype=dtype)
+
+    def backward(self, x=None):
+        self.optimizer.zero_grad()
+        self.reduce(self.called(self.x if x is None else x) ** 2).backward()
+
+    def step(self, x=None):
+        self.backward(x)
+        self.optimizer.step()
+
+    def steps(self, count):
+        for _ in range(count):
+            self.step()
+
+
+def per_layer(optimizer, *, max_grad_norm, **options):
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    bounds = [max_grad_norm * (1 + i) for i in range(count)]
+    return DPPerLayerOptimizer(optimizer, max_grad_norm=bounds, **options)
+
+
+def adaptive(optimizer, **options):
+    from opacus.optimizers import AdaClipDPOptimizer
+
+    return AdaClipDPOptimizer(
+        optimizer,
+        target_unclipped_quantile=0.5,
+        clipbound_learning_rate=0.2,
+        max_clipbound=10.0,
+        min_clipbound=0.01,
+        unclipped_num_std=1.0,
+        **options,
+    )
+
+
+def passed(guard, check):
+    return guard.last_step.checks[check].passed
+
+
+@pytest.fixture
+def deviations(monkeypatch):
+    """The largest deviation of each sketch over its bound."""
+    seen = []
+    original = clip_module.Clip._judge
+
+    def judge(self, step, found, allowed):
+        seen.append((found.abs() / allowed).max().item())
+        original(self, step, found, allowed)
+
+    monkeypatch.setattr(clip_module.Clip, "_judge", judge)
+    return seen
+
+
+# -- healthy ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bound": 1e6},
+        {"bound": 1e-6},
+        {"cls": per_layer},
+        pytest.param({"cls": adaptive}, marks=needs_adaptive),
+        {"model": CNN},
+        {"model": Recurrent},
+        {"model": CNN, "batch": 64},
+        {"batch": 1},
+        {"batch": 300},
+        {"dtype": torch.float64},
+        {"loss_reduction": "sum"},
+    ],
+    ids=lambda options: " ".join(options) or "plain",
+)
+@pytest.mark.parametrize("mode", ["strict", "observe"])
+def test_a_healthy_run(options, mode, deviations, monkeypatch):
+    """No alarm, with our own code and with Opacus's; the deviation stays below its bound."""
+    monkeypatch.setattr(clip_module, "SKETCH_EVERY", 1)
+    with dpguard.install(mode=mode) as guard:
+        training = Training(**options)
+        training.steps(12)
+        assert guard.violations == ()
+        assert passed(guard, SUM) == passed(guard, BOUND) == guard.last_step.parameters
+    assert len(deviations) == 12
+    assert max(deviations) <= 0.6
+
+
+def test_how_often(guard, deviations):
+    """Norms are compared in each step, values in the first and then every so often."""
+    training = Training()
+    for number in range(SKETCH_EVERY + 2):
+        training.step()
+        assert passed(guard, BOUND) == 5
+        assert (passed(guard, SUM) == 5) == (number % SKETCH_EVERY == 0)
+    assert len(deviations) == 2
+
+
+def test_accumulation_and_physical_batches(guard, deviations, monkeypatch):
+    """Several backwards before a step, steps that only accumulate, empty batches."""
+    monkeypatch.setattr(clip_module, "SKETCH_EVERY", 1)
+    for cls in (DPOptimizer, per_layer):
+        training = Training(cls)
+        for number in range(12):
+            x = training.x[: (0, 3, 8)[number % 3]]
+            training.optimizer.signal_skip_step(do_skip=number % 2 == 0)
+            training.backward(x)
+            if number % 4 == 3 and len(x):
+                (training.called(x * 2) ** 2).mean().backward()
+            training.optimizer.step()
+    assert guard.violations == ()
+    assert passed(guard, SUM) == 5
+
+
+def test_batch_memory_manager(guard):
+    """Virtual batches, through ``make_private``."""
+    model, optimizer, loader = private(MLP())
+    with BatchMemoryManager(
+        data_loader=loader, max_physical_batch_size=3, optimizer=optimizer
+    ) as batches:
+        for x, y in batches:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    assert guard.violations == ()
+
+
+@pytest.mark.parametrize("mode", ["repair", "observe"])
+def test_rows_of_another_precision(mode, monkeypatch):
+    """Rows in half precision are no fault."""
+    monkeypatch.setattr(clip_module, "SKETCH_EVERY", 1)
+    with dpguard.install(mode=mode) as guard:
+        training = Training()
+        for _ in range(10):
+            training.backward()
+            for p in training.model.parameters():
+                p.grad_sample = p.grad_sample.to(torch.bfloat16)
+            training.optimizer.step()
+        assert guard.violations == ()
+
+
+# -- faults ------------------------------------------------------------------------------------------
+
+
+def weighted(factors, rows):
+    return torch.einsum("i,i...", factors.to(rows.dtype), rows)
+
+
+def rows_of(p):
+    return torch.cat(p.grad_sample) if isinstance(p.grad_sample, list) else p.grad_sample
+
+
+def norms_of(optimizer):
+    columns = [rows_of(p).flatten(1).norm(dim=1) for p in optimizer.params]
+    return torch.stack(columns).norm(dim=0)
+
+
+def add(p, total):
+    p.summed_grad = total if p.summed_grad is None else p.summed_grad + total
+
+
+def clip_the_batch(optimizer):
+    """The gradient of the batch is clipped, instead of each row."""
+    sums = [rows_of(p).sum(0) for p in optimizer.params]
+    norm = torch.stack([s.norm() for s in sums]).norm()
+    for p, s in zip(optimizer.params, sums, strict=True):
+        add(p, s * (optimizer.max_grad_norm / norm).clamp(max=1))
+
+
+def clip_the_mean(optimizer):
+    """The mean gradient of the batch is clipped."""
+    means = [rows_of(p).mean(0) for p in optimizer.params]
+    norm = torch.stack([s.norm() for s in means]).norm()
+    for p, s in zip(optimizer.params, means, strict=True):
+        add(p, s * (optimizer.max_grad_norm / norm).clamp(max=1))
+
+
+def clip_micro_batches(optimizer, size=2):
+    """Rows are added up in pairs before they are clipped."""
+    pairs = [rows_of(p).unflatten(0, (-1, size)).sum(1) for p in optimizer.params]
+    norms = torch.stack([r.flatten(1).norm(dim=1) for r in pairs]).norm(dim=0)
+    factors = (optimizer.max_grad_norm / norms).clamp(max=1)
+    for p, rows in zip(optimizer.params, pairs, strict=True):
+        add(p, weighted(factors, rows))
+
+
+def clip_means_of_micro_batches(optimizer):
+    """Rows are averaged in chunks of any size before they are clipped."""
+    chunks = [[c.mean(0) for c in rows_of(p).split(4)] for p in optimizer.params]
+    for k in range(len(chunks[0])):
+        norm = torch.stack([mine[k].norm() for mine in chunks]).norm()
+        for p, mine in zip(optimizer.params, chunks, strict=True):
+            add(p, mine[k] * (optimizer.max_grad_norm / norm).clamp(max=1))
+
+
+def no_clipping(optimizer):
+    for p in optimizer.params:
+        add(p, rows_of(p).sum(0))
+
+
+def each_parameter_by_itself(optimizer):
+    for p in optimizer.params:
+        norms = rows_of(p).flatten(1).norm(dim=1)
+        add(p, weighted((optimizer.max_grad_norm / norms).clamp(max=1), rows_of(p)))
+
+
+def one_parameter_left_out(optimizer):
+    DPOptimizer.clip_and_accumulate(optimizer)
+    bias = optimizer.params[1]
+    bias.summed_grad = bias.grad_sample.sum(0)
+
+
+def a_larger_bound(optimizer):
+    factors = (optimizer.max_grad_norm * 1.01 / norms_of(optimizer)).clamp(max=1)
+    for p in optimizer.params:
+        add(p, weighted(factors, rows_of(p)))
+
+
+FAULTS = [
+    clip_the_batch,
+    clip_the_mean,
+    clip_micro_batches,
+    clip_means_of_micro_batches,
+    no_clipping,
+    each_parameter_by_itself,
+    a_larger_bound,
+]
+
+
+def overriding(how, fault, monkeypatch, **options):
+    """A training whose rows are clipped by ``fault``."""
+    cls = DPOptimizer
+    if how == "subclass":
+        cls = type("Mine", (DPOptimizer,), {"clip_and_accumulate": fault})
+    training = Training(cls, **options)
+    if how == "instance":
+        training.optimizer.clip_and_accumulate = lambda: fault(training.optimizer)
+    if how == "monkeypatch":
+        monkeypatch.setattr(DPOptimizer, "clip_and_accumulate", fault)
+    return training
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("how", ["subclass", "instance", "monkeypatch"])
+@pytest.mark.parametrize("mode", ["repair", "observe"])
+def test_a_fault_is_refused(fault, how, mode, monkeypatch):
+    """In the first step; the parameters do not change. In ``observe`` it is told."""
+    with dpguard.install(mode=mode) as guard:
+        training = overriding(how, fault, monkeypatch)
+        before = [p.detach().clone() for p in training.model.parameters()]
+        if mode == "observe":
+            training.step()
+        else:
+            with pytest.raises(dpguard.PrivacyViolation, match="max_grad_norm"):
+                training.step()
+            assert all(map(torch.equal, before, training.model.parameters()))
+        causes = {v.cause for v in guard.violations}
+        assert diagnosis.CLIP_SENSITIVITY in causes
+        assert causes <= {diagnosis.CLIP_SENSITIVITY, diagnosis.CLIP_EXCEEDED}
+        violation = next(v for v in guard.violations if v.cause == diagnosis.CLIP_SENSITIVITY)
+        assert (violation.check, violation.severity.value) == (SUM, "CRITICAL")
+        assert violation.figure > violation.bound
+
+
+@pytest.mark.parametrize("fault", FAULTS[:4], ids=lambda f: f.__name__)
+def test_a_fault_in_a_run_of_make_private(fault, monkeypatch):
+    """With accumulated and virtual batches of other sizes, and whatever the clip bound."""
+    for bound in (1e-3, 1e3):
+        with dpguard.install(mode="repair") as guard:
+            model, optimizer, loader = private(MLP(), batch_size=16, max_grad_norm=bound)
+            optimizer.clip_and_accumulate = lambda: fault(optimizer)  # noqa: B023
+            with pytest.raises(dpguard.PrivacyViolation):  # noqa: PT012
+                for x, y in loader:
+                    optimizer.zero_grad()
+                    nn.functional.cross_entropy(model(x), y).backward()
+                    optimizer.step()
+            assert guard.violations[0].cause == diagnosis.CLIP_SENSITIVITY
+
+
+def test_a_sum_that_opacus_itself_gets_wrong():
+    """In ``observe``: rows that differ from those that are clipped are told."""
+    with dpguard.install(mode="observe") as guard:
+        training = Training()
+        training.step()
+        training.backward()
+        weight = training.model.body[0].weight
+        original = DPOptimizer._get_flat_grad_sample
+
+        def twice(self, p):
+            return original(self, p) * (1.5 if p is weight else 1.0)
+
+        twice.__module__, twice.__qualname__ = original.__module__, original.__qualname__
+        DPOptimizer._get_flat_grad_sample = twice
+        try:
+            training.optimizer.step()
+        finally:
+            DPOptimizer._get_flat_grad_sample = original
+        wrong = [v for v in guard.violations if v.cause == diagnosis.CLIP_WRONG]
+        assert "body.0.weight" in wrong[0].parameters
+        assert wrong[0].severity.value == "CRITICAL"
+        assert wrong[0].figure > wrong[0].bound
+
+
+# -- rules of the user's own that are sound ---------------------------------------------------------------
+
+
+def automatic(optimizer):
+    """Automatic clipping: every row is normalised to C."""
+    factors = optimizer.max_grad_norm / (norms_of(optimizer) + 0.01)
+    for p in optimizer.params:
+        add(p, weighted(factors, rows_of(p)))
+
+
+def normalised(optimizer):
+    """The same without any guard against a norm of zero."""
+    factors = optimizer.max_grad_norm / norms_of(optimizer)
+    for p in optimizer.params:
+        add(p, weighted(factors, rows_of(p)))
+
+
+def to_the_half(optimizer):
+    factors = (0.5 * optimizer.max_grad_norm / (norms_of(optimizer) + 1e-6)).clamp(max=1)
+    for p in optimizer.params:
+        add(p, weighted(factors, rows_of(p)))
+
+
+def per_group(optimizer):
+    """Weights and biases are clipped apart, to bounds that are C together."""
+    for group in (optimizer.params[::2], optimizer.params[1::2]):
+        norms = torch.stack([rows_of(p).flatten(1).norm(dim=1) for p in group]).norm(dim=0)
+        factors = (optimizer.max_grad_norm / 2**0.5 / (norms + 1e-6)).clamp(max=1)
+        for p in group:
+            add(p, weighted(factors, rows_of(p)))
+
+
+def element_wise(optimizer):
+    """Each element is clamped, to a bound that is C for all together."""
+    count = sum(p.numel() for p in optimizer.params)
+    limit = optimizer.max_grad_norm / count**0.5
+    for p in optimizer.params:
+        add(p, rows_of(p).clamp(-limit, limit).sum(0))
+
+
+def standard(optimizer):
+    DPOptimizer.clip_and_accumulate(optimizer)
+
+
+SOUND = [automatic, normalised, to_the_half, per_group, element_wise, standard]
+
+
+@pytest.mark.parametrize("rule", SOUND, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("how", ["subclass", "instance"])
+def test_a_sound_rule_of_the_users_own(rule, how, monkeypatch):
+    """It is not refused, it is proved as often as the standard one, and changes nothing."""
+    ends = []
+    for mode in ("off", "strict"):
+        with dpguard.install(mode=mode) as guard:
+            training = overriding(how, rule, monkeypatch)
+            training.step()
+            if mode == "strict":
+                assert passed(guard, SUM) == passed(guard, BOUND) == 5
+            training.steps(3)
+            ends.append([*map(torch.clone, training.model.parameters()), torch.rand(2)])
+            if mode == "strict":
+                assert guard.violations == ()
+                assert guard.last_step.checks[SUM].verdict == "not_run"
+                assert passed(guard, BOUND) == 5
+    assert all(map(torch.equal, *ends))
+
+
+class Counting(DPOptimizer):
+    """A rule that keeps books: counts, a tensor, a list, and a draw of random numbers."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.calls, self.seen, self.history = 0, torch.zeros(1), []
+
+    def clip_and_accumulate(self):
+        self.calls += 1
+        self.seen += len(rows_of(self.params[0]))
+        self.history.append(torch.rand(1).item())
+        self.extra = True
+        super().clip_and_accumulate()
+
+
+def test_what_a_rule_keeps_books_of_is_put_back(guard):
+    """Trying the rule leaves no trace in the optimizer, and no random number is used up."""
+    training = Training(Counting)
+    history, seen = training.optimizer.history, training.optimizer.seen
+    torch.manual_seed(9)
+    expected = torch.rand(1).item()
+    torch.manual_seed(9)
+    training.backward()
+    training.optimizer.generator = torch.Generator().manual_seed(3)
+    state = training.optimizer.generator.get_state()
+    training.optimizer.pre_step()
+    optimizer = training.optimizer
+    assert (optimizer.calls, optimizer.seen.item()) == (1, 8.0)
+    assert optimizer.history is history
+    assert optimizer.seen is seen
+    assert history == [expected]
+    fresh = torch.Generator()
+    fresh.set_state(state)
+    for p in optimizer.params:
+        torch.normal(0, 1, p.shape, generator=fresh)
+    assert torch.equal(fresh.get_state(), optimizer.generator.get_state())
+    assert guard.violations == ()
+
+
+def with_its_rows_only(optimizer):
+    """A rule that takes no rows but those it knows."""
+    if abs(norms_of(optimizer).sum() - optimizer.expected) > 1e-3:
+        raise AssertionError("not my rows")
+    standard(optimizer)
+
+
+def test_a_rule_that_cannot_be_tried_is_said_once():
+    """Neither refused nor passed: it is the user's own, and unproved."""
+    with dpguard.install(mode="strict") as guard:
+        training = Training(
+            type("Mine", (DPOptimizer,), {"clip_and_accumulate": with_its_rows_only})
+        )
+        for _ in range(3):
+            training.backward()
+            training.optimizer.expected = norms_of(training.optimizer).sum()
+            training.optimizer.step()
+        (violation,) = guard.violations
+        assert (violation.cause, violation.severity.value) == (diagnosis.CLIP_UNPROVED, "WARNING")
+        assert guard.last_step.checks[SUM].verdict == "not_run"
+        assert passed(guard, BOUND) == 5
+        assert guard.last_step.ok
+
+
+class Whole(DPOptimizer):
+    """A mechanism of the user's own: another bound, and noise that is made for it."""
+
+    def clip_and_accumulate(self):
+        factors = (3 * self.max_grad_norm / norms_of(self)).clamp(max=1)
+        for p in self.params:
+            add(p, weighted(factors, rows_of(p)))
+
+    def add_noise(self):
+        for p in self.params:
+            p.grad = (
+                p.summed_grad + 3 * self.noise_multiplier * self.max_grad_norm * torch.randn_like(p)
+            )
+
+
+def test_a_mechanism_of_the_users_own(guard):
+    """With noise of its own a larger bound is no fault; that it is unproved is said once."""
+    training = Training(Whole)
+    training.steps(3)
+    assert [v.cause for v in guard.violations] == [diagnosis.CLIP_UNPROVED]
+    assert guard.last_step.checks[BOUND].verdict == "not_run"
+
+
+def test_the_users_exception_passes(guard):
+    """A rule that raises at the user's rows raises, as without the guard."""
+
+    def fails(optimizer):
+        raise ZeroDivisionError("mine")
+
+    training = Training(type("Mine", (DPOptimizer,), {"clip_and_accumulate": fails}))
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        training.step()
+    assert guard.internal_errors == ()
+
+
+# -- rows that are not finite ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [DPOptimizer, per_layer, pytest.param(adaptive, marks=needs_adaptive), Counting],
+    ids=["flat", "per_layer", "adaptive", "own"],
+)
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite_become_zero(cls, broken):
+    """Whoever clips: the update is that of a batch in which this person's rows are zero."""
+    ends = []
+    for kind in ("broken", "zero"):
+        with dpguard.install(mode="repair") as guard:
+            training = Training(cls, noise_multiplier=0.1)
+            training.backward()
+            for p in training.model.parameters():
+                p.grad_sample[2] = broken if kind == "broken" else 0.0
+            torch.manual_seed(4)
+            training.optimizer.step()
+            sums = [p.summed_grad for p in training.model.parameters()]
+            assert (
+                math.hypot(*(s.norm().item() for s in sums)) <= 8 * training.optimizer.max_grad_norm
+            )
+            ends.append(list(map(torch.clone, training.model.parameters())))
+            assert all(
+                v.confidential for v in guard.violations if v.cause == diagnosis.ROWS_NOT_FINITE
+            )
+            found = {v.cause for v in guard.violations}
+            assert found <= {diagnosis.ROWS_NOT_FINITE, diagnosis.NOT_CONSERVED}
+            assert (diagnosis.ROWS_NOT_FINITE in found) == (kind == "broken")
+    assert all(map(torch.equal, *ends))
+    assert all(torch.isfinite(p).all() for p in ends[0])
+
+
+def test_in_observe_rows_stay_as_they_are():
+    """There nothing is changed."""
+    with dpguard.install(mode="observe"):
+        training = Training(per_layer)
+        training.backward()
+        for p in training.model.parameters():
+            p.grad_sample[2] = float("nan")
+        training.optimizer.step()
+        assert not any(torch.isfinite(p).all() for p in training.model.parameters())
+
+
+def test_the_random_stream_is_left_alone():
+    """Signs come from a generator of their own; parameters have equal bits."""
+    ends = []
+    for mode in ("off", "repair"):
+        with dpguard.install(mode=mode):
+            training = Training()
+            training.steps(5)
+            ends.append([*map(torch.clone, training.model.parameters()), torch.rand(2)])
+    assert all(map(torch.equal, *ends))
+
+
+def test_copies_of_an_optimizer_are_watched_by_themselves(guard):
+    """A deep copy has a turn of its own."""
+    training = Training()
+    training.step()
+    other = copy.deepcopy(training.optimizer)
+    assert other is not training.optimizer
+    training.step()
+    assert guard.violations == ()
