@@ -73,6 +73,7 @@ wheel-check: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_import.py
 	$(BIN)/python benchmarks/bench_detach.py
+	$(BIN)/python benchmarks/bench_attributes.py
 	$(BIN)/python benchmarks/bench_step.py
 
 clean:

@@ -184,6 +184,7 @@ class Facades:
 
     def __init__(self, verdicts: Verdicts, family: Family) -> None:
         self._verdicts = verdicts
+        self._repairs = verdicts.repairs
         self._family = family
         self.owner: Callable[[Any], Any] = family.owner if verdicts.repairs else _itself
         """The DP optimizer that an object stands for, or it; in ``observe`` always that."""
@@ -249,8 +250,11 @@ class Facades:
             vars(instance)[name] = value
             return
         before = getattr(real, name, ABSENT)
+        if before is value and self._repairs:
+            setattr(real, name, value)
+            return
         changes = name.isidentifier() and name not in _TORCHS and not _equal(before, value)
-        if not self._verdicts.repairs:
+        if not self._repairs:
             vars(instance)[name] = value
         elif not (changes and self._verdicts.is_strict):
             setattr(real, name, value)
