@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import pickle
 import random
@@ -728,6 +729,29 @@ def test_nothing_is_kept_alive(guard):
     runtime = guard._runtime
     assert not runtime.outputs.pending
     assert all(hook.draw is None for hook in runtime.outputs.hooks if hook.model is training.model)
+
+
+def test_nothing_is_left_of_it():
+    """After the step as many bytes are alive as without, also while the loss is kept."""
+
+    def alive():
+        gc.collect()
+        tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)]
+        return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    points = []
+    for every in (0, 1):
+        with dpguard.install(mode="repair", oracle_every=every):
+            training = Training(CNN())
+            training.step()
+            before = alive()
+            training.optimizer.zero_grad()
+            loss = squares(training.called(torch.ones(BATCH, 2, 6, 6)))
+            loss.backward()
+            training.optimizer.step()
+            points.append(alive() - before)
+        del training, loss
+    assert points[0] == points[1]
 
 
 def test_what_the_log_says(tmp_path):
