@@ -11,7 +11,9 @@ an event of each to a log.
 
 Parts: ``step`` (default); ``pairing``, forward and backward alone; ``optimizer``, the step of the
 optimizer alone; ``accumulated``, four physical batches to a step. ``--against unaudited`` compares
-with a guard that looks at values in no step but the first instead of with plain Opacus.
+with a guard that looks at values in no step but the first instead of with plain Opacus;
+``--against no-oracle`` compares a guard that asks the row oracle in each step with one that never
+does.
 """
 
 from __future__ import annotations
@@ -256,11 +258,14 @@ def compare(  # noqa: PLR0917
     """Seconds per step and peak memory; the ratio is the median of the rounds' ratios."""
 
     def guard() -> dpguard.Guard:
-        return dpguard.install(mode="repair", log_dir=log)
+        every = 1 if against == "no-oracle" else None
+        return dpguard.install(mode="repair", log_dir=log, oracle_every=every)
 
     def other() -> dpguard.Guard:
         if against == "plain":
             return dpguard.install(mode="off")
+        if against == "no-oracle":
+            return dpguard.install(mode="repair", log_dir=log, oracle_every=0)
         return dpguard.install(mode="repair", log_dir=log, audit_every=1_000_000)
 
     dpguard.install(mode="off")
@@ -295,7 +300,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(SMALL), choices=list(MODELS))
     parts = ["step", "pairing", "optimizer", "accumulated"]
     parser.add_argument("--part", default="step", choices=parts)
-    parser.add_argument("--against", default="plain", choices=["plain", "unaudited"])
+    parser.add_argument("--against", default="plain", choices=["plain", "unaudited", "no-oracle"])
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

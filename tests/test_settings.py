@@ -14,6 +14,7 @@ VARIABLES = {
     "mode": "DPGUARD",
     "log_dir": "DPGUARD_LOG",
     "audit_every": "DPGUARD_AUDIT_EVERY",
+    "oracle_every": "DPGUARD_ORACLE_EVERY",
     "sensitive": "DPGUARD_SENSITIVE",
     "run_id": "DPGUARD_RUN_ID",
     "key_file": "DPGUARD_KEY_FILE",
@@ -27,6 +28,7 @@ def test_defaults():
     assert settings.mode is Mode.REPAIR
     assert settings.log_dir is settings.run_id is settings.key_file is None
     assert settings.audit_every == 1
+    assert settings.oracle_every == 100
     assert settings.sensitive is False
 
 
@@ -62,6 +64,8 @@ GOOD = [
     ("log_dir", "~/logs", Path.home() / "logs"),
     ("audit_every", "1", 1),
     ("audit_every", "250", 250),
+    ("oracle_every", "0", 0),
+    ("oracle_every", "7", 7),
     ("sensitive", "1", True),
     ("sensitive", "0", False),
     ("sensitive", "true", True),
@@ -96,6 +100,8 @@ BAD = [
     ("audit_every", "-1", ["1"]),
     ("audit_every", "1.5", ["1"]),
     ("audit_every", "often", ["1"]),
+    ("oracle_every", "-1", ["0"]),
+    ("oracle_every", "never", ["0"]),
     ("audit_every", "\u0661", ["1"]),
     ("sensitive", "yes", ["'0'", "'1'"]),
     ("sensitive", "2", ["'0'", "'1'"]),

@@ -11,9 +11,10 @@ unless the rows add up to that, a loss on something inside of the model, a hook 
 gradients, a wrong batch dimension or a wrong sum (see :mod:`dpguard.audit.rows`) is at work, and
 nothing is said of that parameter.
 
-The bound is that of :mod:`dpguard.audit.rows`, twice, for row and share are both computed. Of how
-many products they are sums is not known; it is taken to be the number of elements per person of
-the largest gradient on the way, which is not less.
+The bound is that of :mod:`dpguard.audit.rows`, twice, for row and share are both computed; where
+the products of a row cancel, those of low precision do not cancel exactly, so that the share of the
+whole has their roundoff as well. Of how many products they are sums is not known; it is taken to be
+the number of elements per person of the largest gradient on the way, which is not less.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["ORACLE", "RowOracle"]
 
 ORACLE = "oracle.rows"
-_CERTAIN = 1e-2
+_CERTAIN = 1e-3
 """A row is certainly another's if it is wrong by this part of itself,"""
 _TIMES = 16.0
 """and by so many times the bound."""
@@ -139,7 +140,7 @@ class _Compared:
 
 
 def _figures(compared: Sequence[_Compared], draw: Draw, norms: torch.Tensor | None) -> torch.Tensor:
-    """Five figures for each parameter, as :func:`_verdict` reads them, then three of all."""
+    """Six figures for each parameter, as :func:`_verdict` reads them, then three of all."""
     norm = torch.linalg.vector_norm
     columns, parts, lengths = [], [], []
     for found in compared:
@@ -150,6 +151,7 @@ def _figures(compared: Sequence[_Compared], draw: Draw, norms: torch.Tensor | No
         size = norm(found.mine)
         columns.append(size)
         columns.append(norm(found.rows.sum(0) - found.whole))
+        columns.append(norm(found.whole))
         columns.append(sizes.sum())
         apart = sizes.square() - 2 * (found.rows @ found.mine) + size.square()
         parts.append(apart.double())
@@ -168,29 +170,31 @@ def _verdict(
 ) -> Callable[[list[float]], Failures]:
     """What to make of the figures."""
     names = [found.name for found in compared]
-    alone = [factors(f.parameter, f.dtype, draw.widest) for f in compared]
-    together = [factors(f.parameter, f.dtype, draw.widest * draw.rows) for f in compared]
+    alone = [factors(f.parameter, f.dtype, draw.widest)[0] for f in compared]
+    together = [factors(f.parameter, f.dtype, draw.widest * draw.rows)[0] for f in compared]
 
     def receive(values: list[float]) -> list[Failure]:
         *by_parameter, elsewhere, totals, finite = values
-        per = [by_parameter[i : i + 5] for i in range(0, len(by_parameter), 5)]
+        per = [by_parameter[i : i + 6] for i in range(0, len(by_parameter), 6)]
         if not math.isfinite(finite + totals):
             return []  # that is another check's, and not for the log to tell
         known = [
             i
-            for i, (_, _, _, short, size) in enumerate(per)
-            if short <= together[i][0] * size + together[i][1] * totals
+            for i, (_, _, _, short, _, size) in enumerate(per)
+            if short <= together[i] * (size + totals)
         ]
         if not known:
             step.ran.pop(ORACLE, None)
             return []
         step.ran[ORACLE] = len(known)
-        sizes = [max(row, mine) for _, row, mine, _, _ in per]
+        sizes = [max(row, mine) for _, row, mine, *_ in per]
         whole = math.hypot(*sizes)
+        if math.hypot(*(each[4] for each in per)) <= _TIMES * max(together) * totals:
+            return []  # rows that cancel add up to anything
         found: dict[str, list[tuple[str, float, float]]] = {}
         for i in known:
             wrong, own = per[i][0], sizes[i]
-            bound = 2 * (alone[i][0] * own + alone[i][1] * whole)
+            bound = 2 * alone[i] * (own + whole)
             if wrong <= bound:
                 continue
             certain = wrong > max(_CERTAIN * own, _TIMES * bound)

@@ -258,17 +258,12 @@ class _OutputHook:
         return _OutputHook(self.outputs, copy.deepcopy(self.pairing, memo))
 
     def __reduce__(self) -> Any:
-        return (_restored_hook, (self.pairing.hooks,))
+        return (_stored_hook, ())
 
 
-def _restored_hook(hooks: Any) -> Any:
-    """What a pickled hook becomes: a fresh one of the guard that is active, if any."""
-    from dpguard._activation import active_runtime
-
-    runtime = active_runtime()
-    if runtime is None or runtime.outputs is None:
-        return _no_hook
-    return _OutputHook(runtime.outputs, runtime.grad_sample.pairing_of(hooks))
+def _stored_hook() -> Any:
+    """What a pickled hook becomes: none, for the model that it is on is not whole yet."""
+    return _no_hook
 
 
 def _no_hook(_module: torch.nn.Module, _args: Any, _output: Any) -> None:
