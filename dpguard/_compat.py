@@ -6,6 +6,7 @@ this file imports neither; the functions do, once the host has.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import inspect
@@ -861,6 +862,136 @@ def set_device_stream(device: torch.device, state: Any) -> None:
     """Put back what :func:`device_stream` has returned."""
     if state is not None:
         _torch().cuda.set_rng_state(state, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _noise_of(cls: Any) -> tuple[str, bool]:
+    """By which rule a class of optimizers makes its noise, and whether only one rank does."""
+    names = {base.__name__ for base in cls.__mro__}
+    rule = "plain"
+    if "FSDPOptimizerFastGradientClipping" in names:
+        rule = "parts"  # noises its own copy of the sum
+    elif "AdaClipDPOptimizer" in names and _release(opacus_version()) >= _ADAPTS_SINCE:
+        rule = "adaptive"  # before, the constructor changed the multiplier itself
+    elif "DPOptimizerFastGradientClipping" in names:
+        rule = "ghost"
+    return rule, any("Distributed" in name for name in names)
+
+
+_ADAPTS_SINCE = (1, 6)
+
+
+def noise_std(optimizer: Any) -> float | torch.Tensor | None:
+    """Standard deviation of the noise that ``add_noise`` should put on the clipped sum.
+
+    Returns:
+        A number, or a tensor where the clip bound is one. 0 if this process is to add nothing,
+        because another rank does. ``None`` if it is not known, or the noise multiplier is 0.
+    """
+    cls: Any = type(optimizer)
+    rule, of_one_rank = _noise_of(cls)
+    multiplier = optimizer.noise_multiplier
+    if rule == "parts" or not isinstance(multiplier, (int, float)) or not multiplier > 0:
+        return None
+    if of_one_rank and getattr(optimizer, "rank", 0) != 0:
+        return 0.0
+    if rule == "ghost":  # adaptive clipping, from 1.6 on
+        multiplier = getattr(optimizer, "_adjusted_noise_multiplier", multiplier)
+    elif rule == "adaptive":
+        multiplier = (multiplier**-2 - (2 * optimizer.unclipped_num_std) ** -2) ** -0.5
+    std = multiplier * optimizer.max_grad_norm
+    if not isinstance(std, (int, float)):
+        return cast("torch.Tensor", std)
+    return float(std) if std > 0 else None
+
+
+# -- Opacus: accounting --------------------------------------------------------------------------
+
+_HOOK_DEPTH = 4
+
+
+def accountants_of(hook: Any, depth: int = _HOOK_DEPTH) -> list[tuple[Any, float]]:
+    """The accountants that a step hook tells of each step, with the sample rates it was made with.
+
+    Opacus makes such hooks as closures over the accountant and the rate; they are found inside of
+    functions that were written round them, too.
+    """
+    if hook is None or not depth:
+        return []
+    function = getattr(hook, "__func__", hook)
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    cells = getattr(function, "__closure__", None) or ()
+    held = {}
+    for name, cell in zip(names, cells, strict=True):
+        try:
+            held[name] = cell.cell_contents
+        except ValueError:  # an empty cell
+            continue
+    own, rate = held.get("self"), held.get("sample_rate")
+    if _is_accountant(own) and isinstance(rate, (int, float)):
+        return [(own, float(rate))]
+    inner = [found for found in held.values() if callable(found)]
+    inner += [*getattr(hook, "hooks", ()), getattr(hook, "func", None)]
+    inner.append(getattr(hook, "__wrapped__", None))
+    return [pair for found in inner for pair in accountants_of(found, depth - 1)]
+
+
+def _is_accountant(found: Any) -> bool:
+    base = _attribute_of("opacus.accountants.accountant", "IAccountant")
+    return base is not None and isinstance(found, base)
+
+
+def history_of(accountant: Any) -> list[tuple[float, float, int]] | None:
+    """Entries of noise multiplier, sample rate and number of steps, or ``None`` if there are none.
+
+    The list is the accountant's own; it must not be changed.
+    """
+    found = getattr(accountant, "history", None)
+    if found is None:  # before 1.2
+        found = getattr(accountant, "steps", None)
+        if isinstance(found, int):
+            sigma = getattr(accountant, "noise_multiplier", None)
+            return [(sigma, accountant.sample_rate, found)] if sigma is not None else []
+    return found if isinstance(found, list) else None
+
+
+def with_history(accountant: Any, history: list[tuple[float, float, int]]) -> Any:
+    """An accountant of the same class that has accounted for other steps."""
+    made = copy.copy(accountant)
+    if hasattr(made, "history"):
+        made.history = history
+    elif isinstance(made.steps, list):
+        made.steps = history
+    else:
+        made.noise_multiplier, made.sample_rate, made.steps = history[-1]
+    return made
+
+
+@functools.lru_cache(maxsize=64)
+def _counts_as_opacus(cls: Any) -> bool:
+    theirs = getattr(cls, "accumulated_iterations", None)
+    return theirs is optimizer_class().accumulated_iterations  # type: ignore[attr-defined]
+
+
+def accumulated_iterations(optimizer: Any, parameters: Sequence[Any]) -> int:
+    """How many batches one step was made of, as the accountant's hook counts them."""
+    cls: Any = type(optimizer)
+    if not _counts_as_opacus(cls):
+        return int(optimizer.accumulated_iterations)
+    rows = getattr(parameters[0], "grad_sample", None) if parameters else None
+    return len(rows) if isinstance(rows, list) else 1
+
+
+def engine_class() -> type | None:
+    """Opacus's ``PrivacyEngine``."""
+    return _attribute_of("opacus.privacy_engine", "PrivacyEngine")  # type: ignore[no-any-return]
+
+
+def poisson_samplers() -> list[type]:
+    """The classes whose objects draw each sample of a batch independently."""
+    names = ("UniformWithReplacementSampler", "DistributedUniformWithReplacementSampler")
+    found = [_attribute_of("opacus.utils.uniform_sampler", name) for name in names]
+    return _present(*found)
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

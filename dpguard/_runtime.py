@@ -15,8 +15,10 @@ from typing import Any
 
 from dpguard import _compat
 from dpguard._settings import Settings
+from dpguard.audit.accounting import Accounting
 from dpguard.audit.check import Check
 from dpguard.audit.clip import Clip
+from dpguard.audit.noise import Noise
 from dpguard.audit.oracle import RowOracle
 from dpguard.audit.passes import PassValues
 from dpguard.audit.rows import RowValues
@@ -32,7 +34,7 @@ from dpguard.events import (
 )
 from dpguard.journal import Journal
 from dpguard.ledger import Ledger
-from dpguard.patches import detach, empty_batches, ghost_gradient
+from dpguard.patches import detach, empty_batches, ghost_gradient, sampling
 from dpguard.patches.attributes import AttributeForwarding
 from dpguard.patches.ghost import GhostPairing
 from dpguard.patches.grad_sample import GradSamplePatch
@@ -64,6 +66,7 @@ class Runtime:
         self.violations: deque[Violation] = deque(maxlen=_REMEMBERED_AT_MOST)
         self.internal_errors: list[tuple[str, Exception]] = []
         self.ledger = Ledger()
+        self.accounting = Accounting()
         emit = _weakly(self.emit)
         changes = settings.mode.changes_the_host
         report = _weakly(self.report_internal)
@@ -88,7 +91,13 @@ class Runtime:
 
     def _checks(self) -> list[Check]:
         """What is looked at in each step besides the coverage, in this order."""
-        checks: list[Check] = [RowValues(self.ledger), PassValues(self.ledger), Clip()]
+        checks: list[Check] = [
+            RowValues(self.ledger),
+            PassValues(self.ledger),
+            Clip(),
+            Noise(self.ledger),
+            self.accounting,
+        ]
         if self.outputs is not None:
             checks.append(RowOracle(self.ledger, self.outputs, self.settings.oracle_every))
         return checks
@@ -154,6 +163,7 @@ class Runtime:
         self.optimizer.install(self._transaction)
         if self.settings.mode.changes_the_host:
             empty_batches.install(self._transaction)
+        sampling.install(self._transaction, self.accounting)
         return skipped
 
     def _ghost_pairing_of(self, hooks: Any) -> GhostPairing | None:

@@ -49,6 +49,18 @@ UNCLIPPED = "unclipped_backward"
 NOT_CLEARED = "gradients_not_cleared"
 LOSS_SHAPE = "loss_shape"
 LOSSES_OVERLAP = "losses_overlap"
+NOISE_MISSING = "noise_missing"
+NOISE_SCALE = "noise_scale"
+NOISE_REPEATED = "noise_repeated"
+NOISE_NOT_DUE = "noise_not_due"
+NOT_ACCOUNTED = "step_not_accounted"
+ACCOUNTED_OFTEN = "step_accounted_often"
+ACCOUNTED_SIGMA = "accounted_sigma"
+ACCOUNTED_SIGMA_LOW = "accounted_sigma_too_low"
+ACCOUNTED_RATE = "accounted_rate"
+ACCOUNTED_RATE_HIGH = "accounted_rate_too_high"
+HISTORY_CHANGED = "history_changed"
+NOT_POISSON = "not_poisson"
 STEP_HOOK = "step_hook"
 STEP_HOOK_REPLACED = "step_hook_replaced"
 LEFT_OVER_SUM = "left_over_sum"
@@ -251,6 +263,71 @@ _DIAGNOSES = {
         "person's, and their clipped sum does not depend on the order",
         "do not rely on row i being sample i of the batch. If the model sorts its inputs (by "
         "length), let all layers see the same order",
+    ),
+    NOISE_MISSING: Diagnosis(
+        "nothing was added to the clipped sum where noise is declared and accounted",
+        "leave add_noise() to Opacus, or have yours add noise to each parameter of the optimizer",
+        Severity.CRITICAL,
+    ),
+    NOISE_SCALE: Diagnosis(
+        "what was added to the clipped sum is not Gaussian noise with mean 0 and the standard "
+        "deviation noise_multiplier * max_grad_norm that is accounted for",
+        "leave add_noise() to Opacus, and change noise_multiplier and max_grad_norm only through "
+        "the optimizer and between steps",
+        Severity.CRITICAL,
+    ),
+    NOISE_REPEATED: Diagnosis(
+        "the same noise was added twice, so it cancels from the difference of two sums",
+        "seed the generator once, before the training, and give each optimizer its own",
+        Severity.CRITICAL,
+    ),
+    NOISE_NOT_DUE: Diagnosis(
+        "noise was added on a rank other than the first, whose noise is that of all",
+        "leave add_noise() to Opacus; only rank 0 adds noise, with the full standard deviation",
+    ),
+    NOT_ACCOUNTED: Diagnosis(
+        "the step is missing in the history of the accountant, which reports less than was spent",
+        "keep the accountant's step hook attached, also while other hooks are",
+        Severity.CRITICAL,
+    ),
+    ACCOUNTED_OFTEN: Diagnosis(
+        "the step stands more than once in the history of the accountant, which reports more than "
+        "was spent",
+        "attach the accountant's step hook once",
+    ),
+    ACCOUNTED_SIGMA: Diagnosis(
+        "the accountant was told a larger noise multiplier than that which the noise was made "
+        "with, so it reports less than was spent",
+        "set optimizer.noise_multiplier between steps only, and let the accountant's hook read it",
+        Severity.CRITICAL,
+    ),
+    ACCOUNTED_SIGMA_LOW: Diagnosis(
+        "the accountant was told a smaller noise multiplier than that which the noise was made "
+        "with, so it reports more than was spent",
+        "set optimizer.noise_multiplier between steps only, and let the accountant's hook read it",
+    ),
+    ACCOUNTED_RATE: Diagnosis(
+        "the accountant was told a smaller sample rate than the one with which batches are drawn, "
+        "so it reports less than was spent",
+        "make the accountant's hook with the sample rate of the data loader, as make_private does",
+        Severity.CRITICAL,
+    ),
+    ACCOUNTED_RATE_HIGH: Diagnosis(
+        "the accountant was told a larger sample rate than the one with which batches are drawn, "
+        "so it reports more than was spent",
+        "make the accountant's hook with the sample rate of the data loader, as make_private does",
+    ),
+    HISTORY_CHANGED: Diagnosis(
+        "steps that were taken are gone from the history of the accountant, which reports less "
+        "than was spent, unless what they were spent on is not released",
+        "leave the history alone; a new training begins with a new PrivacyEngine",
+        Severity.WARNING,
+    ),
+    NOT_POISSON: Diagnosis(
+        "batches are not drawn by Opacus's Poisson sampler, which the accountant assumes; its "
+        "epsilon is that of another way of sampling",
+        "leave poisson_sampling=True, or account for the sampling that is used (for shuffled "
+        "batches, GaussianAccountant.get_epsilon(delta, poisson=False))",
         Severity.WARNING,
     ),
     STEP_HOOK: Diagnosis(

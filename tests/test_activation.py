@@ -97,6 +97,7 @@ def owners():
     found += [torch.optim.Optimizer, *filter(_compat.wraps_an_optimizer, optimizers)]
     found += [cls for cls, _ in _compat.holders_of_optimizers()]
     found += [*_compat.ghost_loss_classes(), *_compat.ghost_criterion_classes()]
+    found += [*_compat.poisson_samplers(), _compat.engine_class()]
     found += [torch, torch.Tensor, torch.amp.GradScaler, AbstractGradSampleModule]
     return [*dict.fromkeys(found)]
 

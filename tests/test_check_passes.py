@@ -6,6 +6,7 @@ import pytest
 import torch
 from opacus import PrivacyEngine
 from releases import needs_ghost
+from shuffled import violations
 from torch import nn
 
 import dpguard
@@ -68,7 +69,7 @@ def test_healthy_steps_pass(guard, dtype, reduction):
     model, optimizer, criterion, loader = private(Model(), dtype, reduction)
     train(model, optimizer, criterion, loader, epochs=8)
     guard.flush()
-    assert guard.violations == ()
+    assert violations(guard) == ()
     assert guard.last_step.checks["conservation"].passed == 9
 
 
@@ -134,7 +135,7 @@ def test_two_calls_and_a_stale_gradient(guard):
         criterion(model(x), y).backward()
         optimizer.step()
     guard.flush()
-    assert guard.violations == ()
+    assert violations(guard) == ()
     assert guard.last_step.checks["conservation"].passed == 9
 
 

@@ -33,6 +33,7 @@ _HOOKS = (
     "after_noise",
     "before_update",
     "forget",
+    "flush",
 )
 
 
@@ -192,8 +193,15 @@ class StepAuditor:
     # -- asked by the guard --------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Wait for all figures that are on their way."""
+        """Wait for all figures that are on their way, and have the checks say what they know."""
         self._collector.drain(wait=True)
+        for check, finish in list(self._hooks["flush"]):
+            try:
+                for number, failure in finish():
+                    error = self._findings.say(Step(number, audited=True, optimizer=""), [failure])
+                    self._overdue = self._overdue or error
+            except Exception as error:  # noqa: BLE001 - the host goes on without this check
+                self._switch_off(check, error)
 
     def coverage(self) -> dict[str, CheckCount]:
         """For each parameter in how many audited logical steps its rows were all there."""

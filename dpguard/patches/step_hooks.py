@@ -11,14 +11,16 @@ from typing import Any
 
 import wrapt
 
-from dpguard import _callsite, diagnosis
+from dpguard import _callsite, _compat, diagnosis
 from dpguard.patches.copies import MINE
 from dpguard.patching import ABSENT, Transaction
 from dpguard.verdicts import Verdicts
 
-__all__ = ["HookChain", "StepHooks"]
+__all__ = ["ACCOUNTED", "HookChain", "StepHooks"]
 
 _ATTACHED = MINE + "step_hook"
+ACCOUNTED = MINE + "accounted"
+"""Mark of a DP optimizer to which the hook of an accountant was attached."""
 
 
 class HookChain:
@@ -54,11 +56,12 @@ class StepHooks:
 
     def adopt(self, instance: Any) -> None:
         """Take the hook that an older instance has as one that was attached."""
-        vars(instance)[_ATTACHED] = getattr(instance, "step_hook", None)
+        self._note(instance)
 
     def give_back(self, instance: Any) -> None:
         """The twin of :meth:`adopt`; a chain stays, or the accountant would be gone."""
         vars(instance).pop(_ATTACHED, None)
+        vars(instance).pop(ACCOUNTED, None)
 
     def before_step(self, instance: Any) -> None:
         """Say so once if a hook that was attached is gone.
@@ -98,8 +101,14 @@ class StepHooks:
             if self._verdicts.repairs:
                 added = HookChain((*hooks, added))
             result = wrapped(added)
-        vars(real)[_ATTACHED] = getattr(real, "step_hook", None)
+        self._note(real)
         return result
+
+    def _note(self, real: Any) -> None:
+        """Remember the hook that is attached now, and that one was that of an accountant."""
+        hook = vars(real)[_ATTACHED] = getattr(real, "step_hook", None)
+        if _compat.accountants_of(hook):
+            vars(real)[ACCOUNTED] = True
 
 
 def _name(hook: Any) -> str:

@@ -1,0 +1,338 @@
+"""Accounting: each step is in the accountant's history once, with the sigma and rate in force.
+
+An accountant is known by the step hook that it made. It is followed from the moment its hook is
+first seen on the optimizer, and missed when the hook is gone. What was observed is kept in the form
+of a history of its own, from which the accountant's own class computes the epsilon that is due.
+
+The rate in force is that with which the samplers draw that the accountant's engine has made; Opacus
+accounts one over the number of batches of an epoch, which it rounds down, so up to ``q / (1 - q)``
+for a rate of ``q``.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from dpguard import _compat, diagnosis
+from dpguard.audit.check import Check, Failure, Failures, Step
+from dpguard.patches.step_hooks import ACCOUNTED
+from dpguard.patching import ABSENT
+
+__all__ = ["RATE", "SAMPLING", "SIGMA", "STEPS", "Accounting"]
+
+STEPS = "accounting.steps"
+SIGMA = "accounting.sigma"
+RATE = "accounting.rate"
+SAMPLING = "accounting.sampling"
+_EXACT = 1e-9
+_Entry = tuple[float, float, int]
+
+
+class _Seen(NamedTuple):
+    """The end of an accountant's history, which says in constant time what a step has added."""
+
+    length: int
+    last: Any
+
+    @classmethod
+    def of(cls, history: Sequence[Any]) -> _Seen:
+        return cls(len(history), history[-1] if history else None)
+
+    def steps_until(self, history: Sequence[Any]) -> int | None:
+        """How many steps have been added, ``None`` if something else has happened."""
+        more = len(history) - self.length
+        if more == 0 and self.last is not None:
+            sigma, rate, steps = history[-1]
+            added = steps - self.last[2]
+            return int(added) if (sigma, rate) == tuple(self.last[:2]) and added >= 0 else None
+        if more == 1:
+            kept = self.last is None or tuple(history[-2]) == tuple(self.last)
+            return int(history[-1][2]) if kept else None
+        return 0 if more == 0 else None
+
+
+@dataclass
+class _Book:
+    """What is known of one accountant, which may account for several optimizers.
+
+    Attributes:
+        seen: its history when it was last looked at.
+        steps: the number of steps in it.
+        observed: what its history should be.
+        rates: the rates with which samplers of its engine have drawn batches.
+        is_poisson: whether all its loaders draw by Poisson sampling; ``None`` if none was seen.
+        said: that it is not, and that steps are gone, are said once.
+        fine: sigma, rate and what else a step was accounted with when that was found to be right.
+    """
+
+    seen: _Seen | None = None
+    steps: int = 0
+    observed: list[_Entry] = field(default_factory=list)
+    rates: set[float] = field(default_factory=set)
+    is_poisson: bool | None = None
+    said: set[str] = field(default_factory=set)
+    fine: tuple[Any, ...] | None = None
+
+    def look(self, history: Sequence[Any]) -> bool:
+        """Take the history as it is; whether steps are gone that were in it."""
+        now = _Seen.of(history)
+        if self.seen == now:
+            return False
+        known, self.seen = self.seen is not None, now
+        former, self.steps = self.steps, sum(entry[2] for entry in history)
+        if known and self.steps < former:
+            return True
+        self.observed = [_entry(found) for found in history]
+        return False
+
+    def note(self, history: Sequence[Any], sigma: float | None, rate: float) -> int | None:
+        """Take in a step; how many the history says there were, ``None`` if it makes no sense."""
+        added = None if self.seen is None else self.seen.steps_until(history)
+        self.seen = _Seen.of(history)
+        self.steps = sum(entry[2] for entry in history) if added is None else self.steps + added
+        if sigma is not None:
+            _append(self.observed, sigma, rate)
+        return added
+
+
+@dataclass
+class _State:
+    """What is known of one optimizer, and of the step that is under way."""
+
+    hook: Any = ABSENT
+    accountants: list[tuple[weakref.ref[Any], float]] = field(default_factory=list)
+    number: int = 0
+    sigma: float | None = None
+    had: bool = False
+
+
+class Accounting(Check):
+    """Compares the accountants of each optimizer with the steps that it takes."""
+
+    names = (STEPS, SIGMA, RATE, SAMPLING)
+
+    def __init__(self) -> None:
+        self._states: weakref.WeakKeyDictionary[Any, _State] = weakref.WeakKeyDictionary()
+        self._books: weakref.WeakKeyDictionary[Any, _Book] = weakref.WeakKeyDictionary()
+        self._owners: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+        self._strays: set[float] = set()
+
+    # -- told by the patch of samplers ------------------------------------------------------------
+
+    def prepared(self, accountant: Any, sampler: Any) -> None:
+        """An engine has made a loader; without ``sampler``, one that does no Poisson sampling."""
+        book = self._book(accountant)
+        book.is_poisson = sampler is not None and book.is_poisson is not False
+        if sampler is not None:
+            self._owners[sampler] = weakref.ref(accountant)
+
+    def drawn(self, sampler: Any) -> None:
+        """A batch was drawn by Poisson sampling."""
+        rate = float(sampler.sample_rate)
+        owner = self._owners.get(sampler)
+        accountant = None if owner is None else owner()
+        if owner is None:
+            self._strays.add(rate)
+        elif accountant is not None:
+            self._book(accountant).rates.add(rate)
+
+    # -- hooks of a check ------------------------------------------------------------------------
+
+    def before_noise(self, step: Step, optimizer: Any) -> Failures:
+        """The noise will be made with this sigma, and accounted right after."""
+        state = self._states.get(optimizer)
+        if state is None:
+            state = self._states[optimizer] = _State()
+        sigma = optimizer.noise_multiplier
+        state.sigma = float(sigma) if isinstance(sigma, (int, float)) else None
+        self._know(state, optimizer)
+        failures = []
+        for reference, _ in state.accountants:
+            accountant = reference()
+            history = None if accountant is None else _compat.history_of(accountant)
+            if history is not None:
+                failures += self._look(accountant, history)
+        return failures
+
+    def before_update(self, step: Step, optimizer: Any) -> Failures:
+        """The step is about to be applied: every accountant has to have it."""
+        state = self._states.get(optimizer)
+        if state is None:
+            state = self._states[optimizer] = _State()
+            self._know(state, optimizer)
+        if not state.had or not step.parameters:
+            return ()
+        state.number = step.number
+        failures: list[Failure] = []
+        living = [(found, rate) for ref, rate in state.accountants if (found := ref()) is not None]
+        if not living:
+            failures.append(Failure(STEPS, diagnosis.NOT_ACCOUNTED))
+        iterations = _compat.accumulated_iterations(optimizer, step.parameters)
+        for accountant, rate in living:
+            self._compare(step, state, accountant, (rate, iterations), failures)
+        self._strays.clear()
+        return failures
+
+    def flush(self) -> Iterable[tuple[int, Failure]]:
+        """Whether epsilon of what was observed is that of the accountants: so are the histories."""
+        found = []
+        for state in self._states.values():
+            for reference, _ in state.accountants:
+                accountant = reference()
+                history = None if accountant is None else _compat.history_of(accountant)
+                if history is not None and self._book(accountant).seen is not None:
+                    failures = self._look(accountant, history, whole=True)
+                    found += [(state.number, failure) for failure in failures]
+        return found
+
+    # -- asked -----------------------------------------------------------------------------------
+
+    def epsilon(self, optimizer: Any, delta: float) -> float | None:
+        """The epsilon that is due for the steps of the optimizer's first accountant.
+
+        Computed by the accountant's own class from what was observed: the history that it had
+        when it was first seen, and every step since, with the noise multiplier that was in force
+        when its noise was made.
+
+        Returns:
+            ``None`` if no accountant was seen.
+        """
+        state = self._states.get(optimizer)
+        for reference, _ in state.accountants if state is not None else ():
+            accountant = reference()
+            if accountant is not None:
+                due = _compat.with_history(accountant, list(self._book(accountant).observed))
+                return float(due.get_epsilon(delta))
+        return None
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _book(self, accountant: Any) -> _Book:
+        book = self._books.get(accountant)
+        if book is None:
+            book = self._books[accountant] = _Book()
+        return book
+
+    def _know(self, state: _State, optimizer: Any) -> None:
+        """The accountants that the step hook tells; if it tells none, those it told before."""
+        hook = getattr(optimizer, "step_hook", None)
+        if hook is not state.hook:
+            state.hook = hook
+            found = _compat.accountants_of(hook)
+            if found:
+                state.accountants = [(weakref.ref(accountant), rate) for accountant, rate in found]
+        state.had = state.had or bool(state.accountants) or hasattr(optimizer, ACCOUNTED)
+
+    def _look(
+        self, accountant: Any, history: Sequence[Any], *, whole: bool = False
+    ) -> list[Failure]:
+        """Whether what was observed before still stands in the history."""
+        book = self._book(accountant)
+        gone = book.look(history)
+        if whole and not gone and _merged(history) != _merged(book.observed):
+            gone = True
+        if not gone or diagnosis.HISTORY_CHANGED in book.said:
+            return []
+        book.said.add(diagnosis.HISTORY_CHANGED)
+        return [Failure(STEPS, diagnosis.HISTORY_CHANGED)]
+
+    def _compare(
+        self,
+        step: Step,
+        state: _State,
+        accountant: Any,
+        rates: tuple[float, int],
+        failures: list[Failure],
+    ) -> None:
+        history = _compat.history_of(accountant)
+        book = self._book(accountant)
+        if history is None:
+            return
+        if book.seen is None:
+            book.look(history)
+            return
+        rate = rates[0] * rates[1]
+        step.run(STEPS, SIGMA, RATE, count=1)
+        added = book.note(history, state.sigma, rate)
+        drawn = self._drawn(book)
+        told = (state.sigma, rate, rates[0], frozenset(drawn))
+        if added == 1 and told == book.fine and history[-1][:2] == told[:2]:
+            pass  # as it was before
+        elif added == 1:
+            misfits = _misfits(_entry(history[-1]), state.sigma, rate, rates[0], drawn)
+            failures += misfits
+            book.fine = None if misfits else told
+        else:
+            often = added is not None and added > 1
+            cause = diagnosis.ACCOUNTED_OFTEN if often else diagnosis.NOT_ACCOUNTED
+            failures.append(Failure(STEPS, cause))
+        if failures:
+            book.said.add(diagnosis.HISTORY_CHANGED)  # that they differ at the end is clear then
+        if book.is_poisson is not None:
+            step.run(SAMPLING, count=1)
+            if not book.is_poisson:
+                failure = Failure(SAMPLING, diagnosis.NOT_POISSON)
+                if diagnosis.NOT_POISSON in book.said:
+                    step.fail(failure)
+                else:
+                    book.said.add(diagnosis.NOT_POISSON)
+                    failures.append(failure)
+
+    def _drawn(self, book: _Book) -> set[float]:
+        """The rates with which batches of this accountant's training were drawn."""
+        return book.rates or (self._strays if book.is_poisson is None else set())
+
+
+def _misfits(
+    entry: _Entry, sigma: float | None, rate: float, base: float, drawn: set[float]
+) -> list[Failure]:
+    """What is wrong with how a step was accounted.
+
+    Args:
+        entry: as it stands in the history.
+        sigma: the noise multiplier with which its noise was made.
+        rate: the sample rate that goes with the hook, for all batches of the step.
+        base: that of one batch.
+        drawn: the rates with which batches were drawn.
+    """
+    counted_sigma, counted, _ = entry
+    found = []
+    if sigma is not None and not math.isclose(counted_sigma, sigma, rel_tol=_EXACT):
+        low = counted_sigma < sigma
+        cause = diagnosis.ACCOUNTED_SIGMA_LOW if low else diagnosis.ACCOUNTED_SIGMA
+        found.append(Failure(SIGMA, cause))
+    lowest, highest = min(drawn, default=0.0), max(drawn, default=math.inf)
+    if counted < rate * (1 - _EXACT) or base < lowest * (1 - _EXACT):
+        found.append(Failure(RATE, diagnosis.ACCOUNTED_RATE))
+    elif counted > rate * (1 + _EXACT) or base > _rounded(highest):
+        found.append(Failure(RATE, diagnosis.ACCOUNTED_RATE_HIGH))
+    return found
+
+
+def _rounded(rate: float) -> float:
+    """The largest rate that Opacus accounts for one with which batches are drawn."""
+    return rate / (1 - rate) * (1 + _EXACT) if rate < 1 else math.inf
+
+
+def _entry(found: Any) -> _Entry:
+    sigma, rate, steps = found
+    return float(sigma), float(rate), int(steps)
+
+
+def _append(history: list[_Entry], sigma: float, rate: float) -> None:
+    if history and history[-1][:2] == (sigma, rate):
+        history[-1] = (sigma, rate, history[-1][2] + 1)
+    else:
+        history.append((sigma, rate, 1))
+
+
+def _merged(history: Sequence[Any]) -> dict[tuple[float, float], int]:
+    """Number of steps for each noise multiplier and rate: all that epsilon depends on."""
+    found: dict[tuple[float, float], int] = {}
+    for sigma, rate, steps in history:
+        found[sigma, rate] = found.get((sigma, rate), 0) + steps
+    return found

@@ -1,0 +1,361 @@
+"""Noise: what a step has added to the clipped sum is N(0, (sigma C)^2) and was drawn anew.
+
+Per parameter the norm of ``noised - clipped sum`` is measured in each step, in one vector that
+travels to the host; some steps send first values of some parameters as well. What is made of them
+is in :mod:`dpguard.audit.gaussian`, which also says how often it is wrong and what it can find.
+Where no noise is due, on all ranks but the first, nothing may be added.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from operator import is_, mul
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dpguard import _compat, diagnosis
+from dpguard.audit.check import Check, Failure, Failures, Step
+from dpguard.audit.gaussian import NoiseTest, NoiseVerdict
+from dpguard.ledger import Ledger
+
+if TYPE_CHECKING:
+    from dpguard.patches.lean import Clipping
+
+__all__ = ["FRESH", "SCALE", "Noise"]
+
+SCALE = "noise.scale"
+FRESH = "noise.fresh"
+_FEW = 4
+"""Up to so many parameters, a step is known by first values, which are sent each time then."""
+_VALUES_EVERY = 8
+_SAMPLED = 8
+_VALUES = 8
+_ENOUGH = 32
+"""The noise of tensors that are smaller is drawn in another way, so seeds do not show on them."""
+_CHUNK = 1 << 22
+_ACCURATE = 1 << 18
+"""Norms of more elements than these are put together of several: they are sums in float32."""
+
+_TENSOR = torch.Tensor
+_Kind = tuple[torch.dtype, torch.device]
+
+
+@dataclass
+class _Group:
+    """The parameters of one precision on one device, and the test of their noise.
+
+    Attributes:
+        indices: their places among the trainable parameters of the optimizer.
+        shapes: their shapes.
+        sizes: numbers of their elements.
+        parts: slices of them whose differences are in memory at the same time.
+        sampled: of which of them first values are sent.
+        often: whether these are sent in each step.
+        due: in how many steps they are sent again.
+    """
+
+    dtype: torch.dtype
+    indices: list[int]
+    shapes: list[torch.Size]
+    sizes: list[int]
+    parts: list[slice]
+    sampled: list[int]
+    often: bool
+    test: NoiseTest
+    due: int = 0
+
+    @classmethod
+    def of(
+        cls, kind: _Kind, indices: list[int], shapes: list[torch.Size], former: _Group | None
+    ) -> _Group:
+        sizes = [shape.numel() for shape in shapes]
+        often = len(sizes) <= _FEW
+        sampled = _spread(sizes, often=often)
+        half_eps = _compat.unit_roundoff(kind[0])
+        known = None if former is None else former.test
+        test = NoiseTest(sizes, half_eps, sampled, by_values=often, former=known)
+        dtype = torch.promote_types(kind[0], torch.float32)
+        return cls(dtype, indices, shapes, sizes, _parts(sizes), sampled, often, test)
+
+
+@dataclass
+class _State:
+    """What is known of one optimizer, and of the step that is under way."""
+
+    references: list[weakref.ref[Any]] = field(default_factory=list)
+    kinds: list[_Kind | None] = field(default_factory=list)
+    groups: dict[_Kind, _Group] = field(default_factory=dict)
+    compared: int = 0
+    number: int = 0
+    names: tuple[str, ...] = ()
+    sums: list[Any] | None = None
+    versions: list[int] = field(default_factory=list)
+    std: Any = None
+    bound: float | None = 0.0
+    mark: torch.Tensor | None = None
+
+    def begin(self) -> None:
+        self.sums = self.std = self.mark = None
+        self.bound = 0.0
+
+
+class Noise(Check):
+    """Compares what ``add_noise`` adds with what the optimizer declares.
+
+    Args:
+        ledger: knows the names of parameters.
+    """
+
+    names = (SCALE, FRESH)
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._states: weakref.WeakKeyDictionary[Any, _State] = weakref.WeakKeyDictionary()
+
+    def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:
+        """Note how large the clipped sum can be: so much rounding can do."""
+        if step.audited:
+            state = self._state(optimizer)
+            bound = optimizer.max_grad_norm
+            if clipping is None or not isinstance(bound, (int, float)):
+                state.bound = None
+            elif state.bound is not None:
+                state.bound += sum(clipping.rows.sizes) * bound
+                mark = clipping.totals.sum()
+                state.mark = mark if state.mark is None else state.mark + mark
+        return ()
+
+    def before_noise(self, step: Step, optimizer: Any) -> Failures:
+        """Keep the clipped sums at hand, and what is declared."""
+        if step.audited:
+            state = self._state(optimizer)
+            state.std = _compat.noise_std(optimizer)
+            if state.std is not None:
+                state.sums = [getattr(p, "summed_grad", None) for p in step.parameters]
+                state.versions = [getattr(total, "_version", -1) for total in state.sums]
+                if not _compat.clips_rows(optimizer):
+                    state.bound = None
+        return ()
+
+    def after_noise(self, step: Step, optimizer: Any) -> Failures:
+        """Send what was added to the host, except where the sum before it is no longer there."""
+        state = self._states.get(optimizer)
+        if state is None or state.sums is None:
+            self.forget(optimizer)
+            return ()
+        sums, std, bound, mark = state.sums, state.std, state.bound, state.mark
+        grads = [p.grad for p in step.parameters]
+        self._arrange(state, step.parameters, grads)
+        state.begin()
+        state.number = step.number
+        if not state.compared:
+            return ()
+        if len(step.names) == len(grads):
+            state.names = step.names
+        else:
+            state.names = tuple(map(self._ledger.name_of, step.parameters))
+        is_due = isinstance(std, torch.Tensor) or std > 0
+        step.run(*self.names if is_due else (SCALE,), count=state.compared)
+        for group in state.groups.values():
+            if group.indices:
+                self._send(step, state.names, group, (grads, sums), (std, bound, mark))
+        return ()
+
+    def forget(self, optimizer: Any) -> None:
+        """The sums of a step that is refused are not held any longer."""
+        state = self._states.get(optimizer)
+        if state is not None:
+            state.begin()
+
+    def flush(self) -> Iterable[tuple[int, Failure]]:
+        """What the steps say that were not enough for an evaluation."""
+        return [
+            (state.number, failure)
+            for state in self._states.values()
+            for group in state.groups.values()
+            for failure in _failures(group.test.evaluate(), group, state.names)
+        ]
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _state(self, optimizer: Any) -> _State:
+        state = self._states.get(optimizer)
+        if state is None:
+            state = self._states[optimizer] = _State()
+        return state
+
+    def _arrange(self, state: _State, parameters: Sequence[Any], grads: Sequence[Any]) -> None:
+        """Put the parameters into groups, anew if there are others or they have changed."""
+        kinds = [
+            (grad.dtype, grad.device)
+            if type(grad) is _TENSOR is type(total)
+            and total._version == version
+            and grad.layout is torch.strided
+            else None
+            for grad, total, version in zip(grads, state.sums or (), state.versions, strict=True)
+        ]
+        if kinds == state.kinds:
+            known = [reference() for reference in state.references]
+            if all(map(is_, known, parameters)):
+                return
+        state.kinds = kinds
+        state.references = [weakref.ref(p) for p in parameters]
+        found: dict[_Kind, list[int]] = {kind: [] for kind in state.groups}
+        for i, kind in enumerate(kinds):
+            if kind is not None and kind[0].is_floating_point and grads[i].numel():
+                found.setdefault(kind, []).append(i)
+        state.compared = sum(map(len, found.values()))
+        for kind, indices in found.items():
+            former = state.groups.get(kind)
+            if indices:
+                shapes = [grads[i].shape for i in indices]
+                state.groups[kind] = _Group.of(kind, indices, shapes, former)
+            elif former is not None:
+                former.indices = []
+
+    def _send(
+        self,
+        step: Step,
+        names: tuple[str, ...],
+        group: _Group,
+        tensors: tuple[Sequence[Any], Sequence[Any]],
+        declared: tuple[Any, float | None, torch.Tensor | None],
+    ) -> None:
+        """Measure one group.
+
+        Args:
+            step: the step.
+            names: of all parameters.
+            group: the parameters concerned.
+            tensors: noised sums and sums before of all parameters.
+            declared: standard deviation, bound of the norm of the sums and their mark.
+        """
+        grads, sums = tensors
+        std, bound, mark = declared
+        noised = [grads[i] for i in group.indices]
+        before = [sums[i] for i in group.indices]
+        if [b.shape for b in before] != group.shapes:
+            before = [b.view_as(n) for b, n in zip(before, noised, strict=True)]
+        if noised[0].dtype is not group.dtype:
+            noised = [n.to(group.dtype) for n in noised]
+            before = [b.to(group.dtype) for b in before]
+        if isinstance(std, float) and not std:
+            norms, _ = _differences(group, noised, before, rich=False)
+            step.collect((SCALE,), torch.stack(norms), functools.partial(_silent, group, names))
+            return
+        rich = group.often or group.due <= 0
+        group.due = _VALUES_EVERY - 1 if rich else group.due - 1
+        scalars, samples = _differences(group, noised, before, rich=rich)
+        if bound is None or mark is None:
+            bound = None
+            mark = torch.stack(_norms(noised)).norm()
+        scalars.append(mark.to(group.dtype))
+        if isinstance(std, torch.Tensor):
+            scalar = std.detach().reshape(())
+            scalars.append(scalar.to(mark.device, group.dtype, non_blocking=True))
+            std = None
+        figures = torch.stack(scalars)
+        if samples:
+            figures = torch.cat([figures, *samples])
+        receive = functools.partial(_received, group, names, std, bound)
+        step.collect(self.names, figures, receive)
+
+
+def _spread(sizes: Sequence[int], *, often: bool) -> list[int]:
+    """Some of the parameters: all if they are few, else those whose first values tell most."""
+    every = range(len(sizes))
+    chosen = [i for i in every if often or sizes[i] >= _ENOUGH]
+    chosen = chosen or [i for i in every if sizes[i] >= _VALUES]
+    return chosen[:: max(1, -(-len(chosen) // _SAMPLED))]
+
+
+def _parts(sizes: Sequence[int]) -> list[slice]:
+    """Slices of bounded size, so that differences take little memory at a time."""
+    starts, room = [0], _CHUNK
+    for i, size in enumerate(sizes):
+        if size > room and i > starts[-1]:
+            starts.append(i)
+            room = _CHUNK
+        room -= size
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(sizes)], strict=True)]
+
+
+def _differences(
+    group: _Group, noised: list[torch.Tensor], before: list[torch.Tensor], *, rich: bool
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The norms of what was added, and first values of some of it."""
+    norms: list[torch.Tensor] = []
+    samples: list[torch.Tensor] = []
+    for part in group.parts:
+        added = torch._foreach_sub(noised[part], before[part])
+        norms += _norms(added)
+        if rich:
+            for k in group.sampled:
+                if part.start <= k < part.stop:
+                    count = min(_VALUES, group.sizes[k])
+                    samples.append(added[k - part.start].as_strided((count,), (1,)))
+    return norms, samples
+
+
+def _norms(tensors: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    if max(tensor.numel() for tensor in tensors) <= _ACCURATE:
+        return list(torch._foreach_norm(tensors))
+    return [
+        torch.stack(torch._foreach_norm(tensor.flatten().split(_ACCURATE))).norm()
+        for tensor in tensors
+    ]
+
+
+def _received(
+    group: _Group,
+    names: tuple[str, ...],
+    std: float | None,
+    bound: float | None,
+    values: list[float],
+) -> list[Failure]:
+    """What the figures of one step say."""
+    count = len(group.sizes)
+    norms, mark, rest = values[:count], values[count], values[count + 1 :]
+    if std is None:
+        std, rest = rest[0], rest[1:]
+    noised = mark if bound is None else bound + math.sqrt(sum(map(mul, norms, norms)))
+    samples = []
+    if rest:
+        for k in group.sampled:
+            length = min(_VALUES, group.sizes[k])
+            samples.append(rest[:length])
+            rest = rest[length:]
+    verdict = group.test.take(norms, std, noised, samples, mark)
+    return _failures(verdict, group, names) if verdict else []
+
+
+def _silent(group: _Group, names: tuple[str, ...], norms: list[float]) -> list[Failure]:
+    """Nothing was to be added."""
+    if not any(norms):
+        return []
+    odd = [names[i] for i, norm in zip(group.indices, norms, strict=True) if 0 < norm < math.inf]
+    return [Failure(SCALE, diagnosis.NOISE_NOT_DUE, tuple(odd))] if odd else []
+
+
+def _failures(verdict: NoiseVerdict, group: _Group, names: tuple[str, ...]) -> list[Failure]:
+    causes = (
+        (SCALE, diagnosis.NOISE_MISSING, verdict.missing),
+        (SCALE, diagnosis.NOISE_SCALE, verdict.wrong),
+        (FRESH, diagnosis.NOISE_REPEATED, verdict.repeated),
+    )
+    return [
+        Failure(
+            check,
+            cause,
+            tuple(names[group.indices[k]] for k in which),
+            figure=verdict.ratio if check is SCALE else None,
+            bound=1.0 if check is SCALE else None,
+        )
+        for check, cause, which in causes
+        if which
+    ]

@@ -1,0 +1,56 @@
+"""How batches are drawn: samplers, the accountant they belong to, the rates they draw with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import wrapt
+
+from dpguard import _compat
+from dpguard.patching import Transaction
+
+__all__ = ["Sampled", "install"]
+
+
+class Sampled(Protocol):
+    """What is told."""
+
+    def prepared(self, accountant: Any, sampler: Any) -> None:
+        """An engine has prepared a loader for the training that it accounts.
+
+        ``sampler`` is ``None`` if its batches are not drawn by Poisson sampling.
+        """
+
+    def drawn(self, sampler: Any) -> None:
+        """A batch was drawn by Poisson sampling."""
+
+
+def install(transaction: Transaction, observer: Sampled) -> None:
+    """Wrap Opacus's Poisson samplers, and where its engine makes a loader of them."""
+
+    def iterate(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
+        def told(batches: Iterator[Any]) -> Iterator[Any]:
+            for batch in batches:
+                observer.drawn(instance)
+                yield batch
+
+        return told(wrapped(*args, **kwargs))
+
+    def prepare(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
+        loader = wrapped(*args, **kwargs)
+        accountant = getattr(instance, "accountant", None)
+        if accountant is not None:
+            sampler = getattr(loader, "batch_sampler", None)
+            is_poisson = isinstance(sampler, tuple(_compat.poisson_samplers()))
+            observer.prepared(accountant, sampler if is_poisson else None)
+        return loader
+
+    targets: list[tuple[Any, str, Any]] = [
+        (cls, "__iter__", iterate) for cls in _compat.poisson_samplers()
+    ]
+    targets.append((_compat.engine_class(), "_prepare_data_loader", prepare))
+    for owner, name, wrapper in targets:
+        original = vars(owner).get(name) if owner is not None else None
+        if original is not None and not isinstance(original, wrapt.FunctionWrapper):
+            transaction.patch(owner, name, wrapt.FunctionWrapper(original, wrapper))

@@ -1,0 +1,548 @@
+"""Each step is accounted once, as it was taken; an accountant that is wrong is named."""
+
+from __future__ import annotations
+
+import functools
+import json
+import warnings
+
+import pytest
+import torch
+from models import MLP
+from opacus import GradSampleModule, PrivacyEngine
+from opacus.accountants import RDPAccountant
+from opacus.optimizers import DPOptimizer
+from opacus.utils.batch_memory_manager import BatchMemoryManager
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+from releases import MAKE_PRIVATE, needs_ghost
+from shuffled import violations
+from torch import nn
+
+import dpguard
+from dpguard import _compat, diagnosis
+from dpguard.audit.accounting import RATE, SAMPLING, SIGMA, STEPS
+
+DATA = torch.utils.data.TensorDataset(torch.randn(60, 6), torch.arange(60) % 5)
+MODERN = hasattr(RDPAccountant(), "history")
+PRV = _compat._attribute_of("opacus.accountants", "PRVAccountant") is not None
+KINDS = ["rdp", "gdp", pytest.param("prv", marks=pytest.mark.skipif(not PRV, reason="no PRV"))]
+
+
+class Training:
+    """What ``make_private`` makes, with Poisson sampling."""
+
+    def __init__(self, accountant="rdp", engine=None, data=DATA, batch_size=12, **options):
+        torch.manual_seed(1)
+        self.raw = MLP()
+        self.engine = engine or make_engine(accountant)
+        made = self.engine.make_private(
+            module=self.raw,
+            optimizer=torch.optim.SGD(self.raw.parameters(), lr=0.05),
+            data_loader=torch.utils.data.DataLoader(data, batch_size=batch_size),
+            **{"noise_multiplier": 1.1, "max_grad_norm": 1.0} | options,
+        )
+        self.model, self.optimizer, *rest = made
+        self.loader = rest[-1]
+        self.criterion = rest[0] if len(rest) > 1 else nn.CrossEntropyLoss()
+
+    def epoch(self, batches=None):
+        for x, y in batches or self.loader:
+            self.optimizer.zero_grad()
+            self.criterion(self.model(x), y).backward()
+            self.optimizer.step()
+
+    def hook(self, rate):
+        return self.engine.accountant.get_optimizer_hook_fn(sample_rate=rate)
+
+    def replace_hook(self, hook):
+        self.optimizer.step_hook = None
+        self.optimizer.attach_step_hook(hook)
+
+    def values(self):
+        return [p.detach().clone() for p in self.raw.parameters()]
+
+
+def make_engine(accountant="rdp"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PrivacyEngine(accountant=accountant)
+
+
+def history(accountant):
+    return _compat.history_of(accountant)
+
+
+def causes(guard):
+    return {v.cause for v in guard.violations if v.check.startswith("accounting.")} - {
+        diagnosis.STEP_HOOK_REPLACED
+    }
+
+
+def epsilon(guard, training, delta=1e-5):
+    return guard._runtime.accounting.epsilon(training.optimizer, delta)
+
+
+def verdicts(guard):
+    return [guard.last_step.checks[name].verdict for name in (STEPS, SIGMA, RATE, SAMPLING)]
+
+
+# -- healthy ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_healthy_run(kind):
+    """Epochs raise nothing, and epsilon of what was observed is that of the accountant."""
+    with dpguard.install(mode="strict") as guard:
+        training = Training(kind)
+        for _ in range(6):
+            training.epoch()
+        guard.flush()
+        assert guard.violations == ()
+        assert verdicts(guard) == ["pass"] * 4
+        due = epsilon(guard, training)
+        assert due == pytest.approx(training.engine.get_epsilon(1e-5))
+        assert due > 0
+
+
+@needs_ghost
+def test_ghost_clipping():
+    """Steps of ghost clipping are accounted like others."""
+    with dpguard.install(mode="strict") as guard:
+        training = Training(grad_sample_mode="ghost", criterion=nn.CrossEntropyLoss())
+        for _ in range(3):
+            training.epoch()
+        guard.flush()
+        assert guard.violations == ()
+        assert verdicts(guard) == ["pass"] * 4
+        assert epsilon(guard, training) == training.engine.get_epsilon(1e-5)
+
+
+@pytest.mark.parametrize("size", [7, 11, 49, 60])
+def test_rates_that_opacus_rounds(guard, size):
+    """One over a number of batches that was rounded down is no wrong rate."""
+    training = Training(batch_size=size)
+    training.epoch()
+    assert guard.violations == ()
+    assert guard.last_step.checks[RATE].passed == 1
+
+
+def test_what_is_right(guard):
+    """Physical batches, a noise schedule, a second hook, a function round the hook, a resume."""
+    training = Training()
+    training.optimizer.attach_step_hook(lambda _: None)
+    with BatchMemoryManager(
+        data_loader=training.loader, max_physical_batch_size=4, optimizer=training.optimizer
+    ) as batches:
+        training.epoch(batches)
+    for sigma in (2.0, 1.5, 1.5):
+        training.optimizer.noise_multiplier = sigma
+        training.epoch()
+    former = training.optimizer.step_hook
+    training.optimizer.step_hook = functools.partial(former)
+    training.epoch()
+    accountant = training.engine.accountant
+    if MODERN:
+        accountant.load_state_dict(json.loads(json.dumps(accountant.state_dict())))
+    training.epoch()
+    guard.flush()
+    assert causes(guard) == set()
+    assert verdicts(guard) == ["pass"] * 4
+    assert epsilon(guard, training) == pytest.approx(training.engine.get_epsilon(1e-5))
+
+
+@pytest.mark.skipif(not MODERN, reason="accountants of this Opacus have no state_dict")
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_accountant_from_a_checkpoint(guard, kind):
+    """What was spent before counts, whenever it is loaded."""
+    before, training = Training(kind), Training(kind)
+    before.epoch()
+    training.engine.accountant.load_state_dict(before.engine.accountant.state_dict())
+    training.epoch()
+    guard.flush()
+    assert guard.violations == ()
+    assert sum(steps for _, _, steps in history(training.engine.accountant)) == 10
+    assert epsilon(guard, training) == pytest.approx(training.engine.get_epsilon(1e-5))
+
+
+def test_installed_in_the_middle():
+    """Steps from before the guard are taken from the accountant."""
+    with dpguard.install(mode="off"):
+        training = Training()
+        training.epoch()
+    with dpguard.install(mode="strict") as guard:
+        training.epoch()
+        guard.flush()
+        assert guard.violations == ()
+        assert guard.last_step.checks[STEPS].passed == 1
+        assert epsilon(guard, training) == training.engine.get_epsilon(1e-5)
+
+
+def test_two_optimizers_of_one_engine(guard):
+    """One accountant hears of the steps of both, which draw with rates of their own."""
+    one = Training()
+    two = Training(engine=one.engine, batch_size=20)
+    for _ in range(3):
+        one.epoch()
+        two.epoch()
+    guard.flush()
+    assert guard.violations == ()
+    assert sum(steps for _, _, steps in history(one.engine.accountant)) == 24
+    assert epsilon(guard, two) == pytest.approx(one.engine.get_epsilon(1e-5))
+
+
+def test_two_engines(guard):
+    """Each optimizer is compared with its own accountant and its own loader."""
+    one, two = Training(), Training(batch_size=30)
+    for x, y in zip(one.loader, two.loader, strict=False):
+        one.epoch([x])
+        two.epoch([y])
+    assert guard.violations == ()
+    assert guard.last_step.checks[RATE].passed == 1
+
+
+def test_accumulated_batches(guard):
+    """Without Poisson sampling several batches before a step multiply the rate."""
+    training = Training(poisson_sampling=False)
+    for number, (x, y) in enumerate(training.loader):
+        training.criterion(training.model(x), y).backward()
+        if number % 2:
+            training.optimizer.step()
+            training.optimizer.zero_grad()
+    guard.flush()
+    assert violations(guard) == ()
+    assert history(training.engine.accountant) == [(1.1, 0.4, 2)]
+    assert epsilon(guard, training) == training.engine.get_epsilon(1e-5)
+
+
+def by_hand(sigma=1.0):
+    model = MLP()
+    called = GradSampleModule(model)
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        noise_multiplier=sigma,
+        max_grad_norm=1.0,
+        expected_batch_size=4,
+    )
+    return called, optimizer
+
+
+def test_no_accountant_is_no_failure(guard):
+    """Where none was ever attached there is nothing to check."""
+    called, optimizer = by_hand()
+    called(torch.randn(4, 6)).mean().backward()
+    optimizer.attach_step_hook(lambda _: None)
+    optimizer.step()
+    guard.flush()
+    assert guard.violations == ()
+    assert verdicts(guard) == ["not_run"] * 4
+
+
+def test_an_accountant_with_a_history_of_its_own(guard):
+    """What cannot be read is not judged."""
+
+    class Counts(RDPAccountant):
+        def __init__(self):
+            self.history = {"steps": 0}
+
+        def step(self, **_):
+            self.history["steps"] += 1
+
+    called, optimizer = by_hand()
+    optimizer.attach_step_hook(Counts().get_optimizer_hook_fn(sample_rate=0.1))
+    called(torch.randn(4, 6)).mean().backward()
+    optimizer.step()
+    assert guard.violations == ()
+
+
+def test_a_step_that_is_refused_is_no_failure(guard):
+    """What the accountant has heard of and was not taken counts as spent."""
+    training = Training()
+    training.epoch()
+
+    def fail(_):
+        raise ZeroDivisionError
+
+    former = training.optimizer.step_hook
+    training.optimizer.attach_step_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        training.epoch()
+    training.optimizer.step_hook = former
+    training.epoch()
+    guard.flush()
+    assert causes(guard) == set()
+    assert epsilon(guard, training) == training.engine.get_epsilon(1e-5)
+
+
+# -- faults ----------------------------------------------------------------------------------------
+
+
+def detached_at_once(training):
+    training.optimizer.step_hook = None
+
+
+def detached_by_attaching_none(training):
+    training.optimizer.attach_step_hook(None)
+
+
+def detached_later(training):
+    training.epoch()
+    training.optimizer.step_hook = lambda _: None
+
+
+def gone_with_its_engine(training):
+    training.epoch()
+    training.optimizer.step_hook = None
+    training.engine = None
+
+
+def attached_twice(training):
+    former = training.optimizer.step_hook
+
+    def twice(optimizer):
+        former(optimizer)
+        former(optimizer)
+
+    training.optimizer.step_hook = twice
+
+
+def rate_too_small(training):
+    training.replace_hook(training.hook(1 / 50))
+
+
+def rate_too_large(training):
+    training.replace_hook(training.hook(0.9))
+
+
+def told(**changed):
+    """The accountant is told something else than what its hook would tell."""
+
+    def fault(training):
+        accountant, plain = training.engine.accountant, training.engine.accountant.step
+        accountant.step = lambda **given: plain(**given | changed)
+
+    return fault
+
+
+def sigma_while_it_is_told(training):
+    former = training.optimizer.step_hook
+
+    def flatter(optimizer):
+        was, optimizer.noise_multiplier = optimizer.noise_multiplier, 5.0
+        former(optimizer)
+        optimizer.noise_multiplier = was
+
+    training.optimizer.step_hook = flatter
+
+
+def history_cleared(training):
+    accountant, plain = training.engine.accountant, training.engine.accountant.step
+
+    def step(**given):
+        plain(**given)
+        history(accountant).clear()
+
+    accountant.step = step
+
+
+FAULTS = {
+    "detached at once": (detached_at_once, STEPS, diagnosis.NOT_ACCOUNTED),
+    "none attached": (detached_by_attaching_none, STEPS, diagnosis.NOT_ACCOUNTED),
+    "detached later": (detached_later, STEPS, diagnosis.NOT_ACCOUNTED),
+    "gone with its engine": (gone_with_its_engine, STEPS, diagnosis.NOT_ACCOUNTED),
+    "history cleared": (history_cleared, STEPS, diagnosis.NOT_ACCOUNTED),
+    "attached twice": (attached_twice, STEPS, diagnosis.ACCOUNTED_OFTEN),
+    "rate too small": (rate_too_small, RATE, diagnosis.ACCOUNTED_RATE),
+    "rate too large": (rate_too_large, RATE, diagnosis.ACCOUNTED_RATE_HIGH),
+    "small rate told": (told(sample_rate=0.01), RATE, diagnosis.ACCOUNTED_RATE),
+    "large rate told": (told(sample_rate=0.3), RATE, diagnosis.ACCOUNTED_RATE_HIGH),
+    "large sigma told": (told(noise_multiplier=2.0), SIGMA, diagnosis.ACCOUNTED_SIGMA),
+    "small sigma told": (told(noise_multiplier=1.0), SIGMA, diagnosis.ACCOUNTED_SIGMA_LOW),
+    "sigma changed": (sigma_while_it_is_told, SIGMA, diagnosis.ACCOUNTED_SIGMA),
+}
+BOUNDED = {
+    diagnosis.ACCOUNTED_OFTEN,
+    diagnosis.ACCOUNTED_RATE_HIGH,
+    diagnosis.ACCOUNTED_SIGMA_LOW,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(fault):
+    """It is told under its name, and in ``observe`` training goes on."""
+    inject, check, cause = FAULTS[fault]
+    with dpguard.install(mode="observe") as guard:
+        training = Training()
+        inject(training)
+        training.epoch()
+        guard.flush()
+        assert causes(guard) == {cause}
+        violation = next(v for v in guard.violations if v.cause == cause)
+        assert violation.check == check
+        assert violation.severity.value == ("ERROR" if cause in BOUNDED else "CRITICAL")
+        assert guard.last_step.checks[check].failed == 1
+
+
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_refused(mode, fault):
+    """Before the parameters change: what makes epsilon too small; the rest in ``strict`` only."""
+    inject, check, cause = FAULTS[fault]
+    with dpguard.install(mode=mode) as guard:
+        training = Training()
+        inject(training)
+        before = training.values()
+        if mode == "strict" or cause not in BOUNDED:
+            with pytest.raises(dpguard.DPGuardError, match=r"accounting\..*Remedy: "):
+                training.epoch()
+            assert all(map(torch.equal, before, training.values()))
+        else:
+            training.epoch()
+        assert causes(guard) == {cause}
+        assert guard.last_step.checks[check].failed == 1
+
+
+def test_epsilon_of_what_was_observed():
+    """With the accountant gone the epsilon that is due is still known."""
+    with dpguard.install(mode="observe") as guard:
+        training, twin = Training(), Training()
+        for _ in range(2):
+            training.epoch()
+            twin.epoch()
+        training.optimizer.step_hook = None
+        for _ in range(4):
+            training.epoch()
+            twin.epoch()
+        due = epsilon(guard, training)
+        assert due == twin.engine.get_epsilon(1e-5)
+        assert due > training.engine.get_epsilon(1e-5)
+
+
+@pytest.mark.parametrize("when", ["between steps", "at the end", "in the middle of it"])
+def test_a_history_that_loses_steps(guard, when):
+    """Said once: whether what they were spent on is released is not known."""
+    training = Training()
+    training.epoch()
+    training.optimizer.noise_multiplier = 2.0
+    training.epoch()
+    entries = history(training.engine.accountant)
+    if when == "in the middle of it":
+        entries[0] = (*entries[0][:2], 1)
+    else:
+        entries.clear()
+    if when == "between steps":
+        training.epoch()
+        training.epoch()
+    guard.flush()
+    guard.flush()
+    (violation,) = guard.violations
+    assert violation.cause == diagnosis.HISTORY_CHANGED
+    assert violation.severity.value == "WARNING"
+    assert epsilon(guard, training) > training.engine.accountant.get_epsilon(1e-5)
+
+
+# -- how batches are drawn -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", ["repair", "strict", "observe"])
+def test_shuffled_batches_are_said_once(mode, kind, tmp_path):
+    """S19: a warning in each mode; each audit says that the assumption does not hold."""
+    with dpguard.install(mode=mode, log_dir=tmp_path) as guard:
+        training = Training(kind, poisson_sampling=False)
+        training.epoch()
+        training.epoch()
+        guard.flush()
+        (violation,) = guard.violations
+        assert (violation.check, violation.cause) == (SAMPLING, diagnosis.NOT_POISSON)
+        assert violation.severity.value == "WARNING"
+        assert violation.step == 0
+        assert verdicts(guard) == ["pass", "pass", "pass", "fail"]
+    (path,) = tmp_path.glob("*/*.jsonl")
+    told = [json.loads(line) for line in path.read_text().splitlines()]
+    audits = [e for e in told if e["event_name"] == "dpguard.step.audited"]
+    assert {e["dpguard.check.accounting.sampling"] for e in audits} == {"fail"}
+    assert sum(e["event_name"] == "dpguard.violation" for e in told) == 1
+    keys = {key for event in audits for key in event}
+    assert not any("rate" in key.rpartition(".")[2] for key in keys - {"dpguard.check." + RATE})
+
+
+class Drawn(torch.utils.data.DataLoader):
+    """A loader that draws by Poisson sampling and was made by hand."""
+
+    def __init__(self, rate):
+        sampler = UniformWithReplacementSampler(num_samples=len(DATA), sample_rate=rate)
+        super().__init__(DATA, batch_sampler=sampler)
+
+
+def test_a_poisson_loader_of_the_users_own(guard):
+    """That it is not Opacus's own loader does not matter; how it draws does."""
+    options = {"poisson_sampling": False}
+    training = Training(**options)
+    torch.manual_seed(3)
+    own = Training.__new__(Training)
+    own.raw, own.engine = MLP(), make_engine()
+    own.criterion = nn.CrossEntropyLoss()
+    own.model, own.optimizer, own.loader = own.engine.make_private(
+        module=own.raw,
+        optimizer=torch.optim.SGD(own.raw.parameters(), lr=0.05),
+        data_loader=Drawn(0.3),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        **options,
+    )
+    own.epoch()
+    assert guard.violations == ()
+    assert verdicts(guard) == ["pass"] * 4
+    training.epoch()
+    assert causes(guard) == {diagnosis.NOT_POISSON}
+
+
+@pytest.mark.parametrize(
+    ("accounted", "cause"),
+    [
+        (0.3, None),
+        (0.1, diagnosis.ACCOUNTED_RATE),
+        (0.9, diagnosis.ACCOUNTED_RATE_HIGH),
+    ],
+)
+def test_a_rate_accounted_by_hand(accounted, cause):
+    """Without an engine: batches that were drawn since the last step tell the rate."""
+    with dpguard.install(mode="observe") as guard:
+        called, optimizer = by_hand()
+        accountant = RDPAccountant()
+        optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(sample_rate=accounted))
+        torch.manual_seed(5)
+        for x, y in Drawn(0.3):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(called(x), y).backward()
+            optimizer.step()
+        assert causes(guard) == ({cause} if cause else set())
+        assert guard.last_step.checks[RATE].failed == (1 if cause else 0)
+
+
+def test_samplers_of_others_do_not_count(guard):
+    """Batches of public data, drawn with another rate, are none of the accountant's business."""
+    training = Training()
+    public = Drawn(0.9)
+    for batch in training.loader:
+        next(iter(public))
+        training.epoch([batch])
+    assert guard.violations == ()
+
+
+def test_what_is_patched_is_restored():
+    """Samplers and engine are as they were, by identity."""
+    owners = [*_compat.poisson_samplers(), _compat.engine_class()]
+    before = [dict(vars(owner)) for owner in owners]
+    with dpguard.install(mode="repair"):
+        for owner, names in zip(owners, before, strict=True):
+            assert any(vars(owner)[name] is not value for name, value in names.items())
+        Training().epoch()
+    for owner, names in zip(owners, before, strict=True):
+        assert vars(owner).keys() == names.keys()
+        assert all(vars(owner)[name] is value for name, value in names.items())
+
+
+def test_the_signature_is_known():
+    """``poisson_sampling`` is what this file takes it for."""
+    assert MAKE_PRIVATE["poisson_sampling"].default is True
