@@ -15,9 +15,12 @@ from typing import Any
 
 from dpguard import _compat
 from dpguard._settings import Settings
+from dpguard.audit.calls import Calls
 from dpguard.audit.check import Check
+from dpguard.audit.people import People, rows_at_hand
 from dpguard.audit.rows import RowValues
 from dpguard.audit.steps import StepAuditor
+from dpguard.deliveries import Deliveries
 from dpguard.events import (
     Event,
     Intervention,
@@ -27,14 +30,17 @@ from dpguard.events import (
     Severity,
     Violation,
 )
+from dpguard.grouping import Grouping
 from dpguard.journal import Journal
 from dpguard.ledger import Ledger
 from dpguard.patches import detach, ghost_gradient
 from dpguard.patches.attributes import AttributeForwarding
 from dpguard.patches.ghost import GhostPairing
 from dpguard.patches.grad_sample import GradSamplePatch
+from dpguard.patches.loading import LoadingPatch
 from dpguard.patches.optimizer import OptimizerPatch
 from dpguard.patches.pairing import Pairing
+from dpguard.patches.signals import Signals
 from dpguard.patching import Transaction
 from dpguard.verdicts import Verdicts
 
@@ -60,19 +66,24 @@ class Runtime:
         self.violations: deque[Violation] = deque(maxlen=_REMEMBERED_AT_MOST)
         self.internal_errors: list[tuple[str, Exception]] = []
         self.ledger = Ledger()
+        self._deliveries = Deliveries()
+        self._calls = Calls(self.ledger, self._deliveries)
         emit = _weakly(self.emit)
         changes = settings.mode.changes_the_host
         report = _weakly(self.report_internal)
         self.auditor = StepAuditor(self.ledger, settings, emit, self._checks(), report)
         kinds = ((Pairing, _compat.uses_stock_hooks), (GhostPairing, _compat.uses_ghost_hooks))
         self.grad_sample = GradSamplePatch(self.ledger, kinds, computes=changes)
+        self._loading = LoadingPatch(self._deliveries, self.ledger, self._calls.watch, report)
+        verdicts = Verdicts(emit, settings.mode)
         self._forwarding = AttributeForwarding(emit, settings.mode)
         self.optimizer = OptimizerPatch(
             self.ledger,
             self.auditor,
             self._forwarding,
-            Verdicts(emit, settings.mode),
+            verdicts,
             report,
+            Signals(self._loading.tags, self._deliveries, self._rows_at_hand, verdicts),
         )
         self._transaction = Transaction()
         self._intervened = 0
@@ -80,7 +91,24 @@ class Runtime:
 
     def _checks(self) -> list[Check]:
         """What is looked at in each step besides the coverage, in this order."""
-        return [RowValues(self.ledger)]
+        people = People(self.ledger, self._deliveries, self._calls)
+        return [people, RowValues(self.ledger)]
+
+    def _rows_at_hand(self, optimizer: Any) -> tuple[int, ...]:
+        trainable = [p for p in optimizer.params if p.requires_grad]
+        return rows_at_hand(self.ledger, optimizer, trainable) or ()
+
+    # -- what the user declares ------------------------------------------------------------------
+
+    def declare_batch(self, people: int) -> None:
+        """The batch at hand has so many people."""
+        self._deliveries.declare(people)
+
+    def expect_groups(self, grouping: Grouping) -> None:
+        """Calls with rows that are not simply people begin or end here."""
+        self._calls.watch()
+        if grouping.joins:
+            self.ledger.begin_block()
 
     # -- activation ----------------------------------------------------------------------------
 
@@ -141,6 +169,7 @@ class Runtime:
             repairs=self.settings.mode.changes_the_host,
         )
         self.optimizer.install(self._transaction)
+        self._loading.install(self._transaction)
         return skipped
 
     def _ghost_pairing_of(self, hooks: Any) -> GhostPairing | None:

@@ -250,14 +250,19 @@ class ParameterState:
             tensors = [t for t, e in zip(tensors, self.entries, strict=True) if not e.captured]
             self.entries = [entry for entry in self.entries if not entry.captured]
         opened = max(opened, self.epoch)
-        spanned = [i for i, entry in enumerate(self.entries) if entry.last >= opened]
+        spanned = [
+            i for i, entry in enumerate(self.entries) if entry.last >= opened and entry.first <= now
+        ]
         if not spanned:
             rows = rows if owned else rows.clone()
             entry = Entry(rows, opened, now, owned=True)
             entry.captured = captured
             entry.order = order
-            self.entries.append(entry)
-            tensors.append(rows)
+            at = len(self.entries)
+            while at and self.entries[at - 1].first > opened:
+                at -= 1  # a declared block may be backpropagated after later ones
+            self.entries.insert(at, entry)
+            tensors.insert(at, rows)
         else:
             if any(self.entries[i].order is not order for i in spanned):
                 for i in spanned:
@@ -358,6 +363,12 @@ class Ledger:
         self.segment = 1
         self.open_calls: dict[CallKey, Tally] = {}
         """Calls recorded since the last settlement; the detach patch is idle while it is empty."""
+        self.drawn = 0
+        """Serial of the last private batch that a data loader has delivered."""
+        self.watcher: Callable[[Any], None] | None = None
+        """Is given the record of each call that is backpropagated, if somebody wants it."""
+        self.blocks: set[int] = set()
+        """Segments of blocks that are declared to be other people than those in other blocks."""
         self._closed = False
         self._tasks: dict[int, GraphTask] = {}
         self._parameters: dict[int, ParameterState] = {}
@@ -374,6 +385,11 @@ class Ledger:
         if self._closed and _autograd.graph_task_id() == -1 and not declares_one_batch():
             self.segment += 1
             self._closed = False
+
+    def begin_block(self) -> None:
+        """The calls from here on are in a segment by themselves."""
+        self.segment += 1
+        self._closed = False
 
     def open(self, module: torch.nn.Module, name: str, site: str | None) -> Tally:
         """Note a call of ``module`` and return the tally it belongs to."""
@@ -455,10 +471,17 @@ class Ledger:
         captured: bool,
         owned: bool,
         order: torch.Tensor | None,
+        block: bool = False,
     ) -> ParameterState:
-        """Publish rows of shape ``(B, *p.shape)`` that belong to a call of segment ``opened``."""
+        """Publish rows of shape ``(B, *p.shape)`` that belong to a call of segment ``opened``.
+
+        In a declared ``block`` they are of no other segment, whenever they come.
+        """
         state = self.state(parameter)
         now = self.segment
+        if block:
+            self.blocks.add(opened)
+            now = opened
         state.add(parameter, rows, opened, now, captured=captured, owned=owned, order=order)
         self.close()
         return state

@@ -64,6 +64,9 @@ class Step:
     parameters: Sequence[torch.nn.Parameter] = ()
     names: tuple[str, ...] = ()
     physical: int = 0
+    rows_per_person: float | None = 1.0
+    """How many rows of the loss each row is the sum of; ``None`` if that differs, or if rows of
+    several losses were concatenated."""
     interventions: int = 0
     ran: dict[str, int] = field(default_factory=dict)
     failed: dict[str, set[str]] = field(default_factory=dict)
@@ -123,6 +126,10 @@ class Check:
 
     names: tuple[str, ...] = ()
     """Names of the checks that it makes, as in ``dpguard.check.<name>``."""
+
+    def rows_ready(self, step: Step, optimizer: Any) -> Failures:
+        """Rows, or in ghost clipping the clipped sums, are complete and nothing was done to them."""
+        return ()
 
     def before_clip(self, step: Step, optimizer: Any) -> Failures:
         """Rows are complete; ``p.grad`` still is what autograd made it."""

@@ -11,7 +11,7 @@ import torch
 from dpguard import _compat, diagnosis
 from dpguard._errors import DPGuardError
 from dpguard._settings import Settings
-from dpguard.alignment import Alignment, align
+from dpguard.alignment import Alignment, align, join_blocks
 from dpguard.audit import coverage as structure
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.collector import Collector, finite_flags
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 __all__ = ["StepAuditor"]
 
-_HOOKS = ("before_clip", "after_clip", "before_noise", "after_noise", "before_update", "forget")
+_HOOKS = (
+    "rows_ready", "before_clip", "after_clip", "before_noise", "after_noise", "before_update",
+    "forget",
+)  # fmt: skip
 
 
 class StepAuditor:
@@ -87,12 +90,15 @@ class StepAuditor:
             self._cover_rows(step, parameters, dead)
         else:
             self._cover_sums(step, parameters)
+        self._run("rows_ready", optimizer)
 
     def _cover_rows(
         self, step: Step, parameters: Sequence[torch.nn.Parameter], dead: Sequence[Dead]
     ) -> None:
         repairs = self._settings.mode.changes_the_host
         alignment = align(self._ledger, parameters, fill=repairs)
+        if self._ledger.blocks:
+            join_blocks(self._ledger, parameters)
         self._say_unused(step, alignment)
         seen = structure.examine(self._ledger, parameters)
         step.names = seen.names

@@ -266,6 +266,8 @@ class Pairing:
         ]
         if not wanted:
             return
+        if self.ledger.watcher is not None:
+            self.ledger.watcher(record)
         if record.uncounted:
             record.uncounted = False
             record.tally.fired += 1
@@ -324,6 +326,8 @@ class Pairing:
             rows[parameter] = mine if owned else mine.clone()
             if record.order is not None:
                 rows[parameter] = mine.index_select(0, record.order)
+            if record.people is not None:
+                rows[parameter] = record.people.summed(rows[parameter])
         return rows
 
     def _sampled(
@@ -370,17 +374,24 @@ class Pairing:
         wanted: list[torch.nn.Parameter],
     ) -> None:
         """Publish the rows of one call."""
+        people = record.people
+        block = people is not None and people.joins
+        order = record.order if people is None else None
         for parameter, (rows, owned) in self._sampled(record, arranged, wanted).items():
+            if people is not None:
+                rows = people.summed(rows if record.order is None else rows[record.order])  # noqa: PLW2901
+                owned = owned or not block  # noqa: PLW2901
             state = self.ledger.add_rows(
                 parameter,
                 rows,
                 record.segment,
                 captured=task.captures(parameter),
                 owned=owned,
-                order=record.order,
+                order=order,
+                block=block,
             )
             task.published.add(id(parameter))
-            if len(state.entries) > 1 and not _compat.allows_accumulation(self.hooks):
+            if len(state.entries) > 1 and not block and not _compat.allows_accumulation(self.hooks):
                 raise ValueError(diagnosis.OPACUS_NO_ACCUMULATION)
 
     def condemn(self, record: Record, cause: str) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dpguard import _callsite, _compat, diagnosis
+from dpguard._declare import declared_of
 from dpguard.ledger import Tally
 from dpguard.patches.detach import TALLY
 from dpguard.patches.replay import outline
@@ -38,11 +39,13 @@ class Record:
         "__weakref__",
         "activations",
         "batch",
+        "drawn",
         "hook",
         "index",
         "module",
         "order",
         "outline",
+        "people",
         "segment",
         "structured",
         "tally",
@@ -67,6 +70,8 @@ class Record:
         self.trained = frozenset(id(p) for p in parameters_of(module) if p.requires_grad)
         """Parameters through which this call's graph leads; freezing later changes nothing."""
         self.segment = hook.pairing.ledger.segment
+        self.drawn, self.people = declared_of(hook.pairing.ledger.drawn)
+        """The private batch that was the last one then, and how rows are declared to be people."""
         self.uncounted = hook.pairing.ledger.count_open(tally)
         """Whether the tally still waits for the first backprop of this call."""
         self.activations: list[Any] | None = None
