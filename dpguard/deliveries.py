@@ -44,11 +44,12 @@ class Iteration:
         finished: whether it has delivered its last batch.
         lag: how many batches are delivered ahead of the one that is used; ``None``: not known yet.
         sure: whether ``lag`` is more than a guess.
+        said: whether it was said that batches of it were left out.
     """
 
     __slots__ = (
         "dataset", "drawn", "finished", "lag", "logical", "number", "optimizers", "private",
-        "splitter", "sure",
+        "said", "splitter", "sure",
     )  # fmt: skip
     _numbers = itertools.count()
 
@@ -70,6 +71,7 @@ class Iteration:
         self.finished = False
         self.lag: int | None = None
         self.sure = True
+        self.said = False
 
 
 class Delivery:
@@ -78,13 +80,14 @@ class Delivery:
     Attributes:
         iteration: what delivered it, or :data:`DECLARED`.
         people: how many people are in it; ``None`` if that cannot be known.
-        rows: how many rows they have in a sound program.
+        rows: how many rows they have; more than people only where an empty batch is filled with
+            random numbers.
         serial: number of the delivery in this process; ``None`` while it waits in a worker.
         skip: the signal that ``BatchMemoryManager`` gave for it, if it did.
         logical: the logical batch of its iteration that it is a part of.
     """
 
-    __slots__ = ("iteration", "logical", "people", "rows", "said", "serial", "skip", "tensors")
+    __slots__ = ("iteration", "logical", "people", "rows", "serial", "skip", "tensors")
 
     def __init__(self, iteration: Any, people: int | None, rows: int | None) -> None:
         self.iteration = iteration
@@ -93,8 +96,11 @@ class Delivery:
         self.serial: int | None = None
         self.skip: bool | None = None
         self.logical = 0
-        self.said = False
         self.tensors: tuple[weakref.ref[torch.Tensor], ...] = ()
+
+    def fits(self, rows: int) -> bool:
+        """Whether so many rows can be its people."""
+        return rows in (self.rows, self.people)
 
     @property
     def batch(self) -> tuple[int, int]:

@@ -79,13 +79,14 @@ class Calls:
         if len(self._notes) >= _AT_MOST:
             self._notes.clear()
         inputs = record.activations or ()
+        block = record.people is not None and record.people.joins
         self._notes.append(
             Note(
                 id(record.module),
                 record.hook.name,
                 frozenset(map(id, record.module.parameters())),
                 record.segment,
-                self._ledger.segment,
+                record.segment if block else self._ledger.segment,
                 record.batch,
                 record.drawn,
                 self._deliveries.origin(inputs),

@@ -24,7 +24,7 @@ def explain(sizes: Sequence[int], batches: Sequence[Delivery]) -> list[Delivery]
     """
     used, start = [], 0
     for size in sizes:
-        at = next((i for i in range(start, len(batches)) if batches[i].rows == size), None)
+        at = next((i for i in range(start, len(batches)) if batches[i].fits(size)), None)
         if at is None:
             return _in_parts(sizes, batches[:_LOOKED_AT])
         used.append(batches[at])
@@ -48,15 +48,18 @@ def _in_parts(sizes: Sequence[int], batches: Sequence[Delivery]) -> list[Deliver
     return reached.get(len(sizes))
 
 
-def joined(sizes: Sequence[int], batches: Sequence[Delivery]) -> list[Delivery]:
-    """Batches, delivered one after the other, of which one has all the rows, or none.
+def joined(
+    sizes: Sequence[int], batches: Sequence[Delivery], *, declared: bool
+) -> list[Delivery]:
+    """Batches, delivered one after the other, that together have as many people as there are rows.
 
-    Nothing is said if the rows are a multiple of the people of one batch: they may be views.
+    Unless it is ``declared`` that rows were concatenated, nothing is said of a multiple of the
+    people of one batch: they may be views.
     """
     if len(sizes) != 1:
         return []
     rows = [batch.rows or 0 for batch in batches[:_LOOKED_AT]]
-    if any(people and sizes[0] % people == 0 for people in rows):
+    if not declared and any(people and sizes[0] % people == 0 for people in rows):
         return []
     for begin in range(len(rows)):
         for end, total in enumerate(accumulate(rows[begin:]), start=begin + 1):

@@ -120,14 +120,25 @@ class People(Check):
             if declared and private:
                 self._deliveries.use(optimizer, private[-1])
             return None
-        logical.draws = None
+        draws, logical.draws = logical.draws, None
         if declared:
             return _failure(diagnosis.NOT_AS_DECLARED, sizes, declared)
         if not private:
             return self._by_others(step, logical, sizes)
         if self._deliveries.lost(optimizer):
             return None
-        return self._deviation(logical, sizes, private, notes)
+        blocks = any(note.people is not None and note.people.joins for note in notes)
+        parts = joined(sizes, private, declared=blocks)
+        if not parts:
+            return self._deviation(sizes, private, notes)
+        if len({part.iteration.dataset for part in parts}) < len(parts):
+            return _failure(diagnosis.BATCHES_JOINED, sizes, parts, check=BATCHES)
+        if not blocks:
+            return _failure(diagnosis.BATCHES_OF_TWO, sizes, parts, check=BATCHES)
+        step.run(ROWS, count=1)
+        self._deliveries.use(optimizer, parts[-1])
+        logical.draws = draws + 1 if draws is not None else None
+        return None
 
     def _use(self, optimizer: Any, logical: _Logical, used: Sequence[Delivery]) -> None:
         for delivery in used:
@@ -140,21 +151,10 @@ class People(Check):
             logical.draws += len(used)
 
     def _deviation(
-        self,
-        logical: _Logical,
-        sizes: Sequence[int],
-        private: Sequence[Delivery],
-        notes: Sequence[Note],
-    ) -> Failure | None:
+        self, sizes: Sequence[int], private: Sequence[Delivery], notes: Sequence[Note]
+    ) -> Failure:
         """What it means that the rows are not the people of private batches."""
         people = [d.rows or 0 for d in private]
-        parts = joined(sizes, private)
-        if parts:
-            same = len({d.iteration.dataset for d in parts}) < len(parts)
-            cause = diagnosis.BATCHES_JOINED if same else diagnosis.BATCHES_OF_TWO
-            if same or diagnosis.CONCATENATED not in logical.said:
-                return _failure(cause, sizes, parts, check=BATCHES)
-            return None
         if max(sizes) > max(people) or (
             sum(sizes) > sum(people) and not private[-1].iteration.finished
         ):
@@ -171,7 +171,7 @@ class People(Check):
         delivered = self._deliveries.others - logical.others
         if last is None or not delivered:
             return None
-        if len(sizes) == 1 and sizes[0] == last.rows:
+        if len(sizes) == 1 and last.fits(sizes[0]):
             logical.streak = 0
             step.run(ROWS, count=1)
             return None

@@ -99,14 +99,15 @@ class Signals:
     ) -> None:
         """Take the signals of batches that were left out from the queue."""
         gone = set(map(id, skipped))
-        if not all(tag.said for tag in skipped):
+        passes = {tag.iteration for tag in skipped}
+        if self._verdicts.repairs or not all(found.said for found in passes):
             self._verdicts.intervene(
                 diagnosis.SKIPPED_BATCH,
                 f"A physical batch was drawn and not stepped; its signal is left in the queue of "
                 f"{type(optimizer).__name__}.",
             )
-        for tag in skipped:
-            tag.said = True
+        for found in passes:
+            found.said = True
         self._deliveries.drop(optimizer, skipped)
         if self._verdicts.repairs:
             kept = [i for i, tag in enumerate(tags) if id(tag) not in gone]
@@ -125,7 +126,7 @@ class Signals:
         self._verdicts.refuse(
             BATCHES,
             diagnosis.BATCHES_MERGED,
-            f"Refused a step of {type(optimizer).__name__}: {diagnosed.statement}.",
+            f"A step of {type(optimizer).__name__} is not private: {diagnosed.statement}.",
         )
 
 
