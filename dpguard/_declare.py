@@ -206,7 +206,9 @@ def rows(
         try:
             group_size = operator.index(group_size)
         except TypeError:
-            raise TypeError(f"rows: group_size must be a whole number, not {group_size!r}") from None
+            raise TypeError(
+                f"rows: group_size must be a whole number, not {group_size!r}"
+            ) from None
         if group_size < 1:
             raise ValueError(f"rows: group_size must be 1 or more, not {group_size}")
     if layout not in _LAYOUTS:

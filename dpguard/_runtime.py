@@ -83,7 +83,7 @@ class Runtime:
             self._forwarding,
             verdicts,
             report,
-            Signals(self._loading.tags, self._deliveries, self._rows_at_hand, verdicts),
+            signals=Signals(self._loading.tags, self._deliveries, self._rows_at_hand, verdicts),
         )
         self._transaction = Transaction()
         self._intervened = 0

@@ -356,8 +356,8 @@ _DIAGNOSES = {
         Severity.WARNING,
     ),
     BATCHES_UNCOUNTED: Diagnosis(
-        "more batches of the private loader have entered this step than the accountant is told of, "
-        "so the privacy that is reported is not the one that was spent",
+        "more batches of the private loader have entered this step than the accountant is told "
+        "of, so the privacy that is reported is not the one that was spent",
         "let BatchMemoryManager split one large batch instead of summing several; give the loader "
         "of logical batches to make_private",
         Severity.CRITICAL,
@@ -392,7 +392,7 @@ _DIAGNOSES = {
         Severity.CRITICAL,
     ),
     BLOCKS_IN_GHOST: Diagnosis(
-        "ghost clipping has one norm for each loss and cannot concatenate the rows of several calls",
+        "ghost clipping has one norm for each loss and cannot concatenate rows of several calls",
         "use hooks mode, or give the model both batches in one call",
         Severity.CRITICAL,
     ),

@@ -114,9 +114,7 @@ class Concatenated(Grouping):
         return norms
 
 
-def grouping_of(
-    arrangement: str | None, group_size: int | None, ids: Any, layout: str
-) -> Grouping:
+def grouping_of(arrangement: str | None, group_size: int | None, ids: Any, layout: str) -> Grouping:
     """What the arguments of :func:`dpguard.rows`, which were looked at there, mean."""
     if arrangement is not None:
         return Concatenated()

@@ -98,6 +98,7 @@ def owners():
     found += _compat.holders_of_optimizers()
     found += [*_compat.ghost_loss_classes(), *_compat.ghost_criterion_classes()]
     found += [torch, torch.Tensor, torch.amp.GradScaler, AbstractGradSampleModule]
+    found += [_compat.loader_iterator_class(), _compat.engine_class()]
     return [*dict.fromkeys(found)]
 
 

@@ -128,7 +128,7 @@ class Check:
     """Names of the checks that it makes, as in ``dpguard.check.<name>``."""
 
     def rows_ready(self, step: Step, optimizer: Any) -> Failures:
-        """Rows, or in ghost clipping the clipped sums, are complete and nothing was done to them."""
+        """Rows, or the clipped sums of ghost clipping, are complete; nothing was done to them."""
         return ()
 
     def before_clip(self, step: Step, optimizer: Any) -> Failures:

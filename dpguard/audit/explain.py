@@ -48,9 +48,7 @@ def _in_parts(sizes: Sequence[int], batches: Sequence[Delivery]) -> list[Deliver
     return reached.get(len(sizes))
 
 
-def joined(
-    sizes: Sequence[int], batches: Sequence[Delivery], *, declared: bool
-) -> list[Delivery]:
+def joined(sizes: Sequence[int], batches: Sequence[Delivery], *, declared: bool) -> list[Delivery]:
     """Batches, delivered one after the other, that together have as many people as there are rows.
 
     Unless it is ``declared`` that rows were concatenated, nothing is said of a multiple of the

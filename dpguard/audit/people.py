@@ -28,6 +28,7 @@ from dpguard.audit.calls import Calls, Note
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.explain import explain, joined
 from dpguard.deliveries import DECLARED, Deliveries, Delivery
+from dpguard.events import Severity
 from dpguard.ledger import Ledger
 
 __all__ = ["BATCHES", "ROWS", "People", "rows_at_hand"]
@@ -109,10 +110,9 @@ class People(Check):
     ) -> Failure | None:
         declared = self._deliveries.declared(optimizer)
         private = self._deliveries.pending(optimizer)
-        if notes:
-            mixed = self._calls.mixed(notes, private)
-            if mixed is not None:
-                return mixed
+        mixed = self._calls.mixed(notes, private) if notes else None
+        if mixed is not None:
+            return mixed
         used = explain(sizes, declared or private)
         if used is not None:
             step.run(ROWS, count=1)
@@ -120,13 +120,24 @@ class People(Check):
             if declared and private:
                 self._deliveries.use(optimizer, private[-1])
             return None
-        draws, logical.draws = logical.draws, None
         if declared:
             return _failure(diagnosis.NOT_AS_DECLARED, sizes, declared)
-        if not private:
-            return self._by_others(step, logical, sizes)
-        if self._deliveries.lost(optimizer):
-            return None
+        if private and not self._deliveries.lost(optimizer):
+            return self._by_private(step, optimizer, logical, sizes, private=private, notes=notes)
+        logical.draws = None
+        return None if private else self._by_others(step, logical, sizes)
+
+    def _by_private(
+        self,
+        step: Step,
+        optimizer: Any,
+        logical: _Logical,
+        sizes: Sequence[int],
+        *,
+        private: Sequence[Delivery],
+        notes: Sequence[Note],
+    ) -> Failure | None:
+        """Rows are those of no batch alone; they may be concatenated from several."""
         blocks = any(note.people is not None and note.people.joins for note in notes)
         parts = joined(sizes, private, declared=blocks)
         if not parts:
@@ -137,7 +148,8 @@ class People(Check):
             return _failure(diagnosis.BATCHES_OF_TWO, sizes, parts, check=BATCHES)
         step.run(ROWS, count=1)
         self._deliveries.use(optimizer, parts[-1])
-        logical.draws = draws + 1 if draws is not None else None
+        if logical.draws is not None:
+            logical.draws += 1
         return None
 
     def _use(self, optimizer: Any, logical: _Logical, used: Sequence[Delivery]) -> None:
@@ -242,7 +254,7 @@ def _failure(
 
 def _is_new(found: Failure, logical: _Logical) -> bool:
     """Whether it is to be said: what does not endanger the guarantee is said once."""
-    if diagnosis.explain(found.cause).severity is diagnosis.Severity.CRITICAL:
+    if diagnosis.explain(found.cause).severity is Severity.CRITICAL:
         return True
     new = found.cause not in logical.said
     logical.said.add(found.cause)

@@ -76,7 +76,7 @@ class RowValues(Check):
         compared = [i for i, p in enumerate(rows.parameters) if _is_comparable(p, means[i])]
         step.run(FINITE)
         sizes = norms.sum(0)
-        if step.rows_per_person is None:
+        if (each := step.rows_per_person) is None:
             compared = []
         if not compared:
             names = step.names
@@ -84,9 +84,9 @@ class RowValues(Check):
             return
         step.run(CONSERVATION, count=len(compared))
         grads = [rows.parameters[i].grad for i in compared]
-        if step.rows_per_person != 1.0:
+        if each is not None and each != 1.0:
             # A mean over rows, of which each person has several.
-            means = torch._foreach_div(means, step.rows_per_person)  # type: ignore[arg-type]
+            means = list(torch._foreach_div(means, each))
         chosen = means if len(compared) == len(means) else [means[i] for i in compared]
         residuals = torch.stack(torch._foreach_norm(torch._foreach_sub(chosen, grads)))
         scales = found.shares @ norms

@@ -185,4 +185,4 @@ def _chain(sampler: Any) -> Iterator[Any]:
 def _is_key(sampler: Any) -> bool:
     """Whether it can be remembered without keeping it alive."""
     kind = type(sampler)
-    return bool(kind.__weakrefoffset__) and kind.__hash__ is object.__hash__
+    return bool(kind.__weakrefoffset__) and getattr(kind, "__hash__", None) is object.__hash__

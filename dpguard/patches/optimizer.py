@@ -41,6 +41,7 @@ class OptimizerPatch:
         forwarding: AttributeForwarding,
         verdicts: Verdicts,
         report: Callable[[str, Exception], None],
+        *,
         signals: Signals,
     ) -> None:
         self._signals = signals
