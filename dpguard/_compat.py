@@ -558,7 +558,12 @@ def holders_of_optimizers() -> list[type]:
 
 def clips_rows(optimizer: Any) -> bool:
     """Whether this optimizer clips ``p.grad_sample``; those of ghost clipping do not."""
-    return not any("FastGradientClipping" in cls.__name__ for cls in type(optimizer).__mro__)
+    return _clips_rows(type(optimizer))
+
+
+@functools.lru_cache(maxsize=64)
+def _clips_rows(cls: Any) -> bool:
+    return not any("FastGradientClipping" in base.__name__ for base in cls.__mro__)
 
 
 def clips_in_hooks(optimizer: Any) -> bool:

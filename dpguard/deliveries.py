@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,9 +34,9 @@ class Iteration:
 
     Attributes:
         number: tells it from others.
-        optimizers: whose private batches these are, as far as that is known.
-        private: whether the batches are drawn by one of Opacus's samplers, or tied by
-            ``make_private``.
+        readers: who is told of its batches; nobody, if they are not known to be private.
+        counts: whether the number of people of a batch is known.
+        fills: whether an empty batch is filled with random numbers.
         dataset: identity of the data set.
         splitter: the optimizer that ``BatchMemoryManager`` signals to, if it is its loader.
         drawn: batches whose indices were drawn and that were not delivered yet, by their number.
@@ -48,23 +48,25 @@ class Iteration:
     """
 
     __slots__ = (
-        "dataset", "drawn", "finished", "lag", "logical", "number", "optimizers", "private",
+        "counts", "dataset", "drawn", "fills", "finished", "lag", "logical", "number", "readers",
         "said", "splitter", "sure",
     )  # fmt: skip
     _numbers = itertools.count()
 
     def __init__(
         self,
-        optimizers: weakref.WeakSet[Any],
+        readers: Sequence[Reader],
         dataset: int,
         *,
-        private: bool,
+        counts: bool,
+        fills: bool,
         splitter: Any = None,
     ) -> None:
         self.number = next(self._numbers)
-        self.optimizers = optimizers
+        self.readers = readers
         self.dataset = dataset
-        self.private = private
+        self.counts = counts
+        self.fills = fills
         self.splitter = weakref.ref(splitter) if splitter is not None else None
         self.drawn: dict[int, Delivery] = {}
         self.logical = 0
@@ -96,7 +98,7 @@ class Delivery:
         self.serial: int | None = None
         self.skip: bool | None = None
         self.logical = 0
-        self.tensors: tuple[weakref.ref[torch.Tensor], ...] = ()
+        self.tensors: Sequence[weakref.ref[torch.Tensor]] = ()
 
     def fits(self, rows: int) -> bool:
         """Whether so many rows can be its people."""
@@ -161,7 +163,8 @@ class Deliveries:
         to tell which batch they have seen."""
         self._readers: weakref.WeakKeyDictionary[Any, Reader] = weakref.WeakKeyDictionary()
         self._steppers: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._untied = Reader()
+        self.untied = Reader()
+        """Is told of batches that Opacus's samplers draw, nobody knows for whom."""
         self._declared: deque[Delivery] = deque(maxlen=_PENDING_AT_MOST)
         self._recent: deque[Delivery] = deque(maxlen=_TENSORS_KEPT_OF)
 
@@ -177,18 +180,17 @@ class Deliveries:
     def add(self, delivery: Delivery, data: Any) -> None:
         """A loader has delivered ``data``."""
         iteration: Iteration = delivery.iteration
-        if not iteration.private:
+        if not iteration.readers:
             self.others += 1
             self.other = delivery
             return
         self.serial += 1
         delivery.serial = self.serial
-        delivery.tensors = tuple(map(weakref.ref, _tensors(data, _DEPTH)))
+        delivery.tensors = [weakref.ref(tensor) for tensor in _tensors(data, _DEPTH)]
         if len(self._recent) == _TENSORS_KEPT_OF:
             self._recent[0].tensors = ()
         self._recent.append(delivery)
-        tied = list(iteration.optimizers)
-        for reader in [self.reader(optimizer) for optimizer in tied] or [self._untied]:
+        for reader in iteration.readers:
             reader.add(delivery)
             self.unclear = self.unclear or reader.fresh or len(reader.pending) > 1
 
@@ -201,62 +203,65 @@ class Deliveries:
 
     def stop(self) -> None:
         """Loaders are not observed any more: what they deliver is not known from now on."""
-        self._untied.forget()
-        self._readers.clear()
+        for reader in (self.untied, *self._readers.values()):
+            reader.forget()
 
     # -- asked by the audit --------------------------------------------------------------------
 
-    def pending(self, optimizer: Any) -> list[Delivery]:
-        """Private batches that ``optimizer`` has not used yet, in the order of their delivery."""
+    def steps(self, optimizer: Any) -> Reader:
+        """``optimizer`` is one of those that take steps; what is kept for it."""
         self._steppers.add(optimizer)
-        own = self.reader(optimizer).pending
-        untied = self._untied.pending
+        return self.reader(optimizer)
+
+    def pending(self, reader: Reader) -> list[Delivery]:
+        """Private batches that were not used yet, in the order of their delivery."""
+        untied = self.untied.pending
         if not untied:
-            return list(own)
+            return list(reader.pending)
         if len(self._steppers) > 1:
-            self._untied.forget()
-            return list(own)
-        return sorted((*own, *untied), key=lambda delivery: delivery.serial or 0)
+            self.others += len(untied)
+            self.other = untied[-1]
+            self.untied.forget()
+            return list(reader.pending)
+        return sorted((*reader.pending, *untied), key=lambda delivery: delivery.serial or 0)
 
-    def lost(self, optimizer: Any) -> bool:
-        """Whether batches that ``optimizer`` may yet use had to be forgotten."""
-        return self.reader(optimizer).lost or self._untied.lost
+    def lost(self, reader: Reader) -> bool:
+        """Whether batches that may yet be used had to be forgotten."""
+        return reader.lost or self.untied.lost
 
-    def declared(self, optimizer: Any) -> list[Delivery]:
-        """Declared batches that ``optimizer`` has not used yet."""
+    def declared(self, reader: Reader) -> list[Delivery]:
+        """Declared batches that were not used yet."""
         if not self._declared:
             return []
-        until = self.reader(optimizer).declared_until
-        return [d for d in self._declared if (d.serial or 0) > until]
+        return [d for d in self._declared if (d.serial or 0) > reader.declared_until]
 
-    def use(self, optimizer: Any, used: Delivery) -> None:
-        """``optimizer`` has taken a batch; those before it are not waited for any more."""
-        reader = self.reader(optimizer)
-        reader.fresh = self._untied.fresh = False
+    def use(self, reader: Reader, used: Delivery) -> None:
+        """A batch was taken; those before it are not waited for any more."""
+        reader.fresh = self.untied.fresh = False
         serial = used.serial or 0
         if used.iteration is DECLARED:
             reader.declared_until = serial
             return
-        for queue in (reader.pending, self._untied.pending):
+        for queue in (reader.pending, self.untied.pending):
             while queue and (queue[0].serial or 0) <= serial:
                 queue.popleft()
-        if not reader.pending and not self._untied.pending:
-            reader.lost = self._untied.lost = False
+        if not reader.pending and not self.untied.pending:
+            reader.lost = self.untied.lost = False
 
     def drop(self, optimizer: Any, gone: Iterable[Delivery]) -> None:
         """These batches will not be used by ``optimizer``."""
         reader, wanted = self.reader(optimizer), set(map(id, gone))
         reader.pending = deque(d for d in reader.pending if id(d) not in wanted)
 
-    def forget(self, optimizer: Any) -> None:
-        """Nothing delivered so far counts for ``optimizer`` any more."""
-        self.reader(optimizer).forget()
-        self._untied.forget()
-        self.reader(optimizer).declared_until = self.serial
+    def forget(self, reader: Reader) -> None:
+        """Nothing delivered so far counts for this optimizer any more."""
+        reader.forget()
+        self.untied.forget()
+        reader.declared_until = self.serial
 
     def rest(self) -> None:
         """A step has taken what it could: what waits now makes the next one unclear."""
-        readers = (self._untied, *self._readers.values())
+        readers = (self.untied, *self._readers.values())
         self.unclear = any(reader.pending for reader in readers)
 
     def origin(self, inputs: Iterable[Any]) -> int | None:
@@ -269,13 +274,14 @@ class Deliveries:
         return None
 
 
-def _tensors(data: Any, depth: int) -> Iterable[torch.Tensor]:
+def _tensors(data: Any, depth: int) -> list[torch.Tensor]:
     """The tensors in a batch, as far as it is made of lists, tuples and mappings."""
     if isinstance(data, torch.Tensor):
-        yield data
-    elif depth and isinstance(data, Mapping):
-        for value in data.values():
-            yield from _tensors(value, depth - 1)
-    elif depth and isinstance(data, (list, tuple)):
-        for value in data:
-            yield from _tensors(value, depth - 1)
+        return [data]
+    if isinstance(data, Mapping):
+        data = list(data.values())
+    if not depth or not isinstance(data, (list, tuple)):
+        return []
+    if all(isinstance(value, torch.Tensor) for value in data):
+        return list(data)
+    return [tensor for value in data for tensor in _tensors(value, depth - 1)]

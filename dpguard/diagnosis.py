@@ -349,8 +349,9 @@ _DIAGNOSES = {
         Severity.CRITICAL,
     ),
     BATCHES_OF_TWO: Diagnosis(
-        "batches of two private loaders are in one batch of per-sample gradients; that is as "
-        "private as accounted only if nobody is in both data sets and both sample rates are equal",
+        "batches of two loaders are in one batch of per-sample gradients; that is as private as "
+        "accounted only if nobody is in both data sets, and one of them is public or both are "
+        "drawn at the same rate",
         'if that is so, run the forward of each in a block `with dpguard.rows("concat"):` of its '
         "own, or declare the number of people with dpguard.batch_size()",
         Severity.WARNING,

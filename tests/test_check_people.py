@@ -510,6 +510,16 @@ def test_one_batch_allows_it(guard):
     assert diagnosis.BATCHES_ADDED not in causes(guard)
 
 
+def test_public_data_in_the_batch_is_said_once(guard):
+    """One batch of a loader of unknown purpose in each private one: it may be public."""
+    private = Private(poisson=False)
+    public = DataLoader(samples(30, seed=8), batch_size=6)
+    for (x, y), (u, v) in zip(private.loader, public, strict=True):
+        private.step(plain(private, torch.cat([x, u]), torch.cat([y, v])))
+    found = [(v.cause, v.severity.value) for v in guard.violations]
+    assert found == [(diagnosis.BATCHES_OF_TWO, "WARNING")]
+
+
 def test_two_batches_in_one_call(guard):
     """Of the same data a person can be in both: refused. Of two loaders it is said."""
     private = Private(samples(13), poisson=False)

@@ -106,9 +106,10 @@ class Calls:
 
     def rest(self) -> None:
         """Calls need not be noted as long as nothing is unclear."""
-        self._deliveries.rest()
-        if not self._deliveries.unclear and not self._notes:
-            self._ledger.watcher = None
+        if self._ledger.watcher is not None:
+            self._deliveries.rest()
+            if not self._deliveries.unclear and not self._notes:
+                self._ledger.watcher = None
 
     def mixed(self, notes: Sequence[Note], private: Sequence[Delivery]) -> Failure | None:
         """Whether calls that saw different people were added by row."""

@@ -27,7 +27,7 @@ from dpguard import _compat, diagnosis
 from dpguard.audit.calls import Calls, Note
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.explain import explain, joined
-from dpguard.deliveries import DECLARED, Deliveries, Delivery
+from dpguard.deliveries import DECLARED, Deliveries, Delivery, Reader
 from dpguard.events import Severity
 from dpguard.ledger import Ledger
 
@@ -44,6 +44,7 @@ class _Logical:
     """The logical batch of one optimizer that is under way, and what was said of earlier ones.
 
     Attributes:
+        reader: what was delivered for it.
         draws: batches that have entered it; ``None`` if that is not known.
         rounds: into how many of them the rows of the last physical batch are divided.
         split: whether they were drawn as one and split by ``BatchMemoryManager``.
@@ -52,6 +53,7 @@ class _Logical:
         said: what is said once.
     """
 
+    reader: Reader
     draws: int | None = 0
     rounds: int = 0
     split: bool = False
@@ -91,46 +93,44 @@ class People(Check):
         logical.rounds = len(sizes)
         if notes and optimizer.loss_reduction == "mean":
             step.rows_per_person = _rows_per_person(notes)
-        found = self._compare(step, optimizer, logical, sizes, notes)
+        found = self._compare(step, logical, sizes, notes)
         logical.others = self._deliveries.others
         self._calls.rest()
         if found is not None:
             logical.draws = None
-            self._deliveries.forget(optimizer)
+            self._deliveries.forget(logical.reader)
             return [found] if _is_new(found, logical) else ()
         return ()
 
     def _compare(
         self,
         step: Step,
-        optimizer: Any,
         logical: _Logical,
         sizes: Sequence[int],
         notes: Sequence[Note],
     ) -> Failure | None:
-        declared = self._deliveries.declared(optimizer)
-        private = self._deliveries.pending(optimizer)
+        declared = self._deliveries.declared(logical.reader)
+        private = self._deliveries.pending(logical.reader)
         mixed = self._calls.mixed(notes, private) if notes else None
         if mixed is not None:
             return mixed
         used = explain(sizes, declared or private)
         if used is not None:
             step.run(ROWS, count=1)
-            self._use(optimizer, logical, used)
+            self._use(logical, used)
             if declared and private:
-                self._deliveries.use(optimizer, private[-1])
+                self._deliveries.use(logical.reader, private[-1])
             return None
         if declared:
             return _failure(diagnosis.NOT_AS_DECLARED, sizes, declared)
-        if private and not self._deliveries.lost(optimizer):
-            return self._by_private(step, optimizer, logical, sizes, private=private, notes=notes)
+        if private and not self._deliveries.lost(logical.reader):
+            return self._by_private(step, logical, sizes, private=private, notes=notes)
         logical.draws = None
         return None if private else self._by_others(step, logical, sizes)
 
     def _by_private(
         self,
         step: Step,
-        optimizer: Any,
         logical: _Logical,
         sizes: Sequence[int],
         *,
@@ -141,20 +141,25 @@ class People(Check):
         blocks = any(note.people is not None and note.people.joins for note in notes)
         parts = joined(sizes, private, declared=blocks)
         if not parts:
+            other = self._deliveries.other
+            if other is not None and self._deliveries.others - logical.others == 1:
+                mixed = [[d, other] for d in private if _people(d) + _people(other) == sum(sizes)]
+                if mixed:
+                    return _failure(diagnosis.BATCHES_OF_TWO, sizes, mixed[0], check=BATCHES)
             return self._deviation(sizes, private, notes)
         if len({part.iteration.dataset for part in parts}) < len(parts):
             return _failure(diagnosis.BATCHES_JOINED, sizes, parts, check=BATCHES)
         if not blocks:
             return _failure(diagnosis.BATCHES_OF_TWO, sizes, parts, check=BATCHES)
         step.run(ROWS, count=1)
-        self._deliveries.use(optimizer, parts[-1])
+        self._deliveries.use(logical.reader, parts[-1])
         if logical.draws is not None:
             logical.draws += 1
         return None
 
-    def _use(self, optimizer: Any, logical: _Logical, used: Sequence[Delivery]) -> None:
+    def _use(self, logical: _Logical, used: Sequence[Delivery]) -> None:
         for delivery in used:
-            self._deliveries.use(optimizer, delivery)
+            self._deliveries.use(logical.reader, delivery)
         if not used or used[0].iteration is DECLARED:
             logical.draws = None
         elif used[0].skip is not None:
@@ -166,7 +171,7 @@ class People(Check):
         self, sizes: Sequence[int], private: Sequence[Delivery], notes: Sequence[Note]
     ) -> Failure:
         """What it means that the rows are not the people of private batches."""
-        people = [d.rows or 0 for d in private]
+        people = list(map(_people, private))
         if max(sizes) > max(people) or (
             sum(sizes) > sum(people) and not private[-1].iteration.finished
         ):
@@ -187,7 +192,7 @@ class People(Check):
             logical.streak = 0
             step.run(ROWS, count=1)
             return None
-        people = last.rows or 0
+        people = _people(last)
         several = len(sizes) == 1 and people > 0 and sizes[0] % people == 0
         logical.streak = logical.streak + 1 if several and delivered == 1 else 0
         if logical.streak < _WEAK_STEPS:
@@ -215,7 +220,7 @@ class People(Check):
     def _of(self, optimizer: Any) -> _Logical:
         found = self._logical.get(optimizer)
         if found is None:
-            found = self._logical[optimizer] = _Logical()
+            found = self._logical[optimizer] = _Logical(self._deliveries.steps(optimizer))
         return found
 
 
@@ -245,10 +250,14 @@ def _rows_per_person(notes: Sequence[Note]) -> float | None:
     return found.pop() if len(found) == 1 else None
 
 
+def _people(batch: Delivery) -> int:
+    return batch.people or 0
+
+
 def _failure(
     cause: str, sizes: Sequence[int], batches: Sequence[Delivery], *, check: str = ROWS
 ) -> Failure:
-    people = sum(d.people or 0 for d in batches)
+    people = sum(map(_people, batches))
     return Failure(check, cause, figure=float(sum(sizes)), bound=float(people))
 
 

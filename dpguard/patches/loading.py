@@ -129,10 +129,8 @@ class LoadingPatch:
         iteration = self._iterations.get(iterator)
         if iteration is None or _compat.begins_pass(iterator):
             iteration = self._iterations[iterator] = self._begin(iterator)
-        people = None
-        if _compat.counts_people(iterator) and hasattr(index, "__len__"):
-            people = len(index)
-        rows = 1 if people == 0 and _compat.rows_for_nobody(iterator) else people
+        people = len(index) if iteration.counts and hasattr(index, "__len__") else None
+        rows = 1 if people == 0 and iteration.fills else people
         delivery = iteration.drawn[number] = Delivery(iteration, people, rows)
         splitter = iteration.splitter() if iteration.splitter is not None else None
         if splitter is not None:
@@ -156,20 +154,26 @@ class LoadingPatch:
 
     def _begin(self, iterator: Any) -> Iteration:
         """A pass begins: find out whose batches these are."""
-        optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
-        private, splitter = False, None
+        optimizers: list[Any] = []
+        uniform, splitter = False, None
         splitting = _compat.splitting_sampler()
         for sampler in _chain(iterator._index_sampler):
             if splitting is not None and isinstance(sampler, splitting):
                 splitter = sampler.optimizer
-                optimizers.add(splitter)
+                optimizers.append(splitter)
             if _is_key(sampler):
-                for optimizer in self._ties.get(sampler, ()):
-                    optimizers.add(optimizer)
-            private = private or isinstance(sampler, _compat.uniform_samplers())
-        private = private or bool(optimizers)
-        dataset = id(iterator._dataset)
-        return Iteration(optimizers, dataset, private=private, splitter=splitter)
+                optimizers.extend(self._ties.get(sampler, ()))
+            uniform = uniform or isinstance(sampler, _compat.uniform_samplers())
+        readers = [self._deliveries.reader(o) for o in {id(o): o for o in optimizers}.values()]
+        if uniform and not readers:
+            readers = [self._deliveries.untied]
+        return Iteration(
+            readers,
+            id(iterator._dataset),
+            counts=_compat.counts_people(iterator),
+            fills=_compat.rows_for_nobody(iterator),
+            splitter=splitter,
+        )
 
 
 def _chain(sampler: Any) -> Iterator[Any]:
