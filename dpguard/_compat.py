@@ -611,6 +611,11 @@ def check_processed(found: Any) -> None:
     sys.modules[_MECHANISM]._check_processed_flag(found)  # type: ignore[attr-defined]
 
 
+def is_processed(rows: Any) -> bool:
+    """Whether these rows were used in a step already."""
+    return hasattr(rows, "_processed")
+
+
 def mark_processed(found: Any) -> None:
     """Mark rows or a clipped sum as used."""
     sys.modules[_MECHANISM]._mark_as_processed(found)  # type: ignore[attr-defined]

@@ -454,6 +454,17 @@ def test_figures_stay_out_of_the_log(tmp_path):
     assert "dpguard.figure" in logs[True].read_text()
 
 
+def test_rows_that_nobody_has_cleared(guard):
+    """Opacus's own error, which names the cause."""
+    private = Private(poisson=False)
+    batches = iter(private.loader)
+    private.step(plain(private, *next(batches)))
+    plain(private, *next(batches)).backward()
+    with pytest.raises(ValueError, match="cleared"):
+        private.optimizer.step()
+    assert guard.violations == ()
+
+
 # -- two batches in the same rows ------------------------------------------------------------------
 
 

@@ -235,7 +235,10 @@ def rows_at_hand(
     for parameter in parameters:
         rows = getattr(parameter, "grad_sample", None)
         if rows is not None:
-            return tuple([len(r) for r in rows]) if isinstance(rows, list) else (len(rows),)
+            pieces = rows if isinstance(rows, list) else [rows]
+            if any(map(_compat.is_processed, pieces)):
+                return None  # nobody has cleared those of an earlier step: Opacus raises
+            return tuple([len(piece) for piece in pieces])
     return None
 
 

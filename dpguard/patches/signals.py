@@ -122,6 +122,8 @@ class Signals:
             return
         if all(getattr(p, "summed_grad", None) is None for p in optimizer.params):
             return
+        if not self._rows_of(optimizer):
+            return  # nothing to add: Opacus will say why
         diagnosed = diagnosis.explain(diagnosis.BATCHES_MERGED)
         self._verdicts.refuse(
             BATCHES,
