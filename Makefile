@@ -2,9 +2,10 @@
 #
 #   make demo            the demonstration, on real digits, offline once the environment exists
 #   make test            the tests;     make test PYTEST_ARGS="-k detach -x"
+#   make test-slow       those that take minutes: thousands of random programs, other Lightnings
 #   make test-releases   exactness on the oldest and other releases of Opacus
 #   make test-opacus     Opacus's own tests with and without dpguard (all: an hour;
-#                        test-opacus-of-ci: those that take minutes)
+#                        test-opacus-of-ci: all but those that take minutes each)
 #   make lint            ruff and mypy
 #   make wheel-check     build, install into an empty environment, look inside, uninstall
 #   make bench           costs at import, of an idle detach, of a guarded step
@@ -18,46 +19,48 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.complete
 # The last Opacus whose DP optimizer copies attributes instead of forwarding them; for the tests.
 ALIASING = 1.5.1
+OLDEST = 1.0.2
 # Releases on which exactness is tested, besides the pinned one.
 RELEASES = 1.0.2 1.4.1 1.5.1 1.5.4
 # What these depend on is the release; the other tests are the same on each.
-RELEASE_TESTS = grad_sample ghost ghost_gradient ghost_models ghost_by_hand detach late_layers \
-	replay one_batch regressions random_programs other_modes audit attributes protocol facades \
-	mechanism amp
+RELEASE_TESTS = grad_sample ghost ghost_gradient ghost_models ghost_by_hand late_layers replay \
+	one_batch regressions control_flow right_today random_programs other_modes audit attributes \
+	protocol facades mechanism amp lean distributed layers
 # Releases of Lightning that stand for an optimizer in other ways than the pinned one.
 LIGHTNING = 1.9.5 2.0.9 2.1.4
 OPACUS_TESTS ?=
-# Those of Opacus's own tests that take minutes, not an hour.
-OPACUS_TESTS_OF_CI = grad_samples grad_sample_hooks_test.py gradient_accumulation_test.py \
-	batch_memory_manager_test.py poisson_test.py randomness_test.py mixed_precision_test.py \
-	per_sample_gradients_utils_test.py dp_layers schedulers \
-	grad_sample_module_fast_gradient_clipping_test.py \
-	grad_sample_hooks_fast_gradient_clipping_test.py
+OPACUS_ARGS ?=
+# All but those that train for minutes to see how much noise there is.
+OPACUS_ARGS_OF_CI = -k "not (ConvNet and test_noise_level) and not overshoot"
 # One process and one thread for each core: the tensors of the tests are too small to share.
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test test-releases test-opacus test-opacus-of-ci lint wheel-check bench clean
+.PHONY: demo test test-slow test-releases test-opacus test-opacus-of-ci lint wheel-check bench clean
 
 demo: $(STAMP)
 	$(BIN)/dpguard demo
 
-test: $(STAMP) $(VENV)/opacus-$(ALIASING)/.complete $(LIGHTNING:%=$(VENV)/lightning-%/.complete)
-	$(PYTEST) $(PYTEST_ARGS)
+test: $(STAMP) $(VENV)/opacus-$(OLDEST)/.complete $(VENV)/opacus-$(ALIASING)/.complete
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(STAMP) $(LIGHTNING:%=$(VENV)/lightning-%/.complete)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 test-releases: $(RELEASES:%=$(VENV)/opacus-%/.complete)
 	set -e; for release in $(RELEASES); do \
 		echo "Opacus $$release"; \
-		PYTHONPATH="$(VENV)/opacus-$$release" $(PYTEST) -q -W default $(PYTEST_ARGS) \
+		PYTHONPATH="$(VENV)/opacus-$$release" $(PYTEST) -q -W default -m "not slow" $(PYTEST_ARGS) \
 			$(RELEASE_TESTS:%=tests/test_%.py) tests/integrations; \
 	done
 
 test-opacus: $(STAMP) $(VENV)/torchvision/.complete
-	PYTHONPATH="tests:$(VENV)/torchvision" $(BIN)/python -m opacus_suite $(OPACUS_TESTS)
+	OMP_NUM_THREADS=1 PYTHONPATH="tests:$(VENV)/torchvision" $(BIN)/python -m opacus_suite \
+		--workers $(WORKERS) $(OPACUS_ARGS) -- $(OPACUS_TESTS)
 
 test-opacus-of-ci:
-	$(MAKE) test-opacus OPACUS_TESTS="$(OPACUS_TESTS_OF_CI)"
+	$(MAKE) test-opacus OPACUS_ARGS='$(OPACUS_ARGS_OF_CI)'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

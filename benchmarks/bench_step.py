@@ -3,24 +3,32 @@
 In each round the guard is installed (it adopts the model), some steps are timed, it is
 uninstalled (the model gets Opacus's own hooks back), and as many steps are timed again. What is
 compared are medians over rounds of the thread's CPU time, which other processes disturb least;
-on a GPU, wall-clock time with synchronisation around each turn.
+on a GPU, the time between two CUDA events around each turn. The guard audits each step and writes
+an event of each to a log.
 
     python benchmarks/bench_step.py [--rounds N] [--device cpu|cuda] [--batch 16 64 256]
-                                    [--part step|pairing]
+                                    [--models NAME ...] [--part PART] [--against PLAIN]
 
-``--part pairing`` times forward and backward alone, without the optimizer, and compares the peak
-of memory allocated in them.
+Parts: ``step`` (default); ``pairing``, forward and backward alone; ``optimizer``, the step of the
+optimizer alone; ``accumulated``, four physical batches to a step. ``--against unaudited`` compares
+with a guard that looks at values in no step but the first instead of with plain Opacus.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import os
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces each start and stop
 
 import torch
 from opacus import GradSampleModule
@@ -31,6 +39,7 @@ from torch import nn
 import dpguard
 
 SECONDS_PER_TURN = 0.15
+ACCUMULATED = 4
 
 
 class Recurrent(nn.Module):
@@ -56,19 +65,22 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, width) to the same."""
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, 4, -1)).movedim(2, 0).transpose(2, 3)
+        heads = max(4, x.shape[-1] // 64)
+        q, k, v = (
+            self.qkv(self.norm1(x)).unflatten(-1, (3, heads, -1)).movedim(2, 0).transpose(2, 3)
+        )
         mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + self.out(mixed)
         return x + self.down(torch.nn.functional.gelu(self.up(self.norm2(x))))
 
 
 class Transformer(nn.Module):
-    """Two blocks of width 64 over tokens."""
+    """Blocks over tokens."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 64, depth: int = 2) -> None:
         super().__init__()
-        self.embed, self.head = nn.Embedding(100, 64), nn.Linear(64, 10)
-        self.blocks = nn.Sequential(Block(64), Block(64))
+        self.embed, self.head = nn.Embedding(100, width), nn.Linear(width, 10)
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(depth)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of shape (B, 10) from tokens of shape (B, T)."""
@@ -91,12 +103,49 @@ def cnn() -> nn.Module:
     )  # fmt: skip
 
 
+class Residual(nn.Module):
+    """Two convolutions with GroupNorm and a way round them."""
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(before, after, 3, stride, 1), nn.GroupNorm(16, after), nn.ReLU(),
+            nn.Conv2d(after, after, 3, padding=1), nn.GroupNorm(16, after),
+        )  # fmt: skip
+        self.way = nn.Conv2d(before, after, 1, stride) if stride > 1 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, before, H, W) to (B, after, H / stride, W / stride)."""
+        return torch.relu(self.body(x) + self.way(x))
+
+
+def resnet() -> nn.Module:
+    """As ResNet-18, for images of 32 x 32: 11 million parameters."""
+    widths = [(64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1)]
+    widths += [(256, 512, 2), (512, 512, 1)]
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1), nn.GroupNorm(16, 64), nn.ReLU(),
+        *(Residual(*w) for w in widths),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10),
+    )  # fmt: skip
+
+
+def deep(layers: int) -> nn.Module:
+    """Many small layers: the step is bound by Python and launches."""
+    return nn.Sequential(*(nn.Linear(16, 16) for _ in range(layers - 1)), nn.Linear(16, 10))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]]] = {
     "mlp": (mlp, lambda b: torch.randn(b, 64)),
     "cnn": (cnn, lambda b: torch.randn(b, 3, 16, 16)),
     "transformer": (Transformer, lambda b: torch.randint(100, (b, 16))),
     "dplstm": (Recurrent, lambda b: torch.randn(b, 16, 16)),
+    "deep": (lambda: deep(30), lambda b: torch.randn(b, 16)),
+    "deep600": (lambda: deep(600), lambda b: torch.randn(b, 16)),
+    "resnet": (resnet, lambda b: torch.randn(b, 3, 32, 32)),
+    "gpt2": (lambda: Transformer(768, 12), lambda b: torch.randint(100, (b, 32))),
 }
+SMALL = ("mlp", "cnn", "transformer", "dplstm")
 
 
 class Training:
@@ -125,16 +174,42 @@ class Training:
         self.pairing()
         self.optimizer.step()
 
-    def turn(self, part: Callable[[], None], steps: int) -> float:
+    def accumulated(self) -> None:
+        """One training step on four physical batches."""
+        self.optimizer.zero_grad()
+        for _ in range(ACCUMULATED):
+            nn.functional.cross_entropy(self.model(self.x), self.y).backward()
+        self.optimizer.step()
+
+    def turn(self, part: str, steps: int) -> float:
         """Seconds per step."""
-        clock = time.thread_time if self.device.type == "cpu" else time.perf_counter
-        part()
-        self._wait()
-        start = clock()
-        for _ in range(steps):
-            part()
-        self._wait()
-        return (clock() - start) / steps
+        timed = self.optimizer.step if part == "optimizer" else getattr(self, part)
+        seconds = 0.0
+        for number in range(-1, steps):
+            if part == "optimizer":
+                self.pairing()
+            start = self._now()
+            timed()
+            if part == "optimizer" or number < 0 or number == steps - 1:
+                end = self._now()
+            if number < 0:
+                begin = end
+            elif part == "optimizer":
+                seconds += self._between(start, end)
+        return (seconds if part == "optimizer" else self._between(begin, end)) / steps
+
+    def _now(self) -> Any:
+        if self.device.type == "cpu":
+            return time.thread_time()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, start: Any, end: Any) -> float:
+        if self.device.type == "cpu":
+            return end - start
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
 
     def peak(self, part: Callable[[], None]) -> int:
         """Largest number of bytes that were allocated at once, above those before."""
@@ -175,24 +250,38 @@ class Comparison:
     guarded_peak: int
 
 
-def compare(name: str, batch: int, device: torch.device, rounds: int, part: str) -> Comparison:
+def compare(  # noqa: PLR0917
+    name: str, batch: int, device: torch.device, rounds: int, part: str, against: str, log: str
+) -> Comparison:
     """Seconds per step and peak memory; the ratio is the median of the rounds' ratios."""
+
+    def guard() -> dpguard.Guard:
+        return dpguard.install(mode="repair", log_dir=log)
+
+    def other() -> dpguard.Guard:
+        if against == "plain":
+            return dpguard.install(mode="off")
+        return dpguard.install(mode="repair", log_dir=log, audit_every=1_000_000)
+
     dpguard.install(mode="off")
     training = Training(name, batch, device)
-    timed = getattr(training, part)
-    steps = max(3, int(SECONDS_PER_TURN / training.turn(timed, 3)))
+    steps = max(3, int(SECONDS_PER_TURN / training.turn(part, 3)))
     plain, guarded = [], []
     for _ in range(rounds):
-        with dpguard.install(mode="repair"):
-            guarded.append(training.turn(timed, steps))
-        plain.append(training.turn(timed, steps))
-    with dpguard.install(mode="repair"):
+        with guard():
+            guarded.append(training.turn(part, steps))
+        with other():
+            plain.append(training.turn(part, steps))
+    timed = training.pairing if part == "optimizer" else getattr(training, part)
+    with guard():
         guarded_peak = training.peak(timed)
+    with other():
+        plain_peak = training.peak(timed)
     return Comparison(
         statistics.median(plain),
         statistics.median(guarded),
         statistics.median(g / p for g, p in zip(guarded, plain, strict=True)),
-        training.peak(timed),
+        plain_peak,
         guarded_peak,
     )
 
@@ -203,21 +292,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 64, 256])
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--part", default="step", choices=["step", "pairing"])
+    parser.add_argument("--models", nargs="+", default=list(SMALL), choices=list(MODELS))
+    parts = ["step", "pairing", "optimizer", "accumulated"]
+    parser.add_argument("--part", default="step", choices=parts)
+    parser.add_argument("--against", default="plain", choices=["plain", "unaudited"])
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, {options.device}, {options.part}")
+    print(f"torch {torch.__version__}, {options.device}, {options.part} against {options.against}")
     print(f"{'model':<14}{'batch':>6}{'plain ms':>10}{'guarded ms':>12}{'ratio':>8}{'memory':>8}")
-    for name in options.models:
-        for batch in options.batch:
-            found = compare(name, batch, options.device, options.rounds, options.part)
-            print(
-                f"{name:<14}{batch:>6}{found.plain * 1e3:>10.3f}{found.guarded * 1e3:>12.3f}"
-                f"{found.ratio:>8.2f}{found.guarded_peak / found.plain_peak:>8.3f}",
-                flush=True,
+    for name, batch in itertools.product(options.models, options.batch):
+        with tempfile.TemporaryDirectory() as log:
+            found = compare(
+                name, batch, options.device, options.rounds, options.part, options.against, log
             )
+        print(
+            f"{name:<14}{batch:>6}{found.plain * 1e3:>10.3f}{found.guarded * 1e3:>12.3f}"
+            f"{found.ratio:>8.2f}{found.guarded_peak / found.plain_peak:>8.3f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

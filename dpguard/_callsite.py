@@ -15,9 +15,12 @@ _PACKAGE = Path(__file__).resolve().parent
 _EXAMPLES = _PACKAGE / "examples"
 _CALL_MODULE: CodeType = torch.nn.Module._call_impl.__code__
 _OURS, _OPACUS, _TORCH, _USERS = range(4)
+_FRAMES_OF_A_HOOK = 4
+"""Those of a forward hook of ours, at least: to ask a frame for its code is to make an object."""
 _kinds: dict[str, int] = {}
 _shown: dict[str, str] = {}
-_outer_forwards: set[CodeType] = set()
+_outer_forwards: dict[int, CodeType] = {}
+"""By identity: the hash of a code object is that of all its names and constants."""
 
 
 def _directory_of(module: str) -> Path | None:
@@ -87,15 +90,16 @@ def writer() -> str | None:
 def forward_caller() -> str | None:
     """``file:line`` that called the outermost guarded module of the running forward.
 
-    That is the line ``z = model(x)`` of the training loop, not a line inside of the model.
+    That is the line ``z = model(x)`` of the training loop, not a line inside of the model. To be
+    called by a forward hook.
     """
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(_FRAMES_OF_A_HOOK)
     outermost = frame
     while frame is not None:
         code = frame.f_code
         if code is _CALL_MODULE:
             outermost = frame
-        elif code in _outer_forwards:
+        elif id(code) in _outer_forwards:
             # The wrapper that Opacus put around the model: the call of it is what we look for.
             return _first_outside(frame)
         frame = frame.f_back
@@ -104,4 +108,4 @@ def forward_caller() -> str | None:
 
 def mark_outer_forward(code: CodeType) -> None:
     """Treat calls of the function with this code as the outermost guarded call."""
-    _outer_forwards.add(code)
+    _outer_forwards[id(code)] = code

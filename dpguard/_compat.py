@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import re
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from types import FrameType
@@ -24,11 +26,14 @@ __all__ = [
     "REPLAY",
     "TORCH_OLDEST",
     "Autograd",
+    "Nodes",
+    "adaptive_optimizer_class",
     "allows_accumulation",
     "autograd",
     "batch_dimension",
     "can_be_replayed",
     "clips_rows",
+    "compiled_code_knows_methods_by_identity",
     "eager",
     "ghost_criterion_classes",
     "ghost_hooks_class",
@@ -36,13 +41,15 @@ __all__ = [
     "ghost_optimizer_class",
     "grad_sampler",
     "has_grad_sampler",
-    "inside_transform",
+    "learn_layout",
+    "nodes",
     "norm_sampler",
     "on_module_registration",
     "optimizer_class",
     "replay_preparer",
     "rows_are_fresh",
     "stock_hooks_class",
+    "transform_test",
     "unsupported",
     "uses_ghost_hooks",
     "uses_stock_hooks",
@@ -123,9 +130,11 @@ _ENGINE_FUNCTIONS = (
     "_current_graph_task_id",
     "_will_engine_execute_node",
     "_autograd._get_current_graph_task_keep_graph",
+    "_functions.DelayedError",
 )
 
 
+@functools.lru_cache(maxsize=1)
 def _torch() -> Any:
     return importlib.import_module("torch")
 
@@ -148,14 +157,14 @@ class Autograd:
     Attributes:
         graph_task_id: number of the backward that runs in this thread, or -1.
         keeps_graph: whether the running backward was asked to retain its graph.
-        role_of: what the running backward does with a leaf tensor: 0 nothing, 1 accumulate
-            into it, 2 return its gradient (``torch.autograd.grad``).
+        roles_of: what the running backward does with leaf tensors, for each: 0 nothing,
+            1 accumulate into it, 2 return its gradient (``torch.autograd.grad``).
         on_backward_end: have a function called when the running backward has done all its work.
     """
 
     graph_task_id: Callable[[], int]
     keeps_graph: Callable[[], bool]
-    role_of: Callable[[torch.Tensor], int]
+    roles_of: Callable[[Sequence[torch.Tensor]], list[int]]
     on_backward_end: Callable[[Callable[[], None]], None]
 
 
@@ -163,26 +172,109 @@ class Autograd:
 def autograd() -> Autograd:
     """The engine of the torch that is imported; call only if :func:`unsupported` is ``None``."""
     torch = _torch()
-    graph_task_id, will_execute, keeps_graph = map(_engine_function, _ENGINE_FUNCTIONS)
-    enable_grad = torch.enable_grad
+    graph_task_id, will_execute, keeps_graph, node_of = map(_engine_function, _ENGINE_FUNCTIONS)
 
-    def role_of(leaf: Any) -> int:
-        if not leaf.requires_grad:
-            return 0
-        with enable_grad():
-            node = leaf.view_as(leaf).grad_fn.next_functions[0][0]
+    def role_of(node: Any) -> int:
         try:
-            return int(will_execute(node))
+            return int(node is not None and will_execute(node))
         except RuntimeError:
             # torch refuses the question for a leaf whose gradient autograd.grad() will return.
             return 2
 
+    def roles_of(leaves: Sequence[Any]) -> list[int]:
+        # The nodes of leaves are those above a node that has them all for inputs. They are asked
+        # for in each backward: one that is kept keeps its leaf, and is the wrong one once the
+        # leaf is moved.
+        if not leaves:
+            return []
+        with torch.enable_grad():
+            made = node_of(b"never backpropagated", len(leaves))(*leaves)
+        above = (made[0] if isinstance(made, tuple) else made).grad_fn
+        if above is None:
+            return [0] * len(leaves)
+        return [role_of(node) for node, _ in above.next_functions]
+
     return Autograd(
         graph_task_id=graph_task_id,
         keeps_graph=keeps_graph,
-        role_of=role_of,
+        roles_of=roles_of,
         on_backward_end=torch.autograd.Variable._execution_engine.queue_callback,
     )
+
+
+# -- torch: the nodes of a graph -----------------------------------------------------------------
+
+
+class Nodes:
+    """What is asked of the nodes of a graph when they are run beside the engine.
+
+    Raises:
+        AttributeError: this torch does not tell what has to be known of a node.
+    """
+
+    def __init__(self) -> None:
+        torch = _torch()
+        self.current: Callable[[], Any] = torch._C._current_autograd_node
+        """The node that the engine evaluates in this thread."""
+        if not hasattr(torch._C._autograd.SavedTensor, "unpack_hook"):
+            raise AttributeError("SavedTensor.unpack_hook")
+        self._in_python: type = torch._C._FunctionBase
+        self._identity: type = torch.nn.modules._functions.BackwardHookFunction
+        self._kinds: dict[type, tuple[str, ...] | None] = {}
+
+    def is_leaf(self, node: Any) -> bool:
+        """Whether ``node`` accumulates into a leaf tensor, which is its ``variable``."""
+        return type(node).__name__ == "AccumulateGrad"
+
+    def is_identity(self, node: Any) -> bool:
+        """Whether ``node`` hands on what it is given: full backward hooks stand on such nodes."""
+        return isinstance(node, self._in_python) and (
+            getattr(node, "_forward_cls", None) is self._identity
+        )
+
+    def is_plain(self, node: Any) -> bool:
+        """Whether ``node`` is a formula of torch's own that may be evaluated at will.
+
+        Not so functions written in Python or elsewhere, which may do more than compute (run a
+        backward, reduce over processes, free what they hold), changes in place of views, whose
+        saved tensors cannot be looked at, and nodes whose saved tensors somebody else keeps
+        (checkpoints count how often they are asked for them).
+        """
+        cls = type(node)
+        names = self._kinds.get(cls, ())
+        if not names and cls not in self._kinds:
+            names = self._kinds[cls] = self._saved_by(cls)
+        if names is None:
+            return False
+        return all(_is_kept_by_torch(getattr(node, name)) for name in names)
+
+    def _saved_by(self, cls: type) -> tuple[str, ...] | None:
+        if issubclass(cls, self._in_python) or not _FORMULA.fullmatch(cls.__name__):
+            return None
+        return tuple(name for name in dir(cls) if name.startswith("_raw_saved_"))
+
+    def inputs(self, node: Any) -> Any:
+        """For each gradient that ``node`` takes its ``shape``, ``dtype`` and ``device``."""
+        return node._input_metadata
+
+
+_FORMULA = re.compile(r"[A-Za-z]\w*Backward\d+")
+"""Names of the nodes that torch makes from its list of derivatives."""
+
+
+def _is_kept_by_torch(saved: Any) -> bool:
+    if isinstance(saved, (tuple, list)):
+        return all(map(_is_kept_by_torch, saved))
+    return saved is None or saved.unpack_hook is None
+
+
+@functools.lru_cache(maxsize=1)
+def nodes() -> Nodes | None:
+    """The nodes of the torch that is imported, or ``None`` if it tells too little of them."""
+    try:
+        return Nodes()
+    except AttributeError:
+        return None
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -191,9 +283,11 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 def eager(function: _F) -> _F:
     """Have dynamo neither trace nor compile ``function``; as with Opacus's hooks the graph breaks.
 
-    ``torch._dynamo`` is not imported for it: its own decorator is applied once it is there.
+    ``torch._dynamo`` is not imported for it: its own decorator is applied once it is there, and
+    passed by as long as nothing is compiled in this thread.
     """
     disabled: Callable[..., Any] | None = None
+    evaluator = getattr(_torch()._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -204,18 +298,31 @@ def eager(function: _F) -> _F:
                 return function(*args, **kwargs)
             disabled = dynamo.disable(function)  # type: ignore[union-attr]
             importlib.import_module("torch._dynamo.eval_frame").skip_code(call.__code__)  # type: ignore[attr-defined]
-        return disabled(*args, **kwargs)
+        return (function if evaluator() is None else disabled)(*args, **kwargs)
 
     call._torchdynamo_disable = True  # type: ignore[attr-defined]
     return cast("_F", call)
 
 
-def inside_transform() -> bool:
-    """Whether torch is compiling, exporting or inside a functorch transform."""
+def compiled_code_knows_methods_by_identity() -> bool:
+    """Whether dynamo checks that ``Tensor.detach`` is the very object that it has compiled.
+
+    It did in 2.6 and does not in 2.13; for releases in between it is assumed.
+    """
+    return _release(_torch().__version__) < (2, 13)
+
+
+@functools.lru_cache(maxsize=1)
+def transform_test() -> Callable[[], bool]:
+    """The test whether torch is compiling, exporting or inside a functorch transform."""
     torch = _torch()
-    if torch.compiler.is_compiling():
-        return True
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    is_compiling = torch.compiler.is_compiling
+    innermost = torch._C._functorch.peek_interpreter_stack
+
+    def inside_transform() -> bool:
+        return is_compiling() or innermost() is not None
+
+    return inside_transform
 
 
 # -- Opacus: where things are --------------------------------------------------------------------
@@ -339,9 +446,35 @@ def batch_dimension(module: torch.nn.Module, *, batch_first: bool) -> int:
     """
     if is_rnn_linear(module):
         return 0
-    if type(module) is _sequence_bias():
+    if has_own_batch_dimension(module):
         return 0 if module.batch_first else 1
+    if _transposing_attention() is not None and module in _TIME_FIRST:
+        return 1
     return 0 if batch_first else 1
+
+
+_TIME_FIRST: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+"""Layers that are given the time first although all around them has the batch first."""
+
+
+def learn_layout(module: torch.nn.Module) -> None:
+    """Note in which order the parts of ``module`` are given batch and time."""
+    attention = _transposing_attention()
+    if attention is not None and isinstance(module, attention) and module.batch_first:
+        _TIME_FIRST.update(module.children())
+
+
+@functools.lru_cache(maxsize=1)
+def _transposing_attention() -> Any:
+    """Opacus's attention of 1.4, which transposes before its layers and not after them."""
+    if not (1, 4) <= _release(opacus_version()) < (1, 5):
+        return None
+    return _attribute_of("opacus.layers.dp_multihead_attention", "DPMultiheadAttention")
+
+
+def has_own_batch_dimension(module: torch.nn.Module) -> bool:
+    """Whether layers of this class each say where their batch is."""
+    return type(module) is _sequence_bias() or _transposing_attention() is not None
 
 
 @functools.lru_cache(maxsize=1)
@@ -399,7 +532,7 @@ def on_module_registration(hook: Callable[..., None]) -> Callable[[], None]:
 
 def has_grad_sampler(hooks: Any, module: torch.nn.Module) -> bool:
     """Whether ``module`` has a registered grad sampler; functorch replays the others."""
-    return type(module) in hooks.GRAD_SAMPLERS and not getattr(hooks, "force_functorch", False)
+    return type(module) in hooks.GRAD_SAMPLERS and not hooks.__dict__.get("force_functorch")
 
 
 def grad_sampler(hooks: Any, module: torch.nn.Module) -> Callable[..., Any]:
@@ -407,19 +540,19 @@ def grad_sampler(hooks: Any, module: torch.nn.Module) -> Callable[..., Any]:
 
     Its signature is ``sampler(module, activations, backprops) -> {parameter: rows}``.
     """
-    sampler = _registered_sampler(hooks, module)
+    sampler = _sampler(hooks, module)
     if _samplers_take_lists():
         return sampler
     return lambda layer, activations, backprops: sampler(layer, activations[0], backprops)
 
 
-def _registered_sampler(hooks: Any, module: torch.nn.Module) -> Callable[..., Any]:
-    sampler: Callable[..., Any]
+def _sampler(hooks: Any, module: torch.nn.Module) -> Callable[..., Any]:
+    found: Callable[..., Any]
     if has_grad_sampler(hooks, module):
-        sampler = hooks.GRAD_SAMPLERS[type(module)]
+        found = hooks.GRAD_SAMPLERS[type(module)]
     else:
-        sampler = _grad_sample_module().ft_compute_per_sample_gradient
-    return sampler
+        found = _grad_sample_module().ft_compute_per_sample_gradient
+    return found
 
 
 def rows_are_fresh(hooks: Any, module: torch.nn.Module) -> bool:
@@ -427,7 +560,7 @@ def rows_are_fresh(hooks: Any, module: torch.nn.Module) -> bool:
 
     True of Opacus's own samplers, unless they return what they were given.
     """
-    return _registered_sampler(hooks, module).__module__.startswith("opacus.")
+    return _sampler(hooks, module).__module__.startswith("opacus.")
 
 
 @functools.lru_cache(maxsize=1)
@@ -445,6 +578,11 @@ def optimizer_class() -> type:
     """Opacus's ``DPOptimizer``, the base of all its optimizers."""
     found: type = importlib.import_module("opacus.optimizers.optimizer").DPOptimizer
     return found
+
+
+def adaptive_optimizer_class() -> Any:
+    """The optimizer that adapts its clip bound to rows (AdaClip), or ``None`` before 1.4."""
+    return _attribute_of("opacus.optimizers.adaclipoptimizer", "AdaClipDPOptimizer")
 
 
 HOOK_REGISTRARS = (
@@ -543,27 +681,37 @@ def wraps_an_optimizer(cls: type) -> bool:
     return bool(names) and "optim" in names[0].lower()
 
 
-def holders_of_optimizers() -> list[type]:
-    """Classes of Opacus's whose objects keep the DP optimizer they are given as ``optimizer``."""
+def holders_of_optimizers() -> list[tuple[type, str | None]]:
+    """Classes of Opacus's whose objects keep the DP optimizer they are given as ``optimizer``.
+
+    Each with the attribute of the optimizer that its objects write to, if there is one.
+    """
     places = (
-        ("opacus.schedulers.noise_scheduler", "_NoiseScheduler"),
-        ("opacus.schedulers.grad_clip_scheduler", "_GradClipScheduler"),
-        ("opacus.scheduler", "_NoiseScheduler"),  # before 1.5
-        ("opacus.utils.batch_memory_manager", "BatchSplittingSampler"),
-        ("opacus.utils.fast_gradient_clipping_utils", "DPLossFastGradientClipping"),
+        ("opacus.schedulers.noise_scheduler", "_NoiseScheduler", "noise_multiplier"),
+        ("opacus.schedulers.grad_clip_scheduler", "_GradClipScheduler", "max_grad_norm"),
+        ("opacus.scheduler", "_NoiseScheduler", "noise_multiplier"),  # before 1.5
+        ("opacus.utils.batch_memory_manager", "BatchSplittingSampler", None),
+        ("opacus.utils.fast_gradient_clipping_utils", "DPLossFastGradientClipping", None),
     )
-    found = [_attribute_of(module, name) for module, name in places]
-    return [cls for cls in dict.fromkeys(found) if cls is not None]
+    found = {_attribute_of(module, name): written for module, name, written in places}
+    return [(cls, written) for cls, written in found.items() if cls is not None]
 
 
 def clips_rows(optimizer: Any) -> bool:
     """Whether this optimizer clips ``p.grad_sample``; those of ghost clipping do not."""
-    return _clips_rows(type(optimizer))
+    cls: Any = type(optimizer)
+    return _clips_rows(cls)
 
 
 @functools.lru_cache(maxsize=64)
 def _clips_rows(cls: Any) -> bool:
     return not any("FastGradientClipping" in base.__name__ for base in cls.__mro__)
+
+
+def optimizer_with_noise_hooks() -> Any:
+    """The class whose objects clip, and draw noise, in hooks on the gradients."""
+    module = "opacus.optimizers.ddp_perlayeroptimizer"
+    return _attribute_of(module, "DistributedPerLayerOptimizer")
 
 
 def clips_in_hooks(optimizer: Any) -> bool:
@@ -606,9 +754,14 @@ def casts_rows() -> bool:
     return _release(opacus_version()) >= _CASTS_ROWS_SINCE
 
 
-def check_processed(found: Any) -> None:
-    """Raise Opacus's ``ValueError`` if these rows, or this sum, were used in a step already."""
-    sys.modules[_MECHANISM]._check_processed_flag(found)  # type: ignore[attr-defined]
+def processing() -> tuple[Callable[[Any], None], Callable[[Any], None]]:
+    """Opacus's functions about rows and sums that were used in a step.
+
+    Returns:
+        One that raises Opacus's ``ValueError`` if they were, and one that marks them.
+    """
+    module: Any = sys.modules[_MECHANISM]
+    return module._check_processed_flag, module._mark_as_processed
 
 
 def is_processed(rows: Any) -> bool:
@@ -616,16 +769,47 @@ def is_processed(rows: Any) -> bool:
     return hasattr(rows, "_processed")
 
 
-def mark_processed(found: Any) -> None:
-    """Mark rows or a clipped sum as used."""
-    sys.modules[_MECHANISM]._mark_as_processed(found)  # type: ignore[attr-defined]
+def noise_source(*, plain: bool) -> tuple[Callable[..., torch.Tensor], bool]:
+    """Opacus's ``_generate_noise``, and whether the tensor it returns is nobody else's.
 
-
-def noise_source() -> tuple[Callable[..., torch.Tensor], bool]:
-    """Opacus's ``_generate_noise``, and whether the tensor it returns is nobody else's."""
-    draw: Any = sys.modules[_MECHANISM]._generate_noise  # type: ignore[attr-defined]
+    Args:
+        plain: noise is due, and not in secure mode. Then Opacus's function is a call of
+            ``torch.normal`` and a tensor of zeros for nothing.
+    """
+    module: Any = sys.modules[_MECHANISM]
+    draw = module._generate_noise
     own = getattr(draw, "__module__", None) == _MECHANISM
-    return draw, own and getattr(draw, "__qualname__", None) == "_generate_noise"
+    own = own and getattr(draw, "__qualname__", None) == "_generate_noise"
+    if own and plain and casts_rows():
+        return _normal, True
+    return draw, own
+
+
+def _normal(
+    *, std: Any, reference: torch.Tensor, generator: Any, secure_mode: bool
+) -> torch.Tensor:
+    """What Opacus's ``_generate_noise`` of 1.6 does if it is to draw plain noise."""
+    torch_ = _torch()
+    if type(reference) is not torch_.Tensor:  # a DTensor
+        draw: Any = sys.modules[_MECHANISM]._generate_noise
+        noise: torch.Tensor = draw(std, reference, generator, secure_mode)
+        return noise
+    drawn: torch.Tensor = torch_.normal(
+        mean=0,
+        std=std,
+        size=reference.shape,
+        device=reference.device,
+        generator=generator,
+        dtype=reference.dtype,
+    )
+    return drawn
+
+
+def at_least_single(dtype: torch.dtype) -> torch.dtype:
+    """The precision in which sums of ``dtype`` are accumulated."""
+    torch_ = _torch()
+    wide: torch.dtype = torch_.promote_types(dtype, torch_.float32)
+    return wide
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

@@ -17,6 +17,8 @@ from dpguard import _compat
 from dpguard._settings import Settings
 from dpguard.audit.calls import Calls
 from dpguard.audit.check import Check
+from dpguard.audit.oracle import RowOracle
+from dpguard.audit.passes import PassValues
 from dpguard.audit.people import People, rows_at_hand
 from dpguard.audit.rows import RowValues
 from dpguard.audit.steps import StepAuditor
@@ -33,12 +35,13 @@ from dpguard.events import (
 from dpguard.grouping import Grouping
 from dpguard.journal import Journal
 from dpguard.ledger import Ledger
-from dpguard.patches import detach, ghost_gradient
+from dpguard.patches import detach, empty_batches, ghost_gradient
 from dpguard.patches.attributes import AttributeForwarding
 from dpguard.patches.ghost import GhostPairing
 from dpguard.patches.grad_sample import GradSamplePatch
 from dpguard.patches.loading import LoadingPatch
 from dpguard.patches.optimizer import OptimizerPatch
+from dpguard.patches.outputs import Outputs
 from dpguard.patches.pairing import Pairing
 from dpguard.patches.signals import Signals
 from dpguard.patching import Transaction
@@ -71,12 +74,15 @@ class Runtime:
         emit = _weakly(self.emit)
         changes = settings.mode.changes_the_host
         report = _weakly(self.report_internal)
+        self.outputs = Outputs(report) if settings.oracle_every and _compat.nodes() else None
         self.auditor = StepAuditor(self.ledger, settings, emit, self._checks(), report)
         kinds = ((Pairing, _compat.uses_stock_hooks), (GhostPairing, _compat.uses_ghost_hooks))
-        self.grad_sample = GradSamplePatch(self.ledger, kinds, computes=changes)
+        self.grad_sample = GradSamplePatch(
+            self.ledger, kinds, computes=changes, outputs=self.outputs
+        )
         self._loading = LoadingPatch(self._deliveries, self.ledger, self._calls.watch, report)
         verdicts = Verdicts(emit, settings.mode)
-        self._forwarding = AttributeForwarding(emit, settings.mode)
+        self._forwarding = AttributeForwarding(verdicts)
         self.optimizer = OptimizerPatch(
             self.ledger,
             self.auditor,
@@ -92,7 +98,10 @@ class Runtime:
     def _checks(self) -> list[Check]:
         """What is looked at in each step besides the coverage, in this order."""
         people = People(self.ledger, self._deliveries, self._calls)
-        return [people, RowValues(self.ledger)]
+        checks: list[Check] = [people, RowValues(self.ledger), PassValues(self.ledger)]
+        if self.outputs is not None:
+            checks.append(RowOracle(self.ledger, self.outputs, self.settings.oracle_every))
+        return checks
 
     def _rows_at_hand(self, optimizer: Any) -> tuple[int, ...]:
         trainable = [p for p in optimizer.params if p.requires_grad]
@@ -170,6 +179,8 @@ class Runtime:
         )
         self.optimizer.install(self._transaction)
         self._loading.install(self._transaction)
+        if self.settings.mode.changes_the_host:
+            empty_batches.install(self._transaction)
         return skipped
 
     def _ghost_pairing_of(self, hooks: Any) -> GhostPairing | None:
@@ -203,6 +214,7 @@ class Runtime:
             versions={**_compat.versions(), "python": sys.version.split()[0]},
             settings={
                 "audit_every": settings.audit_every,
+                "oracle_every": settings.oracle_every,
                 "sensitive": settings.sensitive,
                 "hmac": settings.key_file is not None,
             },

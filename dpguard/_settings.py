@@ -64,16 +64,27 @@ class Settings:
         log_dir: directory of the audit log, or ``None`` for readable lines on stderr
             (``DPGUARD_LOG``).
         audit_every: audit every N-th logical step (``DPGUARD_AUDIT_EVERY``).
+        oracle_every: have one row of each parameter recomputed in every N-th logical step, the
+            first included; 0 for never (``DPGUARD_ORACLE_EVERY``).
         sensitive: write data-dependent figures to their own file (``DPGUARD_SENSITIVE``).
         run_id: name of the run, or ``None`` to have one made (``DPGUARD_RUN_ID``).
         key_file: file that holds the key for the HMAC of the log (``DPGUARD_KEY_FILE``).
     """
 
-    __slots__ = ("audit_every", "key_file", "log_dir", "mode", "run_id", "sensitive")
+    __slots__ = (
+        "audit_every",
+        "key_file",
+        "log_dir",
+        "mode",
+        "oracle_every",
+        "run_id",
+        "sensitive",
+    )
 
     mode: Mode
     log_dir: Path | None
     audit_every: int
+    oracle_every: int
     sensitive: bool
     run_id: str | None
     key_file: Path | None
@@ -84,6 +95,7 @@ class Settings:
         mode: Mode = Mode.REPAIR,
         log_dir: Path | None = None,
         audit_every: int = 1,
+        oracle_every: int = 100,
         sensitive: bool = False,
         run_id: str | None = None,
         key_file: Path | None = None,
@@ -92,6 +104,7 @@ class Settings:
         put(self, "mode", mode)
         put(self, "log_dir", log_dir)
         put(self, "audit_every", audit_every)
+        put(self, "oracle_every", oracle_every)
         put(self, "sensitive", sensitive)
         put(self, "run_id", run_id)
         put(self, "key_file", key_file)
@@ -159,9 +172,17 @@ def _path(source: str, value: object) -> Path:
 
 
 def _positive(source: str, value: object) -> int:
+    return _whole(source, value, 1)
+
+
+def _natural(source: str, value: object) -> int:
+    return _whole(source, value, 0)
+
+
+def _whole(source: str, value: object, least: int) -> int:
     text = str(value)
-    if isinstance(value, bool) or not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise _invalid(source, value, "whole numbers from 1 on")
+    if isinstance(value, bool) or not text.isascii() or not text.isdigit() or int(text) < least:
+        raise _invalid(source, value, f"whole numbers from {least} on")
     return int(text)
 
 
@@ -189,6 +210,7 @@ _FIELDS: dict[str, tuple[str, Callable[[str, object], object]]] = {
     "mode": ("DPGUARD", _mode),
     "log_dir": ("DPGUARD_LOG", _path),
     "audit_every": ("DPGUARD_AUDIT_EVERY", _positive),
+    "oracle_every": ("DPGUARD_ORACLE_EVERY", _natural),
     "sensitive": ("DPGUARD_SENSITIVE", _flag),
     "run_id": ("DPGUARD_RUN_ID", _run_id),
     "key_file": ("DPGUARD_KEY_FILE", _path),

@@ -8,7 +8,7 @@ rows belong to which batch, nothing is filled in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,7 @@ def align(ledger: Ledger, parameters: Sequence[torch.nn.Parameter], *, fill: boo
         parameters: the trainable parameters of one optimizer.
         fill: whether to fill in zero rows (``repair``) or only say so (``observe``).
     """
+    paired = True
     missing: list[torch.nn.Parameter] = []
     present: list[torch.nn.Parameter] = []
     condemned: dict[str, list[str]] = {}
@@ -54,6 +55,7 @@ def align(ledger: Ledger, parameters: Sequence[torch.nn.Parameter], *, fill: boo
             # Opacus sets it when the optimizer is made, on what is trainable then.
             parameter.summed_grad = None  # type: ignore[attr-defined]
         state = ledger.known(parameter)
+        paired = paired and state is not None and state.paired
         rows = getattr(parameter, "grad_sample", None)
         cause = state.condemned if state is not None else None
         if cause is not None and (rows is not None or parameter.grad is not None):
@@ -65,7 +67,7 @@ def align(ledger: Ledger, parameters: Sequence[torch.nn.Parameter], *, fill: boo
     if condemned:
         causes = tuple((cause, tuple(names)) for cause, names in condemned.items())
         return Alignment(condemned=causes)
-    if not present or not all(ledger.is_paired(p) for p in parameters):
+    if not present or not paired:
         return Alignment(missing=tuple(ledger.name_of(p) for p in missing))
     return _match(ledger, parameters, fill=fill)
 
@@ -74,14 +76,14 @@ def _match(ledger: Ledger, parameters: Sequence[torch.nn.Parameter], *, fill: bo
     """Place each parameter's rows by the batch they belong to."""
     if fill:
         ledger.agree_on_order(parameters)
-    counts = {len(ledger.entries_of(p)) for p in parameters}
-    if len(counts) == 1 and any(
-        e.first == UNKNOWN for p in parameters for e in ledger.entries_of(p)
-    ):
+    found = [(p, ledger.entries_of(p)) for p in parameters]
+    intervals = {(e.first, e.last) for _, entries in found for e in entries}
+    counts = {len(entries) for _, entries in found}
+    if len(counts) == 1 and any(first == UNKNOWN for first, _ in intervals):
         # Somebody put rows of their own there: matched by position, as Opacus does.
         return Alignment()
-    groups = _groups(ledger, parameters)
-    placed = [(p, _place(ledger.entries_of(p), groups)) for p in parameters]
+    batches = _batches(intervals)
+    placed = [(p, _place(entries, batches)) for p, entries in found]
     torn = tuple(ledger.name_of(p) for p, places in placed if places is None)
     if torn:
         return Alignment(conflict=torn, conflict_cause=diagnosis.BATCHES_OVERLAP)
@@ -99,28 +101,28 @@ def _match(ledger: Ledger, parameters: Sequence[torch.nn.Parameter], *, fill: bo
     return Alignment(unused=tuple(ledger.name_of(p) for p, _ in unused))
 
 
-def _groups(ledger: Ledger, parameters: Sequence[torch.nn.Parameter]) -> list[tuple[int, int]]:
-    """The batches: intervals of segments, those that overlap joined."""
-    intervals = sorted((e.first, e.last) for p in parameters for e in ledger.entries_of(p))
-    groups: list[tuple[int, int]] = []
-    for first, last in intervals:
-        if groups and first <= groups[-1][1]:
-            groups[-1] = (groups[-1][0], max(groups[-1][1], last))
-        else:
-            groups.append((first, last))
-    return groups
+def _batches(intervals: Iterable[tuple[int, int]]) -> dict[tuple[int, int], int]:
+    """To which batch each interval of segments belongs: those that overlap are of one."""
+    numbers: dict[tuple[int, int], int] = {}
+    number, reach = -1, UNKNOWN - 1
+    for first, last in sorted(intervals):
+        if first > reach:
+            number += 1
+        reach = max(reach, last)
+        numbers[first, last] = number
+    return numbers
 
 
 def _place(
-    entries: Sequence[Entry], groups: Sequence[tuple[int, int]]
+    entries: Sequence[Entry], batches: dict[tuple[int, int], int]
 ) -> list[Entry | None] | None:
     """A parameter's entry for each batch, or ``None`` if a batch has two of them."""
-    places: list[Entry | None] = [None] * len(groups)
+    places: list[Entry | None] = [None] * (max(batches.values(), default=-1) + 1)
     for entry in entries:
-        index = next(i for i, (first, last) in enumerate(groups) if first <= entry.first <= last)
-        if places[index] is not None:
+        number = batches[entry.first, entry.last]
+        if places[number] is not None:
             return None
-        places[index] = entry
+        places[number] = entry
     return places
 
 

@@ -17,6 +17,9 @@ DETACH = "detach"
 UNUSED_FORWARD = "unused_forward"
 UNUSED_PARAMETER = "unused_parameter"
 ALIAS = "alias"
+ALIAS_DIVERGED = "alias_diverged"
+ALIAS_LOST = "alias_lost"
+ALIAS_OWN = "alias_own"
 
 BYPASSED = "bypassed_module"
 DOUBLE_BACKWARD = "double_backward"
@@ -34,6 +37,10 @@ ROW_DTYPE = "row_dtype"
 ROW_DEVICE = "row_device"
 ROWS_NOT_FINITE = "rows_not_finite"
 NOT_CONSERVED = "rows_do_not_add_up"
+NORMS_INCOMPLETE = "norms_miss_a_part"
+ROW_OF_ANOTHER = "row_of_another"
+ROW_INEXACT = "row_inexact"
+ROWS_REORDERED = "rows_reordered"
 BATCHES_OVERLAP = "batches_overlap"
 BATCHES_UNRELATED = "batches_unrelated"
 UNCLIPPED = "unclipped_backward"
@@ -49,7 +56,9 @@ NEEDS_CLOSURE = "needs_closure"
 NOT_COPYABLE = "not_copyable"
 FOREIGN_STEP = "foreign_step"
 CLIP_BOUND = "clip_bound"
+CLIP_BOUNDS_CONTRADICT = "clip_bounds_contradict"
 CLIP_BOUNDS_UNKNOWN = "clip_bounds_unknown"
+NOISE_DRAWN_BEFORE = "noise_drawn_before"
 LOSS_SCALE = "loss_scale"
 SCHEDULE = "schedule_in_batch"
 SKIPPED_BATCH = "skipped_batch"
@@ -110,6 +119,20 @@ _DIAGNOSES = {
     ALIAS: Diagnosis(
         "the DP optimizer held its own copy of an attribute of the optimizer that it wraps",
         "nothing to do; reads and writes now go to the wrapped optimizer",
+    ),
+    ALIAS_DIVERGED: Diagnosis(
+        "the wrapped optimizer replaced an attribute of which the DP optimizer holds its own copy",
+        "load checkpoints into an optimizer before a DP optimizer is made round it, or use Opacus "
+        "1.5.2 or later, whose DP optimizers forward; DPGUARD=repair forwards with every release",
+    ),
+    ALIAS_LOST: Diagnosis(
+        "an attribute was written to an object that is not the one that applies it",
+        "write it to the object that applies it, which is the DP optimizer that make_private "
+        "returned or what that wraps; DPGUARD=repair passes it on",
+    ),
+    ALIAS_OWN: Diagnosis(
+        "the constructor of a DP optimizer sets an attribute that the wrapped optimizer owns",
+        "let the class leave the attribute to the optimizer that it wraps",
     ),
     BYPASSED: Diagnosis(
         "autograd computed a gradient for a parameter of which no module call was seen, so it "
@@ -197,6 +220,37 @@ _DIAGNOSES = {
         "special about the layer: a weight that is used outside of its module, an input or keyword "
         "argument that its grad sampler ignores, padding modes, scale_grad_by_freq",
     ),
+    NORMS_INCOMPLETE: Diagnosis(
+        "the calls of which ghost clipping knows the norms do not add up to the gradient of the "
+        "batch, so a part of it is not clipped",
+        "use grad_sample_mode='hooks' for this model, or find what goes round the layer: a weight "
+        "that is used outside of its module, Embedding(padding_idx, scale_grad_by_freq), hooks on "
+        "the gradient",
+        Severity.CRITICAL,
+    ),
+    ROW_OF_ANOTHER: Diagnosis(
+        "the per-sample gradients add up to the gradient of the batch, but the row of a person is "
+        "not what the gradient owes to that person, so removing a person changes rows of others",
+        "let no sample see another on its way through the model: no statistics over the batch "
+        "(BatchNorm in training mode, also without weights, F.batch_norm, x - x.mean(0)), inputs "
+        "of every layer with the samples as first dimension (position ids expanded to the batch: "
+        "arange(T).expand(B, T)). Otherwise check the grad sampler that is registered for the "
+        "layer, and what changes p.grad_sample between backward() and step()",
+        Severity.CRITICAL,
+    ),
+    ROW_INEXACT: Diagnosis(
+        "the row of a person differs from what the gradient owes to that person by more than "
+        "rounding explains, though not by much",
+        "check the grad sampler that is registered for the layer, and whether samples influence "
+        "each other slightly on their way through the model (statistics over the batch)",
+    ),
+    ROWS_REORDERED: Diagnosis(
+        "the per-sample gradients are not in the order of the model's outputs; each still is one "
+        "person's, and their clipped sum does not depend on the order",
+        "do not rely on row i being sample i of the batch. If the model sorts its inputs (by "
+        "length), let all layers see the same order",
+        Severity.WARNING,
+    ),
     STEP_HOOK: Diagnosis(
         "a second step hook was attached; Opacus has room for one and would forget the first, "
         "which is usually the accountant",
@@ -240,6 +294,18 @@ _DIAGNOSES = {
         "the bound that rows are clipped to and the bound that the noise is made for were to "
         "differ, so the noise multiplier delivered would not be the one accounted",
         "nothing to do; both follow optimizer.max_grad_norm. Change it between logical batches",
+    ),
+    CLIP_BOUNDS_CONTRADICT: Diagnosis(
+        "bounds of one step contradict each other, so the noise would be made for another bound "
+        "than the one that rows were clipped to",
+        "change the clip bound between logical batches only, and either max_grad_norm or "
+        "max_grad_norms. A DistributedPerLayerOptimizer keeps those of its construction: make a "
+        "new one, or use SimpleDistributedPerLayerOptimizer",
+    ),
+    NOISE_DRAWN_BEFORE: Diagnosis(
+        "the noise of this step was drawn within its backward, with another noise multiplier than "
+        "the accountant would be told",
+        "change the noise multiplier after optimizer.step() and before the next backward",
     ),
     CLIP_BOUNDS_UNKNOWN: Diagnosis(
         "the bounds of per-layer clipping do not fit the optimizer's trainable parameters",

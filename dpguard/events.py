@@ -149,7 +149,8 @@ class Intervention(Event):
 
     Attributes:
         kind: ``detach``, ``unused_forward``, ``unused_parameter``, ``alias``, ...
-        action: ``repaired`` or, in mode ``observe``, ``observed``.
+        action: ``repaired`` or, in mode ``observe``, ``observed``; ``refused`` if in ``strict``
+            it was not done.
         site: ``file:line`` of the user's code that made it necessary, if it is known.
         modules: qualified names of the modules concerned.
         parameters: qualified names of the parameters concerned.

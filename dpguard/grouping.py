@@ -79,6 +79,8 @@ class PersonIds(Grouping):
     def __init__(self, ids: torch.Tensor) -> None:
         distinct, self._inverse = torch.unique(ids, return_inverse=True)
         self._people = len(distinct)
+        if self._people == len(ids):  # then rows stay where they are
+            self._inverse = torch.arange(self._people, device=ids.device)
 
     def people_of(self, rows: int) -> int:
         """How many people a call with so many rows has."""

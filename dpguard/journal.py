@@ -131,6 +131,8 @@ class Journal:
         try:
             if type(event) is RunStarted:
                 self._started = event
+            if self._sink is None and _label(event) is None:
+                return  # on stderr that is no news, and there is one of these for each step
             self._log.write(event)
             if self._sensitive is not None:
                 self._private.write(event)

@@ -18,10 +18,12 @@ boundary, and the segments in between are merged.
 
 from __future__ import annotations
 
+import operator
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
@@ -37,11 +39,15 @@ __all__ = [
     "Ledger",
     "ParameterState",
     "Tally",
+    "owned_rows",
+    "parameters_of",
     "sum_of_rows",
 ]
 
 UNKNOWN = -1
 """Segment of rows that are not from here."""
+
+_P = TypeVar("_P", bound=torch.Tensor)
 
 CallKey: TypeAlias = "tuple[int, str | None, bool]"
 """Identity of a module, line that called it, and whether it was in training mode."""
@@ -58,6 +64,24 @@ class Tally:
         self.name = name
         self.opened = 0
         self.fired = 0
+
+
+def parameters_of(module: torch.nn.Module) -> Iterable[torch.nn.Parameter]:
+    """The module's parameters; a lean ``module.parameters()`` for modules without children."""
+    if module._modules:
+        return module.parameters()
+    return [p for p in module._parameters.values() if p is not None]
+
+
+def owned_rows(rows: torch.Tensor, lenders: Iterable[Any]) -> torch.Tensor:
+    """``rows``, or a copy if they overlap each other or share memory with one of ``lenders``."""
+    if 0 in rows.stride():
+        return rows.clone()
+    memory = rows.untyped_storage().data_ptr()
+    for lender in lenders:
+        if isinstance(lender, torch.Tensor) and lender.untyped_storage().data_ptr() == memory:
+            return rows.clone()
+    return rows
 
 
 def sum_of_rows(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -87,15 +111,17 @@ class Clipped:
         batches: how many clipped forward/backward pairs are in it.
         rows: number of people of each of them.
         unclipped: a gradient that no clip factor met was added as well.
+        hooked: that gradient came through the hooks, and so is of private data.
         spent: an optimizer has taken it already.
     """
 
-    __slots__ = ("_grad", "_version", "batches", "rows", "spent", "unclipped")
+    __slots__ = ("_grad", "_version", "batches", "hooked", "rows", "spent", "unclipped")
 
     def __init__(self, grad: torch.Tensor | None, rows: tuple[int, ...] = ()) -> None:
         self.rows = rows
         self.batches = len(rows)
         self.unclipped = False
+        self.hooked = False
         self.spent = False
         self.renew(grad)
 
@@ -114,6 +140,11 @@ class Clipped:
         """Whether clipped batches wait for a step."""
         return self.batches > 0 and not self.spent
 
+    @property
+    def is_private(self) -> bool:
+        """Whether it is of people's data and no optimizer has taken it."""
+        return (self.batches > 0 or self.hooked) and not self.spent
+
     def is_in(self, grad: torch.Tensor | None) -> bool:
         """Whether ``grad`` is still the tensor meant: a step and ``zero_grad`` put another."""
         return grad is not None and self._grad is not None and self._grad() is grad
@@ -126,14 +157,14 @@ class Clipped:
 class Entry:
     """One group of people: which segments it spans, and (weakly) its rows."""
 
-    __slots__ = ("_rows", "captured", "first", "last", "order", "owned")
+    __slots__ = ("_rows", "first", "last", "latest", "order", "owned")
 
     def __init__(self, rows: torch.Tensor, first: int, last: int, *, owned: bool = False) -> None:
         self._rows = weakref.ref(rows)
         self.first = first
         self.last = last
-        self.captured = False
-        """Whether the rows come from a backward that left ``p.grad`` alone."""
+        self.latest: tuple[int, int, bool] | None = None
+        """Segments of the call whose rows came last, and whether they were captured."""
         self.order: torch.Tensor | None = None
         """Where in the rows each sample is, if they are not in the order of the batch."""
         self.owned = owned
@@ -143,6 +174,22 @@ class Entry:
     def rows(self) -> torch.Tensor | None:
         """The rows, of shape ``(B, *p.shape)``, as long as ``p.grad_sample`` keeps them alive."""
         return self._rows()
+
+    def joined(
+        self,
+        mine: torch.Tensor,
+        rows: torch.Tensor,
+        first: int,
+        last: int,
+        order: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """``mine`` with more rows of these people, whose calls spanned ``first`` to ``last``."""
+        self.first = min(self.first, first)
+        self.last = max(self.last, last)
+        if self.order is not order:
+            mine = self.in_order(mine)
+            rows = rows if order is None else rows.index_select(0, order)
+        return self.added(mine, rows)
 
     def added(self, mine: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """``mine`` with ``rows`` added to its first rows, as Opacus adds calls of one layer."""
@@ -173,8 +220,17 @@ class ParameterState:
     """What the ledger knows about one parameter."""
 
     __slots__ = (
-        "clipped", "condemned", "entries", "epoch", "hooked", "name", "paired", "ref", "summands"
-    )  # fmt: skip
+        "captured",
+        "clipped",
+        "condemned",
+        "entries",
+        "epoch",
+        "hooked",
+        "name",
+        "paired",
+        "ref",
+        "summands",
+    )
 
     def __init__(self, parameter: torch.Tensor, forget: Callable[[Any], None]) -> None:
         self.ref = weakref.ref(parameter, forget)
@@ -184,6 +240,8 @@ class ParameterState:
         self.paired = False
         """Whether its rows are computed here."""
         self.entries: list[Entry] = []
+        self.captured = False
+        """Whether they come from backwards that left ``p.grad`` alone."""
         self.epoch = 0
         self.condemned: str | None = None
         """Cause why the rows of this step are missing or wrong, see :mod:`dpguard.diagnosis`."""
@@ -195,11 +253,13 @@ class ParameterState:
     def sync(self, parameter: torch.Tensor) -> list[torch.Tensor]:
         """Take over what somebody else did to ``p.grad_sample``; its tensors, one per entry."""
         current: Any = getattr(parameter, "grad_sample", None)
-        tensors: list[torch.Tensor] = [] if current is None else [current]
         if isinstance(current, list):
             tensors = list(current)
-        if [id(entry.rows) for entry in self.entries] != [id(tensor) for tensor in tensors]:
-            self.entries = self._replaced(tensors)
+        else:
+            tensors = [] if current is None else [current]
+        known = [entry._rows() for entry in self.entries]
+        if len(known) != len(tensors) or not all(map(operator.is_, known, tensors)):
+            self.entries, self.captured = self._replaced(tensors), False
         return tensors
 
     def _replaced(self, tensors: list[torch.Tensor]) -> list[Entry]:
@@ -225,9 +285,9 @@ class ParameterState:
         opened: int,
         now: int,
         *,
-        captured: bool = False,
-        owned: bool = False,
-        order: torch.Tensor | None = None,
+        captured: bool,
+        lenders: Iterable[Any],
+        order: torch.Tensor | None,
     ) -> None:
         """Add the rows of a call opened in segment ``opened``, now being segment ``now``.
 
@@ -240,23 +300,27 @@ class ParameterState:
             opened: segment in which the forward call was made.
             now: segment that is current.
             captured: the backward returns the gradient and leaves ``p.grad`` alone.
-            owned: nobody else holds ``rows``; others are copied before they are kept.
+            lenders: what somebody else holds; rows that lie in the memory of a tensor of it are
+                copied before they are kept.
             order: where in ``rows`` each sample is, of shape ``(B,)``, if not in its own place.
         """
-        tensors = self.sync(parameter)
-        if captured and any(not entry.captured for entry in self.entries):
+        call = (opened, now, captured)
+        if self._continues(parameter, call, order):
+            entry, mine = self.entries[0], parameter.grad_sample  # type: ignore[attr-defined]
+            parameter.grad_sample = entry.added(mine, rows)  # type: ignore[attr-defined]
             return
-        if not captured and any(entry.captured for entry in self.entries):
-            tensors = [t for t, e in zip(tensors, self.entries, strict=True) if not e.captured]
-            self.entries = [entry for entry in self.entries if not entry.captured]
-        opened = max(opened, self.epoch)
+        tensors = self.sync(parameter)
+        if captured is not self.captured:
+            if captured and tensors:
+                return
+            self.entries, tensors, self.captured = [], [], captured
+        opened = max(self.epoch, opened)
         spanned = [
             i for i, entry in enumerate(self.entries) if entry.last >= opened and entry.first <= now
         ]
         if not spanned:
-            rows = rows if owned else rows.clone()
+            rows = owned_rows(rows, lenders)
             entry = Entry(rows, opened, now, owned=True)
-            entry.captured = captured
             entry.order = order
             at = len(self.entries)
             while at and self.entries[at - 1].first > opened:
@@ -264,12 +328,39 @@ class ParameterState:
             self.entries.insert(at, entry)
             tensors.insert(at, rows)
         else:
-            if any(self.entries[i].order is not order for i in spanned):
-                for i in spanned:
-                    tensors[i] = self.entries[i].in_order(tensors[i])
-                rows = rows if order is None else rows.index_select(0, order)
-            tensors = self._merge(tensors, spanned, rows, opened, now)
+            if len(spanned) > 1:
+                self._join(tensors, spanned)
+            entry, i = self.entries[spanned[0]], spanned[0]
+            tensors[i] = entry.joined(tensors[i], rows, opened, now, order)
+        entry.latest = call
         self.publish(parameter, tensors)
+
+    def _continues(
+        self, parameter: torch.Tensor, call: tuple[int, int, bool], order: torch.Tensor | None
+    ) -> bool:
+        """Whether all rows are of one group and the last of them came from just such a call.
+
+        As with a recurrent layer, which is called once for each time step.
+        """
+        if len(self.entries) != 1:
+            return False
+        entry = self.entries[0]
+        if entry.latest != call or entry.order is not order:
+            return False
+        rows = entry._rows()
+        return rows is not None and rows is getattr(parameter, "grad_sample", None)
+
+    def _join(self, tensors: list[torch.Tensor], spanned: list[int]) -> None:
+        """All entries that a call was open across are one group; changes ``tensors``."""
+        kept, *gone = spanned
+        entry = self.entries[kept]
+        for i in gone:
+            other = self.entries[i]
+            tensors[kept] = entry.joined(
+                tensors[kept], tensors[i], other.first, other.last, other.order
+            )
+        self.entries = [entry for i, entry in enumerate(self.entries) if i not in gone]
+        tensors[:] = [rows for i, rows in enumerate(tensors) if i not in gone]
 
     def put_in_order(self, parameter: torch.Tensor) -> None:
         """Bring all rows of ``parameter`` into the order of their batch."""
@@ -277,27 +368,6 @@ class ParameterState:
         if any(entry.order is not None for entry in self.entries):
             pairs = zip(self.entries, tensors, strict=True)
             self.publish(parameter, [entry.in_order(rows) for entry, rows in pairs])
-
-    def _merge(
-        self,
-        tensors: list[torch.Tensor],
-        spanned: list[int],
-        rows: torch.Tensor,
-        opened: int,
-        now: int,
-    ) -> list[torch.Tensor]:
-        """All entries that the call was open across are one group."""
-        entry, total = self.entries[spanned[0]], tensors[spanned[0]]
-        for i in spanned[1:]:
-            total = entry.added(total, tensors[i])
-        total = entry.added(total, rows)
-        entry.first = min(entry.first, opened)
-        entry.last = max(self.entries[spanned[-1]].last, now)
-        gone = set(spanned[1:])
-        self.entries = [e for i, e in enumerate(self.entries) if i not in gone]
-        kept = [t for i, t in enumerate(tensors) if i not in gone]
-        kept[spanned[0]] = total
-        return kept
 
 
 @dataclass
@@ -322,12 +392,13 @@ class Dead:
 
 _autograd = _compat.autograd()
 _TASKS_KEPT = 64
+_PASSES_KEPT = 16
 
 
 class GraphTask:
     """What one run of the autograd engine does, asked once per parameter."""
 
-    __slots__ = ("_roles", "id", "keeps_graph", "owners", "published")
+    __slots__ = ("_factors", "_roles", "id", "keeps_graph", "owners", "published")
 
     def __init__(self, task_id: int) -> None:
         self.id = task_id
@@ -336,21 +407,34 @@ class GraphTask:
         self.owners: set[int] = set()
         """Identities of the models of which a call was met in this backward."""
         self._roles: dict[int, int] = {}
+        self._factors: dict[int, torch.Tensor] = {}
 
-    def executes(self, parameter: torch.Tensor) -> bool:
-        """Whether this backward accumulates into ``parameter`` or returns its gradient."""
-        return self._role(parameter) > 0
+    def times(self, tensor: torch.Tensor, factor: int) -> torch.Tensor:
+        """``tensor * factor``, bit by bit; for a number torch makes a tensor with every call."""
+        if type(tensor) is not torch.Tensor:
+            return tensor * factor
+        found = self._factors.get(factor)
+        if found is None:
+            found = torch.tensor(factor, dtype=torch.float64, device="cpu")
+            self._factors[factor] = found
+        return torch.mul(tensor, found)
+
+    def ask(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Find out about many parameters at once, which is cheaper than one by one."""
+        roles = _autograd.roles_of(parameters)
+        self._roles.update(zip(map(id, parameters), roles, strict=True))
+
+    def reached(self, parameters: Sequence[_P]) -> list[_P]:
+        """Those into which this backward accumulates, or whose gradients it returns."""
+        roles = self._roles
+        unknown = [p for p in parameters if id(p) not in roles]
+        if unknown:
+            self.ask(unknown)
+        return [p for p in parameters if roles[id(p)]]
 
     def captures(self, parameter: torch.Tensor) -> bool:
-        """Whether this backward only returns the gradient, leaving ``p.grad`` alone."""
-        return self._role(parameter) > 1
-
-    def _role(self, parameter: torch.Tensor) -> int:
-        key = id(parameter)
-        found = self._roles.get(key)
-        if found is None:
-            found = self._roles[key] = _autograd.role_of(parameter)
-        return found
+        """Whether a parameter that is reached has its gradient returned, ``p.grad`` left alone."""
+        return self._roles[id(parameter)] > 1
 
 
 class Ledger:
@@ -373,6 +457,7 @@ class Ledger:
         self._tasks: dict[int, GraphTask] = {}
         self._parameters: dict[int, ParameterState] = {}
         self._cuts: dict[str, _Cut] = {}
+        self._passes: deque[Any] = deque(maxlen=_PASSES_KEPT)
 
     # -- forward ---------------------------------------------------------------------------
 
@@ -391,20 +476,21 @@ class Ledger:
         self.segment += 1
         self._closed = False
 
-    def open(self, module: torch.nn.Module, name: str, site: str | None) -> Tally:
-        """Note a call of ``module`` and return the tally it belongs to."""
+    def open(self, module: torch.nn.Module, name: str, site: str | None) -> tuple[Tally, bool]:
+        """Note a call of ``module``.
+
+        Returns:
+            The tally it belongs to, and whether it is counted there as one that should be
+            backpropagated: recomputations are not.
+        """
         key = (id(module), site, module.training)
         tally = self.open_calls.get(key)
         if tally is None or tally.module() is not module:
             tally = self.open_calls[key] = Tally(key, module, name)
-        return tally
-
-    def count_open(self, tally: Tally) -> bool:
-        """Count a call as one that should be backpropagated; recomputations do not count."""
-        if _autograd.graph_task_id() != -1:
-            return False
-        tally.opened += 1
-        return True
+        counted = _autograd.graph_task_id() == -1
+        if counted:
+            tally.opened += 1
+        return tally, counted
 
     # -- backward --------------------------------------------------------------------------
 
@@ -462,29 +548,20 @@ class Ledger:
         """Qualified name of ``parameter`` in its model, or its shape if it has none."""
         return self.state(parameter).name
 
-    def add_rows(
-        self,
-        parameter: torch.Tensor,
-        rows: torch.Tensor,
-        opened: int,
-        *,
-        captured: bool,
-        owned: bool,
-        order: torch.Tensor | None,
-        block: bool = False,
-    ) -> ParameterState:
-        """Publish rows of shape ``(B, *p.shape)`` that belong to a call of segment ``opened``.
+    def is_running(self, owner: object) -> bool:
+        """Whether a backward in which a call of this model was met is under way."""
+        return any(id(owner) in task.owners for task in list(self._tasks.values()))
 
-        In a declared ``block`` they are of no other segment, whenever they come.
-        """
-        state = self.state(parameter)
-        now = self.segment
-        if block:
-            self.blocks.add(opened)
-            now = opened
-        state.add(parameter, rows, opened, now, captured=captured, owned=owned, order=order)
-        self.close()
-        return state
+    def note_pass(self, sketched: Any) -> None:
+        """Keep what a first backward of ghost clipping has found until the step looks at it."""
+        if sketched is not None:
+            self._passes.append(sketched)
+
+    def take_passes(self) -> list[Any]:
+        """What first backwards have found since the last step."""
+        found = list(self._passes)
+        self._passes.clear()
+        return found
 
     def summands_of(self, parameter: torch.Tensor) -> int:
         """Of how many products an element of a row of ``parameter`` is the sum."""
@@ -550,7 +627,7 @@ class Ledger:
         dead: dict[CallKey, Tally] = {}
         for key, tally in list(self.open_calls.items()):
             module = tally.module()
-            if module is not None and not any(id(p) in wanted for p in module.parameters()):
+            if module is not None and wanted.isdisjoint(map(id, parameters_of(module))):
                 continue
             self.open_calls.pop(key, None)  # other threads settle as well
             training = key[2]
@@ -581,7 +658,7 @@ class Ledger:
             self.name_of(parameter)
             for tally in tallies
             if (module := tally.module()) is not None
-            for parameter in module.parameters()
+            for parameter in parameters_of(module)
             if parameter.requires_grad
         ]
         return Dead(

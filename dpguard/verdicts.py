@@ -34,6 +34,48 @@ class Verdicts:
         """Whether the host is changed."""
         return self._mode.changes_the_host
 
+    @property
+    def is_strict(self) -> bool:
+        """Whether what is repaired silently in ``repair`` is an error."""
+        return self._mode is Mode.STRICT
+
+    def alias(
+        self,
+        body: str,
+        cause: str,
+        *,
+        action: str = "repaired",
+        site: str | None = None,
+        **details: Any,
+    ) -> PrivacyViolation:
+        """Say that an attribute has, or should have, another owner.
+
+        Args:
+            body: one sentence that names attribute and owner.
+            cause: how that came about, for the remedy where nothing was repaired.
+            action: ``"repaired"``, ``"refused"`` or ``"observed"``.
+            site: the line that wrote it, if it is known.
+            details: further fields of the event.
+
+        Returns:
+            The error with which ``strict`` answers; when to raise it is up to the caller.
+        """
+        repaired = action == "repaired"
+        self._emit(
+            Intervention(
+                kind=diagnosis.ALIAS,
+                severity=Severity.INFO if repaired else Severity.WARNING,
+                action=action,
+                body=body,
+                cause=diagnosis.ALIAS,
+                remedy=diagnosis.explain(diagnosis.ALIAS if repaired else cause).remedy,
+                site=site,
+                **details,
+            )
+        )
+        written = f" It was written at {site}." if site else ""
+        return PrivacyViolation(f"{body}{written} Remedy: {diagnosis.explain(cause).remedy}.")
+
     def intervene(self, kind: str, body: str, *, repaired: bool = True, **details: Any) -> None:
         """Say what was repaired or, in ``observe``, what would have been.
 
@@ -76,6 +118,16 @@ class Verdicts:
     def warn(self, check: str, cause: str, body: str, **details: Any) -> None:
         """Say what is probably not meant and does not endanger the guarantee."""
         self._violated(Severity.WARNING, check, cause, body, **details)
+
+    def complain(self, check: str, cause: str, body: str, **details: Any) -> None:
+        """Say what is wrong, but cannot be told from what the user may have meant.
+
+        Raises:
+            PrivacyViolation: in ``strict``.
+        """
+        diagnosed = self._violated(Severity.ERROR, check, cause, body, **details)
+        if self.is_strict:
+            raise PrivacyViolation(f"{body} Remedy: {diagnosed.remedy}.")
 
     def _violated(
         self, severity: Severity, check: str, cause: str, body: str, **details: Any

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -13,6 +15,17 @@ if _imported is not None:
     _imported.uninstall()
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_install():
+    """A guard looks for models that live already among all objects; those frozen here are none.
+
+    torch and what the tests import are a million objects, which would cost each of thousands of
+    guards, and each count of what is alive, more than all the rest of a test.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import importlib.util
 from unittest import mock
 
 import torch
+from opacus.optimizers import DPOptimizer
 
 _TRAINER = mock.MagicMock()
 """Lightning 1.9 only refers to it weakly."""
@@ -55,6 +56,39 @@ class Holding(torch.optim.Optimizer):
         self.optimizer.zero_grad(set_to_none)
 
 
+class Slotted(torch.optim.Optimizer):
+    """Holds the other one in a slot."""
+
+    __slots__ = ("inside",)
+
+    def __init__(self, optimizer):
+        self.inside = optimizer
+
+    @property
+    def param_groups(self):
+        return self.inside.param_groups
+
+    def step(self, closure=None):
+        return self.inside.step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.inside.zero_grad(set_to_none)
+
+
+class Deriving(DPOptimizer):
+    """Is a DP optimizer by its class, with a constructor that runs no other."""
+
+    def __init__(self, optimizer):
+        self.__dict__.update({k: v for k, v in optimizer.__dict__.items() if k != "step"})
+        self.inside = optimizer
+
+    def step(self, closure=None):
+        return self.inside.step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.inside.zero_grad(set_to_none)
+
+
 def _accelerated(optimizer):
     from accelerate import Accelerator
 
@@ -84,7 +118,7 @@ def _nested(optimizer):
     return Holding(FallingThrough(optimizer))
 
 
-IMITATIONS = (Copied, FallingThrough, Holding, _nested)
+IMITATIONS = (Copied, FallingThrough, Holding, Slotted, Deriving, _nested)
 REAL = {"accelerate": _accelerated, "pytorch_lightning": _lightning, "lightning_fabric": _fabric}
 
 

@@ -8,6 +8,8 @@ import inspect
 import pytest
 from opacus import PrivacyEngine
 
+from dpguard import _compat
+
 MAKE_PRIVATE = inspect.signature(PrivacyEngine.make_private).parameters
 FUNCTORCH = importlib.util.find_spec("opacus.grad_sample.functorch") is not None
 """Layers without a grad sampler are replayed: from 1.2 on."""
@@ -23,3 +25,6 @@ needs_reshaping = pytest.mark.skipif(
     "grad_sample_mode" not in MAKE_PRIVATE, reason="this Opacus assigns the sum as it is"
 )
 """From 1.2 on the optimizer gives the sum of the rows the shape of the parameter."""
+
+LEAN = bool(_compat.stock_mechanism("clip_and_accumulate"))
+"""Whether a step is taken in one walk over the rows."""

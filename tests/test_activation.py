@@ -95,7 +95,7 @@ def owners():
     found = [cls for root in roots for cls in subclasses(root)]
     optimizers = subclasses(torch.optim.Optimizer)
     found += [torch.optim.Optimizer, *filter(_compat.wraps_an_optimizer, optimizers)]
-    found += _compat.holders_of_optimizers()
+    found += [cls for cls, _ in _compat.holders_of_optimizers()]
     found += [*_compat.ghost_loss_classes(), *_compat.ghost_criterion_classes()]
     found += [torch, torch.Tensor, torch.amp.GradScaler, AbstractGradSampleModule]
     found += [_compat.loader_iterator_class(), _compat.engine_class()]

@@ -1,15 +1,12 @@
 """Each attribute of a DP optimizer has one owner, whatever Opacus copies.
 
 The tests run with the Opacus of this environment, whose ``DPOptimizer`` forwards by itself, and
-again, in a second interpreter, with Opacus 1.5.1, whose ``DPOptimizer`` copies.
+again with older ones, whose ``DPOptimizer`` copies, see ``test_older_releases.py``.
 """
 
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import opacus
@@ -27,43 +24,9 @@ from dpguard.patches.attributes import NAMES, ForwardedAttribute
 ALIASES = _release(opacus.__version__) < (1, 5, 2)
 """Whether this Opacus copies the attributes; from 1.5.2 on it has properties."""
 
-OLD_OPACUS = Path(
-    os.environ.get("DPGUARD_TEST_OPACUS_1_5_1") or Path(sys.prefix, "opacus-1.5.1")
-).absolute()
-INNER_RUN = os.environ.get("DPGUARD_TEST_INNER_RUN") == "1"
-
-aliasing = pytest.mark.skipif(not ALIASES, reason="this Opacus forwards; see the run with 1.5.1")
+aliasing = pytest.mark.skipif(not ALIASES, reason="this Opacus forwards; see the older releases")
 # torch, about the kind of backward hook that Opacus registered until 1.5.x.
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
-
-
-@pytest.mark.skipif(INNER_RUN, reason="this is that run")
-def test_all_of_this_with_opacus_1_5_1():
-    """The tests of this file pass with the last Opacus that copies the attributes."""
-    if not (OLD_OPACUS / "opacus").is_dir():
-        reason = f"Opacus 1.5.1 is not in {OLD_OPACUS}; `make test` puts it there"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    path = os.pathsep.join([str(OLD_OPACUS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"PYTHONPATH": path, "DPGUARD_TEST_INNER_RUN": "1"},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.skipif(not INNER_RUN, reason="this is the run with the environment's Opacus")
-def test_the_inner_run_has_opacus_1_5_1():
-    """The second run really has the old Opacus, from the directory that was meant."""
-    assert opacus.__version__ == "1.5.1"
-    assert Path(opacus.__file__).is_relative_to(OLD_OPACUS)
-    assert "param_groups" not in vars(DPOptimizer)
 
 
 class Training:
@@ -165,22 +128,98 @@ def assert_follows(found):
     assert list(applied) == SHOWN
 
 
-@pytest.mark.parametrize("mode", ["repair", "strict"])
-def test_scheduler_through_accelerate(accelerator, mode):
+def test_scheduler_through_accelerate(accelerator):
     """The learning rate that the scheduler shows is the one that is applied."""
-    with dpguard.install(mode=mode) as guard:
+    with dpguard.install(mode="repair") as guard:
         assert_follows(through_accelerate(accelerator))
         assert reports(guard, "repaired") == ([("param_groups", "SGD")] if ALIASES else [])
         assert guard.violations == ()
 
 
-@pytest.mark.parametrize("mode", ["repair", "strict"])
 @pytest.mark.parametrize("load", RESUMES)
-def test_scheduler_through_a_resume(load, mode):
+def test_scheduler_through_a_resume(load):
     """So it is after a checkpoint was loaded, into the wrapper or into what it wraps."""
-    with dpguard.install(mode=mode) as guard:
+    with dpguard.install(mode="repair") as guard:
         assert_follows(through_resume(load))
         assert ("param_groups", "SGD") in reports(guard) or not ALIASES
+
+
+# -- strict ----------------------------------------------------------------------------------
+
+
+def by_assignment(training, _checkpoint):
+    training.inner.param_groups = list(training.inner.param_groups)
+
+
+REBOUND = r"DPOptimizer\.param_groups now forwards to that of SGD.*written at \S*{}:\d+.*1\.5\.2"
+
+
+@aliasing
+@pytest.mark.parametrize("load", RESUMES)
+def test_strict_refuses_the_step_after_an_attribute_was_rebound(load):
+    """Before the weights change, with attribute, owner, line and remedy; the repaired goes on."""
+    with dpguard.install(mode="strict") as guard:
+        training = Training()
+        training.applied_lr()
+        load(training, training.inner.state_dict())
+        before = training.model.weight.detach().clone()
+        with pytest.raises(dpguard.PrivacyViolation, match=REBOUND.format("test_attributes.py")):
+            training.applied_lr()
+        assert torch.equal(before, training.model.weight)
+        assert sorted(reports(guard)) == [("param_groups", "SGD"), ("state", "SGD")]
+        assert training.applied_lr() == pytest.approx(0.1, rel=1e-12)
+        by_assignment(training, None)
+        with pytest.raises(dpguard.PrivacyViolation, match=r"DPOptimizer\.param_groups"):
+            training.applied_lr()
+
+
+@aliasing
+def test_strict_refuses_the_first_step_through_accelerate(accelerator):
+    """Its constructor loads a checkpoint of its own, after which nothing would be shared."""
+    with (
+        dpguard.install(mode="strict"),
+        pytest.raises(dpguard.PrivacyViolation, match=REBOUND.format("optimizer.py")),
+    ):
+        through_accelerate(accelerator)
+
+
+@pytest.mark.parametrize("load", [None, *RESUMES])
+def test_strict_lets_what_does_not_diverge_train(load):
+    """A schedule, also on releases that copy; a resume where the DP optimizer forwards, too."""
+    if load is not None and ALIASES:
+        pytest.skip("with this Opacus it diverges")
+    with dpguard.install(mode="strict") as guard:
+        assert_follows(through_resume(load or (lambda *_: None)))
+        assert guard.interventions == guard.violations == ()
+
+
+@aliasing
+@pytest.mark.parametrize("mode", ["strict", "repair"])
+def test_writes_through_the_wrapper_are_said(mode):
+    """Unguarded they would be lost: they are passed on, and in ``strict`` refused."""
+    with dpguard.install(mode=mode) as guard:
+        training = Training()
+        new = [{**training.inner.param_groups[0], "lr": 0.3}]
+        held = training.inner.param_groups
+        if mode == "strict":
+            with pytest.raises(
+                dpguard.PrivacyViolation,
+                match=r"DPOptimizer\.param_groups was assigned; .* not reach that of SGD.*written "
+                r"at .*test_attributes.py:\d+",
+            ):
+                training.dp.param_groups = new
+            assert training.inner.param_groups is training.dp.param_groups is held
+            assert training.applied_lr() == pytest.approx(0.1, rel=1e-12)
+        else:
+            training.dp.param_groups = new
+            assert training.applied_lr() == pytest.approx(0.3, rel=1e-12)
+        (said,) = guard.interventions
+        assert (said.attribute, said.owner) == ("param_groups", "SGD")
+        assert (said.before, said.after) == ("lr=[0.1]", "lr=[0.3]")
+        assert said.action == {"strict": "refused", "repair": "repaired"}[mode]
+        assert said.site.startswith("tests/test_attributes.py:")
+        training.dp.param_groups = training.dp.param_groups
+        assert len(guard.interventions) == 1, "the same value changes nothing"
 
 
 def test_the_disease_without_the_guard(accelerator):
@@ -231,13 +270,24 @@ def test_identical_instances_are_adopted_silently():
         assert training.applied_lr() == pytest.approx(0.03, rel=1e-12)
 
 
-@pytest.mark.parametrize("mode", ["repair", "strict"])
-def test_diverged_instances_are_reconciled_and_reported(mode):
+@aliasing
+def test_strict_refuses_the_step_of_an_older_instance_that_has_diverged():
+    """Activation itself goes on, or there would be no guard."""
+    training = Training()
+    diverge(training.inner)
+    with dpguard.install(mode="strict"):
+        before = training.model.weight.detach().clone()
+        with pytest.raises(dpguard.PrivacyViolation, match=r"DPOptimizer\.param_groups .* SGD"):
+            training.applied_lr()
+        assert torch.equal(before, training.model.weight)
+
+
+def test_diverged_instances_are_reconciled_and_reported():
     """An older instance that has diverged is reconciled toward what is applied, and said so."""
     training = Training()
     diverge(training.inner)
     training.dp.param_groups[0]["lr"] = 0.01
-    with dpguard.install(mode=mode) as guard:
+    with dpguard.install(mode="repair") as guard:
         expected = [("param_groups", "SGD"), ("state", "SGD")] if ALIASES else []
         assert sorted(reports(guard, "repaired")) == expected
         for name in NAMES:
@@ -538,16 +588,6 @@ def test_writes_go_to_the_owner(name):
 
 
 @aliasing
-def test_a_write_through_the_wrapper_is_no_divergence():
-    """Writing through the wrapper is what the user meant to do: nothing to report."""
-    with dpguard.install(mode="repair") as guard:
-        training = Training()
-        training.dp.param_groups = list(training.dp.param_groups)
-        assert training.applied_lr() == pytest.approx(0.1, rel=1e-12)
-        assert reports(guard) == []
-
-
-@aliasing
 @pytest.mark.parametrize("name", NAMES)
 def test_deletes_go_to_the_owner(name):
     """What is deleted from the wrapper is gone from the wrapped optimizer."""
@@ -718,7 +758,9 @@ def test_aliases_are_found_by_what_they_are(tmp_path):
             found.dp.curvature = {"damping": 2.0}
             assert found.inner.curvature == {"damping": 2.0}
             assert vars(found.dp).keys() >= {"flag", "nothing", "count", "word"}
-        said = [i for i in guard.interventions if i.attribute in MORE]
+        written = [i for i in guard.interventions if "was assigned" in i.body]
+        assert [i.attribute for i in written] == ["curvature"] * 2
+        said = [i for i in guard.interventions if i.attribute in MORE and i not in written]
         assert sorted(i.attribute for i in said) == sorted(MORE * 2)
         # The nearest line that is not torch's: where the class loads its state.
         line = Curved.load_state_dict.__code__.co_firstlineno + 1

@@ -203,6 +203,104 @@ def test_a_facade_that_is_older_than_the_guard(make):
     assert training.dp.noise_multiplier == 0.25
 
 
+def test_strict_refuses_what_would_be_lost(make):
+    """A write to the façade raises where it is made, and nothing of it is applied."""
+    with dpguard.install(mode="strict") as guard:
+        training = Training()
+        facade = make(training.dp)
+        facade.noise_multiplier = 1.0
+        assert guard.interventions == (), "the same value"
+        with pytest.raises(
+            dpguard.PrivacyViolation,
+            match=r"\w+\.noise_multiplier was assigned; the value does not reach DPOptimizer.*"
+            r"written at .*test_facades.py:\d+\. Remedy: write it to the object that applies it",
+        ):
+            facade.noise_multiplier = 0.25
+        assert facade.noise_multiplier == training.dp.noise_multiplier == 1.0
+        hook = training.accountant.get_optimizer_hook_fn(0.01)
+        if isinstance(facade, DPOptimizer):
+            with pytest.raises(dpguard.PrivacyViolation, match=r"\w+\.step_hook was assigned"):
+                facade.attach_step_hook(hook)
+            assert training.dp.step_hook is None
+        else:  # unguarded it has no such method: nothing is lost
+            facade.attach_step_hook(hook)
+            assert training.dp.step_hook is hook
+        assert {i.action for i in guard.interventions} == {"refused"}
+
+
+@pytest.mark.skipif(not SCHEDULERS, reason="this Opacus has no opacus.schedulers")
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+def test_schedulers_given_a_facade_are_said(make, mode):
+    """What they write would have stayed on the façade: said, and in ``strict`` refused."""
+    from opacus.schedulers import ExponentialGradClip, ExponentialNoise
+
+    with dpguard.install(mode=mode) as guard:
+        training = Training()
+        facade = make(training.dp)
+        for scheduler in (ExponentialNoise, ExponentialGradClip):
+            if mode == "strict":
+                with pytest.raises(dpguard.PrivacyViolation, match=rf"{scheduler.__name__} was"):
+                    scheduler(facade, gamma=0.5)
+            else:
+                scheduler(facade, gamma=0.5)
+        assert [i.attribute for i in guard.interventions] == ["noise_multiplier", "max_grad_norm"]
+        assert {i.site.partition(":")[0] for i in guard.interventions} == {"tests/test_facades.py"}
+        assert (training.dp.noise_multiplier, training.dp.max_grad_norm) == (1.0, C)
+        for scheduler in (ExponentialNoise, ExponentialGradClip):
+            scheduler(training.dp, gamma=0.5)
+        assert len(guard.interventions) == 2
+
+
+def test_strict_lets_a_healthy_loop_with_a_facade_train(make):
+    """Steps, schedules of the learning rate and virtual batches change nothing through it."""
+    if make is REAL["accelerate"] and _release(opacus.__version__) < (1, 5, 2):
+        pytest.skip("accelerate's constructor makes attributes of this Opacus diverge")
+    with dpguard.install(mode="strict") as guard:
+        training = Training()
+        training.dp.attach_step_hook(training.accountant.get_optimizer_hook_fn(0.01))
+        scheduler = torch.optim.lr_scheduler.StepLR(training.dp, step_size=1, gamma=0.5)
+        facade = make(training.dp)
+        for skip in (False, True, False):
+            facade.zero_grad()
+            facade.signal_skip_step(do_skip=skip)
+            training.backward()
+            facade.step()
+            if not skip:
+                scheduler.step()
+        assert facade.param_groups[0]["lr"] == training.dp.param_groups[0]["lr"] == 0.25
+        assert [(sigma, steps) for sigma, _, steps in training.history] == [(1.0, 2)]
+        assert guard.interventions == guard.violations == ()
+
+
+def test_a_facade_that_passes_writes_on_itself_is_healthy():
+    """A wrapper with a ``__setattr__`` of its own loses nothing: nothing is said."""
+
+    class PassingOn(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.__dict__["optimizer"] = optimizer
+
+        def __getattr__(self, name):
+            return getattr(self.__dict__["optimizer"], name)
+
+        def __setattr__(self, name, value):
+            setattr(self.__dict__["optimizer"], name, value)
+
+        def step(self, closure=None):
+            return self.optimizer.step(closure)
+
+    with dpguard.install(mode="strict") as guard:
+        training = Training()
+        facade = PassingOn(training.dp)
+        facade.noise_multiplier = 0.25
+        assert training.delivered(facade.step) == about(0.25)
+        if SCHEDULERS:
+            from opacus.schedulers import ExponentialNoise
+
+            ExponentialNoise(facade, gamma=2.0).step()
+            assert training.delivered(facade.step) == about(0.5)
+        assert guard.interventions == guard.violations == ()
+
+
 def test_observe_leaves_it_and_says_so(make):
     """In ``observe`` the value stays on the façade, as in plain Opacus, and that is said."""
     with dpguard.install(mode="observe") as guard:
@@ -223,10 +321,31 @@ def test_uninstalling_leaves_the_facade_plain(make):
         facade = make(training.dp)
         names = set(vars(type(facade)))
         facade.noise_multiplier = 0.5
+        forgotten = make(training.dp)
+        training.dp.noise_multiplier = 0.25
+        facade.noise_multiplier = 0.5
+    for found in (facade, forgotten, training.dp):
+        assert not [name for name in vars(found) if name.startswith("_dpguard")]
+        assert found.param_groups is training.dp.original_optimizer.param_groups
+        assert getattr(found, "noise_multiplier", 0.5) == 0.5
     after = vars(type(facade))
     assert set(after) <= names
     assert not [n for n in after if type(after[n]).__module__.startswith("dpguard")]
     assert training.delivered(facade.step) == about(0.5)
+
+
+@pytest.mark.parametrize("make", IMITATIONS)
+def test_a_facade_keeps_what_is_its_own(guard, make):
+    """Only what the DP optimizer has is the DP optimizer's."""
+    training = Training()
+    facade = make(training.dp)
+    facade.mine = 3
+    del facade.mine
+    assert not hasattr(facade, "mine")
+    assert not hasattr(training.dp, "mine")
+    facade.mine = 4
+    assert (facade.mine, hasattr(training.dp, "mine")) == (4, False)
+    assert guard.interventions == ()
 
 
 def test_an_optimizer_that_knows_another_is_no_facade(guard):

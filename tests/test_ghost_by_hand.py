@@ -7,10 +7,12 @@ import torch
 from models import MLP
 from truth import plain_copy, rows_of
 
+import dpguard
 from dpguard import PrivacyViolation
 
 gsm = pytest.importorskip("opacus.grad_sample.grad_sample_module_fast_gradient_clipping")
 optimizers = pytest.importorskip("opacus.optimizers.optimizer_fast_gradient_clipping")
+pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
 C = 0.3
 RATE = 0.5
 CLOSE = {"rtol": 1e-8, "atol": 1e-12}
@@ -108,3 +110,68 @@ def test_one_backward_only_is_refused(training):
     with pytest.raises(PrivacyViolation, match="nobody clipped"):
         optimizer.step()
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_foreign_steps_are_refused(training, guard):
+    """A step of the wrapped optimizer on gradients that are raw, or clipped but not noised."""
+    model, called, optimizer = training
+    inner = optimizer.original_optimizer
+    before = [p.detach().clone() for p in model.parameters()]
+    losses_of(called, *batch(4, 0)).mean().backward()
+    with pytest.raises(PrivacyViolation, match=r"SGD\.step\(\) would update \d parameter"):
+        inner.step()
+    optimizer.zero_grad()
+    both_backwards(called, optimizer, losses_of(called, *batch(4, 0)))
+    with pytest.raises(PrivacyViolation, match=r"SGD\.step\(\) would update \d parameter"):
+        inner.step()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    optimizer.step()
+    inner.step()  # the gradient is private now
+    assert [v.cause for v in guard.violations] == ["foreign_step"] * 2
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_steps_on_public_gradients_are_let_through(training, guard, to_none):
+    """With the hooks off, before, between and after private steps."""
+    model, called, optimizer = training
+    inner = optimizer.original_optimizer
+    for seed in range(3):
+        called.disable_hooks()
+        losses_of(called, *batch(4, 7)).mean().backward()
+        inner.step()
+        called.enable_hooks()
+        optimizer.zero_grad(set_to_none=to_none)
+        expected = clipped(model, batch(4, seed))
+        both_backwards(called, optimizer, losses_of(called, *batch(4, seed)))
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, expected[name], **CLOSE)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=to_none)
+    assert guard.violations == ()
+
+
+@pytest.mark.parametrize("ghost", [True, False])
+def test_observe_has_nothing_to_say_of_it(ghost):
+    """The two backwards are no violation there either; a step of another optimizer is."""
+    torch.manual_seed(0)
+    model = MLP().double()
+    with dpguard.install(mode="observe") as guard:
+        called, optimizer = private(model, ghost)
+        for seed in range(2):
+            both_backwards(called, optimizer, losses_of(called, *batch(4, seed)))
+            optimizer.step()
+            optimizer.zero_grad()
+        assert guard.violations == ()
+        both_backwards(called, optimizer, losses_of(called, *batch(4, 3)))
+        optimizer.original_optimizer.step()
+        assert [v.cause for v in guard.violations] == ["foreign_step"]
+
+
+def test_norms_can_be_looked_at_after_the_first_backward(training):
+    """Each parameter carries its rows' norms, as Opacus leaves them, before anybody asks."""
+    model, called, _ = training
+    data = batch(4, 0)
+    rows = rows_of(lambda m, x, y: losses_of(m, x, y).mean(), plain_copy(model), data)
+    losses_of(called, *data).mean().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p._norm_sample, rows[name].flatten(1).norm(dim=1), **CLOSE)

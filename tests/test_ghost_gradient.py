@@ -678,11 +678,12 @@ def test_the_step_is_audited(guard):
     optimizer.step()
     guard.flush()
     checks = guard.last_step.checks
-    verdicts = {n: c.verdict for n, c in checks.items() if n.startswith("coverage.")}
+    verdicts = {n: c.verdict for n, c in checks.items() if n.startswith(("coverage", "conserv"))}
     assert verdicts == {
         "coverage.present": "pass",
         "coverage.rows": "pass",
         "coverage.finite": "pass",
+        "conservation": "pass",
         "coverage.shape": "not_run",
         "coverage.dtype": "not_run",
         "coverage.device": "not_run",

@@ -154,6 +154,19 @@ def test_an_assignment_is_respected_and_said(guard):
     assert [v.cause for v in guard.violations] == ["step_hook_replaced"]
 
 
+def test_strict_refuses_the_step_after_an_accountant_was_replaced():
+    """Nothing is applied that nobody accounts, unless it was said."""
+    with dpguard.install(mode="strict"):
+        training, mine = Training(), []
+        training.dp.step_hook = mine.append
+        before = [p.detach().clone() for p in training.model.parameters()]
+        with pytest.raises(dpguard.PrivacyViolation, match=r"no longer runs.*attach_step_hook"):
+            training.physical()
+        now = training.model.parameters()
+        assert all(torch.equal(p, q) for p, q in zip(before, now, strict=True))
+        assert mine == []
+
+
 def test_a_hook_written_round_the_former_one_is_no_replacement(guard):
     """Nothing to say if the former hook still runs; and it runs once."""
     training = Training()

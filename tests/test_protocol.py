@@ -241,6 +241,37 @@ def test_copy_in_the_middle_of_a_logical_batch(guard):
     assert training.moved(training.dp.step) == exactly(0.2)
 
 
+def test_copies_work_on_after_uninstall():
+    """They have what Opacus's constructor would have given them, and nothing of ours."""
+    with dpguard.install(mode="repair"):
+        training = Training()
+        copies = [
+            copy.copy(training.dp),
+            copy.deepcopy(training.dp),
+            pickle.loads(pickle.dumps(training.dp)),
+        ]
+        copies.append(copy.copy(copies[0]))
+        training.applied()
+    for dp in copies:
+        assert not [name for name in vars(dp) if "dpguard" in name]
+        assert {*vars(dp)} >= {*vars(training.dp)} - {"step"}
+        for name in ("param_groups", "defaults", "state"):
+            assert getattr(dp, name) is getattr(dp.original_optimizer, name)
+    for dp in (copies[0], copies[-1], training.dp):
+        dp.zero_grad()
+        training.backward()
+        assert training.moved(dp.step) == exactly(0.1)
+
+
+def test_copies_have_one_owner_too(guard):
+    """What a copy shows is what the optimizer that it wraps applies."""
+    training = Training()
+    for dp in (copy.copy(training.dp), copy.deepcopy(training.dp)):
+        dp.original_optimizer.load_state_dict(dp.original_optimizer.state_dict())
+        assert dp.param_groups is dp.original_optimizer.param_groups
+        assert dp.state is dp.original_optimizer.state
+
+
 @pytest.mark.parametrize("store", ["pickle", "torch"])
 def test_stored_and_loaded(guard, store):
     """Without a step hook a DP optimizer can be stored whole."""
@@ -519,6 +550,17 @@ def test_pre_step_and_then_the_wrapped_optimizer(guard):
     assert training.moved(training.dp.original_optimizer.step) == exactly(0.1)
     assert training.steps == 1
     assert guard.violations == ()
+
+
+def test_a_step_that_was_granted_and_not_taken_is_granted_no_more(guard):
+    """The first half of a step by hand, gradients cleared, and then the wrapped optimizer's."""
+    training = Training()
+    training.backward()
+    assert training.dp.pre_step() is True
+    training.dp.zero_grad()
+    training.backward()
+    with pytest.raises(dpguard.PrivacyViolation, match=r"SGD\.step\(\) would update"):
+        training.inner.step()
 
 
 class Lookahead(torch.optim.Optimizer):

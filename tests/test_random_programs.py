@@ -1,21 +1,21 @@
 """Random programs of forwards, cuts, backwards and steps: all equals ground truth, or is refused.
 
+Some hundred run with the other tests, 2,000 more with the slow ones, always the same.
 ``DPGUARD_TEST_PROGRAMS=N`` runs N programs and other ones each time, or those of
 ``--hypothesis-seed``; a failure prints the shrunk model and program.
 """
 
 from __future__ import annotations
 
-import gc
 import os
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from programs.comparison import check, check_same
 from programs.found import FOUND
 from programs.guarded import guarded
-from programs.models import Design, lacking
+from programs.models import lacking
 from programs.releases import MODES
 from programs.strategies import designs, programs, tidy_designs, tidy_programs
 
@@ -29,9 +29,12 @@ _SHARES = {"hooks": 0.4, "functorch": 0.15, "ghost": 0.3, "fast": 0.15}
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
 
 
-def _settings(share):
+_FEW, _MANY, _PARTS = 400, 2000, 4
+
+
+def _settings(share, programs=_FEW):
     return settings(
-        max_examples=round((_WANTED or 1000) * share),
+        max_examples=round((_WANTED or programs) * share),
         derandomize=not _WANTED,
         deadline=None,
         database=None,
@@ -60,6 +63,24 @@ def test_random_programs(guard, mode):
     run()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(bool(_WANTED), reason="as many as were asked for have run above")
+@pytest.mark.usefixtures("_quiet")
+@pytest.mark.parametrize("part", range(_PARTS))
+@pytest.mark.parametrize("mode", MODES)
+def test_many_random_programs(guard, mode, part):
+    """The same for thousands of other programs, in parts that can run side by side."""
+
+    @seed(part)
+    @_settings(_SHARES[mode], _MANY / _PARTS)
+    @given(design=designs(mode), program=programs)
+    def run(design, program):
+        check(design, program)
+        assert guard.internal_errors == ()
+
+    run()
+
+
 @pytest.mark.usefixtures("_quiet")
 @pytest.mark.parametrize("name", FOUND)
 def test_programs_that_failed_once(guard, name):
@@ -71,17 +92,7 @@ def test_programs_that_failed_once(guard, name):
     assert guard.internal_errors == ()
 
 
-@pytest.fixture
-def _quick_install():
-    """A guard looks for models that live already among all objects but the frozen ones."""
-    guarded(Design(), ())  # torch imports more once an optimizer is made
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.mark.usefixtures("_quiet", "_quick_install")
+@pytest.mark.usefixtures("_quiet")
 @pytest.mark.parametrize("mode", MODES)
 def test_right_programs_stay_untouched(mode):
     """Where Opacus alone is right, it gets the same bits, and no intervention is reported."""

@@ -227,3 +227,114 @@ def test_a_layer_without_a_tensor_input_is_refused_by_name(guard, args):
     """There is no batch dimension by which to replay it."""
     with pytest.raises(dpguard.PerSampleGradientError, match=r"layer\.bias.*first input"):
         step(GradSampleModule(Adds(*args)))
+
+
+# -- keyword arguments, None, and outputs that no gradient reaches ---------------------------------
+
+
+class Blends(nn.Module):
+    """Replayed by functorch; takes a second input and a number if it is given them."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4))
+
+    def forward(self, x, other=None, alpha=None):
+        x = x * self.weight
+        x = x if other is None else x + other
+        return x if alpha is None else x * alpha
+
+
+class Passes(nn.Module):
+    """Calls its layers in the way that is given."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.first, self.layer, self.call = nn.Linear(3, 4), Blends(), call
+
+    def forward(self, x):
+        return self.call(self.layer, self.first(input=x))
+
+
+EXACT = {
+    "keyword": lambda layer, h: layer(x=h),
+    "keywords": lambda layer, h: layer(other=None, x=h),
+    "none": lambda layer, h: layer(h, None),
+    "none by name": lambda layer, h: layer(h, alpha=None),
+}
+DROPPED = {
+    "tensor": lambda layer, h: layer(h, h.detach()),
+    "tensor by name": lambda layer, h: layer(h, other=h),
+    "number": lambda layer, h: layer(h, alpha=2.0),
+    "other order": lambda layer, h: layer(other=h, x=h),
+}
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_keyword_arguments_and_none(guard, kind):
+    """One tensor by whatever name, in sampled and in replayed layers: rows equal ground truth."""
+    torch.manual_seed(0)
+    model, plain = Passes(EXACT[kind]).to(DTYPE), Passes(EXACT[kind]).to(DTYPE)
+    plain.load_state_dict(model.state_dict())
+    truth = rows_of(loss_of, plain, [batch()])
+    wrapped = GradSampleModule(model)
+    loss_of(wrapped, batch()).backward()
+    assert_rows_equal(wrapped, truth, DTYPE)
+    assert guard.interventions == ()
+
+
+@pytest.mark.parametrize("kind", DROPPED)
+def test_further_inputs_of_replayed_layers_are_refused_by_name(guard, kind):
+    """Opacus's replay would drop them, and give wrong rows without a word (S06)."""
+    model = GradSampleModule(Passes(DROPPED[kind]))
+    with pytest.raises(dpguard.PerSampleGradientError, match=r"layer\.weight.*inputs"):
+        step(model)
+
+
+class Indexes(Blends):
+    """Returns integers, or nothing: no gradient can reach it."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.read = read
+
+    def forward(self, x):
+        return self.read(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [lambda t: t.argmax(dim=1), lambda t: None, lambda t: {"n": 3}, lambda t: t.detach()],
+    ids=["integers", "none", "numbers", "detached"],
+)
+@pytest.mark.parametrize("sampled", [True, False])
+def test_outputs_that_no_gradient_reaches(guard, read, sampled):
+    """Nothing can be backpropagated: such a call is no call, the rest of the model is exact."""
+
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.layer = nn.Linear(3, 4), Indexes(read)
+            self.last = nn.Linear(4, 4)
+
+        def forward(self, x):
+            h = self.first(x)
+            self.seen = read(self.last(h)) if sampled else self.layer(h)
+            return h
+
+    torch.manual_seed(0)
+    model, plain = Looks().to(DTYPE), Looks().to(DTYPE)
+    plain.load_state_dict(model.state_dict())
+    truth = rows_of(loss_of, plain, [batch()])
+    wrapped = GradSampleModule(model)
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        noise_multiplier=0.0,
+        max_grad_norm=1.0,
+        expected_batch_size=4,
+    )
+    loss_of(wrapped, batch()).backward()
+    optimizer.step()
+    assert_rows_equal(model, truth, DTYPE)
+    assert guard.violations == ()
+    assert guard.internal_errors == ()

@@ -32,7 +32,7 @@ class Note:
     Attributes:
         module: identity of the module.
         name: its name.
-        parameters: identities of its parameters.
+        parameters: identities of its parameters that are trained.
         opened: segment in which it was made.
         now: segment in which it was backpropagated.
         rows: number of its rows; 0 if they are not computed here.
@@ -79,15 +79,16 @@ class Calls:
         if len(self._notes) >= _AT_MOST:
             self._notes.clear()
         inputs = record.activations or ()
+        rows = record.batch if record.activations is not None else 0
         block = record.people is not None and record.people.joins
         self._notes.append(
             Note(
                 id(record.module),
                 record.hook.name,
-                frozenset(map(id, record.module.parameters())),
+                frozenset(map(id, record.trained)),
                 record.segment,
                 record.segment if block else self._ledger.segment,
-                record.batch,
+                rows,
                 record.drawn,
                 self._deliveries.origin(inputs),
                 _second(inputs),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -11,7 +11,7 @@ import torch
 from dpguard.events import CheckCount, StepAudit
 
 if TYPE_CHECKING:
-    from dpguard.patches.lean import Clipping
+    from dpguard.patches.lean import Clipping, Rows
 
 __all__ = ["Check", "Failure", "Failures", "Step"]
 
@@ -53,6 +53,7 @@ class Step:
         optimizer: class of the optimizer.
         parameters: its trainable parameters, in the physical batch at hand.
         names: their qualified names.
+        rows: their rows, if they are as they should be; none in ghost clipping.
         physical: number of physical batches so far, this one included.
         ran: for each check that was run, on how many parameters (or other things) it was.
         failed: for each check that failed, on which.
@@ -63,6 +64,7 @@ class Step:
     optimizer: str
     parameters: Sequence[torch.nn.Parameter] = ()
     names: tuple[str, ...] = ()
+    rows: Rows | None = None
     physical: int = 0
     rows_per_person: float | None = 1.0
     """How many rows of the loss each row is the sum of; ``None`` if that differs, or if rows of
@@ -97,19 +99,20 @@ class Step:
             raise RuntimeError("figures of a step that is not under way")
         self.send(self, checks, figures, receive)
 
-    def audit(self, checks: Iterable[str]) -> StepAudit:
-        """The event that says how all ``checks`` went."""
+    def audit(self, checks: Mapping[str, CheckCount]) -> StepAudit:
+        """The event that says how all ``checks`` went, as they were counted."""
         return StepAudit(
             step=self.number,
             body=f"Logical step {self.number} of {self.optimizer} was audited.",
-            checks={check: self._count(check) for check in checks},
+            checks=checks,
             parameters=len(self.parameters),
             physical_batches=self.physical,
             optimizer=self.optimizer,
             interventions=self.interventions,
         )
 
-    def _count(self, check: str) -> CheckCount:
+    def count(self, check: str) -> CheckCount:
+        """How many passed a check, failed it or were not looked at."""
         ran = self.ran.get(check)
         if ran is None:
             return CheckCount(not_run=len(self.parameters))
@@ -127,8 +130,8 @@ class Check:
     names: tuple[str, ...] = ()
     """Names of the checks that it makes, as in ``dpguard.check.<name>``."""
 
-    def rows_ready(self, step: Step, optimizer: Any) -> Failures:
-        """Rows, or the clipped sums of ghost clipping, are complete; nothing was done to them."""
+    def begin(self, step: Step, optimizer: Any) -> Failures:
+        """A physical batch has come, and its rows or clipped sums are there; in every mode."""
         return ()
 
     def before_clip(self, step: Step, optimizer: Any) -> Failures:

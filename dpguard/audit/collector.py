@@ -13,7 +13,7 @@ import torch
 
 __all__ = ["Collector", "finite_flags"]
 
-Receiver = Callable[[list[bool]], None]
+Receiver = Callable[[list[float]], None]
 _PENDING_AT_MOST = 256
 
 
@@ -43,8 +43,8 @@ class Collector:
     def __init__(self) -> None:
         self._pending: deque[tuple[torch.Tensor, Any, Receiver]] = deque()
 
-    def collect(self, flags: torch.Tensor, receive: Receiver) -> bool:
-        """Send ``flags`` to the host and call ``receive`` with them when they have arrived.
+    def collect(self, figures: torch.Tensor, receive: Receiver) -> bool:
+        """Send ``figures`` to the host and call ``receive`` with them when they have arrived.
 
         Returns:
             ``False`` if this device cannot copy without waiting, or too much is on its way;
@@ -52,13 +52,13 @@ class Collector:
         """
         if len(self._pending) >= _PENDING_AT_MOST:
             return False
-        if flags.device.type == "cpu":
-            self._pending.append((flags, None, receive))
-        elif flags.device.type == "cuda":
-            host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
-            host.copy_(flags, non_blocking=True)
+        if figures.device.type == "cpu":
+            self._pending.append((figures, None, receive))
+        elif figures.device.type == "cuda":
+            host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
+            host.copy_(figures, non_blocking=True)
             arrived = torch.cuda.Event()
-            arrived.record(torch.cuda.current_stream(flags.device))
+            arrived.record(torch.cuda.current_stream(figures.device))
             self._pending.append((host, arrived, receive))
         else:
             return False
@@ -67,10 +67,13 @@ class Collector:
     def drain(self, *, wait: bool = False) -> None:
         """Hand out what has arrived; with ``wait`` everything, however long it takes."""
         while self._pending:
-            host, arrived, receive = self._pending[0]
+            try:
+                host, arrived, receive = self._pending.popleft()
+            except IndexError:
+                return  # another thread trains as well
             if arrived is not None and not arrived.query():
                 if not wait:
+                    self._pending.appendleft((host, arrived, receive))
                     return
                 arrived.synchronize()
-            self._pending.popleft()
             receive(host.tolist())

@@ -13,6 +13,7 @@ import torch
 from dpguard import diagnosis
 from dpguard.audit.check import Failure
 from dpguard.ledger import Clipped, Ledger
+from dpguard.patches.lean import Rows
 
 __all__ = [
     "CHECKS",
@@ -45,18 +46,23 @@ class Coverage:
 
     Attributes:
         names: the trainable parameters of the optimizer.
-        rows: the row tensors, each of shape ``(B, *p.shape)``, with the parameter's name.
+        rows: the rows, if they are as they should be.
+        sums: in ghost clipping the clipped sums, with the parameter's name.
         failures: the structural checks that failed.
     """
 
     names: tuple[str, ...]
-    rows: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    rows: Rows | None = None
+    sums: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
 
 
 def examine(ledger: Ledger, parameters: Sequence[torch.nn.Parameter]) -> Coverage:
     """Look at the metadata of all rows of one optimizer."""
     coverage = Coverage(tuple(map(ledger.name_of, parameters)))
+    coverage.rows = Rows.of(parameters)
+    if coverage.rows is not None:
+        return coverage  # nearly always: everything is as it should be
     counts: dict[str, tuple[int, ...]] = {}
     missing: dict[str, list[str]] = {}
     wrong: dict[tuple[str, str], list[str]] = {}
@@ -67,10 +73,9 @@ def examine(ledger: Ledger, parameters: Sequence[torch.nn.Parameter]) -> Coverag
             continue
         counts[name] = tuple(len(rows) for rows in tensors)
         for rows in tensors:
-            coverage.rows.append((name, rows))
             for check, cause in _misfits(parameter, rows):
                 wrong.setdefault((check, cause), []).append(name)
-    if not coverage.rows:
+    if not counts:
         missing = {diagnosis.NO_BACKWARD: list(coverage.names)}
     coverage.failures.extend(
         Failure(PRESENT, cause, tuple(names)) for cause, names in missing.items()
@@ -105,7 +110,7 @@ def examine_clipped(ledger: Ledger, parameters: Sequence[torch.nn.Parameter]) ->
         elif note is not None and note.is_fresh:
             counts[name] = note.rows
             if parameter.grad is not None and not parameter.grad.is_sparse:
-                coverage.rows.append((name, parameter.grad))
+                coverage.sums.append((name, parameter.grad))
     if counts:
         coverage.names = names
         if strangers:

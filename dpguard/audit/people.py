@@ -83,7 +83,7 @@ class People(Check):
         self._calls = calls
         self._logical: weakref.WeakKeyDictionary[Any, _Logical] = weakref.WeakKeyDictionary()
 
-    def rows_ready(self, step: Step, optimizer: Any) -> Failures:
+    def begin(self, step: Step, optimizer: Any) -> Failures:
         """Tell whose rows these are."""
         sizes = rows_at_hand(self._ledger, optimizer, step.parameters)
         notes = self._calls.take(step.parameters)

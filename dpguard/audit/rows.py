@@ -19,8 +19,9 @@ Finiteness is read off the norms, which clipping needs anyway.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -34,7 +35,7 @@ from dpguard.patches.lean import Clipping
 if TYPE_CHECKING:
     from dpguard.patches.lean import Rows
 
-__all__ = ["CONSERVATION", "RowValues", "finiteness"]
+__all__ = ["CONSERVATION", "RowValues", "factors", "finiteness"]
 
 CONSERVATION = "conservation"
 LAMBDA = 8.0
@@ -52,7 +53,7 @@ class RowValues(Check):
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._survey: Survey | None = None
-        self._limits: tuple[Any, torch.Tensor] | None = None
+        self._factors: dict[tuple[object, ...], tuple[float, float]] = {}
 
     def before_clip(self, step: Step, optimizer: Any) -> Failures:
         """Rows that our code does not clip are measured before anybody changes them."""
@@ -67,66 +68,46 @@ class RowValues(Check):
         found, self._survey = clipping or self._survey, None
         if found is None or found.means is None or not step.audited:
             return ()
+        step.run(FINITE)
         with torch.no_grad():
-            self._compare(step, found, found.means)
+            sizes = found.shares @ found.norms
+            compared = {}
+            if step.rows_per_person is not None:
+                compared = _comparable(found.rows.parameters, _means(step, found.means))
+            if not compared:
+                step.collect((FINITE,), sizes, _verdict(step.names, (), ()))
+                return ()
+            step.run(CONSERVATION, count=len(compared))
+            chosen, grads, parameters = zip(*(compared.values()), strict=True)
+            residuals = torch._foreach_norm(torch._foreach_sub(chosen, grads))
+            total = found.shares @ found.totals
+            figures = torch.cat((sizes, torch.stack((*residuals, total.to(residuals[0].dtype)))))
+        limits = self._limits(found.rows, compared, parameters)
+        step.collect((FINITE, CONSERVATION), figures, _verdict(step.names, tuple(compared), limits))
         return ()
 
-    def _compare(self, step: Step, found: Clipping | Survey, means: list[torch.Tensor]) -> None:
-        rows, norms = found.rows, found.norms
-        compared = [i for i, p in enumerate(rows.parameters) if _is_comparable(p, means[i])]
-        step.run(FINITE)
-        sizes = norms.sum(0)
-        if (each := step.rows_per_person) is None:
-            compared = []
-        if not compared:
-            names = step.names
-            step.collect((FINITE,), torch.isfinite(sizes).to(norms.dtype), finiteness(names))
-            return
-        step.run(CONSERVATION, count=len(compared))
-        grads = [rows.parameters[i].grad for i in compared]
-        if each is not None and each != 1.0:
-            # A mean over rows, of which each person has several.
-            means = list(torch._foreach_div(means, each))
-        chosen = means if len(compared) == len(means) else [means[i] for i in compared]
-        residuals = torch.stack(torch._foreach_norm(torch._foreach_sub(chosen, grads)))
-        scales = found.shares @ norms
-        if len(compared) < len(means):
-            scales = scales[compared]
-        own, shared = self._limit(rows, compared, residuals)
-        total = found.shares @ found.totals
-        ratios = residuals / (own * scales + shared * total).clamp(min=_tiny(residuals.dtype))
-        names = tuple(step.names[i] for i in compared)
-        figures = torch.cat((torch.isfinite(sizes).to(ratios.dtype), ratios))
-        step.collect((FINITE, CONSERVATION), figures, _verdict(step.names, names))
-
-    def _limit(
-        self, rows: Rows, compared: Sequence[int], like: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The factors of the bound, for each parameter compared; made once for each situation."""
-        parameters = [rows.parameters[i] for i in compared]
-        summands = [self._ledger.summands_of(p) for p in parameters]
-        kinds = [
-            (p.dtype, rows.pieces[i][0].dtype) for p, i in zip(parameters, compared, strict=True)
-        ]
-        key = (rows.sizes, tuple(summands), tuple(kinds), like.device, like.dtype)
-        if self._limits is None or self._limits[0] != key:
-            count = sum(rows.sizes)
-            pairs = [
-                _factors(p, kind, count * terms)
-                for p, (_, kind), terms in zip(parameters, kinds, summands, strict=True)
-            ]
-            made = torch.tensor(pairs, dtype=like.dtype).t().contiguous()
-            self._limits = key, made.to(like.device, non_blocking=True)
-        made = self._limits[1]
-        return made[0], made[1]
+    def _limits(
+        self, rows: Rows, compared: Iterable[int], parameters: Sequence[torch.nn.Parameter]
+    ) -> tuple[tuple[float, float], ...]:
+        """The factors of the bound, for each parameter compared."""
+        count = sum(rows.sizes)
+        found = []
+        for i, parameter in zip(compared, parameters, strict=True):
+            summands = count * self._ledger.summands_of(parameter)
+            key = (summands, parameter.dtype, rows.pieces[i][0].dtype, parameter.dim() > 2)  # noqa: PLR2004
+            made = self._factors.get(key)
+            if made is None:
+                made = self._factors[key] = factors(parameter, rows.pieces[i][0].dtype, summands)
+            found.append(made)
+        return tuple(found)
 
 
-def _factors(
+def factors(
     parameter: torch.nn.Parameter, rows_dtype: torch.dtype, summands: int
 ) -> tuple[float, float]:
     """What ``S`` and the norm of all parameters are multiplied by."""
     device = parameter.device
-    wide = torch.promote_types(parameter.dtype, torch.float32)
+    wide = _compat.at_least_single(parameter.dtype)
     plain = LAMBDA * math.sqrt(max(1, summands)) * _compat.unit_roundoff(wide)
     low = max(
         _compat.operand_roundoff(parameter.dtype, device, convolves=parameter.dim() > 2),  # noqa: PLR2004
@@ -135,40 +116,75 @@ def _factors(
     return plain + 4 * low, plain
 
 
-def _is_comparable(parameter: torch.nn.Parameter, mean: torch.Tensor) -> bool:
-    grad = parameter.grad
-    return (
-        grad is not None
-        and type(grad) is torch.Tensor
-        and grad.layout is torch.strided
-        and grad.device == mean.device
-        and grad.dtype == mean.dtype
-    )
+def _means(step: Step, means: list[torch.Tensor]) -> list[torch.Tensor]:
+    """As the loss takes them: over its rows, of which each person may have several."""
+    each = step.rows_per_person
+    return means if each is None or each == 1.0 else list(torch._foreach_div(means, each))
 
 
-def _tiny(dtype: torch.dtype) -> float:
-    return float(torch.finfo(dtype).tiny)
+_Compared: TypeAlias = "tuple[torch.Tensor, torch.Tensor, torch.nn.Parameter]"
 
 
-def finiteness(names: tuple[str, ...]) -> Any:
-    """What to make of one flag for each name: whether what it stands for is finite."""
-    return _verdict(names, ())
+def _comparable(
+    parameters: Sequence[torch.nn.Parameter], means: Sequence[torch.Tensor]
+) -> dict[int, _Compared]:
+    """By index: the mean of its rows, what autograd has computed, and the parameter."""
+    found = {}
+    for i, (parameter, mean) in enumerate(zip(parameters, means, strict=True)):
+        grad = parameter.grad
+        if (
+            type(grad) is torch.Tensor
+            and grad.dtype is mean.dtype
+            and grad.layout is torch.strided
+            and grad.device == mean.device
+        ):
+            found[i] = mean, grad, parameter
+    return found
 
 
-def _verdict(names: tuple[str, ...], compared: tuple[str, ...]) -> Any:
-    """What to make of the figures: whether each parameter's rows are finite, then the ratios."""
+def _verdict(
+    names: tuple[str, ...],
+    compared: Sequence[int],
+    limits: Sequence[tuple[float, float]],
+) -> Callable[[list[float]], list[Failure]]:
+    """What to make of the figures: sizes of all, residuals of those compared, size of the whole.
+
+    Args:
+        names: of all parameters.
+        compared: indices of those that were compared.
+        limits: factors of the bound, for each of those.
+    """
 
     def receive(values: list[float]) -> list[Failure]:
-        finite, ratios = values[: len(names)], values[len(names) :]
-        if not all(finite):
-            broken = tuple(n for n, good in zip(names, finite, strict=True) if not good)
+        count = len(names)
+        if not all(map(math.isfinite, values[:count])):
+            broken = tuple(n for n, v in zip(names, values, strict=False) if not math.isfinite(v))
             return [Failure(FINITE, diagnosis.ROWS_NOT_FINITE, broken)]
-        if all(ratio <= 1.0 for ratio in ratios):
+        if not compared:
             return []
-        wrong = {n: r for n, r in zip(compared, ratios, strict=True) if not r <= 1.0}
-        figure = max(wrong.values())
-        return [
-            Failure(CONSERVATION, diagnosis.NOT_CONSERVED, tuple(wrong), figure=figure, bound=1.0)
+        whole = values[-1]
+        wrong = [
+            (names[i], residual, bound)
+            for i, residual, (own, shared) in zip(compared, values[count:], limits, strict=False)
+            if not residual <= (bound := own * values[i] + shared * whole)
         ]
+        if not wrong:
+            return []
+        worst = max(wrong, key=lambda found: found[1] / max(found[2], sys.float_info.min))
+        concerned = tuple(name for name, _, _ in wrong)
+        figure, bound = worst[1:]
+        return [
+            Failure(CONSERVATION, diagnosis.NOT_CONSERVED, concerned, figure=figure, bound=bound)
+        ]
+
+    return receive
+
+
+def finiteness(names: tuple[str, ...]) -> Callable[[list[float]], list[Failure]]:
+    """What to make of one flag for each name: whether what it stands for is finite."""
+
+    def receive(flags: list[float]) -> list[Failure]:
+        broken = tuple(name for name, good in zip(names, flags, strict=True) if not good)
+        return [Failure(FINITE, diagnosis.ROWS_NOT_FINITE, broken)] if broken else []
 
     return receive

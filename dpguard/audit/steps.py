@@ -21,14 +21,19 @@ from dpguard.events import CheckCount, Event, Intervention, Severity, StepAudit
 from dpguard.ledger import Dead, Ledger
 
 if TYPE_CHECKING:
-    from dpguard.patches.lean import Clipping
+    from dpguard.patches.lean import Clipping, Rows
 
 __all__ = ["StepAuditor"]
 
 _HOOKS = (
-    "rows_ready", "before_clip", "after_clip", "before_noise", "after_noise", "before_update",
+    "begin",
+    "before_clip",
+    "after_clip",
+    "before_noise",
+    "after_noise",
+    "before_update",
     "forget",
-)  # fmt: skip
+)
 
 
 class StepAuditor:
@@ -64,6 +69,7 @@ class StepAuditor:
         self._steps: weakref.WeakKeyDictionary[Any, Step] = weakref.WeakKeyDictionary()
         self._coverage: dict[str, list[int]] = {}
         self._overdue: DPGuardError | None = None
+        self._went: tuple[tuple[Any, ...], dict[str, CheckCount]] | None = None
         self.steps = 0
         """Number of logical steps that were taken, over all optimizers."""
         self.last_step: StepAudit | None = None
@@ -90,7 +96,7 @@ class StepAuditor:
             self._cover_rows(step, parameters, dead)
         else:
             self._cover_sums(step, parameters)
-        self._run("rows_ready", optimizer)
+        self._run("begin", optimizer)
 
     def _cover_rows(
         self, step: Step, parameters: Sequence[torch.nn.Parameter], dead: Sequence[Dead]
@@ -101,12 +107,13 @@ class StepAuditor:
             join_blocks(self._ledger, parameters)
         self._say_unused(step, alignment)
         seen = structure.examine(self._ledger, parameters)
-        step.names = seen.names
-        step.run(*structure.OF_EACH, *structure.OF_ROWS)
+        step.names, step.rows = seen.names, seen.rows
         failures = [*_failures(alignment), *_remaining(seen, alignment)]
+        step.run(*structure.OF_EACH, *structure.OF_ROWS)
         if not repairs and dead:
             failures = [_left_over(failure) for failure in failures]
-        self._refuse(step, failures)
+        if failures:
+            self._refuse(step, failures)
 
     def _cover_sums(self, step: Step, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Ghost clipping has norms instead of rows, and clipped sums in ``p.grad``."""
@@ -118,11 +125,15 @@ class StepAuditor:
         unused = [p for p in parameters if p.grad is None]
         if seen.names and unused:
             self._say_unused(step, Alignment(unused=tuple(map(self._ledger.name_of, unused))))
-        if step.audited and seen.rows:
-            names = tuple(name for name, _ in seen.rows)
+        if step.audited and seen.sums:
+            names = tuple(name for name, _ in seen.sums)
             step.run(structure.FINITE)
-            flags = finite_flags([sums for _, sums in seen.rows])
+            flags = finite_flags([total for _, total in seen.sums])
             step.collect((structure.FINITE,), flags, finiteness(names))
+
+    def rows_of(self, optimizer: Any) -> Rows | None:
+        """The rows of the physical batch at hand, if nothing is wrong with them."""
+        return self._current(optimizer).rows
 
     def wants_means(self, optimizer: Any) -> bool:
         """Whether the means of the rows are wanted along with the clipped sums."""
@@ -134,6 +145,7 @@ class StepAuditor:
 
     def after_clip(self, optimizer: Any, clipping: Clipping | None) -> None:
         """Rows were clipped and added to ``p.summed_grad``."""
+        self._current(optimizer).rows = None  # they would live until the next step
         self._run("after_clip", optimizer, clipping)
 
     def before_noise(self, optimizer: Any) -> None:
@@ -293,8 +305,7 @@ class StepAuditor:
     def _close_refused(self, step: Step) -> None:
         """The audit of a step that is refused: it will have no end of its own."""
         self._cover(step)
-        self.last_step = step.audit(self._names)
-        self._emit(self.last_step)
+        self._end(step)
 
     def _refuse(self, step: Step, failures: Sequence[Failure]) -> None:
         error = self._findings.say(step, failures)
@@ -305,8 +316,15 @@ class StepAuditor:
     def _finish(self, step: Step) -> None:
         """Emit the audit once the step is over and all its figures are in."""
         if step.awaited == 0:
-            self.last_step = step.audit(self._names)
-            self._emit(self.last_step)
+            self._end(step)
+
+    def _end(self, step: Step) -> None:
+        """Tell how the step went; most go as the one before did."""
+        went = (step.ran, step.failed, len(step.parameters))
+        if self._went is None or self._went[0] != went:
+            self._went = went, {check: step.count(check) for check in self._names}
+        self.last_step = step.audit(self._went[1])
+        self._emit(self.last_step)
 
     def _cover(self, step: Step) -> None:
         missing = step.failed.get(structure.PRESENT, ())

@@ -39,7 +39,7 @@ class Survey:
     def of(cls, parameters: Sequence[torch.nn.Parameter], *, mean: bool) -> Survey | None:
         """A survey of the rows that the parameters carry, or ``None`` if that is not possible."""
         rows = Rows.of(parameters)
-        if rows is None or not rows.are_of_one_type:
+        if rows is None:
             return None
         with torch.no_grad():
             return cls(rows, mean=mean)

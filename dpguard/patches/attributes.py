@@ -15,17 +15,17 @@ import copy
 import inspect
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import wrapt
 
 from dpguard import _callsite, _compat, diagnosis
-from dpguard._errors import PrivacyViolation
-from dpguard._settings import Mode
-from dpguard.events import Intervention, Severity
+from dpguard._errors import DPGuardError
+from dpguard.patches.copies import FORWARDED
 from dpguard.patching import ABSENT, Transaction
+from dpguard.verdicts import Verdicts
 
 __all__ = ["AttributeForwarding", "ForwardedAttribute"]
 
@@ -64,9 +64,7 @@ class ForwardedAttribute:
         ):
             own[self.name] = value
         else:
-            inner = self._inner(instance)
-            setattr(inner, self.name, value)
-            self._forwarding.note_write(instance, self.name, getattr(inner, self.name, value))
+            self._forwarding.write(instance, self._inner(instance), self.name, value)
 
     def __delete__(self, instance: Any) -> None:
         if self.name in instance.__dict__:
@@ -91,14 +89,13 @@ class AttributeForwarding:
     """Decides for each DP optimizer which attributes forward, and says what that changed.
 
     Args:
-        emit: is given an event for each divergence.
-        mode: forward (``repair``, ``strict``) or only report divergences (``observe``).
+        verdicts: where each divergence is said; they forward or, in ``observe``, only report.
     """
 
-    def __init__(self, emit: Callable[[Any], None], mode: Mode) -> None:
-        self._emit = emit
-        self._mode = mode
-        self._changes = mode.changes_the_host
+    def __init__(self, verdicts: Verdicts) -> None:
+        self._verdicts = verdicts
+        self._changes = verdicts.repairs
+        self._pending: weakref.WeakKeyDictionary[Any, DPGuardError] = weakref.WeakKeyDictionary()
         self._forwarded: dict[type, tuple[str, ...]] = {}
         self._constructing: dict[int, int] = {}
         self._discovered: weakref.WeakKeyDictionary[Any, tuple[str, ...]]
@@ -215,20 +212,58 @@ class AttributeForwarding:
 
     def notice_rebind(self, instance: Any, name: str, value: Any) -> None:
         """Say once when forwarding shows something else than the alias would have shown."""
-        seen = instance.__dict__.get(_SEEN)
+        seen = instance.__dict__.get(FORWARDED)
         if seen is not None and seen.get(name, value) is not value:
             shown, seen[name] = seen[name], value
             self._report(instance, name, shown, value)
 
-    def note_write(self, instance: Any, name: str, value: Any) -> None:
-        """What was written through the wrapper is no divergence."""
-        seen = instance.__dict__.get(_SEEN)
+    def write(self, instance: Any, inner: Any, name: str, value: Any) -> None:
+        """Set an attribute of what is wrapped; unforwarded it would have been lost.
+
+        Raises:
+            PrivacyViolation: in ``strict``, if that would change anything.
+        """
+        before = getattr(inner, name, ABSENT)
+        changes = before is not ABSENT and before is not value
+        strict = self._verdicts.is_strict
+        if not (changes and strict):
+            setattr(inner, name, value)
+        if changes:
+            outer, owner = type(instance).__name__, type(inner).__name__
+            went = "does not reach that" if strict else "went to that"
+            error = self._verdicts.alias(
+                f"{outer}.{name} was assigned; the value {went} of {owner}, which is what is "
+                "applied.",
+                diagnosis.ALIAS_LOST,
+                action="refused" if strict else "repaired",
+                site=_callsite.writer(),
+                attribute=name,
+                owner=owner,
+                **_shown(before, value),
+            )
+            if strict:
+                raise error
+        seen = instance.__dict__.get(FORWARDED)
         if seen is not None and name in seen:
-            seen[name] = value
+            seen[name] = getattr(inner, name, value)
+
+    def raise_pending(self, instance: Any) -> None:
+        """Before a step: in ``strict``, what has diverged since the last one.
+
+        Raises:
+            PrivacyViolation: an attribute of ``instance`` was forwarded to another value than the
+                one that it would have shown.
+        """
+        if self._verdicts.is_strict:
+            for name in self._names_of(instance):
+                getattr(instance, name, None)
+            error = self._pending.pop(instance.original_optimizer, None)
+            if error is not None:
+                raise error
 
     def give_back(self, instance: Any) -> None:
         """The twin of :meth:`adopt`: plain aliases again, of what is applied now."""
-        seen = instance.__dict__.pop(_SEEN, None) or {}
+        seen = instance.__dict__.pop(FORWARDED, None) or {}
         inner = instance.__dict__.get("original_optimizer")
         for name in seen:
             value = getattr(inner, name, ABSENT)
@@ -252,14 +287,14 @@ class AttributeForwarding:
 
     def _forward(self, instance: Any, name: str, value: Any) -> None:
         if self._changes:
-            instance.__dict__.setdefault(_SEEN, {})[name] = value
+            instance.__dict__.setdefault(FORWARDED, {})[name] = value
             del instance.__dict__[name]
 
     def _report(
         self, instance: Any, name: str, shown: Any, applied: Any, *, left_alone: bool = False
     ) -> None:
         if not self._changes:
-            reported = instance.__dict__.setdefault(_SEEN, {})
+            reported = instance.__dict__.setdefault(FORWARDED, {})
             if reported.get(name) is applied:
                 return
             reported[name] = applied
@@ -267,26 +302,20 @@ class AttributeForwarding:
         outer, inner = type(instance).__name__, type(wrapped).__name__
         forwards = self._changes and not left_alone
         told = "now forwards to" if forwards else "differs from"
-        body = f"{outer}.{name} {told} that of {inner}, which is what is applied."
-        diagnosed = diagnosis.explain(diagnosis.ALIAS)
-        before, after = _public(shown), _public(applied)
-        self._emit(
-            Intervention(
-                kind=diagnosis.ALIAS,
-                severity=Severity.INFO if forwards else Severity.WARNING,
-                action="repaired" if forwards else "observed",
-                body=body,
-                attribute=name,
-                owner=inner,
-                site=self._writers.get(wrapped),
-                cause=diagnosis.ALIAS,
-                remedy=diagnosed.remedy,
-                before=before if before != after else None,
-                after=after if before != after else None,
-            )
+        error = self._verdicts.alias(
+            f"{outer}.{name} {told} that of {inner}, which is what is applied.",
+            diagnosis.ALIAS_OWN if left_alone else diagnosis.ALIAS_DIVERGED,
+            action="repaired" if forwards else "observed",
+            site=self._writers.get(wrapped),
+            attribute=name,
+            owner=inner,
+            **_shown(shown, applied),
         )
-        if left_alone and self._mode is Mode.STRICT:
-            raise PrivacyViolation(f"{body} Remedy: let {outer} leave {name} to what it wraps.")
+        if self._verdicts.is_strict:
+            if left_alone:
+                raise error
+            # A read is no place to raise: the next step is, before anything is applied.
+            self._pending.setdefault(wrapped, error)
 
 
 _OWNABLE = (dict, list, set, deque, torch.Tensor)
@@ -309,6 +338,12 @@ def _is_alias(inner: Any, name: str, value: Any) -> bool:
         inner.__dict__[name] = value
 
 
+def _shown(before: Any, after: Any) -> dict[str, Any]:
+    """What is said of both values, if it differs."""
+    one, other = _public(before), _public(after)
+    return {} if one == other else {"before": one, "after": other}
+
+
 def _public(value: Any) -> str | None:
     """Learning rates in groups or defaults: what is said of a value in the log."""
     groups = value if isinstance(value, list) else [value]
@@ -316,10 +351,6 @@ def _public(value: Any) -> str | None:
     if not rates or not all(isinstance(rate, (int, float)) for rate in rates):
         return None
     return f"lr={rates if isinstance(value, list) else rates[0]}"
-
-
-_SEEN = "_dpguard_forwarded"
-"""Key in an instance's ``__dict__``: what each forwarded attribute showed last."""
 
 
 def _static(cls: type, name: str) -> Any:

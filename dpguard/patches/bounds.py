@@ -76,6 +76,7 @@ class Bounds:
         self._owner = owner
         self._layers: weakref.WeakKeyDictionary[Any, _Layers] = weakref.WeakKeyDictionary()
         self._logical: weakref.WeakKeyDictionary[Any, _Logical] = weakref.WeakKeyDictionary()
+        self._drawn: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._clipped: dict[int, tuple[weakref.ref[Any], float]] = {}
         self._said: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -84,6 +85,7 @@ class Bounds:
         for owner, name, wrapper in (
             *((cls, "backward", self._backward) for cls in _compat.ghost_loss_classes()),
             (_compat.ghost_hooks_class(), "get_clipping_coef", self._clip_factors),
+            (_compat.optimizer_with_noise_hooks(), "_scale_grad_parameter", self._drawn_in_hook),
         ):
             original = vars(owner).get(name) if owner is not None else None
             if original is not None:
@@ -105,6 +107,7 @@ class Bounds:
         Raises:
             PrivacyViolation: bounds contradict each other, or a parameter has none.
         """
+        self._refuse_other_noise(instance)
         logical = self._logical.get(instance)
         if logical is None or not getattr(instance, "_is_last_step_skipped", False):
             self._fit_layers(instance)
@@ -160,8 +163,25 @@ class Bounds:
 
     def _refuse(self, instance: Any, what: str) -> None:
         self._verdicts.refuse(
-            "mechanism.clip", diagnosis.CLIP_BOUND, f"{type(instance).__name__} {what}."
+            "mechanism.clip", diagnosis.CLIP_BOUNDS_CONTRADICT, f"{type(instance).__name__} {what}."
         )
+
+    # -- noise in hooks -------------------------------------------------------------------------
+
+    def _drawn_in_hook(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        """On each rank, after the one that draws noise has drawn it for a parameter."""
+        self._drawn[instance] = instance.noise_multiplier
+        return wrapped(*args, **kwargs)
+
+    def _refuse_other_noise(self, instance: Any) -> None:
+        drawn = self._drawn.pop(instance, None)
+        if drawn is not None and not _same(drawn, instance.noise_multiplier):
+            self._verdicts.refuse(
+                "mechanism.noise",
+                diagnosis.NOISE_DRAWN_BEFORE,
+                f"{type(instance).__name__} drew noise with the multiplier {drawn!r} in the "
+                f"backward, and has {instance.noise_multiplier!r} at its step.",
+            )
 
     # -- per-layer clipping ---------------------------------------------------------------------
 

@@ -16,10 +16,13 @@ from typing import Any
 from dpguard import diagnosis
 from dpguard._errors import UnsupportedError
 
-__all__ = ["MINE", "Copying"]
+__all__ = ["FORWARDED", "MINE", "Copying", "slots_of"]
 
 MINE = "_dpguard_"
 """Beginning of the keys that dpguard keeps in an instance's ``__dict__``."""
+
+FORWARDED = MINE + "forwarded"
+"""Key in an instance's ``__dict__``: what each forwarded attribute showed last."""
 
 _TORCHS = (
     "step",
@@ -85,7 +88,8 @@ class Copying:
         }
 
 
-def _slots(cls: type) -> list[str]:
+def slots_of(cls: type) -> list[str]:
+    """Names of the slots of ``cls`` and of what it inherits from."""
     names: list[str] = []
     for base in cls.__mro__:
         slots = vars(base).get("__slots__", ())
@@ -99,7 +103,8 @@ def _state(instance: Any) -> dict[str, Any]:
         for name, value in vars(instance).items()
         if name not in _TORCHS and not name.startswith(MINE)
     }
-    for name in _slots(type(instance)):
+    # What is forwarded is a plain alias in a copy, which whoever takes charge of it forwards again.
+    for name in (*slots_of(type(instance)), *vars(instance).get(FORWARDED, ())):
         if hasattr(instance, name):
             state[name] = getattr(instance, name)
     return state
@@ -111,7 +116,7 @@ def _blank(instance: Any) -> Any:
 
 
 def _restore(made: Any, state: dict[str, Any]) -> None:
-    slots = _slots(type(made))
+    slots = slots_of(type(made))
     for name, value in state.items():
         if name in slots:
             setattr(made, name, value)

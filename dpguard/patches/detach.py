@@ -25,6 +25,7 @@ TALLY = "dpguard.tally"
 _NODES_WALKED_AT_MOST = 20_000
 _CUTS_KNOWN_AT_MOST = 1_024
 _autograd = _compat.autograd()
+_inside_transform = _compat.transform_test()
 
 
 class _Transparent:
@@ -55,6 +56,13 @@ class DetachWrapper(_Transparent, wrapt.FunctionWrapper[..., Any]):
     __bound_function_wrapper__ = _BoundDetach
 
 
+class _StableDetachWrapper(DetachWrapper):
+    """One object and not one for each access, if asked for as an attribute of the class."""
+
+    def __get__(self, instance: Any, owner: type[Any] | None = None) -> Any:
+        return self if instance is None else super().__get__(instance, owner)
+
+
 def install(transaction: Transaction, ledger: Ledger, report: Callable[[Exception], None]) -> None:
     """Patch ``Tensor.detach``, ``Tensor.detach_``, ``torch.detach`` and ``torch.detach_``.
 
@@ -64,12 +72,15 @@ def install(transaction: Transaction, ledger: Ledger, report: Callable[[Exceptio
         report: is given an internal error, after which attribution is switched off.
     """
     attribution = _Attribution(ledger, report)
+    cls = (
+        _StableDetachWrapper if _compat.compiled_code_knows_methods_by_identity() else DetachWrapper
+    )
     for owner, prefix in ((torch.Tensor, "Tensor."), (torch, "torch.")):
         for name in ("detach", "detach_"):
             original = vars(owner)[name]
             # Idle, this costs no call of Python: wrapt sees that the dictionary is empty.
             enabled: Any = ledger.open_calls
-            wrapper = DetachWrapper(original, attribution.wrapper(prefix + name), enabled)
+            wrapper = cls(original, attribution.wrapper(prefix + name), enabled)
             transaction.patch(owner, name, wrapper)
     transaction.on_undo("detach attribution", attribution.stop)
 
@@ -95,7 +106,7 @@ class _Attribution:
         tensor = instance if isinstance(instance, torch.Tensor) else None
         if tensor is None:
             tensor = args[0] if args else kwargs.get("input")
-        if not self._on or not isinstance(tensor, torch.Tensor) or _compat.inside_transform():
+        if not self._on or not isinstance(tensor, torch.Tensor) or _inside_transform():
             return
         try:
             if tensor.grad_fn is None or not torch.is_grad_enabled():

@@ -8,12 +8,13 @@ clips, adds noise and is accounted. Here each such attribute has that one owner.
 
 from __future__ import annotations
 
+import inspect
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from dpguard import _callsite, _compat, diagnosis
-from dpguard.patches.copies import MINE
+from dpguard.patches.copies import MINE, slots_of
 from dpguard.patching import ABSENT, Transaction
 from dpguard.verdicts import Verdicts
 
@@ -37,6 +38,7 @@ _METHODS = ("attach_step_hook", "signal_skip_step", "accumulated_iterations", "g
 """What a façade that is no DP optimizer by class gets besides."""
 
 _SELF = MINE + "self"
+_NOTHING: Mapping[str, Any] = {}
 _DEPTH = 5
 
 
@@ -45,7 +47,7 @@ class Family:
 
     def __init__(self) -> None:
         self._known: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
-        self._met: dict[int, tuple[weakref.ref[Any], str, weakref.ref[Any]]] = {}
+        self._met: dict[int, tuple[weakref.ref[Any], str, Any, weakref.ref[Any], bool]] = {}
 
     def is_dp_class(self, cls: type) -> bool:
         """Whether ``cls`` is a class of DP optimizers or of façades that inherit from one."""
@@ -74,13 +76,19 @@ class Family:
         optimizer object as the one that it holds.
         """
         for _ in range(_DEPTH):
-            own = getattr(found, "__dict__", None)
-            if own is None or own.get(_SELF) == id(found):
+            met = self._met.get(id(found))
+            if met is not None:
+                itself, key, slot, reference, last = met
+                inner = reference()
+                held = found.__dict__.get(key) if slot is None else getattr(found, key, None)
+                if itself() is found and held is inner:
+                    if last:
+                        return inner
+                    found = inner
+                    continue
+            own = getattr(found, "__dict__", _NOTHING)
+            if own.get(_SELF) == id(found):
                 return found
-            met = own and self._met.get(id(found))
-            if met and met[0]() is found and own.get(met[1]) is met[2]():
-                found = met[2]()
-                continue
             inner = self._look(found, own)
             if inner is None:
                 return found
@@ -91,10 +99,12 @@ class Family:
         """Whether ``found`` is a DP optimizer or stands for one."""
         return self.is_dp(self.owner(found))
 
-    def _look(self, found: Any, own: dict[str, Any]) -> Any:
+    def _look(self, found: Any, own: Mapping[str, Any]) -> Any:
         """What ``found`` directly stands for, or ``None``; remembered while it holds it."""
         optimizer = _compat.torch_optimizer_class()
-        held = [(k, v) for k, v in own.items() if isinstance(v, optimizer) and v is not found]
+        slots = {name: getattr(found, name, None) for name in slots_of(type(found))}
+        things = (*own.items(), *slots.items())
+        held = [(k, v) for k, v in things if isinstance(v, optimizer) and v is not found]
         stands_for = self.is_dp if self.is_dp(found) else self.holds_dp
         dp = [(key, value) for key, value in held if stands_for(value)]
         if len(dp) != 1:
@@ -106,7 +116,9 @@ class Family:
             if mine is not ABSENT and mine is not theirs:
                 return None
         if isinstance(found, optimizer):
-            self._met[id(found)] = (weakref.ref(found), key, weakref.ref(inner))
+            last = vars(inner).get(_SELF) == id(inner)
+            slot = key if key in slots else None
+            self._met[id(found)] = (weakref.ref(found), key, slot, weakref.ref(inner), last)
             weakref.finalize(found, self._met.pop, id(found), None).atexit = False
         return inner
 
@@ -120,11 +132,12 @@ class OwnedAttribute:
     def __init__(self, name: str, facades: Facades) -> None:
         self._name = name
         self._facades = facades
+        self._owner = facades.owner
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         if instance is None:
             return self
-        real = self._facades.owner(instance)
+        real = self._owner(instance)
         if real is not instance:
             return getattr(real, self._name)
         try:
@@ -146,14 +159,24 @@ class OwnedAttribute:
 
 
 class _Unwrapped:
-    """An attribute ``optimizer`` that keeps the DP optimizer when it is given a façade."""
+    """An attribute ``optimizer`` that keeps the DP optimizer when it is given a façade.
 
-    def __init__(self, facades: Facades) -> None:
+    Args:
+        facades: tells what an object stands for.
+        written: the attribute of an optimizer that objects of this class write to, if any.
+    """
+
+    def __init__(self, facades: Facades, written: str | None) -> None:
         self._facades = facades
+        self._written = written
 
     def __set__(self, holder: Any, value: Any) -> None:
         real = self._facades.owner(value)
-        vars(holder)["optimizer"] = real if self._facades.is_dp(real) else value
+        if not self._facades.is_dp(real):
+            real = value
+        elif self._written is not None and real is not value:
+            self._facades.pass_on(holder, value, real, self._written)
+        vars(holder)["optimizer"] = real
 
 
 class Facades:
@@ -162,17 +185,24 @@ class Facades:
     def __init__(self, verdicts: Verdicts, family: Family) -> None:
         self._verdicts = verdicts
         self._family = family
+        self.owner: Callable[[Any], Any] = family.owner if verdicts.repairs else _itself
+        """The DP optimizer that an object stands for, or it; in ``observe`` always that."""
         self._seen: weakref.WeakSet[type] = weakref.WeakSet()
 
     def install(self, transaction: Transaction) -> None:
         """Let Opacus's schedulers and batch splitters hold the DP optimizer itself."""
         if self._verdicts.repairs:
-            for cls in _compat.holders_of_optimizers():
+            for cls, written in _compat.holders_of_optimizers():
                 if "optimizer" not in vars(cls):
-                    transaction.patch(cls, "optimizer", _Unwrapped(self))
+                    transaction.patch(cls, "optimizer", _Unwrapped(self, written))
 
     def guard_class(
-        self, transaction: Transaction, cls: type, instances: Iterable[Any] = ()
+        self,
+        transaction: Transaction,
+        cls: type,
+        instances: Iterable[Any] = (),
+        *,
+        is_facade: bool = False,
     ) -> None:
         """Put owned attributes on ``cls`` if its objects may be façades.
 
@@ -180,14 +210,16 @@ class Facades:
             transaction: remembers how to take them off.
             cls: a class of optimizers.
             instances: DP optimizers that exist, from which further names are learned.
+            is_facade: there is an object of this class that is one.
         """
-        if cls in self._seen or not _may_be_facade(cls, self._family):
+        if cls in self._seen or not (is_facade or _may_be_facade(cls, self._family)):
             return
         self._seen.add(cls)
         names = [*KNOBS]
         if self._family.is_dp_class(cls):
             for instance in instances:
-                if type(instance) in cls.__mro__:
+                real = vars(instance).get(_SELF) == id(instance)
+                if real and type(instance) in cls.__mro__:
                     names.extend(name for name in vars(instance) if not name.startswith(MINE))
         else:
             names.extend(_METHODS)
@@ -199,33 +231,89 @@ class Facades:
         """Whether the class of ``found`` is one of DP optimizers."""
         return self._family.is_dp(found)
 
-    def owner(self, found: Any) -> Any:
-        """The DP optimizer that ``found`` stands for, or ``found``; in ``observe`` always that."""
-        return self._family.owner(found) if self._verdicts.repairs else found
+    def give_back(self, found: Any) -> None:
+        """Let a façade that has copies of its own show what is applied now."""
+        real = self.owner(found)
+        if real is not found:
+            own, applied = vars(found), vars(real)
+            own.update({name: applied[name] for name in KNOBS if name in own and name in applied})
 
     def write(self, instance: Any, name: str, value: Any) -> None:
-        """Set an attribute where it is applied, and say so if that changed something."""
+        """Set an attribute where it is applied, and say so if that changed something.
+
+        Raises:
+            PrivacyViolation: it would have, in ``strict``.
+        """
         real = self._family.owner(instance)
         if real is instance:
             vars(instance)[name] = value
             return
         before = getattr(real, name, ABSENT)
-        if self._verdicts.repairs:
-            setattr(real, name, value)
-        else:
+        changes = name.isidentifier() and name not in _TORCHS and not _equal(before, value)
+        if not self._verdicts.repairs:
             vars(instance)[name] = value
-        if before is value or not name.isidentifier():
-            return
-        outer, inner = type(instance).__name__, type(real).__name__
-        went = "now goes to" if self._verdicts.repairs else "does not reach"
-        self._verdicts.intervene(
-            diagnosis.ALIAS,
-            f"{outer}.{name} was assigned; the value {went} {inner}, which is what is applied.",
-            attribute=name,
-            owner=inner,
+        elif not (changes and self._verdicts.is_strict):
+            setattr(real, name, value)
+        if changes:
+            self._lost(
+                f"{type(instance).__name__}.{name} was assigned",
+                real,
+                name,
+                **shown_values(before, value),
+            )
+
+    def pass_on(self, holder: Any, facade: Any, real: Any, name: str) -> None:
+        """A scheduler was given a façade and writes to the DP optimizer instead.
+
+        Raises:
+            PrivacyViolation: its writes would have been lost, in ``strict``.
+        """
+        if _keeps_writes(type(facade), name):
+            facade_name = type(facade).__name__
+            self._lost(
+                f"{type(holder).__name__} was given {facade_name} to change its {name}", real, name
+            )
+
+    def _lost(self, what: str, real: Any, name: str, **details: Any) -> None:
+        strict, repairs = self._verdicts.is_strict, self._verdicts.repairs
+        action = "refused" if strict else "repaired" if repairs else "observed"
+        owner = type(real).__name__
+        went = "now goes to" if action == "repaired" else "does not reach"
+        error = self._verdicts.alias(
+            f"{what}; the value {went} {owner}, which is what is applied.",
+            diagnosis.ALIAS_LOST,
+            action=action,
             site=_callsite.writer(),
-            **shown_values(before, value),
+            attribute=name,
+            owner=owner,
+            **details,
         )
+        if strict:
+            raise error
+
+
+_TORCHS = frozenset({"_opt_called", "_step_count"})
+"""What torch's schedulers note on the optimizer they are given; nothing is computed from it."""
+
+
+def _equal(before: Any, value: Any) -> bool:
+    """Whether nothing changes when ``value`` takes the place of ``before``."""
+    plain = (bool, int, float, str)
+    return before is value or (
+        isinstance(before, plain) and isinstance(value, plain) and before == value
+    )
+
+
+def _keeps_writes(cls: type, name: str) -> bool:
+    """Whether objects of ``cls`` would keep what is written to them: no class of theirs says no."""
+    if inspect.getattr_static(cls, "__setattr__") is not vars(object)["__setattr__"]:
+        return False
+    found = inspect.getattr_static(cls, name, None)
+    return found is None or isinstance(found, OwnedAttribute)
+
+
+def _itself(found: Any) -> Any:
+    return found
 
 
 _KEPT = frozenset({"original_optimizer", "param_groups", "defaults", "state", "step"})

@@ -7,12 +7,12 @@ before the step of each optimizer, which is where such a step is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable
 from typing import Any
 
-import wrapt
-
 from dpguard import _callsite, _compat, diagnosis
+from dpguard.ledger import Ledger
 from dpguard.patching import Transaction
 from dpguard.verdicts import Verdicts
 
@@ -25,46 +25,41 @@ class ForeignSteps:
     Args:
         verdicts: where refusals are said.
         holds_dp: whether an object is a DP optimizer or a wrapper round one.
+        ledger: knows what ghost clipping has left in gradients.
     """
 
-    def __init__(self, verdicts: Verdicts, holds_dp: Callable[[Any], bool]) -> None:
+    def __init__(self, verdicts: Verdicts, holds_dp: Callable[[Any], bool], ledger: Ledger) -> None:
         self._verdicts = verdicts
+        self._ledger = ledger
         self._holds_dp = holds_dp
-        self._granted: set[int] = set()
+        self._granted: dict[int, weakref.ref[Any]] = {}
 
     def install(self, transaction: Transaction) -> None:
-        """Register torch's global hook, and mark what ghost clipping leaves in ``p.grad``."""
+        """Register torch's global hook."""
         handle = _compat.register_global_step_hook(self._before)
 
         def remove() -> None:
             handle.remove()
 
         transaction.on_undo("torch.optim global step hooks", remove)
-        for loss in _compat.ghost_loss_classes():
-            wrapper = wrapt.FunctionWrapper(vars(loss)["backward"], _mark_clipped)
-            transaction.patch(loss, "backward", wrapper)
 
     def grant(self, instance: Any) -> None:
         """The next step of what ``instance`` wraps applies gradients that are private."""
-        self._granted.add(id(instance.original_optimizer))
+        inner = instance.original_optimizer
+        if isinstance(inner, _compat.torch_optimizer_class()):  # others do not ask
+            self._granted[id(inner)] = weakref.ref(inner)
 
     def revoke(self, instance: Any) -> None:
-        """A step that was granted was not taken."""
-        self._granted.discard(id(instance.original_optimizer))
-
-    def cleared(self, parameters: Iterable[Any]) -> None:
-        """Gradients were set to zero, perhaps in place: what comes next is another gradient."""
-        for parameter in parameters:
-            if hasattr(parameter.grad, _MARK):
-                delattr(parameter.grad, _MARK)
+        """Its gradients are cleared: a step that was granted and not taken is granted no more."""
+        self._granted.pop(id(instance.original_optimizer), None)
 
     def _before(self, optimizer: Any, _args: Any, _kwargs: Any) -> None:
-        if id(optimizer) in self._granted:
-            self._granted.discard(id(optimizer))
+        granted = self._granted.pop(id(optimizer), None)
+        if granted is not None and granted() is optimizer:
             return
         if self._holds_dp(optimizer):
             return
-        count = sum(_is_raw(p) for group in optimizer.param_groups for p in group["params"])
+        count = sum(self._is_raw(p) for group in optimizer.param_groups for p in group["params"])
         if count:
             self._verdicts.refuse(
                 "update.private",
@@ -74,29 +69,19 @@ class ForeignSteps:
                 site=_callsite.writer(),
             )
 
+    def _is_raw(self, parameter: Any) -> bool:
+        """Whether a DP optimizer owns the parameter, and its gradient has not been noised.
 
-def _is_raw(parameter: Any) -> bool:
-    """Whether a DP optimizer owns the parameter, and its gradient has not been noised.
-
-    Opacus gives ``summed_grad`` to the parameters of its optimizers, and marks it when the noise
-    has been added; it takes ``grad_sample`` away when the model is no longer private.
-    """
-    if parameter.grad is None or not hasattr(parameter, "summed_grad"):
-        return False
-    if hasattr(parameter.summed_grad, "_processed"):
-        return False
-    if getattr(parameter, "grad_sample", None) is not None:
-        return True
-    return hasattr(parameter.grad, _MARK)
-
-
-def _mark_clipped(wrapped: Any, loss: Any, args: Any, kwargs: Any) -> Any:
-    result = wrapped(*args, **kwargs)
-    for parameter in loss.optimizer.params:
-        if parameter.grad is not None:
-            setattr(parameter.grad, _MARK, True)
-    return result
-
-
-_MARK = "_dpguard_clipped"
-"""Mark of a ``p.grad`` that ghost clipping has clipped and nothing has noised yet."""
+        Opacus gives ``summed_grad`` to the parameters of its optimizers, and marks it when the
+        noise has been added; it takes ``grad_sample`` away when the model is no longer private.
+        """
+        if parameter.grad is None or not hasattr(parameter, "summed_grad"):
+            return False
+        if hasattr(parameter.summed_grad, "_processed"):
+            return False
+        if getattr(parameter, "grad_sample", None) is not None:
+            return True
+        # Ghost clipping has no rows: clipped sums wait in the gradient.
+        state = self._ledger.known(parameter)
+        note = state.clipped if state is not None else None
+        return note is not None and note.is_private and note.is_in(parameter.grad)

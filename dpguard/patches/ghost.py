@@ -22,10 +22,11 @@ import torch
 from dpguard import _compat, diagnosis
 from dpguard._declare import declares_one_batch
 from dpguard._errors import DPGuardError, PerSampleGradientError, PrivacyViolation
-from dpguard.ledger import Clipped, GraphTask, sum_of_rows
+from dpguard.ledger import Clipped, GraphTask, parameters_of, sum_of_rows
 from dpguard.patches.ghost_gradient import Carried
 from dpguard.patches.pairing import Pairing
-from dpguard.patches.records import Record, parameters_of
+from dpguard.patches.pass_sums import PassSums
+from dpguard.patches.records import Record
 
 if TYPE_CHECKING:
     from dpguard.grouping import Grouping
@@ -100,9 +101,12 @@ class GhostPairing(Pairing):
         self._last_backward = 0
         self._stage = Stage.OUTSIDE
         self._norms_read = False
+        self._by_hand: Clipped | None = None
+        """What the last second backward that was written by hand left in a gradient."""
         self._received: dict[int, tuple[torch.nn.Parameter, int]] = {}
         """Parameters into which this backward accumulated, with the version of ``p.grad``."""
         self._watched: dict[int, tuple[weakref.ref[Any], Any]] = {}
+        self._sums = PassSums()
 
     # -- attach and release --------------------------------------------------------------------
 
@@ -195,6 +199,7 @@ class GhostPairing(Pairing):
         self._losses = len(losses) if losses.dim() else None
         self._people = None
         carried.set_aside()
+        self._sums.start_from(parameters)
         enabled = self.hooks.hooks_enabled
         self._stage = Stage.NORMS
         done = False
@@ -248,14 +253,18 @@ class GhostPairing(Pairing):
             self._received[id(parameter)] = (parameter, grad._version)
             return
         state = self.ledger.state(parameter)
-        if self._norms_read and not self.hooks.hooks_enabled:
+        hooked = bool(self.hooks.hooks_enabled)
+        if self._by_hand is not None and self._by_hand.spent:
+            self._norms_read, self._by_hand = False, None  # a step has taken that batch
+        if self._norms_read and not hooked:
             # Opacus's two backwards written out by hand.
-            state.clipped = Clipped(grad, (self._batch,))
+            self._by_hand = state.clipped = Clipped(grad, (self._batch,))
             return
         note = state.clipped
         if note is None or not note.is_in(grad):
             note = state.clipped = Clipped(grad)
         note.unclipped = True
+        note.hooked = note.hooked or hooked
         note.renew(grad)
 
     # -- first backward ------------------------------------------------------------------------
@@ -268,6 +277,7 @@ class GhostPairing(Pairing):
         self._reopened = set()
         self._received = {}
         self._fired = []
+        self._sums.begin()
 
     def _enter_round(self, record: Record) -> None:
         """Without Opacus's loss class nobody says when a first backward starts."""
@@ -328,6 +338,7 @@ class GhostPairing(Pairing):
             # The norm sampler of Linear knows two and three dimensions only.
             self._take_rows(record, arranged, wanted)
             return
+        self._sums.add_call(record.module, arranged, wanted, self._share(record))
         for parameter in wanted:
             found = self._found[id(parameter)] = _Contribution()
             found.norm = norms[parameter]
@@ -338,12 +349,17 @@ class GhostPairing(Pairing):
         self, record: Record, arranged: Arranged, wanted: list[torch.nn.Parameter]
     ) -> None:
         for parameter, rows in self._rows(record, arranged, wanted).items():
+            self._sums.add_rows(parameter, rows, arranged, self._share(record))
             found = self._found.setdefault(id(parameter), _Contribution())
             self._materialise(found, parameter)
             found.add_rows(rows)
             found.people = record.people
             if found.call is None and self._is_only_call(parameter, record):
                 found.norm, found.rows = found.norms(), None
+
+    def _share(self, record: Record) -> float:
+        """Weight of this call's rows, which are those of a sum, in the gradient of the batch."""
+        return 1.0 / max(1, record.batch) if self.loss_reduction == "mean" else 1.0
 
     def _materialise(self, found: _Contribution, parameter: torch.nn.Parameter) -> None:
         """Replace the ghost norm of an earlier call by its rows, so that others can be added."""
@@ -360,9 +376,20 @@ class GhostPairing(Pairing):
             super()._on_backward_end(task)
             return
         self.ledger.end_task(task)
-        for parameter in self._parameters:
-            if id(parameter) not in task.published and task.executes(parameter):
-                self._condemn(parameter, diagnosis.BYPASSED)
+        self._condemn_bypassed(task)
+        if self._stage is Stage.NORMS and not self.ledger.is_running(self):
+            with torch.no_grad():
+                self.ledger.note_pass(self._sums.compare())
+        if self._stage is Stage.OUTSIDE:
+            self._show_norms()
+
+    def _show_norms(self) -> None:
+        """Leave norms where Opacus leaves them: whoever calls backward may look at them."""
+        with torch.no_grad():
+            for parameter in self._parameters:
+                found = self._found.get(id(parameter))
+                if found is not None:
+                    parameter._norm_sample = found.norms()  # type: ignore[attr-defined]
 
     def _condemn(self, parameter: torch.Tensor, cause: str) -> None:
         self._condemned.setdefault(cause, []).append(self.ledger.name_of(parameter))
@@ -379,6 +406,7 @@ class GhostPairing(Pairing):
         inside = self._stage is Stage.NORMS
         if not self.computes:
             self._stage = Stage.CLIPPED if inside else self._stage
+            self._norms_read = self._norms_read or self._stage is Stage.OUTSIDE
             return
         if self._stage is Stage.CLIPPED or not (inside or self._found or self._condemned):
             return

@@ -11,6 +11,7 @@ import wrapt
 
 from dpguard import _callsite, _compat
 from dpguard.ledger import Ledger
+from dpguard.patches.outputs import Outputs
 from dpguard.patches.pairing import Pairing, Registry
 from dpguard.patching import Transaction, living
 
@@ -24,6 +25,7 @@ class GradSamplePatch:
         ledger: where calls and rows are noted.
         kinds: kinds of pairing, each with a test of the class of Opacus's hooks that it suits.
         computes: whether rows are computed here or calls only watched (``observe``).
+        outputs: looks at what the models return.
     """
 
     def __init__(
@@ -32,10 +34,12 @@ class GradSamplePatch:
         kinds: Sequence[tuple[type[Pairing], Callable[[type], bool]]],
         *,
         computes: bool,
+        outputs: Outputs | None = None,
     ) -> None:
         self._ledger = ledger
         self._kinds = kinds
         self._computes = computes
+        self._outputs = outputs
         self._pairings: Registry = weakref.WeakValueDictionary()
         self._patched: set[type] = set()
 
@@ -95,12 +99,20 @@ class GradSamplePatch:
     def _add_hooks(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         result = wrapped(*args, **kwargs)
         if self._kind(type(instance)) is not None:
-            self.pairing_of(instance).attach()
+            self._attach(instance)
         return result
+
+    def _attach(self, hooks: Any) -> None:
+        pairing = self.pairing_of(hooks)
+        pairing.attach()
+        if self._outputs is not None and _compat.uses_stock_hooks(type(hooks)):
+            self._outputs.watch(pairing)
 
     def _remove_hooks(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         pairing = self.find(instance)
         if pairing is not None:
+            if self._outputs is not None:
+                self._outputs.unwatch(pairing)
             pairing.release()
         return wrapped(*args, **kwargs)
 
@@ -124,9 +136,11 @@ class GradSamplePatch:
             if self._kind(cls) is None:
                 skipped[cls.__qualname__] = None
             elif "autograd_grad_sample_hooks" in candidate.__dict__:
-                self.pairing_of(candidate).attach()
+                self._attach(candidate)
         return list(skipped)
 
     def _release_all(self) -> None:
+        if self._outputs is not None:
+            self._outputs.unwatch()
         for pairing in list(self._pairings.values()):
             pairing.release()

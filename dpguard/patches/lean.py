@@ -41,36 +41,44 @@ class Rows:
     def of(cls, parameters: Sequence[torch.nn.Parameter]) -> Rows | None:
         """The rows that the parameters carry, or ``None`` if they are not simply tensors.
 
-        Simply: strided floating-point tensors on one device, as many for each parameter.
+        Simply: strided tensors of floating point numbers on the device of their parameter and in
+        its shape, as many for each parameter and each all on one device.
         """
         pieces: list[list[torch.Tensor]] = []
-        sizes: tuple[int, ...] | None = None
-        device = parameters[0].device if parameters else None
+        sizes: list[int] | None = None
+        device: torch.device | None = None
         for parameter in parameters:
             rows = getattr(parameter, "grad_sample", None)
-            mine = rows if isinstance(rows, list) else [rows]
-            shape, dtype = parameter.shape, mine[0].dtype if mine and mine[0] is not None else None
+            mine: list[Any] = rows if type(rows) is list else [rows]
+            shape = parameter.shape
+            if device is None:
+                device = parameter.device
             for piece in mine:
                 if (
                     type(piece) is not torch.Tensor
                     or piece.shape[1:] != shape
                     or piece.device != device
-                    or piece.dtype is not dtype
-                    or not dtype.is_floating_point
+                    or piece.dtype is not mine[0].dtype
+                    or not piece.is_floating_point()
                 ):
                     return None
-            found = tuple([piece.shape[0] for piece in mine])
+            counts = [piece.shape[0] for piece in mine]
             if sizes is None:
-                sizes = found
-            elif sizes != found:
+                sizes = counts
+            elif sizes != counts:
                 return None
             pieces.append(mine)
-        return None if sizes is None else cls(parameters, pieces, sizes)
+        return cls(parameters, pieces, tuple(sizes)) if sizes else None
 
-    @property
-    def are_of_one_type(self) -> bool:
-        """Whether all rows have one dtype, as the norm over all parameters wants."""
-        return len({mine[0].dtype for mine in self.pieces}) == 1
+    def are_current(self, parameters: Sequence[torch.nn.Parameter]) -> bool:
+        """Whether these are still the rows that ``parameters`` carry."""
+        if len(parameters) != len(self.parameters):
+            return False
+        for parameter, known, mine in zip(parameters, self.parameters, self.pieces, strict=True):
+            rows = parameter.grad_sample  # type: ignore[attr-defined]
+            if parameter is not known or not (rows is mine or rows is mine[0]):
+                return False
+        return True
 
 
 @dataclass(frozen=True)
@@ -99,8 +107,9 @@ class Clipping:
 
 def flat(piece: torch.Tensor) -> torch.Tensor:
     """Rows of shape ``(B, *p.shape)`` as a matrix ``(B, p.numel())``."""
-    count = piece.shape[0]
-    return piece.reshape(count, piece.numel() // count if count else math.prod(piece.shape[1:]))
+    if piece.dim() == 2:  # noqa: PLR2004
+        return piece
+    return piece.flatten(1) if piece.dim() > 1 else piece.unsqueeze(1)
 
 
 def is_zero(piece: torch.Tensor) -> bool:
@@ -145,39 +154,39 @@ def blank(rows: Rows, totals: torch.Tensor) -> torch.Tensor:
     return totals.masked_fill(broken, 0)
 
 
-@torch.no_grad()
 def clip_and_accumulate(optimizer: Any, rows: Rows, *, blanks: bool, means: bool) -> Clipping:
     """Flat clipping: each person's gradient to ``C``, added up in ``p.summed_grad``.
 
     Args:
         optimizer: a DP optimizer that clips as Opacus's ``DPOptimizer`` does.
-        rows: the rows of its parameters, of one dtype.
+        rows: the rows of its parameters.
         blanks: whether rows that are not finite become zero.
         means: whether the audit wants the means of the rows.
     """
+    check, mark = _compat.processing()
     for parameter in rows.parameters:
-        _compat.check_processed(parameter.grad_sample)  # type: ignore[attr-defined]
+        check(parameter.grad_sample)  # type: ignore[attr-defined]
     norms = row_norms(rows)
     totals = norms.norm(2, dim=1)
     if blanks:
         totals = blank(rows, totals)
     factors = (optimizer.max_grad_norm / (totals + 1e-6)).clamp(max=1.0)
     shares = row_shares(rows, factors, mean=optimizer.loss_reduction == "mean")
-    weights = torch.stack((factors, shares)).split(rows.sizes, dim=1)
+    weights = torch.stack((factors, shares)) if means else factors.unsqueeze(0)
+    parts = [weights] if len(rows.sizes) == 1 else weights.split(rows.sizes, dim=1)
     sums: list[torch.Tensor] = []
-    averages: list[torch.Tensor] | None = [] if means else None
+    averages: list[torch.Tensor] = []
     for parameter, mine in zip(rows.parameters, rows.pieces, strict=True):
-        total, average = _products(parameter, mine, weights, means=means)
+        total, *average = _products(parameter, mine, parts)
         sums.append(total)
-        if averages is not None and average is not None:
-            averages.append(average)
+        averages.extend(average)
         held: Any = parameter
         if held.summed_grad is None:
             held.summed_grad = total
         else:
             held.summed_grad += total
-        _compat.mark_processed(held.grad_sample)
-    return Clipping(rows, norms, totals, factors, shares, sums, averages)
+        mark(held.grad_sample)
+    return Clipping(rows, norms, totals, factors, shares, sums, averages if means else None)
 
 
 def row_shares(rows: Rows, like: torch.Tensor, *, mean: bool) -> torch.Tensor:
@@ -190,51 +199,58 @@ def row_shares(rows: Rows, like: torch.Tensor, *, mean: bool) -> torch.Tensor:
 
 
 def _products(
-    parameter: torch.nn.Parameter,
-    pieces: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor],
-    *,
-    means: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Clipped sum and mean of one parameter's rows, in the parameter's precision."""
-    total = average = None
-    shape, dtype = parameter.shape, parameter.dtype
+    parameter: torch.nn.Parameter, pieces: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
+) -> Sequence[torch.Tensor]:
+    """Weighted sums of one parameter's rows, in the parameter's precision.
+
+    Args:
+        parameter: of shape ``S``.
+        pieces: its rows, of shape ``(B_k, *S)`` for each accumulated batch.
+        weights: one or two weights for each row, of shape ``(1 or 2, B_k)``.
+
+    Returns:
+        One or two tensors of shape ``S``; the first shares no memory with the second where that
+        would keep much of it.
+    """
+    dtype = parameter.dtype
+    found: list[torch.Tensor] = []
     for piece, weight in zip(pieces, weights, strict=True):
-        # Rows in lower precision are summed in that of the parameter, as Opacus does.
-        matrix, weight = flat(piece).to(dtype), weight.to(dtype)  # noqa: PLW2901
-        if not means:
-            clipped, plain = weight[0] @ matrix, None
-        elif matrix.device.type == "cpu":
-            # Two products of one row each are as fast there, and keep no memory for both.
-            clipped, plain = weight[0] @ matrix, weight[1] @ matrix
+        matrix = flat(piece)
+        if matrix.dtype is not dtype or weight.dtype is not dtype:
+            # Rows in lower precision are summed in that of the parameter, as Opacus does.
+            matrix, weight = matrix.to(dtype), weight.to(dtype)  # noqa: PLW2901
+        large = matrix.numel() > _SMALL
+        if large and matrix.device.type == "cpu":
+            # Two products with a vector are as fast there as one with both.
+            made = [one @ matrix for one in weight.unbind(0)]
         else:
-            # One read of the rows. The copy lets go of the memory of the mean.
-            both = weight @ matrix
-            clipped, plain = both[0].clone(), both[1]
-        total = clipped if total is None else total.add_(clipped)
-        if plain is not None:
-            average = plain if average is None else average.add_(plain)
-    if total is None:
-        raise RuntimeError("a parameter without rows was to be clipped")
-    return total.view(shape), None if average is None else average.view(shape)
+            made = [*(weight @ matrix).unbind(0)]  # one read of the rows
+            if large and len(made) > 1:
+                made[0] = made[0].clone()
+        if found:
+            torch._foreach_add_(found, made)
+        else:
+            found = made
+    shape = parameter.shape
+    return [total.view(shape) for total in found]
+
+
+_SMALL = 1 << 14
 
 
 def add_noise(optimizer: Any) -> None:
     """``p.grad`` becomes the clipped sum with noise; the random stream is consumed as by Opacus."""
     std = optimizer.noise_multiplier * optimizer.max_grad_norm
-    draw, is_fresh = _compat.noise_source()
+    generator, secure_mode = optimizer.generator, optimizer.secure_mode
+    check, mark = _compat.processing()
+    draw, is_fresh = _compat.noise_source(plain=std != 0 and not secure_mode)
     for parameter in optimizer.params:
         total = parameter.summed_grad
-        _compat.check_processed(total)
-        noise = draw(
-            std=std,
-            reference=total,
-            generator=optimizer.generator,
-            secure_mode=optimizer.secure_mode,
-        )
-        noised = noise.add_(total) if is_fresh and noise.dtype == total.dtype else total + noise
+        check(total)
+        noise = draw(std=std, reference=total, generator=generator, secure_mode=secure_mode)
+        noised = noise.add_(total) if is_fresh and noise.dtype is total.dtype else total + noise
         parameter.grad = noised.view_as(parameter)
-        _compat.mark_processed(total)
+        mark(total)
 
 
 def scale_grad(optimizer: Any) -> None:

@@ -25,6 +25,9 @@ _READ = ("params", "grad_samples", "_get_flat_grad_sample")
 class Observer(Protocol):
     """What is told of each step."""
 
+    def rows_of(self, optimizer: Any) -> lean.Rows | None:
+        """The rows that were found when the step began, if they were as they should be."""
+
     def wants_means(self, optimizer: Any) -> bool:
         """Whether the means of the rows are wanted along with the clipped sums."""
 
@@ -123,7 +126,7 @@ class Mechanism:
     def _clip_and_accumulate(
         self, instance: Any, original: Callable[[], Any], *, stock: bool
     ) -> Any:
-        rows = lean.Rows.of(instance.params) if stock else None
+        rows = self._rows(instance) if stock else None
         if rows is None or not _is_lean(rows):
             self._observer.before_clip(instance)
             result = original()
@@ -134,20 +137,29 @@ class Mechanism:
         self._observer.after_clip(instance, clipping)
         return None
 
+    def _rows(self, instance: Any) -> lean.Rows | None:
+        known, parameters = self._observer.rows_of(instance), instance.params
+        if known is not None and known.are_current(parameters):
+            return known
+        return lean.Rows.of(parameters)
+
     def _add_noise(self, instance: Any, original: Callable[[], Any], *, stock: bool) -> Any:
         self._observer.before_noise(instance)
-        result = lean.add_noise(instance) if stock else original()
+        if stock:
+            lean.add_noise(instance)
+        result = None if stock else original()
         self._observer.after_noise(instance)
         return result
 
     def _scale_grad(self, instance: Any, original: Callable[[], Any], *, stock: bool) -> Any:
-        return lean.scale_grad(instance) if stock else original()
+        if not stock:
+            return original()
+        lean.scale_grad(instance)
+        return None
 
 
 def _is_lean(rows: lean.Rows) -> bool:
     """Whether Opacus can clip these rows, and would do so with the same numbers."""
-    if not rows.are_of_one_type:
-        return False
     return _compat.casts_rows() or all(
         mine[0].dtype == p.dtype for p, mine in zip(rows.parameters, rows.pieces, strict=True)
     )

@@ -52,7 +52,7 @@ class OptimizerPatch:
         self._family = Family()
         self._facades = Facades(verdicts, self._family)
         self._protocol = Protocol(verdicts, self._adopt, self._family.holds_dp)
-        self._foreign = ForeignSteps(verdicts, self._family.holds_dp)
+        self._foreign = ForeignSteps(verdicts, self._family.holds_dp, ledger)
         self._hooks = StepHooks(verdicts, self._family.owner)
         self._bounds = Bounds(verdicts, self._family.owner)
         self._scale = LossScale(verdicts, self._family)
@@ -129,7 +129,7 @@ class OptimizerPatch:
         if transaction is None:
             return
         wrappers = {
-            "__init__": self._init,
+            "__init__": self._init_of_base if cls in self._bases else self._init,
             "pre_step": self._pre_step,
             "zero_grad": self._zero_grad,
         }
@@ -148,24 +148,41 @@ class OptimizerPatch:
     def _adopt(self, instance: Any) -> None:
         """Take charge of an instance that no constructor of a guarded class has made."""
         self._instances.add(instance)
-        if self._family.owner(instance) is instance:
+        if self._is_itself(instance):
             self._family.mark(instance)
             self._hooks.adopt(instance)
             self._part("bounds", self._bounds.adopt, instance)
             self._part("attributes", self._forwarding.discover, instance)
         self._forwarding.adopt(instance, reconcile=True)
 
+    def _is_itself(self, instance: Any) -> bool:
+        """Whether ``instance`` stands for itself; the class of a façade is guarded as one."""
+        if self._family.owner(instance) is instance:
+            return True
+        if self._transaction is not None:
+            self._facades.guard_class(
+                self._transaction, type(instance), self._instances, is_facade=True
+            )
+        return False
+
     def _give_back_all(self) -> None:
         self._transaction = None
-        for instance in list(self._instances):
+        # Façades that copy what an optimizer holds have our notes too, and were made unseen.
+        unseen = [found for found in living(self._bases) if found not in self._instances]
+        for instance in (*self._instances, *unseen):
+            self._facades.give_back(instance)
             self._forwarding.give_back(instance)
             self._hooks.give_back(instance)
             self._family.unmark(instance)
 
-    def _init(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    def _init_of_base(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        """Around the constructor that makes an object a DP optimizer; a façade may not call it."""
         if self._active:
             self._part("protocol", self._protocol.examine, type(instance), args, kwargs)
             self._family.mark(instance)
+        return self._init(wrapped, instance, args, kwargs)
+
+    def _init(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         self._forwarding.enter_init(instance)
         completed = False
         try:
@@ -175,7 +192,7 @@ class OptimizerPatch:
             outermost = self._forwarding.leave_init(instance)
             self._instances.add(instance)
         if outermost and completed:
-            if self._active:
+            if self._active and self._is_itself(instance):
                 given = (*args, *kwargs.values())
                 self._part("attributes", self._forwarding.discover, instance, given)
                 self._part("bounds", self._bounds.adopt, instance)
@@ -196,9 +213,8 @@ class OptimizerPatch:
                         parameter.grad_sample = None
                     if not instance._is_last_step_skipped and hasattr(parameter, "summed_grad"):
                         parameter.summed_grad = None
-        result = wrapped(*args, **kwargs)
-        self._foreign.cleared(parameters)
-        return result
+        self._foreign.revoke(instance)
+        return wrapped(*args, **kwargs)
 
     def _pre_step(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         key = id(instance)
@@ -209,6 +225,7 @@ class OptimizerPatch:
         self._inside.add(key)
         stepped = False
         try:
+            self._part("attributes", self._forwarding.raise_pending, instance)
             self._part("signals", self._signals.before_step, instance)
             answer = self._part("scale", self._scale.answer, instance)
             if answer is None:
@@ -271,6 +288,9 @@ class _Guarded:
 
     def __init__(self, patch: OptimizerPatch) -> None:
         self._patch = patch
+
+    def rows_of(self, optimizer: Any) -> Any:
+        return self._patch._auditor.rows_of(optimizer) if self._patch._audits else None
 
     def wants_means(self, optimizer: Any) -> bool:
         return self._patch._audits and self._patch._auditor.wants_means(optimizer)

@@ -17,8 +17,9 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from dpguard import _compat, diagnosis
-from dpguard.ledger import GraphTask, Ledger
-from dpguard.patches.records import ForwardHook, Record, parameters_of
+from dpguard.ledger import GraphTask, Ledger, owned_rows
+from dpguard.patches.layers import LayerKind, Roster
+from dpguard.patches.records import ForwardHook, Record
 from dpguard.patches.replay import replay
 
 __all__ = ["Pairing", "Registry"]
@@ -61,6 +62,8 @@ class Pairing:
         """Identities of the modules of the model; of those that were in it, too."""
         self._registry = registry
         self._undo: list[Callable[[], None]] = []
+        self._kinds: dict[type, LayerKind] = {}
+        self._roster = Roster()
         self._parameters: list[torch.nn.Parameter] = []
         registry[id(hooks)] = self
 
@@ -68,6 +71,7 @@ class Pairing:
 
     def attach(self) -> None:
         """Put our forward hooks where Opacus's are and take its backward hooks off."""
+        self._kinds = {}
         owners = _hook_dictionaries(self.hooks._module)
         served: set[int] = set()
         for registered, key in _handles(self.hooks):
@@ -118,13 +122,19 @@ class Pairing:
             modules.append(around)
         return any(self._has_hook(m) and not self._is_sampled(m) for m in modules)
 
-    def _extend(self, module: torch.nn.Module, name: str) -> None:
+    def _extend(self, module: torch.nn.Module, name: str, seen: set[int] | None = None) -> None:
         """Hook what Opacus has not: parts that were frozen when it looked, or not yet there.
 
         As Opacus, a module that has parameters of its own and no grad sampler is replayed
         whole. One that contains such parts and is frozen is left alone, with what it contains
-        hooked; should its own parameters be trained, the step is refused.
+        hooked; should its own parameters be trained, the step is refused. A part may contain what
+        contains it, such as a model that keeps its wrapper.
         """
+        seen = set() if seen is None else seen
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        _compat.learn_layout(module)
         if _compat.is_recurrent(module):
             if self._learn_packing not in module._forward_pre_hooks.values():
                 handle = module.register_forward_pre_hook(self._learn_packing)
@@ -137,7 +147,7 @@ class Pairing:
             return
         for key, child in module._modules.items():
             if child is not None:
-                self._extend(child, f"{name}.{key}" if name else key)
+                self._extend(child, f"{name}.{key}" if name else key, seen)
 
     def _is_late(self, module: torch.nn.Module) -> bool:
         own = [p for p in module._parameters.values() if p is not None]
@@ -212,9 +222,10 @@ class Pairing:
 
     def _learn_parameters(self) -> None:
         """Once per backward: which parameters the model has, since they may be replaced."""
-        self._parameters = []
-        for name, parameter in self.hooks._module.named_parameters():
-            self._parameters.append(parameter)
+        if not self._roster.renew(self.hooks._module):
+            return
+        self._parameters = [parameter for _, parameter in self._roster.named]
+        for name, parameter in self._roster.named:
             state = self.ledger.state(parameter)
             state.name, state.paired, state.hooked = name, self.computes, True
 
@@ -240,30 +251,28 @@ class Pairing:
     def on_hidden_call(self, module: torch.nn.Module) -> None:
         """``module`` was called without gradients; a reentrant checkpoint may come back to it."""
 
-    def batch_size(self, module: torch.nn.Module, activations: list[Any]) -> int:
-        """Number of rows of this call: that of a packed sequence, or of its last input.
-
-        The last input, as Opacus: for ``EmbeddingBag`` that is ``offsets``, one per sample.
-        """
-        packed = module.__dict__.get("max_batch_len")
-        if packed is not None and _compat.is_rnn_linear(module):
-            return int(packed)
-        dimension = _compat.batch_dimension(module, batch_first=self.batch_first)
-        for activation in reversed(activations):
-            if isinstance(activation, torch.Tensor) and activation.dim() > dimension:
-                return int(activation.shape[dimension])
-        return 0
+    def kind_of(self, module: torch.nn.Module) -> LayerKind:
+        """What is the same for all layers of the class of ``module``."""
+        cls = type(module)
+        kind = self._kinds.get(cls)
+        if kind is None or kind.registered is not self.hooks.GRAD_SAMPLERS.get(cls):
+            kind = LayerKind(self.hooks, module, batch_first=self.batch_first)
+            self._kinds[cls] = kind
+        return kind
 
     # -- backward ----------------------------------------------------------------------------
 
     def on_backprops(self, record: Record, backprops: torch.Tensor) -> None:
         """Compute and publish the rows of one call."""
-        task = self._enter()
+        task = self.ledger.task()
+        if id(self) not in task.owners:
+            self._enter(task)
         if torch.is_grad_enabled():
             self.condemn(record, diagnosis.DOUBLE_BACKWARD)
-        wanted = [
-            p for p in parameters_of(record.module) if id(p) in record.trained and task.executes(p)
-        ]
+            with torch.no_grad():
+                self.on_backprops(record, backprops)
+            return
+        wanted = task.reached(record.trained)
         if not wanted:
             return
         if self.ledger.watcher is not None:
@@ -280,33 +289,32 @@ class Pairing:
         if record.outline is not None and (cause := _unreplayable(record)) is not None:
             self.condemn(record, cause)
             return
-        with torch.no_grad():
-            self._take(record, task, self._arranged(record, record.activations, backprops), wanted)
+        arranged = self._arranged(task, record, record.activations, backprops)
+        self._take(record, task, arranged, wanted)
         if not task.keeps_graph:
             record.activations = record.outline = None
 
-    def _enter(self) -> GraphTask:
-        task = self.ledger.task()
-        if id(self) not in task.owners:
-            task.owners.add(id(self))
-            self._learn_parameters()
-            _autograd.on_backward_end(lambda: self._on_backward_end(task))
-        return task
+    def _enter(self, task: GraphTask) -> None:
+        """The first call of this model is met in a backward."""
+        task.owners.add(id(self))
+        self._learn_parameters()
+        task.ask(self._parameters)
+        _autograd.on_backward_end(lambda: self._on_backward_end(task))
 
     def _arranged(
-        self, record: Record, activations: list[Any], backprops: torch.Tensor
+        self, task: GraphTask, record: Record, activations: list[Any], backprops: torch.Tensor
     ) -> tuple[list[Any], torch.Tensor]:
         """Inputs and backprops of a call as samplers want them: batch first, losses unscaled."""
-        module = record.module
-        backprops = _detach(backprops)
         if self.loss_reduction == "mean":
-            backprops = backprops * record.batch
-        elif self.loss_reduction != "sum":
+            backprops = task.times(backprops, record.batch)
+        elif self.loss_reduction == "sum":
+            backprops = _detach(backprops)
+        else:
             raise ValueError(
                 f"loss_reduction = {self.loss_reduction}. "
                 "Only 'sum' and 'mean' losses are supported"
             )
-        dimension = _compat.batch_dimension(module, batch_first=self.batch_first)
+        dimension = record.dimension
         if dimension:
             activations = [
                 a.movedim(dimension, 0) if isinstance(a, torch.Tensor) else a for a in activations
@@ -322,10 +330,11 @@ class Pairing:
     ) -> dict[torch.nn.Parameter, torch.Tensor]:
         """The rows of one call in the order of the batch, as tensors that nobody else holds."""
         rows: dict[torch.nn.Parameter, torch.Tensor] = {}
-        for parameter, (mine, owned) in self._sampled(record, arranged, wanted).items():
-            rows[parameter] = mine if owned else mine.clone()
+        for parameter, mine, lenders in self._sampled(record, arranged, wanted):
             if record.order is not None:
                 rows[parameter] = mine.index_select(0, record.order)
+            else:
+                rows[parameter] = owned_rows(mine, lenders)
             if record.people is not None:
                 rows[parameter] = record.people.summed(rows[parameter])
         return rows
@@ -335,36 +344,35 @@ class Pairing:
         record: Record,
         arranged: tuple[list[Any], torch.Tensor],
         wanted: list[torch.nn.Parameter],
-    ) -> dict[torch.nn.Parameter, tuple[torch.Tensor, bool]]:
+    ) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, list[Any]]]:
         """Opacus's own computation, for the parameters that are wanted.
 
-        Returns:
-            Rows, and whether nobody else holds their memory: a sampler may return what it was
-            given (a bias: the backprops), one tensor for two, or what it keeps. Opacus copies
-            every result.
+        Yields:
+            A parameter, its rows, and what they may share memory with: a sampler may return
+            what it was given (a bias: the backprops), one tensor for two, or what it keeps.
+            Opacus copies every result.
         """
-        module, batch = record.module, record.batch
+        module, batch, kind = record.module, record.batch, record.kind
         if not batch:
             # Several of Opacus's samplers cannot reshape an empty batch.
-            return {p: (p.new_zeros((0, *p.shape)), True) for p in wanted}
+            yield from ((p, p.new_zeros((0, *p.shape)), []) for p in wanted)
+            return
         activations, backprops = arranged
-        sampler = _compat.grad_sampler(self.hooks, module)
         if record.outline is not None:
-            found = replay(sampler, module, record.outline, arranged, batch_first=self.batch_first)
+            outlined, first = record.outline, self.batch_first
+            found = replay(kind.sampler, module, outlined, arranged, batch_first=first)
         else:
-            found = sampler(module, activations, backprops)
+            found = kind.sampler(module, activations, backprops)
+        lenders = [*activations, backprops]
         names = {id(p) for p in wanted}
-        taken = {_storage(t) for t in (*activations, backprops) if isinstance(t, torch.Tensor)}
-        fresh = _compat.rows_are_fresh(self.hooks, module)
-        sampled: dict[torch.nn.Parameter, tuple[torch.Tensor, bool]] = {}
         for parameter, rows in found.items():
-            if id(parameter) in names:
-                mine = _resized(rows, batch)
-                storage = _storage(mine)
-                own = fresh or mine is not rows
-                sampled[parameter] = mine, own and storage not in taken and 0 not in mine.stride()
-                taken.add(storage)
-        return sampled
+            if id(parameter) not in names:
+                continue
+            if rows.shape[0] < batch:
+                yield parameter, _padded(rows, batch), []
+            else:
+                yield parameter, rows, lenders if kind.is_fresh else [rows]
+                lenders.append(rows)
 
     def _take(
         self,
@@ -374,31 +382,27 @@ class Pairing:
         wanted: list[torch.nn.Parameter],
     ) -> None:
         """Publish the rows of one call."""
-        people = record.people
+        ledger, opened, order = self.ledger, record.segment, record.order
+        now, people = ledger.segment, record.people
         block = people is not None and people.joins
-        order = record.order if people is None else None
-        for parameter, (rows, owned) in self._sampled(record, arranged, wanted).items():
+        if block:
+            ledger.blocks.add(opened)
+            now = opened  # rows of a block are of no other segment, whenever they come
+        for parameter, rows, lenders in self._sampled(record, arranged, wanted):
             if people is not None:
                 rows = people.summed(rows if record.order is None else rows[record.order])  # noqa: PLW2901
-                owned = owned or not block  # noqa: PLW2901
-            state = self.ledger.add_rows(
-                parameter,
-                rows,
-                record.segment,
-                captured=task.captures(parameter),
-                owned=owned,
-                order=order,
-                block=block,
-            )
+                order = None
+            state, captured = ledger.state(parameter), task.captures(parameter)
+            state.add(parameter, rows, opened, now, captured=captured, lenders=lenders, order=order)
+            ledger.close()
             task.published.add(id(parameter))
             if len(state.entries) > 1 and not block and not _compat.allows_accumulation(self.hooks):
                 raise ValueError(diagnosis.OPACUS_NO_ACCUMULATION)
 
     def condemn(self, record: Record, cause: str) -> None:
         """The rows of this call's parameters cannot be right: the step must be refused."""
-        for parameter in parameters_of(record.module):
-            if id(parameter) in record.trained:
-                self._condemn(parameter, cause)
+        for parameter in record.trained:
+            self._condemn(parameter, cause)
 
     def _condemn(self, parameter: torch.Tensor, cause: str) -> None:
         state = self.ledger.state(parameter)
@@ -407,11 +411,14 @@ class Pairing:
     def _on_backward_end(self, task: GraphTask) -> None:
         """Notice parameters that this backward gave a gradient but no rows."""
         self.ledger.end_task(task)
-        for parameter in self._parameters:
-            if id(parameter) not in task.published and task.executes(parameter):
-                self._condemn(parameter, diagnosis.BYPASSED)
+        self._condemn_bypassed(task)
         if self.orders:
             self.ledger.agree_on_order(self._parameters)
+
+    def _condemn_bypassed(self, task: GraphTask) -> None:
+        for parameter in task.reached(self._parameters):
+            if id(parameter) not in task.published:
+                self._condemn(parameter, diagnosis.BYPASSED)
 
 
 def _unreplayable(record: Record) -> str | None:
@@ -424,18 +431,11 @@ def _unreplayable(record: Record) -> str | None:
     return diagnosis.STRUCTURED_OUTPUT if record.structured else None
 
 
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _resized(rows: torch.Tensor, batch: int) -> torch.Tensor:
+def _padded(rows: torch.Tensor, batch: int) -> torch.Tensor:
     """One row for each sample: with packed sequences a time step has the first few only."""
-    count = rows.shape[0]
-    if count < batch:
-        padded = rows.new_zeros((batch, *rows.shape[1:]))
-        padded[:count] = rows
-        return padded
-    return rows
+    padded = rows.new_zeros((batch, *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    return padded
 
 
 def _model_of(hooks: Any) -> torch.nn.Module | None:

@@ -16,16 +16,18 @@ import torch
 
 from dpguard import _callsite, _compat, diagnosis
 from dpguard._declare import declared_of
-from dpguard.ledger import Tally
+from dpguard.ledger import Tally, parameters_of
 from dpguard.patches.detach import TALLY
 from dpguard.patches.replay import outline
 
 if TYPE_CHECKING:
     from dpguard.patches.pairing import Pairing
 
-__all__ = ["ForwardHook", "Record", "parameters_of"]
+__all__ = ["ForwardHook", "Record", "differentiable"]
 
 _detach = torch._C.TensorBase.detach
+_inside_transform = _compat.transform_test()
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 class Record:
@@ -39,9 +41,11 @@ class Record:
         "__weakref__",
         "activations",
         "batch",
+        "dimension",
         "drawn",
         "hook",
         "index",
+        "kind",
         "module",
         "order",
         "outline",
@@ -57,35 +61,40 @@ class Record:
         self,
         hook: ForwardHook,
         module: torch.nn.Module,
-        inputs: Any,
         index: int,
+        trained: list[torch.nn.Parameter],
         tally: Tally,
         *,
-        structured: bool = False,
+        counted: bool,
+        structured: bool,
     ) -> None:
         self.hook = hook
         self.module = module
         self.index = index
-        self.tally = tally
-        self.trained = frozenset(id(p) for p in parameters_of(module) if p.requires_grad)
+        self.trained = trained
         """Parameters through which this call's graph leads; freezing later changes nothing."""
-        self.segment = hook.pairing.ledger.segment
         self.drawn, self.people = declared_of(hook.pairing.ledger.drawn)
         """The private batch that was the last one then, and how rows are declared to be people."""
-        self.uncounted = hook.pairing.ledger.count_open(tally)
+        self.tally = tally
+        self.uncounted = counted
         """Whether the tally still waits for the first backprop of this call."""
-        self.activations: list[Any] | None = None
-        self.batch = 0
-        self.order = hook.pairing.orders.get(id(module))
-        self.outline: torch.nn.Module | None = None
-        """For functorch to replay, if the module has no registered grad sampler."""
+        self.segment = hook.pairing.ledger.segment
         self.structured = structured
         """Whether the call returned something else than one tensor."""
-        if hook.computes:
-            if not _compat.has_grad_sampler(hook.pairing.hooks, module):
-                self.outline = outline(module)
-            self.activations = [_detach(a) if isinstance(a, torch.Tensor) else a for a in inputs]
-            self.batch = hook.pairing.batch_size(module, self.activations)
+        self.activations: list[Any] | None = None
+        self.outline: torch.nn.Module | None = None
+        """For functorch to replay, if the module has no registered grad sampler."""
+
+    def keep(self, inputs: Iterable[Any]) -> None:
+        """Keep what it takes to compute rows from the backprop of this call."""
+        module, pairing = self.module, self.hook.pairing
+        self.activations = [_detach(a) if isinstance(a, torch.Tensor) else a for a in inputs]
+        self.kind = kind = pairing.kind_of(module)
+        if kind.is_replayed:
+            self.outline = outline(module)
+        self.order = pairing.orders.get(id(module))
+        self.dimension = kind.batch_dimension(module)
+        self.batch = kind.batch_size(module, self.activations, self.dimension)
 
     def __call__(self, grad_outputs: tuple[torch.Tensor | None, ...]) -> None:
         """The backprop of this call has arrived."""
@@ -131,9 +140,8 @@ class ForwardHook:
             What takes the place of the output, if it has to be replaced.
         """
         pairing = self.pairing
-        if self.late and not any(p.requires_grad for p in parameters_of(module)):
-            return None
-        if _compat.inside_transform():
+        trained = [p for p in parameters_of(module) if p.requires_grad]
+        if (self.late and not trained) or _inside_transform():
             return None
         pairing.ledger.boundary()
         if not pairing.hooks.hooks_enabled:
@@ -141,39 +149,47 @@ class ForwardHook:
         if not torch.is_grad_enabled():
             pairing.on_hidden_call(module)
             return None
-        structured = not isinstance(output, torch.Tensor)
-        outputs = _differentiable(output)
-        if not outputs or not any(p.requires_grad for p in parameters_of(module)):
+        outputs = differentiable(output)
+        if not outputs or not trained:
+            return None
+        structured = outputs[0] is not output
+        if not self.computes:
+            self._record(module, outputs, trained, structured=structured)
             return None
         inputs = _in_order(module, args, kwargs) if kwargs else args
         replaced = None
-        if self.computes and not structured and output._is_view():
+        if not structured and output._is_view():
             replaced = _own_output(output, [*inputs, *parameters_of(module)])
-        outputs = outputs if replaced is None else [replaced]
-        self._record(module, inputs, outputs, structured=structured)
+            outputs = outputs if replaced is None else [replaced]
+        record = self._record(module, outputs, trained, structured=structured)
+        if record is not None:
+            record.keep(inputs)
+            pairing.on_call(record)
         return replaced
 
     def _record(
         self,
         module: torch.nn.Module,
-        inputs: Any,
         outputs: list[torch.Tensor],
+        trained: list[torch.nn.Parameter],
         *,
         structured: bool,
-    ) -> None:
+    ) -> Record | None:
+        """Hang a record on the nodes of ``outputs``, unless the call has one already."""
         first = outputs[0]
         node: Any = first.grad_fn
         tallies = node.metadata.setdefault(TALLY, [])
-        if any(tally.module() is module for tally in tallies):
-            return  # a second wrapper round the same module: the call is recorded already
-        tally = self.pairing.ledger.open(module, self.name, _callsite.forward_caller())
+        if tallies and any(tally.module() is module for tally in tallies):
+            return None  # by a second wrapper round the same module
+        tally, counted = self.pairing.ledger.open(module, self.name, _callsite.forward_caller())
         tallies.append(tally)
-        record = Record(self, module, inputs, first.output_nr, tally, structured=structured)
-        if self.computes:
-            self.pairing.on_call(record)
+        record = Record(
+            self, module, first.output_nr, trained, tally, counted=counted, structured=structured
+        )
         node.register_prehook(record)
         for other in outputs[1:]:
             other.grad_fn.register_prehook(Witness(record, other.output_nr))  # type: ignore[union-attr]
+        return record
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ForwardHook:
         pairing = copy.deepcopy(self.pairing, memo)
@@ -216,11 +232,11 @@ def _own_output(output: torch.Tensor, others: Sequence[Any]) -> torch.Tensor | N
         for other in others:
             if isinstance(other, torch.Tensor) and other.untyped_storage().data_ptr() == storage:
                 return None
-    owned: torch.Tensor = torch.ops.aten._unsafe_view(output, output.shape)
+    owned: torch.Tensor = _unsafe_view(output, output.shape)
     return owned
 
 
-def _differentiable(output: Any) -> list[torch.Tensor]:
+def differentiable(output: Any) -> list[torch.Tensor]:
     """The tensors in a module's output that a backward can reach, in order, each once."""
     if isinstance(output, torch.Tensor):
         return [output] if output.grad_fn is not None else []
@@ -232,12 +248,5 @@ def _differentiable(output: Any) -> list[torch.Tensor]:
     elif not isinstance(output, (tuple, list)):
         return []
     for value in output:
-        found.update((id(tensor), tensor) for tensor in _differentiable(value))
+        found.update((id(tensor), tensor) for tensor in differentiable(value))
     return list(found.values())
-
-
-def parameters_of(module: torch.nn.Module) -> Iterable[torch.nn.Parameter]:
-    """The module's parameters; a lean ``module.parameters()`` for modules without children."""
-    if module._modules:
-        return module.parameters()
-    return [p for p in module._parameters.values() if p is not None]

@@ -61,14 +61,18 @@ class StepHooks:
         vars(instance).pop(_ATTACHED, None)
 
     def before_step(self, instance: Any) -> None:
-        """Say so once if a hook that was attached is gone."""
+        """Say so once if a hook that was attached is gone.
+
+        Raises:
+            PrivacyViolation: it is, in ``strict``.
+        """
         own = vars(instance)
         attached, current = own.get(_ATTACHED), own.get("step_hook", ABSENT)
         if current is ABSENT or attached is current:
             return
         own[_ATTACHED] = current
         if attached is not None and not _calls(current, attached):
-            self._verdicts.warn(
+            self._verdicts.complain(
                 "accounting.hook",
                 diagnosis.STEP_HOOK_REPLACED,
                 f"{type(instance).__name__}.step_hook was assigned and the hook that had been "

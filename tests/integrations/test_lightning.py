@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from private import Private
+from private import Applied, Private
 from torch.optim.lr_scheduler import StepLR
 
 pl = pytest.importorskip("pytorch_lightning")
@@ -24,9 +24,9 @@ class Automatic(pl.LightningModule):
 
     def __init__(self, **options):
         super().__init__()
-        self.private = Private(**options)
+        self.private = Private(sigma=1.0, **options)
         self.called = self.private.called
-        self.rates, self.sigmas, self.given = [], [], []
+        self.applied = Applied(self.private.dp)
 
     def configure_optimizers(self):
         scheduler = StepLR(self.private.dp, step_size=1, gamma=0.5)
@@ -35,17 +35,6 @@ class Automatic(pl.LightningModule):
     def training_step(self, batch, _index):
         (x,) = batch
         return self.called(x).mean()
-
-    def step_and_measure(self, step):
-        rate = self.private.dp.param_groups[0]["lr"]
-        moved, silent = self.private.moved(step)
-        noise = silent.std().item() * self.private.batch / rate / self.private.bound
-        self.rates.append(moved.mean().item())
-        self.sigmas.append(noise)
-
-    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
-        self.given.append(optimizer)
-        self.step_and_measure(lambda: optimizer.step(closure=optimizer_closure))
 
 
 class Manual(Automatic):
@@ -58,13 +47,10 @@ class Manual(Automatic):
     def training_step(self, batch, _index):
         (x,) = batch
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        self.given.append(optimizer)
         optimizer.zero_grad()
         self.manual_backward(self.called(x).mean())
-        self.step_and_measure(optimizer.step)
+        optimizer.step()
         scheduler.step()
-
-    optimizer_step = pl.LightningModule.optimizer_step
 
 
 def loader():
@@ -85,13 +71,15 @@ def trainer(folder, epochs=1, **options):
     )
 
 
+RATES = [0.1 * 0.5**step for step in range(2 * STEPS)]
+
+
 @pytest.mark.parametrize("kind", [Automatic, Manual])
 def test_fit(guard, kind, tmp_path):
-    """Applied rate, and accounted steps."""
+    """Rate, noise, steps and budget."""
     module = kind()
     trainer(tmp_path).fit(module, loader())
-    assert module.rates == pytest.approx([0.1, 0.05, 0.025, 0.0125], rel=1e-3)
-    assert module.private.accounted == [(0.0, STEPS)]
+    module.applied.assert_intended(module.private.accountant, RATES[:STEPS], [1.0] * STEPS)
     assert guard.violations == ()
     assert guard.last_step.ok
 
@@ -104,21 +92,22 @@ def test_noise_changed_through_lightnings_object(guard, kind, tmp_path):
         def on_train_batch_start(self, batch, batch_idx):
             self.optimizers().noise_multiplier = 1.0 + batch_idx
 
-    module = Quieter(sigma=9.0)
+    module = Quieter()
     trainer(tmp_path).fit(module, loader())
-    assert module.sigmas == pytest.approx([1.0, 2.0, 3.0, 4.0], rel=0.05)
-    assert module.private.accounted == [(sigma, 1) for sigma in (1.0, 2.0, 3.0, 4.0)]
+    sigmas = [1.0, 2.0, 3.0, 4.0]
+    module.applied.assert_intended(module.private.accountant, RATES[:STEPS], sigmas)
 
 
-def test_resume(guard, tmp_path):
-    """From a checkpoint, the rate that is applied is the one at which training stopped."""
-    first = Automatic()
+@pytest.mark.parametrize("kind", [Automatic, Manual])
+def test_resume(guard, kind, tmp_path):
+    """From a checkpoint, with the rate at which training stopped and the budget spent so far."""
+    first = kind()
     fit = trainer(tmp_path, enable_checkpointing=True)
     fit.fit(first, loader())
     fit.save_checkpoint(str(tmp_path / "here.ckpt"))
-    second = Automatic()
+    second = kind(accountant=first.private.accountant)
     trainer(tmp_path, epochs=2).fit(second, loader(), ckpt_path=str(tmp_path / "here.ckpt"))
-    expected = [0.1 * 0.5**step for step in range(STEPS, 2 * STEPS)]
-    assert second.rates == pytest.approx(expected, rel=1e-2)
-    assert second.private.accounted == [(0.0, STEPS)]
+    second.applied.assert_intended(
+        second.private.accountant, RATES[STEPS:], [1.0] * STEPS, before=[1.0] * STEPS
+    )
     assert guard.violations == ()

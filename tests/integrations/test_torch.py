@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from private import Private
+from private import Applied, Private
 from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR, AveragedModel
 
@@ -64,67 +64,105 @@ def plain_rates(make, steps):
     return rates
 
 
+def resumed(training, scheduler, make):
+    """Another process goes on: everything anew, and what was stored loaded into it."""
+    states = copy.deepcopy([x.state_dict() for x in (training.model, training.dp, scheduler)])
+    sigma = training.dp.noise_multiplier
+    training = Private(sigma=sigma, accountant=training.accountant)
+    torch.manual_seed(1)  # not the noise of before
+    scheduler = make(training.dp)
+    for thing, state in zip((training.model, training.dp, scheduler), states, strict=True):
+        thing.load_state_dict(state)
+    return training, scheduler
+
+
+def reloaded(training, scheduler, make, target):
+    """The same process loads what it has stored, into the wrapper or into what it wraps."""
+    states = copy.deepcopy([training.dp.state_dict(), scheduler.state_dict()])
+    target.load_state_dict(states[0])
+    scheduler = make(training.dp)
+    target.load_state_dict(states[0])
+    scheduler.load_state_dict(states[1])
+    return training, scheduler
+
+
+LOADS = {
+    "fresh": lambda training, scheduler, _: (training, scheduler),
+    "wrapper": lambda t, s, make: reloaded(t, s, make, t.dp),
+    "wrapped": lambda t, s, make: reloaded(t, s, make, t.inner),
+    "resumed": resumed,
+}
+
+
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
-@pytest.mark.parametrize("load", ["fresh", "wrapper", "wrapped"])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers(guard, name, load):
-    """The rate applied in each step is the scheduler's, also after a resume in the middle."""
+def test_schedulers(guard, name):
+    """Rate, noise, steps and budget are those intended, also after a resume in the middle."""
     make = SCHEDULERS[name]
-    training = Private()
-    scheduler = make(training.dp)
-    applied = []
-    for step in range(6):
-        if step == 3 and load != "fresh":
-            optimizers = copy.deepcopy(training.dp.state_dict()), scheduler.state_dict()
-            target = training.dp if load == "wrapper" else training.inner
-            target.load_state_dict(optimizers[0])
-            scheduler = make(training.dp)
-            target.load_state_dict(optimizers[0])
-            scheduler.load_state_dict(optimizers[1])
-        applied.append(training.applied())
-        advance(scheduler)
-    assert applied == pytest.approx(plain_rates(make, 6), rel=1e-4)
-    assert training.accounted == [(0.0, 6)]
+    expected = plain_rates(make, 6)
+    assert len(set(expected)) > 1
+    for load in LOADS.values():
+        training = Private(sigma=1.0)
+        scheduler = make(training.dp)
+        parts = []
+        for step in range(6):
+            if step == 3:
+                training.dp.noise_multiplier = 0.5
+                training, scheduler = load(training, scheduler, make)
+            if not step % 3:
+                parts.append(Applied(training.dp, by_hooks=False))
+            training.dp.zero_grad()
+            training.backward()
+            parts[-1].around(training.dp.step)
+            advance(scheduler)
+        whole = parts[0]
+        whole.rates += parts[1].rates
+        whole.sigmas += parts[1].sigmas
+        whole.assert_intended(training.accountant, expected, [1.0] * 3 + [0.5] * 3)
     assert guard.violations == ()
 
 
 @pytest.mark.parametrize("variant", ["foreach", "fused", "capturable"])
 @pytest.mark.parametrize("inner", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
 def test_variants_of_optimizers(guard, inner, variant):
-    """They take the step of the plain variant."""
+    """They take the step of the plain variant, at the rate of the scheduler, with the noise."""
     if variant == "capturable" and inner is torch.optim.SGD:
         pytest.skip("SGD has no such variant")
     options = {"foreach": False} if variant == "capturable" else {variant: True}
-    training, plain = Private(inner, **options), Private(inner)
-    for _ in range(3):
-        assert training.applied() == pytest.approx(plain.applied(), rel=1e-5)
-    assert training.accounted == [(0.0, 3)]
+    training = Private(inner, sigma=1.0, **options)
+    scheduler = schedulers.ExponentialLR(training.dp, gamma=0.5)
+    applied = Applied(training.dp, by_hooks=False)
+    twins = [p.detach().clone().requires_grad_() for p in training.model.parameters()]
+    plain = inner(twins, lr=0.1, foreach=False)
+    for step in range(3):
+        training.dp.zero_grad()
+        training.backward()
+        applied.around(training.dp.step)
+        plain.param_groups[0]["lr"] = 0.1 * 0.5**step
+        for twin, parameter in zip(twins, training.model.parameters(), strict=True):
+            twin.grad = parameter.grad.clone()
+        plain.step()
+        for twin, parameter in zip(twins, training.model.parameters(), strict=True):
+            torch.testing.assert_close(twin, parameter, rtol=1e-4, atol=1e-5, check_device=False)
+        scheduler.step()
+    rates = applied.rates if inner is not torch.optim.SGD else [0.1, 0.05, 0.025]
+    applied.assert_intended(training.accountant, rates, [1.0] * 3)
     assert guard.interventions == guard.violations == ()
-
-
-def test_noise_that_is_applied(guard):
-    """The measure itself: noise of the multiplier asked for, scaled by rate, bound and batch."""
-    training = Private(sigma=0.5)
-    training.backward()
-    _, silent = training.moved(training.dp.step)
-    delivered = silent.std().item() * training.batch / training.lr / training.bound
-    assert delivered == pytest.approx(0.5, rel=0.05)
-    assert training.accounted == [(0.5, 1)]
 
 
 def test_averaging(guard):
     """AveragedModel averages what was applied, SWALR anneals what is applied."""
-    training = Private()
+    training = Private(sigma=1.0)
     averaged = AveragedModel(training.model)
     scheduler = SWALR(training.dp, swa_lr=0.01, anneal_epochs=2, anneal_strategy="linear")
-    applied, seen = [], []
+    applied, seen = Applied(training.dp), []
     for _ in range(4):
-        applied.append(training.applied())
+        training.step()
         seen.append(training.model.weight.weight.detach().clone())
         averaged.update_parameters(training.model)
         scheduler.step()
-    assert applied == pytest.approx([0.1, 0.055, 0.01, 0.01], rel=1e-4)
+    applied.assert_intended(training.accountant, [0.1, 0.055, 0.01, 0.01], [1.0] * 4)
     mean = torch.stack(seen).mean(0)
     assert torch.allclose(averaged.module.weight.weight, mean, rtol=1e-5)
     assert guard.violations == ()
@@ -134,14 +172,17 @@ def test_averaging(guard):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_step(guard, backend):
-    """Compiled, a step applies the same, follows a scheduler and is accounted."""
+    """Compiled, a step applies the same, follows schedules and is accounted."""
     torch._dynamo.reset()
-    training = Private()
+    training = Private(sigma=1.0)
+    scheduler = schedulers.ExponentialLR(training.dp, gamma=0.5)
+    applied = Applied(training.dp, by_hooks=False)
     step = torch.compile(training.dp.step, backend=backend)
-    applied = []
-    for lr in (0.1, 0.1, 0.05):
-        training.dp.param_groups[0]["lr"] = lr
-        applied.append(training.applied(step))
-    assert applied == pytest.approx([0.1, 0.1, 0.05], rel=1e-4)
-    assert training.accounted == [(0.0, 3)]
+    sigmas = [1.0, 0.5, 0.5]
+    for training.dp.noise_multiplier in sigmas:
+        training.dp.zero_grad()
+        training.backward()
+        applied.around(step)
+        scheduler.step()
+    applied.assert_intended(training.accountant, [0.1, 0.05, 0.025], sigmas)
     assert guard.violations == ()

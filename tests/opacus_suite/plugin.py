@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 
 
@@ -26,9 +27,11 @@ import dpguard  # noqa: E402 - after torch, which an activation by environment w
 dpguard.install(mode=os.environ["DPGUARD_SUITE_MODE"])
 
 
-def pytest_sessionfinish(session):
-    """An internal error of dpguard fails the run, whatever Opacus's tests say."""
+@pytest.fixture(autouse=True)
+def _no_internal_errors():
+    """An internal error of dpguard fails the test in which it happens."""
+    before = dpguard.active().internal_errors if dpguard.active() else ()
+    yield
     guard = dpguard.active()
-    if guard is not None and guard.internal_errors:
-        print("dpguard: internal errors:", guard.internal_errors)
-        session.exitstatus = 3
+    if guard is not None:
+        assert guard.internal_errors == before, guard.internal_errors

@@ -1,0 +1,208 @@
+"""Row oracle: a row of each parameter is what the gradient owes to that one person.
+
+Every so often one person of one batch is drawn. Her share of the gradient of each parameter was
+computed on the live graph, from the gradient of the model's outputs with all rows but hers set to
+zero (:mod:`dpguard.patches.outputs`); here it is compared with her row in ``p.grad_sample``. Rows
+that add up to the right gradient, but are not one person's each, show: positions that were taken
+for people, statistics over the batch, rows of two parameters in different orders.
+
+Only where the whole gradient came through the outputs. The same was computed for all rows at once;
+unless the rows add up to that, a loss on something inside of the model, a hook that changed
+gradients, a wrong batch dimension or a wrong sum (see :mod:`dpguard.audit.rows`) is at work, and
+nothing is said of that parameter.
+
+The bound is that of :mod:`dpguard.audit.rows`, twice, for row and share are both computed. Of how
+many products they are sums is not known; it is taken to be the number of elements per person of
+the largest gradient on the way, which is not less.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dpguard import diagnosis
+from dpguard.audit.check import Check, Failure, Failures, Step
+from dpguard.audit.rows import factors
+from dpguard.ledger import Ledger
+from dpguard.patches.lean import Clipping, Rows, flat
+
+if TYPE_CHECKING:
+    from dpguard.patches.outputs import Draw, Outputs
+
+__all__ = ["ORACLE", "RowOracle"]
+
+ORACLE = "oracle.rows"
+_CERTAIN = 1e-2
+"""A row is certainly another's if it is wrong by this part of itself,"""
+_TIMES = 16.0
+"""and by so many times the bound."""
+_ELSEWHERE = 3e-2
+"""Her rows are in another place if they are, all together, as close to her share as that."""
+
+
+class RowOracle(Check):
+    """Compares the rows of one person with her share of the gradient.
+
+    Args:
+        ledger: knows which rows are of which batch.
+        outputs: draws persons and computes their shares.
+        every: how often, in logical steps.
+    """
+
+    names = (ORACLE,)
+
+    def __init__(self, ledger: Ledger, outputs: Outputs, every: int) -> None:
+        self._ledger = ledger
+        self._outputs = outputs
+        self._every = every
+
+    def before_clip(self, step: Step, optimizer: Any) -> Failures:
+        """Rows that our code does not clip are looked at before anybody changes them."""
+        if self._outputs.pending:
+            self._look(step, Rows.of(step.parameters), None)
+        return ()
+
+    def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:
+        """Rows that our code has clipped are still what they were, if they are finite."""
+        if self._outputs.pending and clipping is not None:
+            self._look(step, clipping.rows, clipping.norms)
+        return ()
+
+    def before_update(self, step: Step, optimizer: Any) -> Failures:
+        """Have a person drawn for the next step, if it is time."""
+        if (step.number + 1) % self._every == 0:
+            self._outputs.arm(step.parameters)
+        return ()
+
+    def forget(self, optimizer: Any) -> None:
+        """The step will be repeated."""
+        self._outputs.arm(optimizer.params)
+
+    def _look(self, step: Step, rows: Rows | None, norms: torch.Tensor | None) -> None:
+        for draw in self._outputs.take(step.parameters):
+            if rows is not None:
+                with torch.no_grad():
+                    compared = self._compared(step, draw, rows)
+                    if compared:
+                        figures = _figures(compared, draw, norms)
+                        step.run(ORACLE, count=len(compared))
+                        step.collect((ORACLE,), figures, _verdict(step, draw, compared))
+            draw.found.clear()
+
+    def _compared(self, step: Step, draw: Draw, rows: Rows) -> list[_Compared]:
+        found = []
+        for name, parameter, pieces in zip(step.names, rows.parameters, rows.pieces, strict=True):
+            shares = draw.found.get(id(parameter))
+            piece = self._rows_of(draw, parameter, pieces) if shares is not None else None
+            if shares is None or piece is None or piece.shape[0] != draw.rows:
+                continue
+            matrix = flat(piece)
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            mine, whole = (share.reshape(-1).to(wide) * draw.factor for share in shares[1])
+            found.append(_Compared(name, parameter, piece.dtype, matrix.to(wide), mine, whole))
+        return found
+
+    def _rows_of(
+        self, draw: Draw, parameter: torch.Tensor, pieces: list[torch.Tensor]
+    ) -> torch.Tensor | None:
+        """Those of the batch of the draw, if they are in its order."""
+        entries = self._ledger.entries_of(parameter)
+        if len(entries) != len(pieces):
+            return None
+        for entry, piece in zip(entries, pieces, strict=True):
+            if len(pieces) == 1 or entry.first <= draw.segment <= entry.last:
+                return piece if entry.order is None else None
+        return None
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """The rows of one parameter, and what they should be.
+
+    Attributes:
+        rows: of shape ``(B, p.numel())``, as the next two in single precision at least.
+        mine: what the row of the person drawn should be.
+        whole: what all rows together should be.
+    """
+
+    name: str
+    parameter: torch.nn.Parameter
+    dtype: torch.dtype
+    rows: torch.Tensor
+    mine: torch.Tensor
+    whole: torch.Tensor
+
+
+def _figures(compared: Sequence[_Compared], draw: Draw, norms: torch.Tensor | None) -> torch.Tensor:
+    """Five figures for each parameter, as :func:`_verdict` reads them, then three of all."""
+    norm = torch.linalg.vector_norm
+    columns, parts, lengths = [], [], []
+    for found in compared:
+        row = found.rows[draw.row]
+        sizes = norm(found.rows, dim=1)
+        columns.append(norm(row - found.mine))
+        columns.append(norm(row))
+        size = norm(found.mine)
+        columns.append(size)
+        columns.append(norm(found.rows.sum(0) - found.whole))
+        columns.append(sizes.sum())
+        apart = sizes.square() - 2 * (found.rows @ found.mine) + size.square()
+        parts.append(apart.double())
+        lengths.append(sizes.square().double())
+    apart = torch.stack(parts).sum(0)
+    apart.narrow(0, draw.row, 1).fill_(math.inf)
+    totals = torch.stack(lengths).sum(0).sqrt().sum()
+    finite = totals if norms is None else norms.sum()
+    return torch.stack(
+        [c.double() for c in (*columns, apart.min().clamp(min=0).sqrt(), totals, finite)]
+    )
+
+
+def _verdict(
+    step: Step, draw: Draw, compared: Sequence[_Compared]
+) -> Callable[[list[float]], Failures]:
+    """What to make of the figures."""
+    names = [found.name for found in compared]
+    alone = [factors(f.parameter, f.dtype, draw.widest) for f in compared]
+    together = [factors(f.parameter, f.dtype, draw.widest * draw.rows) for f in compared]
+
+    def receive(values: list[float]) -> list[Failure]:
+        *by_parameter, elsewhere, totals, finite = values
+        per = [by_parameter[i : i + 5] for i in range(0, len(by_parameter), 5)]
+        if not math.isfinite(finite + totals):
+            return []  # that is another check's, and not for the log to tell
+        known = [
+            i
+            for i, (_, _, _, short, size) in enumerate(per)
+            if short <= together[i][0] * size + together[i][1] * totals
+        ]
+        if not known:
+            step.ran.pop(ORACLE, None)
+            return []
+        step.ran[ORACLE] = len(known)
+        sizes = [max(row, mine) for _, row, mine, _, _ in per]
+        whole = math.hypot(*sizes)
+        found: dict[str, list[tuple[str, float, float]]] = {}
+        for i in known:
+            wrong, own = per[i][0], sizes[i]
+            bound = 2 * (alone[i][0] * own + alone[i][1] * whole)
+            if wrong <= bound:
+                continue
+            certain = wrong > max(_CERTAIN * own, _TIMES * bound)
+            cause = diagnosis.ROW_OF_ANOTHER if certain else diagnosis.ROW_INEXACT
+            if elsewhere <= _ELSEWHERE * whole:
+                cause = diagnosis.ROWS_REORDERED
+            found.setdefault(cause, []).append((names[i], wrong, bound))
+        return [_failure(cause, which) for cause, which in found.items()]
+
+    return receive
+
+
+def _failure(cause: str, found: list[tuple[str, float, float]]) -> Failure:
+    _, figure, bound = max(found, key=lambda one: one[1] / one[2])
+    return Failure(ORACLE, cause, tuple(name for name, _, _ in found), figure=figure, bound=bound)

@@ -1,0 +1,187 @@
+"""One person's share of a gradient: a backward of our own through a graph that is alive.
+
+While the engine is on its way to a node, the nodes above it are evaluated here, one by one, with
+gradients of our choice: those of one row of the batch and those of all rows. Unlike a nested
+``torch.autograd.grad`` this runs no hook of anybody (on tensors, parameters, modules or nodes),
+accumulates into nothing and begins no backward of the engine. A graph in which evaluating a node
+could do more than compute is not run at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+
+from dpguard import _compat
+
+__all__ = ["Pair", "Shares", "Unfit", "added", "propagate"]
+
+Pair: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"
+"""A gradient as far as it is one person's, and the whole of it."""
+
+
+class Unfit(Exception):
+    """This graph cannot be evaluated a second time without doing more than that."""
+
+
+@dataclass
+class Shares:
+    """What has arrived where.
+
+    Attributes:
+        leaves: leaf tensors with the gradients of one person and of all.
+        ends: nodes at which to stop, with the index of the input and what has arrived there.
+        widest: largest number of elements of any gradient on the way.
+    """
+
+    leaves: list[tuple[torch.Tensor, Pair]] = field(default_factory=list)
+    ends: list[tuple[Any, int, Pair]] = field(default_factory=list)
+    widest: int = 1
+
+
+def added(one: Pair | None, other: Pair) -> Pair:
+    """The sum; new tensors, since gradients may be handed to several nodes."""
+    return other if one is None else (one[0] + other[0], one[1] + other[1])
+
+
+def propagate(
+    root: Any,
+    gradients: list[Pair | None],
+    *,
+    wanted: Callable[[torch.Tensor], bool],
+    is_end: Callable[[Any], bool],
+) -> Shares:
+    """Evaluate ``root`` and the nodes above it that lead to what is wanted.
+
+    Args:
+        root: a node whose inputs are known.
+        gradients: for each of its inputs the gradients, or ``None`` if there is none.
+        wanted: whether the gradient of this leaf tensor is asked for.
+        is_end: whether to stop at this node, not evaluate it and say what has arrived.
+
+    Raises:
+        Unfit: a node on the way may not be evaluated.
+        RuntimeError: a node could not be: its saved tensors are gone or there is no memory.
+    """
+    return _Run(root, gradients, wanted, is_end).run()
+
+
+class _Run:
+    def __init__(
+        self,
+        root: Any,
+        gradients: list[Pair | None],
+        wanted: Callable[[torch.Tensor], bool],
+        is_end: Callable[[Any], bool],
+    ) -> None:
+        nodes = _compat.nodes()
+        if nodes is None:
+            raise Unfit
+        self._nodes = nodes
+        self._root = root
+        self._wanted = wanted
+        self._is_end = is_end
+        self._device = next(pair[1].device for pair in gradients if pair is not None)
+        self._waiting: dict[int, list[Pair | None]] = {id(root): gradients}
+        self._ends: set[int] = set()
+        self._leading: set[int] = set()
+        self._shares = Shares()
+
+    def run(self) -> Shares:
+        for node in self._in_order():
+            arrived = self._waiting.pop(id(node), None)
+            if arrived is None:
+                continue
+            if id(node) in self._ends:
+                found = [(node, i, pair) for i, pair in enumerate(arrived) if pair is not None]
+                self._shares.ends.extend(found)
+            elif self._nodes.is_leaf(node):
+                if arrived[0] is not None:
+                    self._shares.leaves.append((node.variable, arrived[0]))
+            else:
+                self._evaluate(node, arrived)
+        return self._shares
+
+    def _in_order(self) -> list[Any]:
+        """The nodes that lead to what is wanted, each after all that it depends on.
+
+        They are held here, so that their identities stay theirs.
+        """
+        order: list[Any] = []
+        seen = {id(self._root)}
+        stack: list[tuple[Any, Iterator[Any]]] = [(self._root, iter(self._root.next_functions))]
+        while stack:
+            node, edges = stack[-1]
+            for above, _ in edges:
+                if above is not None and id(above) not in seen:
+                    seen.add(id(above))
+                    stack.append((above, iter(self._edges_of(above))))
+                    break
+            else:
+                stack.pop()
+                if self._leads(node):
+                    self._leading.add(id(node))
+                    order.append(node)
+        order.reverse()
+        return order
+
+    def _edges_of(self, node: Any) -> Any:
+        if self._nodes.is_leaf(node):
+            return ()
+        if self._is_end(node):
+            self._ends.add(id(node))
+            return ()
+        return node.next_functions
+
+    def _leads(self, node: Any) -> bool:
+        if id(node) in self._ends:
+            return True
+        if self._nodes.is_leaf(node):
+            return self._wanted(node.variable)
+        return any(id(above) in self._leading for above, _ in node.next_functions)
+
+    def _evaluate(self, node: Any, arrived: list[Pair | None]) -> None:
+        for pair in arrived:
+            if pair is not None:
+                self._shares.widest = max(self._shares.widest, math.prod(pair[1].shape))
+        pairs = arrived
+        if not self._nodes.is_identity(node):
+            if not self._nodes.is_plain(node):
+                raise Unfit
+            mine, whole = (
+                _as_tuple(node(*[None if pair is None else pair[k] for pair in arrived]))
+                for k in (0, 1)
+            )
+            pairs = [
+                None if m is None or w is None else (m, w) for m, w in zip(mine, whole, strict=True)
+            ]
+        edges = node.next_functions
+        if len(edges) != len(pairs):
+            raise Unfit
+        for (above, index), pair in zip(edges, pairs, strict=True):
+            if pair is not None and id(above) in self._leading:
+                self._hand_on(above, index, pair)
+
+    def _hand_on(self, node: Any, index: int, pair: Pair) -> None:
+        expected = self._nodes.inputs(node)
+        waiting = self._waiting.setdefault(id(node), [None] * len(expected))
+        fitting = (self._fitted(pair[0], expected[index]), self._fitted(pair[1], expected[index]))
+        waiting[index] = added(waiting[index], fitting)
+
+    def _fitted(self, gradient: torch.Tensor, expected: Any) -> torch.Tensor:
+        """``gradient`` as the engine would hand it on: summed where a tensor was broadcast."""
+        if gradient.layout is not torch.strided or gradient.device != self._device:
+            raise Unfit
+        if expected.is_nested_tensor or expected.device != self._device:
+            raise Unfit
+        if list(gradient.shape) != list(expected.shape):
+            gradient = gradient.sum_to_size(expected.shape)
+        return gradient if gradient.dtype is expected.dtype else gradient.to(expected.dtype)
+
+
+def _as_tuple(results: Any) -> tuple[torch.Tensor | None, ...]:
+    return results if isinstance(results, tuple) else (results,)

@@ -1,0 +1,239 @@
+"""One process of a group: trains with Opacus's distributed optimizers and says what it has seen.
+
+    python distributed_worker.py RANK WORLD RENDEZVOUS RESULT
+
+The result is a JSON object, one entry for each function below whose name does not begin with ``_``.
+Gradients are so large that every row is clipped, or zero, so that noise is all there is.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import dpguard
+
+warnings.simplefilter("ignore")
+guard = dpguard.install(mode="repair")
+
+from opacus import GradSampleModule  # noqa: E402
+from opacus.accountants import RDPAccountant  # noqa: E402
+from opacus.distributed import DifferentiallyPrivateDistributedDataParallel  # noqa: E402
+from opacus.optimizers import DistributedDPOptimizer  # noqa: E402
+from opacus.optimizers import ddp_perlayeroptimizer as per_layer_module  # noqa: E402
+
+BATCH, SIZE, RATE = 2, 40, 0.25
+
+
+class _Layers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(SIZE, SIZE, bias=False)
+        self.second = nn.Linear(SIZE, SIZE, bias=False)
+
+    def forward(self, x):
+        return torch.cat([self.first(x), self.second(x)], dim=1)
+
+
+class _Training:
+    def __init__(self, cls, bound, *, parallel=DifferentiallyPrivateDistributedDataParallel):
+        torch.manual_seed(distributed.get_rank())  # noise that differs from rank to rank
+        self.model = _Layers()
+        self.called = self._wrap(parallel(self.model))
+        layers = (self.model.first, self.model.second)
+        self.inner = torch.optim.SGD([{"params": [n.weight]} for n in layers], lr=1.0)
+        self.dp = cls(
+            self.inner, noise_multiplier=0.0, max_grad_norm=bound, expected_batch_size=BATCH
+        )
+        self.accountant = RDPAccountant()
+        self.dp.attach_step_hook(self.accountant.get_optimizer_hook_fn(RATE))
+        self.local = []
+        reduce = getattr(self.dp, "reduce_gradients", None)
+        if reduce is not None:
+            self.dp.reduce_gradients = lambda: (self._note_local(), reduce())
+
+    def _wrap(self, parallel):
+        return GradSampleModule(parallel)
+
+    def _note_local(self):
+        grads = [p.grad.flatten() for p in self.model.parameters()]
+        self.local.append(torch.cat(grads).std().item())
+
+    def _backward(self, x):
+        self.called(x).sum(1).mean().backward()
+
+    def step(self, scale=100.0, skip=False):
+        """How far a physical batch moves each layer."""
+        before = [p.detach().clone() for p in self.model.parameters()]
+        self.dp.signal_skip_step(do_skip=skip)
+        self._backward(scale * torch.ones(BATCH, SIZE))
+        self.dp.step()
+        self.dp.zero_grad()
+        return [b - p.detach() for b, p in zip(before, self.model.parameters(), strict=True)]
+
+    def norms(self, **options):
+        return [moved.norm().item() for moved in self.step(**options)]
+
+    def noise(self):
+        """Standard deviation of what a step without gradient moves."""
+        moved = torch.cat([m.flatten() for m in self.step(scale=0.0)])
+        return moved.std().item()
+
+    def report(self, **found):
+        history = getattr(self.accountant, "history", None) or self.accountant.steps
+        return found | {
+            "weights": [p.detach().double().sum().item() for p in self.model.parameters()],
+            "accounted": [[sigma, steps] for sigma, _, steps in history],
+            "ok": guard.last_step.ok,
+        }
+
+    def budget(self):
+        """Epsilon of three steps, two of them with one noise multiplier and one with another."""
+        accountant = RDPAccountant()
+        self.dp.step_hook = None
+        self.dp.attach_step_hook(accountant.get_optimizer_hook_fn(RATE))
+        for self.dp.noise_multiplier in (1.0, 1.0, 0.5):
+            self.step(scale=0.0)
+        return accountant.get_epsilon(1e-5)
+
+
+class _Ghost(_Training):
+    def _wrap(self, parallel):
+        from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (
+            GradSampleModuleFastGradientClipping,
+        )
+
+        return GradSampleModuleFastGradientClipping(parallel, max_grad_norm=1.0)
+
+    def _backward(self, x):
+        from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+
+        criterion = DPLossFastGradientClipping(self.called, self.dp, _summed)
+        criterion(self.called(x), None).backward()
+
+
+def _summed(out, _target):
+    return out.sum(1)
+
+
+_summed.reduction = "mean"
+
+
+def _mechanism(training):
+    """Noise, schedules of all three kinds, a resume and a logical batch of two."""
+    found = {"clipped": training.norms()}
+    training.dp.noise_multiplier = 1.0
+    found["noise"], found["local"] = training.noise(), training.local[-1]
+    training.dp.noise_multiplier *= 0.5
+    found["quieter"] = training.noise()
+    training.dp.noise_multiplier = 0.0
+    training.dp.max_grad_norm *= 0.1
+    found["scheduled"] = training.norms()
+    training.dp.max_grad_norm *= 10
+    training.inner.load_state_dict(training.inner.state_dict())
+    training.dp.param_groups[0]["lr"] = 0.5
+    found["slower"] = training.norms()
+    found["skipped"] = training.norms(skip=True)
+    found["logical"] = training.norms()
+    found = training.report(**found)
+    return found | {"epsilon": training.budget()}
+
+
+def flat():
+    return _mechanism(_Training(DistributedDPOptimizer, 1.0))
+
+
+def simple_per_layer():
+    cls = getattr(per_layer_module, "SimpleDistributedPerLayerOptimizer", None)
+    if cls is None:
+        return None
+    training = _Training(cls, [3.0, 4.0])
+    training.dp.param_groups.reverse()
+    reversed_groups = training.norms()
+    return _mechanism(_Training(cls, [3.0, 4.0])) | {"reversed": reversed_groups}
+
+
+def ghost():
+    try:
+        from opacus.optimizers.ddpoptimizer_fast_gradient_clipping import (
+            DistributedDPOptimizerFastGradientClipping,
+        )
+        from opacus.utils import fast_gradient_clipping_utils  # noqa: F401
+    except ImportError:
+        return None
+    return _mechanism(_Ghost(DistributedDPOptimizerFastGradientClipping, 1.0))
+
+
+def per_layer():
+    """Clips and adds noise in hooks on the gradients, within the backward."""
+    cls = per_layer_module.DistributedPerLayerOptimizer
+    if "max_grad_norms" in inspect.signature(cls).parameters:
+        return None  # that of Opacus 1.0 adds its first gradient to None
+    training = _Training(cls, [3.0, 4.0], parallel=DistributedDataParallel)
+    draws, draw = [], training.dp._add_noise_parameter
+    training.dp._add_noise_parameter = lambda p: (draws.append(p), draw(p))
+    found = {"clipped": training.norms()}
+    training.dp.param_groups.reverse()
+    found["reversed"] = training.norms()
+    training.dp.noise_multiplier = 1.0
+    found["noise"] = training.noise()
+    training.dp.noise_multiplier = 0.5
+    found["quieter"] = training.noise()
+    training.dp.noise_multiplier = 0.0
+    training.inner.load_state_dict(training.inner.state_dict())
+    training.inner.param_groups[0]["lr"] = 0.5
+    found["slower"] = training.norms()
+    found = training.report(**found, draws=len(draws))
+    found["epsilon"] = training.budget()
+    training.dp.noise_multiplier = 0.0
+    before = [p.detach().clone() for p in training.model.parameters()]
+    training.dp.max_grad_norm *= 0.1
+    found["refused"] = _refusal(training.step)
+    training.dp.max_grad_norm *= 10
+    training.dp.zero_grad()
+    training.dp._step_skip_queue.clear()
+    training._backward(torch.ones(BATCH, SIZE))
+    training.dp.noise_multiplier = 7.0
+    found["late"] = _refusal(training.dp.step)
+    now = training.model.parameters()
+    found["kept"] = all(torch.equal(b, p) for b, p in zip(before, now, strict=True))
+    return found
+
+
+def foreign():
+    training = _Training(DistributedDPOptimizer, 1.0)
+    training._backward(torch.ones(BATCH, SIZE))
+    return {"refused": _refusal(training.inner.step)}
+
+
+def _refusal(step):
+    try:
+        step()
+    except dpguard.PrivacyViolation as error:
+        return str(error)
+    return None
+
+
+def _main():
+    rank, world, rendezvous, result = sys.argv[1:]
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=int(world)
+    )
+    scenarios = [flat, simple_per_layer, ghost, per_layer, foreign]
+    found = {scenario.__name__: scenario() for scenario in scenarios}
+    found["violations"] = [v.cause for v in guard.violations]
+    found["internal"] = [str(error) for _, error in guard.internal_errors]
+    Path(result).write_text(json.dumps(found))
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,221 @@
+"""What is asked once and not with every call stays true when a model or a layer changes."""
+
+from __future__ import annotations
+
+import copy
+
+import opacus.grad_sample
+import pytest
+import torch
+from opacus import GradSampleModule
+from opacus.grad_sample import register_grad_sampler
+from opacus.optimizers import DPOptimizer
+from torch import nn
+
+import dpguard
+from dpguard import _compat
+from dpguard.ledger import GraphTask
+from dpguard.patches.layers import Roster
+
+GradSampleHooks = getattr(opacus.grad_sample, "GradSampleHooks", GradSampleModule)
+
+
+def _mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def _same(model):
+    model(torch.ones(1, 3, dtype=torch.float64))
+
+
+def _another_parameter(model):
+    model[0].weight = nn.Parameter(torch.ones_like(model[0].weight))
+
+
+def _written_past_the_module(model):
+    model[0]._parameters["weight"] = nn.Parameter(torch.ones_like(model[0].weight))
+
+
+def _initialised_again(model):
+    model[0].__init__(3, 4)
+    model.double()
+
+
+def _without_bias(model):
+    model[2].bias = None
+
+
+def _another_module(model):
+    model[2] = nn.Linear(4, 2).double()
+
+
+def _one_more(model):
+    model.append(nn.Linear(2, 2).double())
+
+
+def _tied(model):
+    model[2].bias = model[0].bias
+
+
+CHANGES = [
+    _another_parameter,
+    _written_past_the_module,
+    _initialised_again,
+    _without_bias,
+    _another_module,
+    _one_more,
+    _tied,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_roster_notices_what_was_replaced(change):
+    """Its parameters and names are those of ``named_parameters``, whatever was done."""
+    model, roster = _mlp(), Roster()
+    assert roster.renew(model)
+    change(model)
+    assert roster.renew(model)
+    expected = list(model.named_parameters())
+    assert [name for name, _ in roster.named] == [name for name, _ in expected]
+    assert all(mine is p for (_, mine), (_, p) in zip(roster.named, expected, strict=True))
+
+
+def test_a_roster_of_another_model():
+    """A copy with equal parameters is another model."""
+    model, roster = _mlp(), Roster()
+    roster.renew(model)
+    assert roster.renew(copy.deepcopy(model))
+
+
+def test_a_roster_of_a_model_that_is_the_same():
+    """Forwards, freezing and new values replace nothing."""
+    model, roster = _mlp(), Roster()
+    roster.renew(model)
+    _same(model)
+    model[0].weight.requires_grad_(False)
+    model[0].weight.data = torch.zeros(4, 3)
+    assert not roster.renew(model)
+
+
+def _cast(model):
+    for p in model.parameters():
+        p.data = p.data.float()
+
+
+@pytest.mark.parametrize(
+    "change", [_same, _another_parameter, _written_past_the_module, _another_module, _cast]
+)
+def test_rows_after_a_change(guard, change):
+    """Rows of the step after it are those of single-sample backwards, with nothing left over."""
+    model = _mlp()
+    called = GradSampleModule(model)
+    called(torch.randn(2, 3, dtype=torch.float64)).mean().backward()
+    called.zero_grad()
+    change(model)
+    dtype = model[0].weight.dtype
+    x = torch.randn(3, 3, dtype=dtype)
+    called(x).mean().backward()
+    plain = _mlp().to(dtype)
+    plain.load_state_dict(model.state_dict())
+    for i in range(3):
+        plain.zero_grad()
+        plain(x[i : i + 1]).mean().backward()
+        for mine, truth in zip(model.parameters(), plain.parameters(), strict=True):
+            assert len(mine.grad_sample) == 3
+            torch.testing.assert_close(mine.grad_sample[i], truth.grad, rtol=1e-5, atol=1e-6)
+    assert guard.violations == ()
+
+
+def test_a_layer_initialised_again_has_lost_its_hooks(guard):
+    """Its new parameters get gradients and no rows: the step is refused."""
+    model = _mlp()
+    called = GradSampleModule(model)
+    called(torch.randn(2, 3, dtype=torch.float64)).mean().backward()
+    _initialised_again(model)
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        noise_multiplier=0.0,
+        max_grad_norm=1.0,
+        expected_batch_size=2,
+    )
+    optimizer.zero_grad()
+    called(torch.randn(2, 3, dtype=torch.float64)).mean().backward()
+    with pytest.raises(dpguard.PerSampleGradientError, match=r"0\.weight"):
+        optimizer.step()
+    assert guard.violations
+
+
+def test_a_sampler_registered_between_two_steps(guard):
+    """The one that is registered when a layer is called computes its rows."""
+    model = _mlp()
+    called = GradSampleModule(model)
+    x = torch.randn(2, 3, dtype=torch.float64)
+    called(x).sum().backward()
+    original = GradSampleHooks.GRAD_SAMPLERS[nn.Linear]
+    rows = [2 * p.grad_sample for p in model.parameters()]
+    called.zero_grad()
+    try:
+        register_grad_sampler(nn.Linear)(
+            lambda *call: {p: 2 * found for p, found in original(*call).items()}
+        )
+        called(x).sum().backward()
+    finally:
+        register_grad_sampler(nn.Linear)(original)
+    for expected, p in zip(rows, model.parameters(), strict=True):
+        assert torch.equal(p.grad_sample, expected)
+    assert guard.violations == ()
+
+
+class _Asker:
+    """Asks for the roles of leaves in the middle of a backward."""
+
+    def __init__(self, leaves):
+        self.leaves, self.roles = leaves, None
+
+    def __call__(self, _grads):
+        self.roles = _compat.autograd().roles_of(self.leaves)
+
+
+@pytest.mark.parametrize(
+    ("run", "roles"),
+    [
+        (lambda loss, _: loss.backward(), [1, 1, 0, 0]),
+        (lambda loss, used: loss.backward(inputs=used), [1, 0, 0, 0]),
+        (torch.autograd.grad, [2, 0, 0, 0]),
+    ],
+    ids=["backward", "inputs", "grad"],
+)
+def test_roles_of_leaves(run, roles):
+    """Used, used and not asked for, unused, and frozen; alone as together."""
+    leaves = [torch.ones(2, requires_grad=i < 3) for i in range(4)]
+    for asked in (leaves, *([leaf] for leaf in leaves), []):
+        loss = (leaves[0] * leaves[1] * leaves[3]).sum()
+        asker = _Asker(asked)
+        loss.grad_fn.register_prehook(asker)
+        run(loss, leaves[:1])
+        expected = [
+            role for leaf, role in zip(leaves, roles, strict=True) if any(leaf is a for a in asked)
+        ]
+        assert asker.roles == expected
+
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_factor_that_is_kept_multiplies_as_a_number(dtype):
+    """Bit by bit and with the same layout, also where the batch size is no number of that kind."""
+    torch.manual_seed(1)
+    tensor = torch.randn(64, 9).mul(torch.randn(64, 9).mul(8).exp()).to(dtype)
+    task = GraphTask.__new__(GraphTask)
+    task._factors = {}
+    for factor in (0, 1, 3, 257, 4097, 2**24 + 1):
+        for backprops in (tensor, tensor.t(), tensor[::3]):
+            found, expected = task.times(backprops, factor), backprops * factor
+            assert found.dtype == expected.dtype
+            assert found.stride() == expected.stride()
+            if dtype.is_complex:
+                found, expected = torch.view_as_real(found), torch.view_as_real(expected)
+            assert torch.equal(found.isnan(), expected.isnan())
+            assert torch.equal(found.nan_to_num(), expected.nan_to_num())

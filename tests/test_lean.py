@@ -1,0 +1,246 @@
+"""A step in one walk over the rows has the numbers of Opacus, and honours whatever overrides it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import CNN, MLP, Functorch, Recurrent
+from opacus import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from opacus.optimizers import optimizer as stock
+from releases import FUNCTORCH, LEAN, needs_reshaping
+from torch import nn
+
+import dpguard
+from dpguard import _compat
+
+MODELS = (MLP, CNN, Recurrent, Functorch) if FUNCTORCH else (MLP, CNN, Recurrent)
+
+
+def training(model, optimizer=DPOptimizer, dtype=torch.float32, reduction="mean", **options):
+    torch.manual_seed(5)
+    model = GradSampleModule(model().to(dtype), loss_reduction=reduction)
+    wrapped = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    options = {"noise_multiplier": 0.7, "max_grad_norm": 0.3, "expected_batch_size": 5} | options
+    return model, optimizer(wrapped, loss_reduction=reduction, **options)
+
+
+def loss_of(model, size, reduction="mean"):
+    module = model._module
+    x = torch.randn(size, *module.shape, dtype=next(module.parameters()).dtype)
+    out = model(x)
+    return nn.functional.cross_entropy(out, torch.arange(size) % out.shape[1], reduction=reduction)
+
+
+def run(mode, make, steps, sizes=(5,)):
+    """The parameters after some seeded steps of ``sizes`` accumulated batches each."""
+    with dpguard.install(mode=mode) as guard:
+        model, optimizer = make()
+        reduction = optimizer.loss_reduction
+        for _ in range(steps):
+            optimizer.zero_grad()
+            for size in sizes:
+                loss_of(model, size, reduction).backward()
+            optimizer.step()
+        assert guard.violations == ()
+        return [p.detach().clone() for p in model.parameters()], torch.rand(())
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_seeded_run_has_the_same_bits(model, reduction):
+    """100 steps with noise: the parameters are equal, and so is the random stream after them."""
+    ends = [run(m, lambda: training(model, reduction=reduction), 100) for m in ("off", "repair")]
+    (plain, draw), (guarded, other) = ends
+    assert same(plain, guarded)
+    assert torch.equal(draw, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_accumulated_batches_are_summed_one_by_one(dtype):
+    """Batches of different sizes: the same to rounding, for there is no sum of all at once."""
+    make = lambda: training(CNN, dtype=dtype)  # noqa: E731
+    plain, guarded = (run(m, make, 20, sizes=(4, 1, 3))[0] for m in ("off", "repair"))
+    for one, other in zip(plain, guarded, strict=True):
+        torch.testing.assert_close(
+            one, other, rtol=1e-5 if dtype is torch.float32 else 1e-12, atol=1e-7
+        )
+
+
+@needs_reshaping
+def test_an_empty_batch(guard):
+    """No rows: the clipped sum is zero and noise is added all the same."""
+    model, optimizer = training(MLP)
+    before = [p.detach().clone() for p in model.parameters()]
+    loss_of(model, 0, "sum").backward()
+    optimizer.step()
+    assert all(not p.summed_grad.any() for p in optimizer.params)
+    assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert guard.violations == ()
+
+
+@pytest.mark.parametrize("mode", ["off", "repair"])
+def test_rows_are_used_once(mode):
+    """A second step on the same rows is refused in the words of Opacus."""
+    with dpguard.install(mode=mode):
+        model, optimizer = training(MLP)
+        loss_of(model, 5).backward()
+        optimizer.step()
+        with pytest.raises(ValueError, match="Gradients haven't been cleared"):
+            optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+@pytest.mark.skipif(not _compat.casts_rows(), reason="this Opacus wants rows of one type")
+def test_rows_of_several_types_have_the_same_bits(kind):
+    """Under autocast some layers have rows in lower precision: they are clipped as by Opacus."""
+
+    def end(mode):
+        with dpguard.install(mode=mode) as guard:
+            model, optimizer = training(MLP)
+            loss_of(model, 5).backward()
+            parameter = optimizer.params[0]
+            parameter.grad_sample = parameter.grad_sample.to(kind)
+            optimizer.step()
+            assert guard.violations == ()
+            return [p.detach().clone() for p in model.parameters()]
+
+    assert same(end("off"), end("repair"))
+
+
+class _Counting(DPOptimizer):
+    calls: list[str]
+
+    def _note(self, name):
+        vars(self).setdefault("calls", []).append(name)
+
+
+def _override(name):
+    def method(self, *args, **kwargs):
+        self._note(name)
+        return getattr(super(cls, self), name)(*args, **kwargs)
+
+    cls = type(f"Own_{name}", (_Counting,), {name: method})
+    return cls
+
+
+PARTS = ("pre_step", "clip_and_accumulate", "add_noise", "scale_grad")
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_an_override_in_a_subclass_runs(name, guard):
+    """Each part may be overridden; the rest has the same numbers."""
+    runs = []
+    for cls in (DPOptimizer, _override(name)):
+        model, optimizer = training(MLP, cls)
+        loss_of(model, 5).backward()
+        optimizer.step()
+        runs.append([p.detach().clone() for p in model.parameters()])
+    assert same(*runs)
+    assert optimizer.calls == [name]
+    assert guard.violations == ()
+
+
+@pytest.mark.parametrize("name", PARTS[1:])
+def test_an_override_on_the_instance_runs(name, guard):
+    """What was put on the instance is called, and is there afterwards as before."""
+    model, optimizer = training(MLP)
+    calls, original = [], getattr(optimizer, name)
+
+    def own():
+        calls.append(name)
+        return original()
+
+    setattr(optimizer, name, own)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_of(model, 5).backward()
+        optimizer.step()
+    assert calls == [name] * 2
+    assert vars(optimizer)[name] is own
+    assert not {*PARTS} & {*vars(optimizer)} - {name}
+
+
+@pytest.mark.parametrize("name", PARTS[1:])
+def test_an_override_of_the_class_runs(name, guard, monkeypatch):
+    """A method of Opacus's that somebody replaces is called, before or after installation."""
+    model, optimizer = training(MLP)
+    calls, original = [], getattr(DPOptimizer, name)
+
+    def own(self):
+        calls.append(name)
+        return original(self)
+
+    monkeypatch.setattr(DPOptimizer, name, own)
+    loss_of(model, 5).backward()
+    optimizer.step()
+    assert calls == [name]
+
+
+def test_reading_the_rows_in_another_way_is_honoured(guard):
+    """A subclass that gives other rows than the parameters carry has those clipped."""
+
+    class Halved(DPOptimizer):
+        @property
+        def grad_samples(self):
+            return [rows * 0 for rows in super().grad_samples]
+
+    model, optimizer = training(MLP, Halved, noise_multiplier=0.0, max_grad_norm=1e-3)
+    loss_of(model, 5).backward()
+    raw = optimizer.params[0].grad_sample.sum(0)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.params[0].summed_grad, raw, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_noise_comes_from_opacus(monkeypatch):
+    """Who replaces Opacus's source of noise has his noise, and keeps the tensor he returns."""
+    kept = {}
+
+    def constant(std, reference, generator=None, secure_mode=False):
+        return kept.setdefault(reference.shape, torch.full_like(reference, std))
+
+    monkeypatch.setattr(stock, "_generate_noise", constant)
+    with dpguard.install(mode="observe"):
+        pass
+    with dpguard.install(mode="repair"):
+        model, optimizer = training(MLP)
+        loss_of(model, 5).backward()
+        total = {}
+        try:
+            optimizer.step()
+        except dpguard.PrivacyViolation:
+            total["refused"] = True  # such noise is not as declared, which is another check's work
+        for p in optimizer.params:
+            assert kept[p.summed_grad.shape].eq(0.7 * 0.3).all()
+
+
+@pytest.mark.skipif(not LEAN, reason="Opacus's own code runs with this release")
+def test_work_grows_linearly_with_the_parameters(guard):
+    """As many parameters again take as many operations again, not four times as many."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
+            self.number += 1
+            return func(*args, **(kwargs or {}))
+
+    def operations(layers):
+        model = GradSampleModule(nn.Sequential(*(nn.Linear(2, 2) for _ in range(layers))))
+        wrapped = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = DPOptimizer(
+            wrapped, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=3
+        )
+        model(torch.randn(3, 2)).sum().backward()
+        with Count() as count:
+            optimizer.step()
+        return count.number
+
+    few, many, more = (operations(n) for n in (10, 20, 40))
+    assert more - many <= 2.2 * (many - few)
