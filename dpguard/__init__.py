@@ -7,7 +7,7 @@ the environment variable ``DPGUARD`` names, before or after torch and Opacus.
 from __future__ import annotations
 
 from dpguard._activation import Guard, activate, active, install
-from dpguard._declare import one_batch
+from dpguard._declare import batch_size, one_batch, rows
 from dpguard._errors import (
     DPGuardError,
     PerSampleGradientError,
@@ -24,8 +24,10 @@ __all__ = [
     "SettingsError",
     "UnsupportedError",
     "active",
+    "batch_size",
     "install",
     "one_batch",
+    "rows",
 ]
 
 activate()

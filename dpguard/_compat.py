@@ -413,6 +413,12 @@ def ghost_loss_classes() -> list[type]:
     )
 
 
+def adapts_bound(loss: Any) -> bool:
+    """Whether the backward of a loss of ghost clipping adapts the clip bound."""
+    cls = _attribute_of(_ADAPTIVE_LOSS, "DPTensorFastGradientAdaptiveClipping")
+    return cls is not None and isinstance(loss, cls)
+
+
 def ghost_criterion_classes() -> list[type]:
     """The classes that make such losses out of the user's criterion; none before 1.5.2."""
     return _present(
@@ -708,7 +714,13 @@ def holders_of_optimizers() -> list[tuple[type, str | None]]:
 
 def clips_rows(optimizer: Any) -> bool:
     """Whether this optimizer clips ``p.grad_sample``; those of ghost clipping do not."""
-    return not any("FastGradientClipping" in cls.__name__ for cls in type(optimizer).__mro__)
+    cls: Any = type(optimizer)
+    return _clips_rows(cls)
+
+
+@functools.lru_cache(maxsize=64)
+def _clips_rows(cls: Any) -> bool:
+    return not any("FastGradientClipping" in base.__name__ for base in cls.__mro__)
 
 
 def optimizer_with_noise_hooks() -> Any:
@@ -765,6 +777,11 @@ def processing() -> tuple[Callable[[Any], None], Callable[[Any], None]]:
     """
     module: Any = sys.modules[_MECHANISM]
     return module._check_processed_flag, module._mark_as_processed
+
+
+def is_processed(rows: Any) -> bool:
+    """Whether these rows were used in a step already."""
+    return hasattr(rows, "_processed")
 
 
 def noise_source(*, plain: bool) -> tuple[Callable[..., torch.Tensor], bool]:
@@ -1016,3 +1033,70 @@ def operand_roundoff(dtype: torch.dtype, device: torch.device, *, convolves: boo
         return 0.0
     short = precision == "high" or torch_.backends.cuda.matmul.allow_tf32
     return 2.0**-11 if short or (convolves and torch_.backends.cudnn.allow_tf32) else 0.0
+
+
+# -- data loaders --------------------------------------------------------------------------------
+
+
+def loader_iterator_class() -> type:
+    """The base of the iterators of ``torch.utils.data.DataLoader``."""
+    found: type = importlib.import_module("torch.utils.data.dataloader")._BaseDataLoaderIter
+    return found
+
+
+def counts_people(iterator: Any) -> bool:
+    """Whether the number of indices of a batch is that of the samples in it, in known order."""
+    kinds = importlib.import_module("torch.utils.data.dataloader")._DatasetKind
+    return (
+        bool(iterator._auto_collation)
+        and iterator._dataset_kind == kinds.Map
+        and getattr(iterator, "_in_order", True)
+    )
+
+
+def drawn_number(iterator: Any) -> int:
+    """Which batch of its pass an iterator is drawing the indices of: 0 without workers."""
+    return int(getattr(iterator, "_send_idx", 0))
+
+
+def begins_pass(iterator: Any) -> bool:
+    """Whether an iterator with workers, which may outlive a pass, is drawing its first batch."""
+    return getattr(iterator, "_send_idx", None) == 0
+
+
+def delivered_number(iterator: Any) -> int:
+    """Which batch of its pass an iterator has delivered last: 0 without workers."""
+    return int(getattr(iterator, "_rcvd_idx", 1)) - 1
+
+
+def rows_for_nobody(iterator: Any) -> bool:
+    """Whether a batch without people is delivered as one of random numbers."""
+    return bool(getattr(iterator._collate_fn, "rand_on_empty", False))
+
+
+@functools.lru_cache(maxsize=1)
+def uniform_samplers() -> tuple[type, ...]:
+    """Opacus's batch samplers, which draw each person by itself."""
+    module = "opacus.utils.uniform_sampler"
+    names = (
+        "UniformWithReplacementSampler",
+        "DistributedUniformWithReplacementSampler",
+    )
+    return tuple(_present(*(_attribute_of(module, name) for name in names)))
+
+
+def splitting_sampler() -> Any:
+    """The sampler by which ``BatchMemoryManager`` splits batches, or ``None``."""
+    return _attribute_of("opacus.utils.batch_memory_manager", "BatchSplittingSampler")
+
+
+def skip_signals(optimizer: Any) -> list[bool]:
+    """The queue of signals, one for each physical batch that was drawn and not stepped yet."""
+    queue: list[bool] = getattr(optimizer, "_step_skip_queue", None) or []
+    return queue
+
+
+def engine_class() -> type:
+    """Opacus's ``PrivacyEngine``."""
+    found: type = importlib.import_module("opacus.privacy_engine").PrivacyEngine
+    return found

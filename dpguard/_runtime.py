@@ -16,13 +16,16 @@ from typing import Any
 from dpguard import _compat
 from dpguard._settings import Settings
 from dpguard.audit.accounting import Accounting
+from dpguard.audit.calls import Calls
 from dpguard.audit.check import Check
 from dpguard.audit.clip import Clip
 from dpguard.audit.noise import Noise
 from dpguard.audit.oracle import RowOracle
 from dpguard.audit.passes import PassValues
+from dpguard.audit.people import People, rows_at_hand
 from dpguard.audit.rows import RowValues
 from dpguard.audit.steps import StepAuditor
+from dpguard.deliveries import Deliveries
 from dpguard.events import (
     Event,
     Intervention,
@@ -32,15 +35,18 @@ from dpguard.events import (
     Severity,
     Violation,
 )
+from dpguard.grouping import Grouping
 from dpguard.journal import Journal
 from dpguard.ledger import Ledger
 from dpguard.patches import detach, empty_batches, ghost_gradient, sampling
 from dpguard.patches.attributes import AttributeForwarding
 from dpguard.patches.ghost import GhostPairing
 from dpguard.patches.grad_sample import GradSamplePatch
+from dpguard.patches.loading import LoadingPatch
 from dpguard.patches.optimizer import OptimizerPatch
 from dpguard.patches.outputs import Outputs
 from dpguard.patches.pairing import Pairing
+from dpguard.patches.signals import Signals
 from dpguard.patching import Transaction
 from dpguard.verdicts import Verdicts
 
@@ -67,6 +73,8 @@ class Runtime:
         self.internal_errors: list[tuple[str, Exception]] = []
         self.ledger = Ledger()
         self.accounting = Accounting()
+        self._deliveries = Deliveries()
+        self._calls = Calls(self.ledger, self._deliveries)
         emit = _weakly(self.emit)
         changes = settings.mode.changes_the_host
         report = _weakly(self.report_internal)
@@ -76,6 +84,7 @@ class Runtime:
         self.grad_sample = GradSamplePatch(
             self.ledger, kinds, computes=changes, outputs=self.outputs
         )
+        self._loading = LoadingPatch(self._deliveries, self.ledger, self._calls.watch, report)
         verdicts = Verdicts(emit, settings.mode)
         self._forwarding = AttributeForwarding(verdicts)
         self.optimizer = OptimizerPatch(
@@ -84,6 +93,7 @@ class Runtime:
             self._forwarding,
             verdicts,
             report,
+            signals=Signals(self._loading.tags, self._deliveries, self._rows_at_hand, verdicts),
         )
         self._transaction = Transaction()
         self._intervened = 0
@@ -92,6 +102,7 @@ class Runtime:
     def _checks(self) -> list[Check]:
         """What is looked at in each step besides the coverage, in this order."""
         checks: list[Check] = [
+            People(self.ledger, self._deliveries, self._calls),
             RowValues(self.ledger),
             PassValues(self.ledger),
             Clip(),
@@ -101,6 +112,22 @@ class Runtime:
         if self.outputs is not None:
             checks.append(RowOracle(self.ledger, self.outputs, self.settings.oracle_every))
         return checks
+
+    def _rows_at_hand(self, optimizer: Any) -> tuple[int, ...]:
+        trainable = [p for p in optimizer.params if p.requires_grad]
+        return rows_at_hand(self.ledger, optimizer, trainable) or ()
+
+    # -- what the user declares ------------------------------------------------------------------
+
+    def declare_batch(self, people: int) -> None:
+        """The batch at hand has so many people."""
+        self._deliveries.declare(people)
+
+    def expect_groups(self, grouping: Grouping) -> None:
+        """Calls with rows that are not simply people begin or end here."""
+        self._calls.watch()
+        if grouping.joins:
+            self.ledger.begin_block()
 
     # -- activation ----------------------------------------------------------------------------
 
@@ -161,6 +188,7 @@ class Runtime:
             repairs=self.settings.mode.changes_the_host,
         )
         self.optimizer.install(self._transaction)
+        self._loading.install(self._transaction)
         if self.settings.mode.changes_the_host:
             empty_batches.install(self._transaction)
         sampling.install(self._transaction, self.accounting)

@@ -16,7 +16,7 @@ import torch
 from dpguard import diagnosis
 from dpguard.ledger import UNKNOWN, Entry, Ledger
 
-__all__ = ["Alignment", "align"]
+__all__ = ["Alignment", "align", "join_blocks"]
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,20 @@ def _set_entries(
     if parameter.grad is None:
         # Opacus before 1.2 takes the shape of the update from here.
         parameter.grad = torch.zeros_like(parameter)
+
+
+def join_blocks(ledger: Ledger, parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Concatenate the rows of blocks that were declared to be other people, in their order."""
+    for parameter in parameters:
+        entries = ledger.entries_of(parameter)
+        if len({entry.first in ledger.blocks for entry in entries}) != 1 or len(entries) == 1:
+            continue
+        state = ledger.state(parameter)
+        if entries[0].first in ledger.blocks:
+            total = torch.cat([_rows(entry) for entry in entries])
+            state.entries = [Entry(total, entries[0].first, entries[-1].last, owned=True)]
+            state.publish(parameter, [total])
+    ledger.blocks.clear()
 
 
 def _rows(entry: Entry) -> torch.Tensor:

@@ -79,6 +79,23 @@ CLIP_BOUNDS_UNKNOWN = "clip_bounds_unknown"
 NOISE_DRAWN_BEFORE = "noise_drawn_before"
 LOSS_SCALE = "loss_scale"
 SCHEDULE = "schedule_in_batch"
+SKIPPED_BATCH = "skipped_batch"
+ROWS_NOT_PEOPLE = "rows_not_people"
+NOT_AS_DECLARED = "rows_not_as_declared"
+SAMPLES_ADDED = "samples_added"
+TIME_FIRST = "time_first"
+ROWS_LEFT_OUT = "rows_left_out"
+ROWS_MAY_BE_SHARED = "rows_may_be_shared"
+BATCHES_ADDED = "batches_added"
+BATCHES_JOINED = "batches_joined"
+BATCHES_OF_TWO = "batches_of_two_loaders"
+BATCHES_UNCOUNTED = "batches_uncounted"
+BATCH_IN_ROUNDS = "batch_in_rounds"
+BATCHES_MERGED = "logical_batches_merged"
+GROUPS_MISFIT = "groups_misfit"
+GROUPS_DIFFER = "groups_differ"
+GROUPS_ADAPTIVE = "groups_in_adaptive_clipping"
+BLOCKS_IN_GHOST = "blocks_in_ghost_clipping"
 
 OPACUS_NO_ACCUMULATION = (
     "Poisson sampling is not compatible with grad accumulation. "
@@ -457,6 +474,119 @@ _DIAGNOSES = {
         "before; each was clipped by itself, so a person who is in both would count twice",
         "make one loss per sample of both and call backward once, or run the second forward "
         "after the first backward",
+    ),
+    SKIPPED_BATCH: Diagnosis(
+        "a physical batch of BatchMemoryManager was drawn and not stepped, so that its skip signal "
+        "would be taken for that of the next one, and all later ones be off by one",
+        "nothing to do; the signal is dropped, and the logical batch goes on without that physical "
+        "batch",
+    ),
+    ROWS_NOT_PEOPLE: Diagnosis(
+        "there are more per-sample gradients than people in the batch that the data loader "
+        "delivered, so somebody has several and counts for more than the clip bound",
+        "call the model once for each view of a sample (their rows are added), or declare whose "
+        "rows they are with dpguard.rows(group_size=K) or dpguard.rows(ids=...); give inputs of "
+        "shape (B, T, ...) to layers without flattening B and T, batch first. If further rows are "
+        "nobody's (public data), declare the number of rows with dpguard.batch_size()",
+        Severity.CRITICAL,
+    ),
+    NOT_AS_DECLARED: Diagnosis(
+        "the number of per-sample gradients is not the number of people that was declared",
+        "call dpguard.batch_size(n) once for each batch that is backpropagated, with the number of "
+        "its people; where a person has several rows, declare that with dpguard.rows()",
+        Severity.CRITICAL,
+    ),
+    SAMPLES_ADDED: Diagnosis(
+        "the samples of a batch were given to the model one part after the other before the "
+        "backward, so the per-sample gradients of different people were added and clipped as one",
+        "give the model the whole batch at once, or backpropagate each part before the forward of "
+        "the next one",
+        Severity.CRITICAL,
+    ),
+    TIME_FIRST: Diagnosis(
+        "the people are in the second dimension of the inputs, so the per-sample gradients are "
+        "those of time steps and not of people",
+        "give the model inputs with the batch first, or wrap it with batch_first=False",
+        Severity.CRITICAL,
+    ),
+    ROWS_LEFT_OUT: Diagnosis(
+        "there are fewer per-sample gradients than people in the batch that the data loader "
+        "delivered; if samples were left out this is private, if people were added up it is not",
+        "if samples are left out on purpose, declare the number of those that are used with "
+        "dpguard.batch_size(n) before the backward; otherwise give each layer inputs with one "
+        "entry for each person in the first dimension",
+        Severity.WARNING,
+    ),
+    ROWS_MAY_BE_SHARED: Diagnosis(
+        "there are several per-sample gradients for each sample that a data loader delivered, "
+        "which may mean that one person has several",
+        "if each row is a person, say so with dpguard.batch_size(n) before the backward; if not, "
+        "declare whose rows they are with dpguard.rows()",
+        Severity.WARNING,
+    ),
+    BATCHES_ADDED: Diagnosis(
+        "a layer was called with two batches of different people before the backward, and the "
+        "per-sample gradients of both were added row by row, so two people are clipped as one",
+        "backpropagate and step each batch before the next one; or put the forward of each into a "
+        'block `with dpguard.rows("concat"):` of its own, if the batches are of different data '
+        "sets. If both batches are the same people, row by row, say so with "
+        "`with dpguard.one_batch():`",
+        Severity.CRITICAL,
+    ),
+    BATCHES_JOINED: Diagnosis(
+        "several batches that were drawn from the same data by themselves are in one batch of "
+        "per-sample gradients, but the accountant is told of one; a person can be in it twice",
+        "draw one batch of that size (batch_size of the loader that is given to make_private)",
+        Severity.CRITICAL,
+    ),
+    BATCHES_OF_TWO: Diagnosis(
+        "batches of two loaders are in one batch of per-sample gradients; that is as private as "
+        "accounted only if nobody is in both data sets, and one of them is public or both are "
+        "drawn at the same rate",
+        'if that is so, run the forward of each in a block `with dpguard.rows("concat"):` of its '
+        "own, or declare the number of people with dpguard.batch_size()",
+        Severity.WARNING,
+    ),
+    BATCHES_UNCOUNTED: Diagnosis(
+        "more batches of the private loader have entered this step than the accountant is told "
+        "of, so the privacy that is reported is not the one that was spent",
+        "let BatchMemoryManager split one large batch instead of summing several; give the loader "
+        "of logical batches to make_private",
+        Severity.CRITICAL,
+    ),
+    BATCH_IN_ROUNDS: Diagnosis(
+        "parts of one batch were backpropagated one after the other: the update is divided by the "
+        "number of parts, and the accountant is told of as many batches",
+        "let BatchMemoryManager split the batch",
+        Severity.WARNING,
+    ),
+    BATCHES_MERGED: Diagnosis(
+        "the last physical batch of a logical batch was never stepped, and this one is of another "
+        "logical batch: both would be merged under one noise draw",
+        "call optimizer.step() for each physical batch of BatchMemoryManager: leave samples out "
+        "in the data set or in the loss (a loss times zero), not with `continue` or `break`",
+        Severity.CRITICAL,
+    ),
+    GROUPS_MISFIT: Diagnosis(
+        "the number of rows does not fit what dpguard.rows() declares",
+        "give each layer inputs with one entry for each row of the batch in the first dimension, "
+        "and declare the arrangement of exactly these rows",
+        Severity.CRITICAL,
+    ),
+    GROUPS_DIFFER: Diagnosis(
+        "calls of one layer whose rows are added were declared to be arranged differently",
+        "put all forwards and backwards of a batch into one `with dpguard.rows(...):`",
+        Severity.CRITICAL,
+    ),
+    GROUPS_ADAPTIVE: Diagnosis(
+        "adaptive clipping in ghost mode counts clipped rows, of which one person has several",
+        "use hooks mode for several rows per person, or a fixed clip bound",
+        Severity.CRITICAL,
+    ),
+    BLOCKS_IN_GHOST: Diagnosis(
+        "ghost clipping has one norm for each loss and cannot concatenate rows of several calls",
+        "use hooks mode, or give the model both batches in one call",
+        Severity.CRITICAL,
     ),
     BATCHES_OVERLAP: Diagnosis(
         "some layers were backpropagated across several accumulated batches and others once per "

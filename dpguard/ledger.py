@@ -339,14 +339,19 @@ class ParameterState:
                 return
             self.entries, tensors, self.captured = [], [], captured
         opened = max(self.epoch, opened)
-        spanned = [i for i, entry in enumerate(self.entries) if entry.last >= opened]
+        spanned = [
+            i for i, entry in enumerate(self.entries) if entry.last >= opened and entry.first <= now
+        ]
         if not spanned:
             rows = owned_rows(rows, lenders)
             entry = Entry(rows, opened, now, owned=True)
             entry.order = order
             entry.strength = strength
-            self.entries.append(entry)
-            tensors.append(rows)
+            at = len(self.entries)
+            while at and self.entries[at - 1].first > opened:
+                at -= 1  # a declared block may be backpropagated after later ones
+            self.entries.insert(at, entry)
+            tensors.insert(at, rows)
         else:
             if len(spanned) > 1:
                 self._join(tensors, spanned)
@@ -472,6 +477,12 @@ class Ledger:
         self.segment = 1
         self.open_calls: dict[CallKey, Tally] = {}
         """Calls recorded since the last settlement; the detach patch is idle while it is empty."""
+        self.drawn = 0
+        """Serial of the last private batch that a data loader has delivered."""
+        self.watcher: Callable[[Any], None] | None = None
+        """Is given the record of each call that is backpropagated, if somebody wants it."""
+        self.blocks: set[int] = set()
+        """Segments of blocks that are declared to be other people than those in other blocks."""
         self._closed = False
         self._tasks: dict[int, GraphTask] = {}
         self._parameters: dict[int, ParameterState] = {}
@@ -489,6 +500,11 @@ class Ledger:
         if self._closed and _autograd.graph_task_id() == -1 and not declares_one_batch():
             self.segment += 1
             self._closed = False
+
+    def begin_block(self) -> None:
+        """The calls from here on are in a segment by themselves."""
+        self.segment += 1
+        self._closed = False
 
     def open(self, module: torch.nn.Module, name: str, site: str | None) -> tuple[Tally, bool]:
         """Note a call of ``module``.

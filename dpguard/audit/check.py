@@ -68,6 +68,9 @@ class Step:
     names: tuple[str, ...] = ()
     rows: Rows | None = None
     physical: int = 0
+    rows_per_person: float | None = 1.0
+    """How many rows of the loss each row is the sum of; ``None`` if that differs, or if rows of
+    several losses were concatenated."""
     interventions: int = 0
     ran: dict[str, int] = field(default_factory=dict)
     failed: dict[str, set[str]] = field(default_factory=dict)

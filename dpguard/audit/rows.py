@@ -98,7 +98,7 @@ class RowValues(Check):
             step.run(CONSERVATION)
             return [Failure(CONSERVATION, diagnosis.LOSS_REDUCTION, odd)]
         with torch.no_grad():
-            self._compare(step, found, found.means)
+            self._compare(step, found, _means(step, found.means))
         self._count(optimizer, found.rows)
         return ()
 
@@ -119,6 +119,8 @@ class RowValues(Check):
     def _compare(self, step: Step, found: Clipping | Survey, means: list[torch.Tensor]) -> None:
         rows, norms = found.rows, found.norms
         compared = [i for i, p in enumerate(rows.parameters) if _is_comparable(p, means[i])]
+        if step.rows_per_person is None:
+            compared = []  # people with different numbers of rows: not what the loss is a mean of
         step.run(FINITE)
         sizes = norms.sum(0)
         if not compared:
@@ -204,6 +206,12 @@ def _factors(
         _compat.operand_roundoff(rows_dtype, device, convolves=False),
     )
     return plain, 4 * low, float(terms > 1)
+
+
+def _means(step: Step, means: list[torch.Tensor]) -> list[torch.Tensor]:
+    """As the loss takes them: over its rows, of which each person may have several."""
+    each = step.rows_per_person
+    return means if each is None or each == 1.0 else list(torch._foreach_div(means, each))
 
 
 def _is_comparable(parameter: torch.nn.Parameter, mean: torch.Tensor) -> bool:

@@ -11,7 +11,7 @@ import torch
 from dpguard import _compat, diagnosis
 from dpguard._errors import DPGuardError
 from dpguard._settings import Settings
-from dpguard.alignment import Alignment, align
+from dpguard.alignment import Alignment, align, join_blocks
 from dpguard.audit import coverage as structure
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.collector import Collector, finite_flags
@@ -104,6 +104,8 @@ class StepAuditor:
     ) -> None:
         repairs = self._settings.mode.changes_the_host
         alignment = align(self._ledger, parameters, fill=repairs)
+        if self._ledger.blocks:
+            join_blocks(self._ledger, parameters)
         self._say_unused(step, alignment)
         seen = structure.examine(self._ledger, parameters)
         step.names, step.rows = seen.names, seen.rows

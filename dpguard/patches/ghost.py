@@ -15,7 +15,7 @@ from __future__ import annotations
 import enum
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,6 +27,9 @@ from dpguard.patches.ghost_gradient import Carried
 from dpguard.patches.pairing import Pairing
 from dpguard.patches.pass_sums import PassSums
 from dpguard.patches.records import Record
+
+if TYPE_CHECKING:
+    from dpguard.grouping import Grouping
 
 __all__ = ["GhostPairing"]
 
@@ -44,9 +47,11 @@ class Stage(enum.Enum):
 class _Contribution:
     """What the first backward has found out about one parameter so far."""
 
-    __slots__ = ("call", "norm", "rows")
+    __slots__ = ("call", "norm", "people", "rows")
 
     def __init__(self) -> None:
+        self.people: Grouping | None = None
+        """How the rows of the losses belong to people, if that was declared."""
         self.norm: torch.Tensor | None = None
         self.rows: torch.Tensor | None = None
         self.call: tuple[Record, Arranged] | None = None
@@ -55,11 +60,16 @@ class _Contribution:
         self.rows = rows if self.rows is None else sum_of_rows(self.rows, rows)
 
     def norms(self) -> torch.Tensor | None:
-        """Norm of each sample's gradient, of shape ``(B,)``."""
+        """For each loss the norm of the gradient of its person, of shape ``(B,)``."""
         if self.rows is None:
             return self.norm
+        norms = self._row_norms(self.rows)
+        return norms if self.people is None else self.people.spread(norms)
+
+    @staticmethod
+    def _row_norms(rows: torch.Tensor) -> torch.Tensor:
         # Rows of a parameter without dimensions have none to flatten.
-        per_sample = self.rows.flatten(start_dim=1) if self.rows.dim() > 1 else self.rows[:, None]
+        per_sample = rows.flatten(start_dim=1) if rows.dim() > 1 else rows[:, None]
         norms: torch.Tensor = torch.linalg.vector_norm(per_sample, dim=-1)
         return norms
 
@@ -81,6 +91,10 @@ class GhostPairing(Pairing):
         self._overlapping: dict[str, None] = {}
         self._batch = 0
         self._losses: int | None = None
+        self._people: int | None = None
+        """How many people the losses are of, if that was declared."""
+        self.adapts = False
+        """Whether the clip bound follows the number of losses that are clipped."""
         self._segment = 0
         self._carried_through: int | None = None
         """While batches are accumulated: the segment in which the last was backpropagated."""
@@ -183,6 +197,7 @@ class GhostPairing(Pairing):
         self._carried_through = self._last_backward if carried.batches else None
         self.begin()
         self._losses = len(losses) if losses.dim() else None
+        self._people = None
         carried.set_aside()
         self._sums.start_from(parameters)
         enabled = self.hooks.hooks_enabled
@@ -223,7 +238,8 @@ class GhostPairing(Pairing):
         for parameter in parameters:
             # A frozen one that waits with earlier batches took no part in this one.
             if parameter.requires_grad or carried.holds(parameter):
-                rows = (*carried.rows_of(parameter), self._losses or 0)
+                mine = self._losses if self._people is None else self._people
+                rows = (*carried.rows_of(parameter), mine or 0)
                 note = Clipped(parameter.grad, rows if clipped else ())
                 note.unclipped = id(parameter) in carried.unclipped or not clipped
                 self.ledger.state(parameter).clipped = note
@@ -289,9 +305,21 @@ class GhostPairing(Pairing):
             self._fired.append(record)
         if self._carried_through is not None and record.segment <= self._carried_through:
             self._overlapping.update((self.ledger.name_of(p), None) for p in wanted)
+        if record.people is not None:
+            self._take_people(record, record.people, wanted)
         self._take_norms(record, arranged, wanted)
         for parameter in wanted:
             self._open.get(id(parameter), weakref.WeakSet()).discard(record)
+
+    def _take_people(
+        self, record: Record, people: Grouping, wanted: list[torch.nn.Parameter]
+    ) -> None:
+        """The rows of this call are declared to be several for each person."""
+        if people.joins or self.adapts:
+            cause = diagnosis.BLOCKS_IN_GHOST if people.joins else diagnosis.GROUPS_ADAPTIVE
+            for parameter in wanted:
+                self._condemn(parameter, cause)
+        self._people = people.people_of(record.batch)
 
     def _take_norms(
         self, record: Record, arranged: Arranged, wanted: list[torch.nn.Parameter]
@@ -301,7 +329,7 @@ class GhostPairing(Pairing):
         if sampler is None or not record.batch or len(alone) < len(wanted):
             self._take_rows(record, arranged, wanted)
             return
-        if record.order is not None:
+        if record.order is not None or record.people is not None:
             self._take_rows(record, arranged, wanted)
             return
         activations, backprops = arranged
@@ -325,6 +353,7 @@ class GhostPairing(Pairing):
             found = self._found.setdefault(id(parameter), _Contribution())
             self._materialise(found, parameter)
             found.add_rows(rows)
+            found.people = record.people
             if found.call is None and self._is_only_call(parameter, record):
                 found.norm, found.rows = found.norms(), None
 

@@ -183,6 +183,7 @@ class _Wrappers:
         pairing = self._pairing_of(instance.module)
         if pairing is None:
             return wrapped(*args, **kwargs)
+        pairing.adapts = _compat.adapts_bound(instance)
         return pairing.run(instance.loss_per_sample, lambda: wrapped(*args, **kwargs))
 
     def criterion(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

@@ -23,6 +23,7 @@ from dpguard.patches.facades import Facades, Family
 from dpguard.patches.foreign_steps import ForeignSteps
 from dpguard.patches.mechanism import Mechanism
 from dpguard.patches.protocol import Protocol
+from dpguard.patches.signals import Signals
 from dpguard.patches.step_hooks import StepHooks
 from dpguard.patching import Transaction, living
 from dpguard.verdicts import Verdicts
@@ -40,7 +41,10 @@ class OptimizerPatch:
         forwarding: AttributeForwarding,
         verdicts: Verdicts,
         report: Callable[[str, Exception], None],
+        *,
+        signals: Signals,
     ) -> None:
+        self._signals = signals
         self._repairs = verdicts.repairs
         self._ledger = ledger
         self._auditor = auditor
@@ -222,6 +226,7 @@ class OptimizerPatch:
         stepped = False
         try:
             self._part("attributes", self._forwarding.raise_pending, instance)
+            self._part("signals", self._signals.before_step, instance)
             answer = self._part("scale", self._scale.answer, instance)
             if answer is None:
                 answer = self._part("protocol", self._protocol.answer, instance)

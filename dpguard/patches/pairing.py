@@ -279,6 +279,8 @@ class Pairing:
         wanted = task.reached(record.trained)
         if not wanted:
             return
+        if self.ledger.watcher is not None:
+            self.ledger.watcher(record)
         if record.uncounted:
             record.uncounted = False
             record.tally.fired += 1
@@ -337,6 +339,8 @@ class Pairing:
                 rows[parameter] = mine.index_select(0, record.order)
             else:
                 rows[parameter] = owned_rows(mine, lenders)
+            if record.people is not None:
+                rows[parameter] = record.people.summed(rows[parameter])
         return rows
 
     def _sampled(
@@ -383,16 +387,24 @@ class Pairing:
     ) -> None:
         """Publish the rows of one call."""
         ledger, opened, order = self.ledger, record.segment, record.order
+        now, people = ledger.segment, record.people
+        block = people is not None and people.joins
+        if block:
+            ledger.blocks.add(opened)
+            now = opened  # rows of a block are of no other segment, whenever they come
         strengths = {}
         if ledger.state(wanted[0]).probed:
             strengths = self._strengths(record, arranged, wanted)
         for parameter, rows, lenders in self._sampled(record, arranged, wanted):
+            if people is not None:
+                rows = people.summed(rows if record.order is None else rows[record.order])  # noqa: PLW2901
+                order = None
             state, captured = ledger.state(parameter), task.captures(parameter)
             state.add(
                 parameter,
                 rows,
                 opened,
-                ledger.segment,
+                now,
                 captured=captured,
                 lenders=lenders,
                 order=order,
@@ -401,7 +413,7 @@ class Pairing:
             )
             ledger.close()
             task.published.add(id(parameter))
-            if len(state.entries) > 1 and not _compat.allows_accumulation(self.hooks):
+            if len(state.entries) > 1 and not block and not _compat.allows_accumulation(self.hooks):
                 raise ValueError(diagnosis.OPACUS_NO_ACCUMULATION)
 
     def _strengths(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dpguard import _callsite, _compat, diagnosis
+from dpguard._declare import declared_of
 from dpguard.ledger import Tally, parameters_of
 from dpguard.patches.detach import TALLY
 from dpguard.patches.replay import outline
@@ -41,12 +42,14 @@ class Record:
         "activations",
         "batch",
         "dimension",
+        "drawn",
         "hook",
         "index",
         "kind",
         "module",
         "order",
         "outline",
+        "people",
         "segment",
         "structured",
         "tally",
@@ -70,6 +73,8 @@ class Record:
         self.index = index
         self.trained = trained
         """Parameters through which this call's graph leads; freezing later changes nothing."""
+        self.drawn, self.people = declared_of(hook.pairing.ledger.drawn)
+        """The private batch that was the last one then, and how rows are declared to be people."""
         self.tally = tally
         self.uncounted = counted
         """Whether the tally still waits for the first backprop of this call."""

@@ -1,0 +1,175 @@
+"""The calls that were backpropagated for a step, where numbers of rows do not tell enough.
+
+They are noted only while it is unclear which batch they have seen: in the first step of an
+optimizer, and when several private batches wait for one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dpguard import diagnosis
+from dpguard.audit.check import Failure
+from dpguard.deliveries import Deliveries, Delivery
+from dpguard.ledger import UNKNOWN, Ledger
+
+if TYPE_CHECKING:
+    from dpguard.patches.records import Record
+
+__all__ = ["Calls", "Note"]
+
+_AT_MOST = 20_000
+
+
+@dataclass(frozen=True)
+class Note:
+    """One call that was backpropagated.
+
+    Attributes:
+        module: identity of the module.
+        name: its name.
+        parameters: identities of its parameters that are trained.
+        opened: segment in which it was made.
+        now: segment in which it was backpropagated.
+        rows: number of its rows; 0 if they are not computed here.
+        drawn: serial of the last private batch when it was made; ``UNKNOWN`` if it is declared
+            that all calls see the same people.
+        origin: serial of the private batch in whose memory its inputs lie, if they do.
+        second: size of the second dimension of its input, if that has three, or two and is of
+            integers.
+        people: how its rows are declared to be arranged.
+    """
+
+    module: int
+    name: str
+    parameters: frozenset[int]
+    opened: int
+    now: int
+    rows: int
+    drawn: int
+    origin: int | None
+    second: int | None
+    people: Any
+
+
+class Calls:
+    """Notes calls, and tells from them what the number of rows does not.
+
+    Args:
+        ledger: asks for the notes.
+        deliveries: knows whose memory it is.
+    """
+
+    def __init__(self, ledger: Ledger, deliveries: Deliveries) -> None:
+        self._ledger = ledger
+        self._deliveries = deliveries
+        self._notes: list[Note] = []
+        self.watch()
+
+    def watch(self) -> None:
+        """Calls are to be noted from now on."""
+        self._ledger.watcher = self.note
+
+    def note(self, record: Record) -> None:
+        """A call was backpropagated."""
+        if len(self._notes) >= _AT_MOST:
+            self._notes.clear()
+        inputs = record.activations or ()
+        rows = record.batch if record.activations is not None else 0
+        block = record.people is not None and record.people.joins
+        self._notes.append(
+            Note(
+                id(record.module),
+                record.hook.name,
+                frozenset(map(id, record.trained)),
+                record.segment,
+                record.segment if block else self._ledger.segment,
+                rows,
+                record.drawn,
+                self._deliveries.origin(inputs),
+                _second(inputs),
+                record.people,
+            )
+        )
+
+    def take(self, parameters: Sequence[torch.nn.Parameter]) -> list[Note]:
+        """The calls of these parameters since their last step."""
+        if not self._notes:
+            return []
+        wanted = set(map(id, parameters))
+        mine = [note for note in self._notes if not wanted.isdisjoint(note.parameters)]
+        self._notes = [note for note in self._notes if wanted.isdisjoint(note.parameters)]
+        return mine
+
+    def rest(self) -> None:
+        """Calls need not be noted as long as nothing is unclear."""
+        if self._ledger.watcher is not None:
+            self._deliveries.rest()
+            if not self._deliveries.unclear and not self._notes:
+                self._ledger.watcher = None
+
+    def mixed(self, notes: Sequence[Note], private: Sequence[Delivery]) -> Failure | None:
+        """Whether calls that saw different people were added by row."""
+        by_module: dict[int, dict[tuple[Any, ...], Note]] = {}
+        for note in notes:
+            key = (note.opened, note.now, note.rows, note.drawn, note.origin, id(note.people))
+            by_module.setdefault(note.module, {})[key] = note
+        grouped, added = [], []
+        for kinds in by_module.values():
+            pairs = _overlapping(list(kinds.values()))
+            if any(one.people != other.people for one, other in pairs):
+                grouped.append(pairs[0][0].name)
+            if any(_see_two_batches(one, other, private) for one, other in pairs):
+                added.append(pairs[0][0].name)
+        if grouped:
+            return Failure("people.rows", diagnosis.GROUPS_DIFFER, modules=tuple(grouped))
+        if added:
+            return Failure("people.batches", diagnosis.BATCHES_ADDED, modules=tuple(added))
+        return None
+
+    def add_people(self, notes: Sequence[Note], people: Sequence[int]) -> bool:
+        """Whether the calls of each layer have together one row for each person."""
+        totals: dict[int, int] = {}
+        for note in notes:
+            totals[note.module] = totals.get(note.module, 0) + note.rows
+        return bool(totals) and min(totals.values()) in people
+
+    def are_time_first(self, notes: Sequence[Note], people: Sequence[int]) -> bool:
+        """Whether the people are in the second dimension of all inputs."""
+        seconds = {note.second for note in notes}
+        return len(seconds) == 1 and next(iter(seconds)) in people
+
+
+def _overlapping(notes: list[Note]) -> list[tuple[Note, Note]]:
+    """Pairs of calls whose rows are added, as far as nobody has said that they may be."""
+    return [
+        (one, other)
+        for i, one in enumerate(notes)
+        for other in notes[i + 1 :]
+        if one.opened <= other.now and other.opened <= one.now
+    ]
+
+
+def _see_two_batches(one: Note, other: Note, private: Sequence[Delivery]) -> bool:
+    if UNKNOWN in (one.drawn, other.drawn) or len(private) < 2:  # noqa: PLR2004 - two batches
+        return False
+    waiting = {delivery.serial for delivery in private}
+    if one.origin in waiting and other.origin in waiting:
+        return one.origin != other.origin
+    first, last = sorted((one.drawn, other.drawn))
+    if any(first < (serial or 0) <= last for serial in waiting):
+        return True
+    rows = {delivery.rows for delivery in private}
+    return one.rows != other.rows and {one.rows, other.rows} <= rows
+
+
+def _second(inputs: Sequence[Any]) -> int | None:
+    for value in inputs:
+        if isinstance(value, torch.Tensor):
+            least = 3 if value.is_floating_point() else 2
+            return int(value.shape[1]) if value.dim() >= least else None
+    return None

@@ -1,0 +1,273 @@
+"""Rows are people: as many rows as a data loader delivered people, from batches that are accounted.
+
+What is known of the batch decides how much a deviation proves:
+
+* the user has declared it (:func:`dpguard.batch_size`): any other number of rows is wrong;
+* it comes from a loader of ``make_private``, or one that draws with Opacus's samplers: more rows
+  than people, two batches in the same rows, or more batches than the accountant is told of make
+  the guarantee false. Fewer rows may be a choice (samples left out), unless the calls show that
+  people were added up;
+* it comes from another loader: that may be for evaluation. Only where each step has had exactly
+  one of its batches, and several rows for each of its people, it is said.
+
+Loaders that fetch ahead deliver a batch before the one at hand is used, and loops may leave
+batches out, so a step may take any batch that was delivered and not used yet, in order.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dpguard import _compat, diagnosis
+from dpguard.audit.calls import Calls, Note
+from dpguard.audit.check import Check, Failure, Failures, Step
+from dpguard.audit.explain import explain, joined
+from dpguard.deliveries import DECLARED, Deliveries, Delivery, Reader
+from dpguard.events import Severity
+from dpguard.ledger import Ledger
+
+__all__ = ["BATCHES", "ROWS", "People", "rows_at_hand"]
+
+ROWS = "people.rows"
+BATCHES = "people.batches"
+_WEAK_STEPS = 3
+"""So many steps in a row have to look wrong by a loader of unknown purpose before it is said."""
+
+
+@dataclass
+class _Logical:
+    """The logical batch of one optimizer that is under way, and what was said of earlier ones.
+
+    Attributes:
+        reader: what was delivered for it.
+        draws: batches that have entered it; ``None`` if that is not known.
+        rounds: into how many of them the rows of the last physical batch are divided.
+        split: whether they were drawn as one and split by ``BatchMemoryManager``.
+        others: how many batches loaders of unknown purpose had delivered by its last step.
+        streak: for how many steps these loaders have made it look wrong.
+        said: what is said once.
+    """
+
+    reader: Reader
+    draws: int | None = 0
+    rounds: int = 0
+    split: bool = False
+    others: int = 0
+    streak: int = 0
+    said: set[str] = field(default_factory=set)
+
+    def restart(self) -> None:
+        """The next logical batch begins."""
+        self.draws, self.rounds, self.split = 0, 0, False
+
+
+class People(Check):
+    """Compares rows with people and batches with iterations.
+
+    Args:
+        ledger: knows what ghost clipping has clipped.
+        deliveries: what data loaders have delivered.
+        calls: the calls that were backpropagated for the step, where they are noted.
+    """
+
+    names = (ROWS, BATCHES)
+
+    def __init__(self, ledger: Ledger, deliveries: Deliveries, calls: Calls) -> None:
+        self._ledger = ledger
+        self._deliveries = deliveries
+        self._calls = calls
+        self._logical: weakref.WeakKeyDictionary[Any, _Logical] = weakref.WeakKeyDictionary()
+
+    def begin(self, step: Step, optimizer: Any) -> Failures:
+        """Tell whose rows these are."""
+        sizes = rows_at_hand(self._ledger, optimizer, step.parameters)
+        notes = self._calls.take(step.parameters)
+        if sizes is None:
+            return ()
+        logical = self._of(optimizer)
+        logical.rounds = len(sizes)
+        if notes and optimizer.loss_reduction == "mean":
+            step.rows_per_person = _rows_per_person(notes)
+        found = self._compare(step, logical, sizes, notes)
+        logical.others = self._deliveries.others
+        self._calls.rest()
+        if found is not None:
+            logical.draws = None
+            self._deliveries.forget(logical.reader)
+            return [found] if _is_new(found, logical) else ()
+        return ()
+
+    def _compare(
+        self,
+        step: Step,
+        logical: _Logical,
+        sizes: Sequence[int],
+        notes: Sequence[Note],
+    ) -> Failure | None:
+        declared = self._deliveries.declared(logical.reader)
+        private = self._deliveries.pending(logical.reader)
+        mixed = self._calls.mixed(notes, private) if notes else None
+        if mixed is not None:
+            return mixed
+        used = explain(sizes, declared or private)
+        if used is not None:
+            step.run(ROWS, count=1)
+            self._use(logical, used)
+            if declared and private:
+                self._deliveries.use(logical.reader, private[-1])
+            return None
+        if declared:
+            return _failure(diagnosis.NOT_AS_DECLARED, sizes, declared)
+        if private and not self._deliveries.lost(logical.reader):
+            return self._by_private(step, logical, sizes, private=private, notes=notes)
+        logical.draws = None
+        return None if private else self._by_others(step, logical, sizes)
+
+    def _by_private(
+        self,
+        step: Step,
+        logical: _Logical,
+        sizes: Sequence[int],
+        *,
+        private: Sequence[Delivery],
+        notes: Sequence[Note],
+    ) -> Failure | None:
+        """Rows are those of no batch alone; they may be concatenated from several."""
+        blocks = any(note.people is not None and note.people.joins for note in notes)
+        parts = joined(sizes, private, declared=blocks)
+        if not parts:
+            other = self._deliveries.other
+            if other is not None and self._deliveries.others - logical.others == 1:
+                mixed = [[d, other] for d in private if _people(d) + _people(other) == sum(sizes)]
+                if mixed:
+                    return _failure(diagnosis.BATCHES_OF_TWO, sizes, mixed[0], check=BATCHES)
+            return self._deviation(sizes, private, notes)
+        if len({part.iteration.dataset for part in parts}) < len(parts):
+            return _failure(diagnosis.BATCHES_JOINED, sizes, parts, check=BATCHES)
+        if not blocks:
+            return _failure(diagnosis.BATCHES_OF_TWO, sizes, parts, check=BATCHES)
+        step.run(ROWS, count=1)
+        self._deliveries.use(logical.reader, parts[-1])
+        if logical.draws is not None:
+            logical.draws += 1
+        return None
+
+    def _use(self, logical: _Logical, used: Sequence[Delivery]) -> None:
+        for delivery in used:
+            self._deliveries.use(logical.reader, delivery)
+        if not used or used[0].iteration is DECLARED:
+            logical.draws = None
+        elif used[0].skip is not None:
+            logical.split = True
+        elif logical.draws is not None:
+            logical.draws += len(used)
+
+    def _deviation(
+        self, sizes: Sequence[int], private: Sequence[Delivery], notes: Sequence[Note]
+    ) -> Failure:
+        """What it means that the rows are not the people of private batches."""
+        people = list(map(_people, private))
+        if max(sizes) > max(people) or (
+            sum(sizes) > sum(people) and not private[-1].iteration.finished
+        ):
+            return _failure(diagnosis.ROWS_NOT_PEOPLE, sizes, private)
+        if self._calls.add_people(notes, people):
+            return _failure(diagnosis.SAMPLES_ADDED, sizes, private)
+        if self._calls.are_time_first(notes, people):
+            return _failure(diagnosis.TIME_FIRST, sizes, private)
+        return _failure(diagnosis.ROWS_LEFT_OUT, sizes, private)
+
+    def _by_others(self, step: Step, logical: _Logical, sizes: Sequence[int]) -> Failure | None:
+        """Loaders of unknown purpose: their batches prove little."""
+        last = self._deliveries.other
+        delivered = self._deliveries.others - logical.others
+        if last is None or not delivered:
+            return None
+        if len(sizes) == 1 and last.fits(sizes[0]):
+            logical.streak = 0
+            step.run(ROWS, count=1)
+            return None
+        people = _people(last)
+        several = len(sizes) == 1 and people > 0 and sizes[0] % people == 0
+        logical.streak = logical.streak + 1 if several and delivered == 1 else 0
+        if logical.streak < _WEAK_STEPS:
+            return None
+        return _failure(diagnosis.ROWS_MAY_BE_SHARED, sizes, [last])
+
+    def before_noise(self, step: Step, optimizer: Any) -> Failures:
+        """Tell whether the accountant is told of all batches that are in the sum."""
+        logical = self._of(optimizer)
+        draws, rounds, split = logical.draws, logical.rounds, logical.split
+        logical.restart()
+        if draws is None or not (draws or split):
+            return ()
+        step.run(BATCHES, count=1)
+        if split or draws == rounds:
+            return ()
+        cause = diagnosis.BATCHES_UNCOUNTED if draws > rounds else diagnosis.BATCH_IN_ROUNDS
+        found = Failure(BATCHES, cause, figure=float(draws), bound=float(rounds))
+        return [found] if _is_new(found, logical) else ()
+
+    def forget(self, optimizer: Any) -> None:
+        """The batches of a refused step are not used again."""
+        self._of(optimizer).restart()
+
+    def _of(self, optimizer: Any) -> _Logical:
+        found = self._logical.get(optimizer)
+        if found is None:
+            found = self._logical[optimizer] = _Logical(self._deliveries.steps(optimizer))
+        return found
+
+
+def rows_at_hand(
+    ledger: Ledger, optimizer: Any, parameters: Sequence[torch.nn.Parameter]
+) -> tuple[int, ...] | None:
+    """The number of rows of each accumulated batch, or ``None`` if there are none."""
+    if not _compat.clips_rows(optimizer):
+        states = (ledger.known(parameter) for parameter in parameters)
+        notes = (state.clipped for state in states if state is not None)
+        return next((note.rows for note in notes if note is not None and note.is_fresh), None)
+    for parameter in parameters:
+        rows = getattr(parameter, "grad_sample", None)
+        if rows is not None:
+            pieces = rows if isinstance(rows, list) else [rows]
+            if any(map(_compat.is_processed, pieces)):
+                return None  # nobody has cleared those of an earlier step: Opacus raises
+            return tuple([len(piece) for piece in pieces])
+    return None
+
+
+def _rows_per_person(notes: Sequence[Note]) -> float | None:
+    """How many rows of the losses each row of a step is the sum of."""
+    groupings = {note.people for note in notes}
+    if not groupings or groupings == {None}:
+        return 1.0
+    if any(grouping is None or grouping.joins for grouping in groupings):
+        return None
+    found = {note.rows / max(1, note.people.people_of(note.rows)) for note in notes}
+    return found.pop() if len(found) == 1 else None
+
+
+def _people(batch: Delivery) -> int:
+    return batch.people or 0
+
+
+def _failure(
+    cause: str, sizes: Sequence[int], batches: Sequence[Delivery], *, check: str = ROWS
+) -> Failure:
+    people = sum(map(_people, batches))
+    return Failure(check, cause, figure=float(sum(sizes)), bound=float(people))
+
+
+def _is_new(found: Failure, logical: _Logical) -> bool:
+    """Whether it is to be said: what does not endanger the guarantee is said once."""
+    if diagnosis.explain(found.cause).severity is Severity.CRITICAL:
+        return True
+    new = found.cause not in logical.said
+    logical.said.add(found.cause)
+    return new

@@ -1,0 +1,287 @@
+"""What data loaders have delivered, and for which optimizer it counts.
+
+A batch of a loader that came out of ``make_private`` is *private* to the optimizer that came with
+it: the rows of its next steps must be these people. The same goes for any loader that draws with
+one of Opacus's samplers, as long as there is only one DP optimizer. What other loaders deliver is
+weak evidence: nobody knows what it is for.
+
+Kept are numbers of people, never indices, and weak references to the delivered tensors of the
+last few private batches, by which a call can be told to have seen one of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["DECLARED", "Deliveries", "Delivery", "Iteration", "Reader"]
+
+DECLARED = "declared"
+"""Stands for the iterator of a batch whose size the user has declared."""
+
+_PENDING_AT_MOST = 1024
+_TENSORS_KEPT_OF = 8
+_DEPTH = 3
+
+
+class Iteration:
+    """One pass over one loader.
+
+    Attributes:
+        number: tells it from others.
+        readers: who is told of its batches; nobody, if they are not known to be private.
+        counts: whether the number of people of a batch is known.
+        fills: whether an empty batch is filled with random numbers.
+        dataset: identity of the data set.
+        splitter: the optimizer that ``BatchMemoryManager`` signals to, if it is its loader.
+        drawn: batches whose indices were drawn and that were not delivered yet, by their number.
+        logical: how many logical batches were drawn before the one at hand.
+        finished: whether it has delivered its last batch.
+        lag: how many batches are delivered ahead of the one that is used; ``None``: not known yet.
+        sure: whether ``lag`` is more than a guess.
+        said: whether it was said that batches of it were left out.
+    """
+
+    __slots__ = (
+        "counts", "dataset", "drawn", "fills", "finished", "lag", "logical", "number", "readers",
+        "said", "splitter", "sure",
+    )  # fmt: skip
+    _numbers = itertools.count()
+
+    def __init__(
+        self,
+        readers: Sequence[Reader],
+        dataset: int,
+        *,
+        counts: bool,
+        fills: bool,
+        splitter: Any = None,
+    ) -> None:
+        self.number = next(self._numbers)
+        self.readers = readers
+        self.dataset = dataset
+        self.counts = counts
+        self.fills = fills
+        self.splitter = weakref.ref(splitter) if splitter is not None else None
+        self.drawn: dict[int, Delivery] = {}
+        self.logical = 0
+        self.finished = False
+        self.lag: int | None = None
+        self.sure = True
+        self.said = False
+
+
+class Delivery:
+    """One batch of one loader.
+
+    Attributes:
+        iteration: what delivered it, or :data:`DECLARED`.
+        people: how many people are in it; ``None`` if that cannot be known.
+        rows: how many rows they have; more than people only where an empty batch is filled with
+            random numbers.
+        serial: number of the delivery in this process; ``None`` while it waits in a worker.
+        skip: the signal that ``BatchMemoryManager`` gave for it, if it did.
+        logical: the logical batch of its iteration that it is a part of.
+    """
+
+    __slots__ = ("iteration", "logical", "people", "rows", "serial", "skip", "tensors")
+
+    def __init__(self, iteration: Any, people: int | None, rows: int | None) -> None:
+        self.iteration = iteration
+        self.people = people
+        self.rows = rows
+        self.serial: int | None = None
+        self.skip: bool | None = None
+        self.logical = 0
+        self.tensors: Sequence[weakref.ref[torch.Tensor]] = ()
+
+    def fits(self, rows: int) -> bool:
+        """Whether so many rows can be its people."""
+        return rows in (self.rows, self.people)
+
+    @property
+    def batch(self) -> tuple[int, int]:
+        """What it is a part of: two of the same logical batch are equal here."""
+        if self.skip is None:
+            return -1, self.serial or 0
+        return self.iteration.number, self.logical
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` lies in the memory of a delivered tensor that still is alive."""
+        memory = tensor.untyped_storage().data_ptr()
+        alive = (reference() for reference in self.tensors)
+        return any(t is not None and t.untyped_storage().data_ptr() == memory for t in alive)
+
+
+class Reader:
+    """What one optimizer has not used yet of what was delivered for it.
+
+    Attributes:
+        pending: private batches, in the order of their delivery.
+        fresh: no batch was used yet, so that nothing is known of how they are used.
+        lost: batches had to be forgotten, so that one that is missed here proves nothing.
+        declared_until: serial of the last declared batch that was used.
+    """
+
+    def __init__(self) -> None:
+        self.pending: deque[Delivery] = deque()
+        self.fresh = True
+        self.lost = False
+        self.declared_until = 0
+
+    def add(self, delivery: Delivery) -> None:
+        """A batch was delivered."""
+        self.pending.append(delivery)
+        if len(self.pending) > _PENDING_AT_MOST:
+            self.pending.popleft()
+            self.lost = True
+
+    def forget(self) -> None:
+        """Nothing of what was delivered so far is waited for."""
+        self.pending.clear()
+        self.lost = False
+        self.fresh = True
+
+
+class Deliveries:
+    """Everything that was delivered in this process and may matter."""
+
+    def __init__(self) -> None:
+        self.serial = 0
+        """Number of the last private or declared batch."""
+        self.others = 0
+        """How many batches loaders of no known purpose have delivered."""
+        self.other: Delivery | None = None
+        """The last of them."""
+        self.unclear = True
+        """Whether the calls of the next backward are to be noted: it may take more than numbers
+        to tell which batch they have seen."""
+        self._readers: weakref.WeakKeyDictionary[Any, Reader] = weakref.WeakKeyDictionary()
+        self._steppers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.untied = Reader()
+        """Is told of batches that Opacus's samplers draw, nobody knows for whom."""
+        self._declared: deque[Delivery] = deque(maxlen=_PENDING_AT_MOST)
+        self._recent: deque[Delivery] = deque(maxlen=_TENSORS_KEPT_OF)
+
+    def reader(self, optimizer: Any) -> Reader:
+        """What is kept for ``optimizer``."""
+        found = self._readers.get(optimizer)
+        if found is None:
+            found = self._readers[optimizer] = Reader()
+        return found
+
+    # -- told by the patches -------------------------------------------------------------------
+
+    def add(self, delivery: Delivery, data: Any) -> None:
+        """A loader has delivered ``data``."""
+        iteration: Iteration = delivery.iteration
+        if not iteration.readers:
+            self.others += 1
+            self.other = delivery
+            return
+        self.serial += 1
+        delivery.serial = self.serial
+        delivery.tensors = [weakref.ref(tensor) for tensor in _tensors(data, _DEPTH)]
+        if len(self._recent) == _TENSORS_KEPT_OF:
+            self._recent[0].tensors = ()
+        self._recent.append(delivery)
+        for reader in iteration.readers:
+            reader.add(delivery)
+            self.unclear = self.unclear or reader.fresh or len(reader.pending) > 1
+
+    def declare(self, people: int) -> None:
+        """The user says how many people the batch at hand has."""
+        self.serial += 1
+        delivery = Delivery(DECLARED, people, people)
+        delivery.serial = self.serial
+        self._declared.append(delivery)
+
+    def stop(self) -> None:
+        """Loaders are not observed any more: what they deliver is not known from now on."""
+        for reader in (self.untied, *self._readers.values()):
+            reader.forget()
+
+    # -- asked by the audit --------------------------------------------------------------------
+
+    def steps(self, optimizer: Any) -> Reader:
+        """``optimizer`` is one of those that take steps; what is kept for it."""
+        self._steppers.add(optimizer)
+        return self.reader(optimizer)
+
+    def pending(self, reader: Reader) -> list[Delivery]:
+        """Private batches that were not used yet, in the order of their delivery."""
+        untied = self.untied.pending
+        if not untied:
+            return list(reader.pending)
+        if len(self._steppers) > 1:
+            self.others += len(untied)
+            self.other = untied[-1]
+            self.untied.forget()
+            return list(reader.pending)
+        return sorted((*reader.pending, *untied), key=lambda delivery: delivery.serial or 0)
+
+    def lost(self, reader: Reader) -> bool:
+        """Whether batches that may yet be used had to be forgotten."""
+        return reader.lost or self.untied.lost
+
+    def declared(self, reader: Reader) -> list[Delivery]:
+        """Declared batches that were not used yet."""
+        if not self._declared:
+            return []
+        return [d for d in self._declared if (d.serial or 0) > reader.declared_until]
+
+    def use(self, reader: Reader, used: Delivery) -> None:
+        """A batch was taken; those before it are not waited for any more."""
+        reader.fresh = self.untied.fresh = False
+        serial = used.serial or 0
+        if used.iteration is DECLARED:
+            reader.declared_until = serial
+            return
+        for queue in (reader.pending, self.untied.pending):
+            while queue and (queue[0].serial or 0) <= serial:
+                queue.popleft()
+        if not reader.pending and not self.untied.pending:
+            reader.lost = self.untied.lost = False
+
+    def drop(self, optimizer: Any, gone: Iterable[Delivery]) -> None:
+        """These batches will not be used by ``optimizer``."""
+        reader, wanted = self.reader(optimizer), set(map(id, gone))
+        reader.pending = deque(d for d in reader.pending if id(d) not in wanted)
+
+    def forget(self, reader: Reader) -> None:
+        """Nothing delivered so far counts for this optimizer any more."""
+        reader.forget()
+        self.untied.forget()
+        reader.declared_until = self.serial
+
+    def rest(self) -> None:
+        """A step has taken what it could: what waits now makes the next one unclear."""
+        readers = (self.untied, *self._readers.values())
+        self.unclear = any(reader.pending for reader in readers)
+
+    def origin(self, inputs: Iterable[Any]) -> int | None:
+        """Serial of the private batch in whose memory the inputs of a call lie, if they do."""
+        for value in inputs:
+            if isinstance(value, torch.Tensor) and value.numel():
+                for delivery in self._recent:
+                    if delivery.holds(value):
+                        return delivery.serial
+        return None
+
+
+def _tensors(data: Any, depth: int) -> list[torch.Tensor]:
+    """The tensors in a batch, as far as it is made of lists, tuples and mappings."""
+    if isinstance(data, torch.Tensor):
+        return [data]
+    if isinstance(data, Mapping):
+        data = list(data.values())
+    if not depth or not isinstance(data, (list, tuple)):
+        return []
+    if all(isinstance(value, torch.Tensor) for value in data):
+        return list(data)
+    return [tensor for value in data for tensor in _tensors(value, depth - 1)]

@@ -1,0 +1,192 @@
+"""Data loaders: how many people each batch has, and whose training it is for.
+
+Nothing is changed and no data is looked at: counted are the indices that a batch sampler draws.
+Workers draw ahead; a batch is met again by its number when it is delivered.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import wrapt
+
+from dpguard import _compat
+from dpguard.deliveries import Deliveries, Delivery, Iteration
+from dpguard.ledger import Ledger
+from dpguard.patching import Transaction
+
+__all__ = ["LoadingPatch"]
+
+_DEPTH = 4
+"""How many samplers may be wrapped in one another."""
+
+
+class LoadingPatch:
+    """Observes every iterator of a torch data loader.
+
+    Args:
+        deliveries: is told what was delivered.
+        ledger: knows the last private batch, for the calls that are made then.
+        watch: has calls noted while it is unclear which batch they have seen.
+        report: is given the name of a part and the error that has switched it off.
+    """
+
+    def __init__(
+        self,
+        deliveries: Deliveries,
+        ledger: Ledger,
+        watch: Callable[[], None],
+        report: Callable[[str, Exception], None],
+    ) -> None:
+        self._deliveries = deliveries
+        self._ledger = ledger
+        self._watch = watch
+        self._report = report
+        self._active = True
+        self._iterations: weakref.WeakKeyDictionary[Any, Iteration] = weakref.WeakKeyDictionary()
+        self._ties: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Any]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._engines: set[type] = set()
+        self.tags: weakref.WeakKeyDictionary[Any, list[Delivery]] = weakref.WeakKeyDictionary()
+        """For each optimizer with a splitting loader the batches its skip signals stand for."""
+
+    def install(self, transaction: Transaction) -> None:
+        """Patch iterators of loaders and ``make_private``; again after a reload of Opacus."""
+        engine = _compat.engine_class()
+        if engine not in self._engines:
+            original = vars(engine)["make_private"]
+            wrapper = wrapt.FunctionWrapper(original, self._make_private)
+            transaction.patch(engine, "make_private", wrapper)
+        if not self._engines:
+            transaction.on_undo("observed loaders", self._stop)
+            iterator = _compat.loader_iterator_class()
+            transaction.patch(iterator, "_next_index", self._drawing(vars(iterator)["_next_index"]))
+            transaction.patch(iterator, "__next__", self._delivering(vars(iterator)["__next__"]))
+        self._engines.add(engine)
+
+    def _stop(self) -> None:
+        self._active = False
+        self._iterations.clear()
+
+    # -- the patches ---------------------------------------------------------------------------
+
+    def _drawing(self, original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        @functools.wraps(original)
+        def next_index(iterator: Any) -> Any:
+            index = original(iterator)
+            if self._active:
+                self._guarded(self._drawn, iterator, index)
+            return index
+
+        return next_index
+
+    def _delivering(self, original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        @functools.wraps(original)
+        def deliver(iterator: Any) -> Any:
+            try:
+                data = original(iterator)
+            except StopIteration:
+                iteration = self._iterations.get(iterator)
+                if iteration is not None:
+                    iteration.finished = True
+                raise
+            if self._active:
+                self._guarded(self._delivered, iterator, data)
+            return data
+
+        return deliver
+
+    def _make_private(self, wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
+        result = wrapped(*args, **kwargs)
+        if self._active:
+            self._guarded(self._tie, result)
+        return result
+
+    def _guarded(self, function: Callable[..., None], *args: Any) -> None:
+        """Run a part of ours; an error of its own does not reach the host."""
+        try:
+            function(*args)
+        except Exception as error:  # noqa: BLE001 - the host goes on without this part
+            self._active = False
+            self._deliveries.stop()
+            self._report("loading", error)
+
+    # -- what they do --------------------------------------------------------------------------
+
+    def _tie(self, result: Any) -> None:
+        """The loader that ``make_private`` returns last is for the optimizer it returns second."""
+        optimizer, loader = result[1], result[-1]
+        sampler = getattr(loader, "batch_sampler", None)
+        if sampler is not None and _is_key(sampler):
+            self._ties.setdefault(sampler, weakref.WeakSet()).add(optimizer)
+
+    def _drawn(self, iterator: Any, index: Any) -> None:
+        number = _compat.drawn_number(iterator)
+        iteration = self._iterations.get(iterator)
+        if iteration is None or _compat.begins_pass(iterator):
+            iteration = self._iterations[iterator] = self._begin(iterator)
+        people = len(index) if iteration.counts and hasattr(index, "__len__") else None
+        rows = 1 if people == 0 and iteration.fills else people
+        delivery = iteration.drawn[number] = Delivery(iteration, people, rows)
+        splitter = iteration.splitter() if iteration.splitter is not None else None
+        if splitter is not None:
+            signals = _compat.skip_signals(splitter)
+            if signals:
+                delivery.skip, delivery.logical = bool(signals[-1]), iteration.logical
+                iteration.logical += not delivery.skip
+                self.tags.setdefault(splitter, []).append(delivery)
+
+    def _delivered(self, iterator: Any, data: Any) -> None:
+        iteration = self._iterations.get(iterator)
+        if iteration is None:
+            return
+        delivery = iteration.drawn.pop(_compat.delivered_number(iterator), None)
+        if delivery is None or delivery.people is None:
+            return
+        self._deliveries.add(delivery, data)
+        self._ledger.drawn = self._deliveries.serial
+        if self._deliveries.unclear:
+            self._watch()
+
+    def _begin(self, iterator: Any) -> Iteration:
+        """A pass begins: find out whose batches these are."""
+        optimizers: list[Any] = []
+        uniform, splitter = False, None
+        splitting = _compat.splitting_sampler()
+        for sampler in _chain(iterator._index_sampler):
+            if splitting is not None and isinstance(sampler, splitting):
+                splitter = sampler.optimizer
+                optimizers.append(splitter)
+            if _is_key(sampler):
+                optimizers.extend(self._ties.get(sampler, ()))
+            uniform = uniform or isinstance(sampler, _compat.uniform_samplers())
+        readers = [self._deliveries.reader(o) for o in {id(o): o for o in optimizers}.values()]
+        if uniform and not readers:
+            readers = [self._deliveries.untied]
+        return Iteration(
+            readers,
+            id(iterator._dataset),
+            counts=_compat.counts_people(iterator),
+            fills=_compat.rows_for_nobody(iterator),
+            splitter=splitter,
+        )
+
+
+def _chain(sampler: Any) -> Iterator[Any]:
+    """A sampler and those that it wraps."""
+    for _ in range(_DEPTH):
+        if sampler is None:
+            return
+        yield sampler
+        own = getattr(sampler, "__dict__", {})
+        sampler = own.get("batch_sampler", own.get("sampler"))
+
+
+def _is_key(sampler: Any) -> bool:
+    """Whether it can be remembered without keeping it alive."""
+    kind = type(sampler)
+    return bool(kind.__weakrefoffset__) and getattr(kind, "__hash__", None) is object.__hash__

@@ -1,0 +1,979 @@
+"""Rows are people: against data loaders, against what was declared, and by sensitivity."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import warnings
+
+import pytest
+import torch
+from opacus import GradSampleModule, PrivacyEngine
+from opacus.data_loader import DPDataLoader
+from opacus.optimizers import DPOptimizer
+from opacus.utils.batch_memory_manager import BatchMemoryManager
+from releases import needs_ghost
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import dpguard
+from dpguard import diagnosis
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
+
+C = 0.5
+PEOPLE = 40
+ROWS, BATCHES = "people.rows", "people.batches"
+cross_entropy = nn.CrossEntropyLoss()
+
+
+def samples(count=PEOPLE, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = 3 * torch.randn(count, 6, generator=generator)
+    return TensorDataset(x, torch.randint(5, (count,), generator=generator))
+
+
+def mlp():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+
+
+class Tokens(nn.Module):
+    """A layer over (B, T, 6), averaged over T."""
+
+    def __init__(self, time=1):
+        super().__init__()
+        self.body, self.time = mlp(), time
+
+    def forward(self, x):
+        return self.body(x).mean(dim=self.time)
+
+
+class Private:
+    """A model, optimizer and loader out of ``make_private``."""
+
+    def __init__(self, data=None, batch=8, *, model=None, poisson=True, mode=None, **loading):
+        self.data = data or samples()
+        torch.manual_seed(2)
+        model = model or mlp()
+        loader = DataLoader(self.data, batch_size=batch, **loading)
+        options = {"grad_sample_mode": mode, "criterion": cross_entropy} if mode else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = PrivacyEngine().make_private(
+                module=model,
+                optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+                data_loader=loader,
+                noise_multiplier=0.0,
+                max_grad_norm=C,
+                poisson_sampling=poisson,
+                **options,
+            )
+        self.model, self.optimizer, self.loader = made[0], made[1], made[-1]
+        self.criterion = made[2] if mode else cross_entropy
+
+    def step(self, loss):
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def train(self, program=None, loader=None, epochs=1):
+        program = program or plain
+        for _ in range(epochs):
+            for batch in loader or self.loader:
+                self.step(program(self, *batch))
+
+
+def plain(private, x, y):
+    return private.criterion(private.model(x), y)
+
+
+def concatenated(private, x, y):
+    return private.criterion(private.model(torch.cat([x, 0.9 * x])), y.repeat(2))
+
+
+def sample_by_sample(private, x, y):
+    return private.criterion(torch.cat([private.model(x[i : i + 1]) for i in range(len(x))]), y)
+
+
+def several_augmentations(private, x, y):
+    views = torch.stack([x, 0.9 * x, 1.1 * x], dim=1).flatten(0, 1)
+    return private.criterion(private.model(views), y.repeat_interleave(3))
+
+
+def two_calls(private, x, y):
+    return plain(private, x, y) + plain(private, 0.9 * x, y)
+
+
+def siamese(private, x, y):
+    anchor, near, far = (private.model(f * x) for f in (1.0, 0.9, -1.0))
+    return nn.functional.triplet_margin_loss(anchor, near, far) + 0 * y.sum()
+
+
+def causes(guard):
+    return [v.cause for v in guard.violations]
+
+
+def passed(guard, check=ROWS):
+    return guard.last_step.checks[check].passed
+
+
+# -- healthy programs --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("poisson", [True, False])
+@pytest.mark.parametrize("program", [plain, two_calls, siamese])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loop_over_the_loader(guard, program, poisson, workers):
+    """As many rows as people, in two passes, views in calls of their own; empty batches too."""
+    batch = 2 if poisson and program is not siamese else 8
+    private = Private(batch=batch, poisson=poisson, num_workers=workers)
+    private.train(program, epochs=2)
+    assert guard.violations == guard.interventions == ()
+    assert (passed(guard), passed(guard, BATCHES)) == (1, 1)
+
+
+@needs_ghost
+@pytest.mark.parametrize("poisson", [True, False])
+@pytest.mark.parametrize("mode", ["ghost", "functorch"])
+def test_other_modes(guard, mode, poisson):
+    """Ghost clipping has losses instead of rows."""
+    if mode == "functorch":
+        private = Private(poisson=poisson)
+        private.model.force_functorch = True
+    else:
+        private = Private(poisson=poisson, mode="ghost")
+    private.train(epochs=2)
+    assert guard.violations == ()
+    assert (passed(guard), passed(guard, BATCHES)) == (1, 1)
+
+
+@pytest.mark.parametrize("mode", [None, pytest.param("ghost", marks=needs_ghost)])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batch_memory_manager(guard, mode, workers):
+    """Physical batches are compared one by one, and belong to one logical batch."""
+    private = Private(batch=16, mode=mode, num_workers=workers)
+    with BatchMemoryManager(
+        data_loader=private.loader, max_physical_batch_size=4, optimizer=private.optimizer
+    ) as loader:
+        private.train(loader=loader, epochs=2)
+    assert guard.violations == guard.interventions == ()
+    assert (passed(guard), passed(guard, BATCHES)) == (1, 1)
+    assert guard.status().steps == 2 * len(private.loader)
+
+
+def test_accumulation(guard):
+    """Several backwards before a step: as many batches as iterations are accounted."""
+    private = Private(poisson=False)
+    batches = iter(private.loader)
+    for count in (2, 1, 2):
+        private.optimizer.zero_grad()
+        for x, y in itertools.islice(batches, count):
+            plain(private, x, y).backward()
+        private.optimizer.step()
+        assert passed(guard, BATCHES) == 1
+    assert guard.violations == ()
+
+
+def test_evaluation_and_batches_left_out(guard):
+    """Other loaders, passes over the private one without a step, `continue`, `break`."""
+    private = Private()
+    others = DataLoader(samples(12, seed=5), batch_size=3)
+    for epoch in range(3):
+        for number, (x, y) in enumerate(private.loader):
+            if number % 3 == 1:
+                continue
+            private.step(plain(private, x, y))
+            with torch.no_grad():
+                for u, _ in others:
+                    private.model(u)
+            if epoch == 1 and number == 3:
+                break
+        with torch.no_grad():
+            for u, _ in private.loader:
+                private.model(u)
+    assert guard.violations == ()
+    assert passed(guard) == 1
+
+
+@pytest.mark.parametrize("poisson", [True, False])
+def test_fetching_ahead(guard, poisson):
+    """As accelerate and Lightning do: one batch is delivered before the last one is used."""
+    private = Private(poisson=poisson)
+    for _ in range(2):
+        batches = iter(private.loader)
+        at_hand = next(batches)
+        while at_hand is not None:
+            following = next(batches, None)
+            private.step(two_calls(private, *at_hand))
+            at_hand = following
+    assert guard.violations == ()
+    assert passed(guard) == 1
+
+
+def test_batches_kept_in_a_list(guard):
+    """Used once in order they are compared; used again nothing is known of them."""
+    private = Private()
+    batches = list(private.loader)
+    private.train(loader=batches)
+    assert passed(guard) == 1
+    private.train(loader=batches)
+    assert guard.violations == ()
+    assert guard.last_step.checks[ROWS].not_run
+
+
+class Dictionaries(Dataset):
+    """Samples as mappings."""
+
+    def __len__(self):
+        return PEOPLE
+
+    def __getitem__(self, index):
+        return {"x": torch.full((6,), float(index)), "y": index % 5}
+
+
+def test_samples_that_are_mappings(guard):
+    """What a sample looks like does not matter."""
+    private = Private(Dictionaries(), poisson=False)
+    for batch in private.loader:
+        private.step(plain(private, batch["x"], batch["y"]))
+    assert guard.violations == ()
+    assert passed(guard) == 1
+
+
+class Stream(IterableDataset):
+    """Samples without indices."""
+
+    def __iter__(self):
+        yield from samples()
+
+
+def by_hand(model=None):
+    called = GradSampleModule(model or mlp())
+    optimizer = DPOptimizer(
+        torch.optim.SGD(called.parameters(), lr=0.1),
+        noise_multiplier=0.0,
+        max_grad_norm=C,
+        expected_batch_size=8,
+    )
+    return called, optimizer
+
+
+def by_hand_step(called, optimizer, x, y):
+    optimizer.zero_grad()
+    cross_entropy(called(x), y).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("source", ["stream", "tensors", "evaluated"])
+def test_nothing_is_known_of_the_batches(guard, source):
+    """A stream, batches made by hand, a loader that is for evaluation: the check is not run."""
+    called, optimizer = by_hand()
+    x, y = samples().tensors
+    evaluation = DataLoader(samples(12), batch_size=3)
+    for number, batch in enumerate(DataLoader(Stream(), batch_size=8)):
+        given = batch if source == "stream" else (x[number : number + 8], y[number : number + 8])
+        by_hand_step(called, optimizer, *given)
+        if source == "evaluated":
+            with torch.no_grad():
+                for u, _ in evaluation:
+                    called(u)
+    assert guard.violations == ()
+    assert guard.last_step.checks[ROWS].not_run
+
+
+def test_any_loader_is_evidence_where_it_fits(guard):
+    """A plain loader with as many samples as there are rows."""
+    called, optimizer = by_hand()
+    for x, y in DataLoader(samples(), batch_size=8):
+        by_hand_step(called, optimizer, x, y)
+    assert passed(guard) == 1
+    assert guard.violations == ()
+
+
+def test_two_models_with_loaders_of_their_own(guard):
+    """What one loader delivers is nothing to the other model."""
+    one, other = Private(batch=8), Private(samples(30, seed=3), batch=5)
+    for first, second in zip(one.loader, other.loader, strict=False):
+        one.step(two_calls(one, *first))
+        other.step(two_calls(other, *second))
+    assert guard.violations == ()
+    assert passed(guard) == 1
+
+
+def test_tokens(guard):
+    """Inputs of shape (B, T, ...) have one row per person."""
+    data = TensorDataset(torch.randn(PEOPLE, 8, 6), torch.arange(PEOPLE) % 5)
+    private = Private(data, model=Tokens(), poisson=False)
+    private.train()
+    assert guard.violations == ()
+
+
+@pytest.mark.skipif(not hasattr(DPDataLoader, "from_data_loader"), reason="no such loader")
+def test_a_row_of_random_numbers_for_an_empty_batch(guard):
+    """Opacus can fill empty batches; the row is nobody's."""
+    if "rand_on_empty" not in DPDataLoader.__init__.__code__.co_varnames:
+        pytest.skip("this Opacus does not")
+    called, optimizer = by_hand()
+    loader = DPDataLoader(samples(), sample_rate=0.02, rand_on_empty=True)
+    sizes = []
+    for batch in loader:
+        x, y = batch
+        if x.dim() > 1 and y.dtype == torch.int64:
+            sizes.append(len(x))
+            by_hand_step(called, optimizer, x, y)
+    assert guard.violations == ()
+
+
+# -- faults --------------------------------------------------------------------------------------
+
+S09 = {
+    "views in one batch": (concatenated, diagnosis.ROWS_NOT_PEOPLE),
+    "augmentations": (several_augmentations, diagnosis.ROWS_NOT_PEOPLE),
+    "a loop over samples": (sample_by_sample, diagnosis.SAMPLES_ADDED),
+}
+
+
+@pytest.mark.parametrize("name", S09)
+@pytest.mark.parametrize("poisson", [True, False])
+def test_rows_that_are_not_people_are_refused(guard, name, poisson):
+    """In the first step, before the parameters change; the message tells no numbers."""
+    program, cause = S09[name]
+    private = Private(poisson=poisson)
+    before = copy.deepcopy(private.model.state_dict())
+    with pytest.raises(dpguard.PrivacyViolation, match=r"people\.rows") as raised:
+        private.train(program)
+    assert causes(guard) == [cause]
+    assert not any(ch.isdigit() for ch in str(raised.value).replace("step 0", ""))
+    for name_, value in private.model.state_dict().items():
+        assert torch.equal(value, before[name_])
+
+
+@needs_ghost
+@pytest.mark.parametrize("program", [concatenated, several_augmentations])
+def test_rows_that_are_not_people_are_refused_in_ghost_mode(guard, program):
+    """There the losses are counted."""
+    with pytest.raises(dpguard.PrivacyViolation, match=r"people\.rows"):
+        Private(mode="ghost").train(program)
+
+
+def test_flattened_tokens_are_refused(guard):
+    """(B, T) to B * T rows."""
+    data = TensorDataset(torch.randn(PEOPLE, 3, 6), torch.arange(PEOPLE) % 5)
+    private = Private(data)
+    with pytest.raises(dpguard.PrivacyViolation):
+        private.train(
+            lambda p, x, y: cross_entropy(p.model(x.flatten(0, 1)), y.repeat_interleave(3))
+        )
+    assert causes(guard) == [diagnosis.ROWS_NOT_PEOPLE]
+
+
+@pytest.mark.parametrize("time", [3, 20])
+def test_time_first_inputs_are_refused(guard, time):
+    """(T, B, ...) to a model that is batch first, whether there are more time steps or fewer."""
+    data = TensorDataset(torch.randn(PEOPLE, time, 6), torch.arange(PEOPLE) % 5)
+    private = Private(data, model=Tokens(time=0), poisson=False)
+    with pytest.raises(dpguard.PrivacyViolation):
+        private.train(lambda p, x, y: cross_entropy(p.model(x.transpose(0, 1)), y))
+    expected = diagnosis.TIME_FIRST if time == 3 else diagnosis.ROWS_NOT_PEOPLE
+    assert causes(guard) == [expected]
+
+
+def test_samples_left_out_are_said_once(guard):
+    """It may be meant, so it is a warning, and not at all if it is declared."""
+    private = Private(poisson=False)
+    private.train(lambda p, x, y: plain(p, x[:5], y[:5]))
+    assert [(v.cause, v.severity.value) for v in guard.violations] == [
+        (diagnosis.ROWS_LEFT_OUT, "WARNING")
+    ]
+
+
+def test_an_augmentation_loop_that_accumulates_is_refused(guard):
+    """One batch, two backwards: each person is clipped twice."""
+    private = Private(poisson=False)
+    x, y = next(iter(private.loader))
+    for factor in (1.0, 0.9):
+        plain(private, factor * x, y).backward()
+    with pytest.raises(dpguard.PrivacyViolation):
+        private.optimizer.step()
+    assert causes(guard) == [diagnosis.ROWS_NOT_PEOPLE]
+
+
+def test_batches_beyond_the_accounted_ones_are_refused(guard):
+    """Skip signals by hand sum several draws of which the accountant is told one."""
+    private = Private()
+    batches = iter(private.loader)
+    private.optimizer.signal_skip_step(do_skip=True)
+    private.step(plain(private, *next(batches)))
+    loss = plain(private, *next(batches))
+    with pytest.raises(dpguard.PrivacyViolation, match=r"people\.batches"):
+        private.step(loss)
+    assert causes(guard) == [diagnosis.BATCHES_UNCOUNTED]
+
+
+def test_parts_of_a_batch_are_said(guard):
+    """Nobody counts twice, but the update is divided by the number of parts."""
+    private = Private(poisson=False)
+    for x, y in private.loader:
+        private.optimizer.zero_grad()
+        for part in (slice(0, 3), slice(3, None)):
+            plain(private, x[part], y[part]).backward()
+        private.optimizer.step()
+    assert causes(guard) == [diagnosis.BATCH_IN_ROUNDS]
+    assert passed(guard) == 1
+
+
+def test_a_loader_of_unknown_purpose_is_weak_evidence(guard):
+    """Several rows for each sample, again and again: said once, never refused."""
+    called, optimizer = by_hand()
+    for x, y in DataLoader(samples(), batch_size=8):
+        by_hand_step(called, optimizer, torch.cat([x, x]), y.repeat(2))
+    assert [(v.cause, v.severity.value) for v in guard.violations] == [
+        (diagnosis.ROWS_MAY_BE_SHARED, "WARNING")
+    ]
+
+
+def test_observe_changes_nothing_and_says_it():
+    """The same finding, no error."""
+    with dpguard.install(mode="observe") as guard:
+        Private().train(concatenated)
+        assert set(causes(guard)) == {diagnosis.ROWS_NOT_PEOPLE}
+        assert guard.internal_errors == ()
+
+
+def test_figures_stay_out_of_the_log(tmp_path):
+    """Numbers of rows and people are on their own channel only."""
+    with dpguard.install(mode="observe", log_dir=tmp_path, sensitive=True):
+        Private().train(concatenated)
+    logs = {("sensitive" in path.name): path for path in tmp_path.glob("*/*.jsonl")}
+    found = [json.loads(line) for line in logs[False].read_text().splitlines()]
+    violations = [e for e in found if e["event_name"] == "dpguard.violation"]
+    assert violations
+    assert not any("figure" in key or "bound" in key for e in violations for key in e)
+    assert "dpguard.figure" in logs[True].read_text()
+
+
+def test_rows_that_nobody_has_cleared(guard):
+    """Opacus's own error, which names the cause."""
+    private = Private(poisson=False)
+    batches = iter(private.loader)
+    private.step(plain(private, *next(batches)))
+    plain(private, *next(batches)).backward()
+    with pytest.raises(ValueError, match="cleared"):
+        private.optimizer.step()
+    assert guard.violations == ()
+
+
+# -- two batches in the same rows ------------------------------------------------------------------
+
+
+def semi_supervised(one, other, *, late):
+    """The loss of two private batches; ``late``: the second is drawn after the first forward."""
+    private = one[0]
+    first, second = iter(one[1]), iter(other)
+    for x, y in first:
+        if late:
+            out = private.model(x)
+        try:
+            u, v = next(second)
+        except StopIteration:
+            return
+        if not late:
+            out = private.model(x)
+        private.step(cross_entropy(out, y) + cross_entropy(private.model(u), v))
+
+
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize(("poisson", "same"), [(True, True), (False, True), (True, False)])
+def test_two_batches_in_the_same_rows_are_refused(guard, late, poisson, same):
+    """Of one loader or of two, drawn before the forwards or in between."""
+    private = Private(poisson=poisson)
+    other = private.loader
+    if not same:
+        other = DPDataLoader.from_data_loader(DataLoader(samples(seed=7), batch_size=8))
+    with pytest.raises(dpguard.PrivacyViolation, match=r"people\.batches"):
+        semi_supervised((private, private.loader), other, late=late)
+    assert causes(guard) == [diagnosis.BATCHES_ADDED]
+
+
+@needs_ghost
+def test_two_batches_in_the_same_norms_are_refused(guard):
+    """Ghost clipping adds the rows of two calls as well."""
+    private = Private(mode="ghost", poisson=False)
+    batches = iter(private.loader)
+    (x, y), (u, _) = next(batches), next(batches)
+    loss = private.criterion(private.model(x) + private.model(u), y)
+    with pytest.raises(dpguard.PrivacyViolation):
+        private.step(loss)
+    assert causes(guard) == [diagnosis.BATCHES_ADDED]
+
+
+def test_one_batch_allows_it(guard):
+    """The user says that both are the same people."""
+    private = Private(poisson=False)
+    batches = iter(private.loader)
+    for (x, y), (u, v) in zip(batches, batches, strict=False):
+        private.optimizer.zero_grad()
+        with dpguard.one_batch():
+            (plain(private, x, y) + plain(private, u, v)).backward()
+        private.optimizer.step()
+    assert diagnosis.BATCHES_ADDED not in causes(guard)
+
+
+def test_public_data_in_the_batch_is_said_once(guard):
+    """One batch of a loader of unknown purpose in each private one: it may be public."""
+    private = Private(poisson=False)
+    public = DataLoader(samples(30, seed=8), batch_size=6)
+    for (x, y), (u, v) in zip(private.loader, public, strict=True):
+        private.step(plain(private, torch.cat([x, u]), torch.cat([y, v])))
+    found = [(v.cause, v.severity.value) for v in guard.violations]
+    assert found == [(diagnosis.BATCHES_OF_TWO, "WARNING")]
+
+
+def test_two_batches_in_one_call(guard):
+    """Of the same data a person can be in both: refused. Of two loaders it is said."""
+    private = Private(samples(13), poisson=False)
+    x, y = (torch.cat(found) for found in zip(*private.loader, strict=True))
+    with pytest.raises(dpguard.PrivacyViolation):
+        private.step(plain(private, x, y))
+    private = Private(samples(13), poisson=False)
+    other = DPDataLoader(samples(7), sample_rate=1.0)
+    for (x, y), (u, v) in zip(private.loader, other, strict=False):
+        private.step(plain(private, torch.cat([x, u]), torch.cat([y, v])))
+    found = [(v.cause, v.severity.value) for v in guard.violations]
+    assert found == [
+        (diagnosis.BATCHES_JOINED, "CRITICAL"), (diagnosis.BATCHES_OF_TWO, "WARNING")
+    ]  # fmt: skip
+
+
+# -- skipped physical batches --------------------------------------------------------------------
+
+
+def physical_batches(private, leave_out, workers=0):
+    """Train with ``BatchMemoryManager``, leaving batches out; yields after each step.
+
+    Yields the logical batch of the physical one, and whether the optimizer has stepped.
+    """
+    with BatchMemoryManager(
+        data_loader=private.loader, max_physical_batch_size=4, optimizer=private.optimizer
+    ) as loader:
+        sampler = loader.batch_sampler
+        splits, original = [], sampler.optimizer.signal_skip_step
+
+        def signal(do_skip=True):
+            splits.append(do_skip)
+            original(do_skip=do_skip)
+
+        sampler.optimizer.signal_skip_step = signal
+        try:
+            for number, (x, y) in enumerate(loader):
+                logical = splits[:number].count(False)
+                if leave_out(number, splits):
+                    continue
+                private.step(plain(private, x, y))
+                yield logical, not private.optimizer._is_last_step_skipped, splits[number]
+        finally:
+            del sampler.optimizer.signal_skip_step
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_skipped_physical_batch_shifts_nothing(guard, workers):
+    """The optimizer steps exactly where each logical batch ends."""
+    private = Private(batch=16, num_workers=workers)
+    seen = list(physical_batches(private, lambda n, splits: n % 5 == 1 and splits[n]))
+    assert len(seen) >= 8
+    assert all(stepped is not skip for _, stepped, skip in seen)
+    assert {i.kind for i in guard.interventions} == {"skipped_batch"}
+    assert guard.violations == ()
+
+
+def test_without_a_guard_it_shifts():
+    """What Opacus does."""
+    with dpguard.install(mode="off"):
+        private = Private(batch=16)
+        seen = list(physical_batches(private, lambda n, splits: n % 5 == 1 and splits[n]))
+    assert not all(stepped is not skip for _, stepped, skip in seen)
+
+
+def test_observe_says_that_it_shifts():
+    """And leaves the queue alone."""
+    with dpguard.install(mode="observe") as guard:
+        private = Private(batch=16)
+        seen = list(physical_batches(private, lambda n, splits: n == 1))
+        assert not all(stepped is not skip for _, stepped, skip in seen)
+        assert [i.action for i in guard.interventions] == ["observed"]
+        assert set(causes(guard)) <= {diagnosis.BATCHES_MERGED}
+        assert guard.internal_errors == ()
+
+
+def test_a_skipped_last_physical_batch_is_refused(guard):
+    """Nothing could finish its logical batch: the next one would be merged with it."""
+    private = Private(batch=16)
+    with pytest.raises(dpguard.PrivacyViolation, match="another logical batch"):
+        list(physical_batches(private, lambda n, splits: not splits[n]))
+    assert causes(guard) == [diagnosis.BATCHES_MERGED]
+
+
+def test_a_whole_logical_batch_is_skipped(guard):
+    """Nothing of it was summed, so nothing is merged."""
+    private = Private(batch=16)
+    seen = list(
+        physical_batches(private, lambda n, splits: splits[:n].count(False) == 1),
+    )
+    assert all(stepped is not skip for _, stepped, skip in seen)
+    assert guard.violations == ()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_break_between_logical_batches(guard, workers):
+    """Signals that workers drew ahead are gone with their iterator."""
+    private = Private(batch=16, num_workers=workers)
+    for _ in range(3):
+        steps = 0
+        for _, stepped, skip in physical_batches(private, lambda n, splits: False):
+            assert stepped is not skip
+            steps += stepped
+            if steps == 2:
+                break
+    assert guard.violations == ()
+
+
+# -- what is declared ----------------------------------------------------------------------------
+
+
+def test_a_declared_batch_size(guard):
+    """Where no loader is seen, and instead of one; for each accumulated batch."""
+    called, optimizer = by_hand()
+    x, y = samples().tensors
+    for count in (8, 3, 5):
+        dpguard.batch_size(count)
+        by_hand_step(called, optimizer, x[:count], y[:count])
+        assert passed(guard) == 1
+    optimizer.zero_grad()
+    for count in (2, 4):
+        dpguard.batch_size(count)
+        cross_entropy(called(x[:count]), y[:count]).backward()
+    optimizer.step()
+    private = Private(poisson=False)
+    for a, b in private.loader:
+        dpguard.batch_size(5)
+        private.step(plain(private, a[:5], b[:5]))
+    assert guard.violations == ()
+    assert passed(guard) == 1
+
+
+@pytest.mark.parametrize("count", [4, 16])
+def test_another_number_of_rows_than_declared_is_refused(guard, count):
+    """Fewer as well as more."""
+    called, optimizer = by_hand()
+    x, y = samples().tensors
+    dpguard.batch_size(8)
+    with pytest.raises(dpguard.PrivacyViolation, match=r"people\.rows"):
+        by_hand_step(called, optimizer, x[:count], y[:count])
+    assert causes(guard) == [diagnosis.NOT_AS_DECLARED]
+
+
+def test_two_optimizers_read_the_same_declaration(guard):
+    """Both models see the batch."""
+    models = [by_hand(), by_hand()]
+    x, y = samples().tensors
+    for count in (8, 5):
+        dpguard.batch_size(count)
+        for called, optimizer in models:
+            by_hand_step(called, optimizer, x[:count], y[:count])
+            assert passed(guard) == 1
+    assert guard.violations == ()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: dpguard.batch_size(-1), ValueError, "0 or more"),
+        (lambda: dpguard.batch_size(1.5), TypeError, "whole number"),
+        (dpguard.rows, TypeError, "exactly one"),
+        (lambda: dpguard.rows("concat", group_size=2), TypeError, "exactly one"),
+        (lambda: dpguard.rows("stack"), ValueError, "concat"),
+        (lambda: dpguard.rows(group_size=0), ValueError, "1 or more"),
+        (lambda: dpguard.rows(group_size="2"), TypeError, "whole number"),
+        (lambda: dpguard.rows(group_size=2, layout="rows"), ValueError, "interleaved, blocks"),
+    ],
+)
+def test_bad_values(call, error, words):
+    """The error names what is valid, with or without a guard."""
+    with pytest.raises(error, match=words):
+        call()
+
+
+@pytest.mark.parametrize("ids", [torch.zeros(3), torch.zeros(2, 2, dtype=torch.int64)])
+def test_bad_ids(guard, ids):
+    """One whole number for each row."""
+    with pytest.raises(ValueError, match="one whole number for each row"), dpguard.rows(ids=ids):
+        pass
+
+
+def test_without_a_guard_declarations_do_nothing():
+    """Rows are Opacus's."""
+    with dpguard.install(mode="off"):
+        called, _ = by_hand()
+        x, y = samples().tensors
+        dpguard.batch_size(3)
+        with dpguard.rows(group_size=2):
+            cross_entropy(called(x[:8]), y[:8]).backward()
+        assert all(len(p.grad_sample) == 8 for p in called.parameters())
+
+
+# -- groups against ground truth -------------------------------------------------------------------
+
+ARRANGED = {
+    "interleaved": (lambda x: x.repeat_interleave(3, dim=0), {"group_size": 3}),
+    "blocks": (lambda x: torch.cat([x] * 3), {"group_size": 3, "layout": "blocks"}),
+    "ids": (
+        lambda x: torch.cat([x, x[1:], x[3:]]),
+        {"ids": torch.cat([torch.arange(6), torch.arange(1, 6), torch.arange(3, 6)])},
+    ),
+}
+
+
+def views_of(name, x):
+    """All rows of a batch, each different, and whose they are."""
+    arrange, declared = ARRANGED[name]
+    whose = arrange(torch.arange(len(x)))
+    views = arrange(x)
+    scale = torch.linspace(0.5, 1.5, len(views), dtype=x.dtype)
+    return views * scale[:, None], whose, declared
+
+
+def rows_of_people(model, views, targets, whose):
+    """Ground truth: for each person the gradient of the sum of the person's losses."""
+    found = []
+    for person in range(int(whose.max()) + 1):
+        plain_model = copy.deepcopy(model)
+        mine = whose == person
+        nn.functional.cross_entropy(
+            plain_model(views[mine]), targets[mine], reduction="sum"
+        ).backward()
+        found.append([p.grad for p in plain_model.parameters()])
+    return [torch.stack(rows) for rows in zip(*found, strict=True)]
+
+
+def clipped_mean(rows, bound, expected):
+    norms = sum(r.flatten(1).square().sum(dim=1) for r in rows).sqrt()
+    factors = (bound / (norms + 1e-6)).clamp(max=1)
+    return [torch.einsum("n,n...->...", factors, r) / expected for r in rows]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", ARRANGED)
+@pytest.mark.parametrize("mode", ["hooks", "functorch", pytest.param("ghost", marks=needs_ghost)])
+@pytest.mark.parametrize("bound", [0.5, 1e6])
+def test_rows_of_a_person_are_summed(guard, mode, name, reduction, bound):
+    """The update is that of looped backwards per person, clipped per person."""
+    model = mlp().double()
+    data, labels = samples(6).tensors
+    views, whose, declared = views_of(name, data.double())
+    targets = labels[whose]
+    truth = clipped_mean(
+        rows_of_people(model, views, targets, whose), bound, 6 if reduction == "mean" else 1
+    )
+    options = {"force_functorch": True} if mode == "functorch" else {}
+    if mode == "ghost":
+        options = {
+            "grad_sample_mode": "ghost",
+            "criterion": nn.CrossEntropyLoss(reduction=reduction),
+        }
+    elif mode == "functorch":
+        options = {"grad_sample_mode": "functorch"}
+    made = PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(samples(6), batch_size=6),
+        noise_multiplier=0.0,
+        max_grad_norm=bound,
+        loss_reduction=reduction,
+        poisson_sampling=False,
+        **options,
+    )
+    called, optimizer = made[0], made[1]
+    criterion = made[2] if mode == "ghost" else nn.CrossEntropyLoss(reduction=reduction)
+    for _ in made[-1]:
+        with dpguard.rows(**declared):
+            criterion(called(views), targets).backward()
+    optimizer.step()
+    for parameter, expected in zip(called.parameters(), truth, strict=True):
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-9, atol=1e-12)
+    assert guard.violations == ()
+    assert passed(guard) == 1
+    if mode != "ghost" and name != "ids":
+        assert guard.last_step.checks["conservation"].passed == 4
+
+
+def test_groups_that_do_not_fit_are_refused(guard):
+    """The number of rows is not a multiple, or not that of the ids."""
+    called, _ = by_hand()
+    x, y = samples().tensors
+    for declared in ({"group_size": 3}, {"ids": torch.arange(7)}):
+        with (
+            pytest.raises(dpguard.PrivacyViolation, match=r"dpguard\.rows"),
+            dpguard.rows(**declared),
+        ):
+            cross_entropy(called(x[:8]), y[:8]).backward()
+
+
+def test_calls_with_and_without_groups_are_refused(guard):
+    """Their rows would be added to other people's."""
+    called, optimizer = by_hand()
+    x, y = samples().tensors
+    by_hand_step(called, optimizer, x[:8], y[:8])
+    optimizer.zero_grad()
+    first = cross_entropy(called(x[:4]), y[:4])
+    with dpguard.rows(group_size=2):
+        (first + cross_entropy(called(x[:8]), y[:8])).backward()
+    with pytest.raises(dpguard.PrivacyViolation):
+        optimizer.step()
+    assert causes(guard) == [diagnosis.GROUPS_DIFFER]
+
+
+def test_declared_views_are_people(guard):
+    """With the loader as witness."""
+    private = Private()
+
+    def views(private, x, y):
+        with dpguard.rows(group_size=2, layout="blocks"):
+            return concatenated(private, x, y)
+
+    private.train(views, epochs=2)
+    assert guard.violations == ()
+    assert (passed(guard), passed(guard, BATCHES)) == (1, 1)
+
+
+@needs_ghost
+def test_groups_with_blocks_in_ghost_mode_are_refused(guard):
+    """There is one norm for each loss."""
+    private = Private(mode="ghost", poisson=False)
+    x, y = samples().tensors
+    with dpguard.rows("concat"):
+        out = private.model(x[:8])
+    with pytest.raises(dpguard.PerSampleGradientError, match="ghost clipping"):
+        private.criterion(out, y[:8]).backward()
+
+
+@pytest.mark.parametrize("poisson", [True, False])
+@pytest.mark.parametrize("backwards", [1, 2])
+def test_blocks_are_concatenated(guard, poisson, backwards):
+    """Two batches of different people in one loss: all rows, clipped one by one, one iteration."""
+    called, optimizer = by_hand(mlp().double())
+    if poisson and hasattr(called, "forbid_grad_accumulation"):
+        called.forbid_grad_accumulation()
+    x, y = samples().tensors
+    x = x.double()
+    whose = torch.arange(13)
+    truth = clipped_mean(rows_of_people(called._module, x[:13], y[:13], whose), C, 8)
+    for _ in range(2):
+        called.load_state_dict(mlp_state(called))
+        optimizer.zero_grad()
+        losses = []
+        for part in (slice(0, 8), slice(8, 13)):
+            with dpguard.rows("concat"):
+                losses.append(cross_entropy(called(x[part]), y[part]))
+        if backwards == 1:
+            sum(losses).backward()
+        else:
+            for loss in reversed(losses):
+                loss.backward()
+        optimizer.step()
+        for parameter, expected in zip(called.parameters(), truth, strict=True):
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-9, atol=1e-12)
+            assert len(parameter.grad_sample) == 13
+    assert guard.violations == ()
+
+
+def mlp_state(called):
+    """The state before training, under the names of the wrapped model."""
+    prefix = next(iter(called.state_dict())).partition("0.weight")[0]
+    return {f"{prefix}{name}": value for name, value in mlp().double().state_dict().items()}
+
+
+def test_blocks_of_two_private_loaders(guard):
+    """The semi-supervised loop, declared: as many rows as people of both batches."""
+    private = Private()
+    other = DPDataLoader.from_data_loader(DataLoader(samples(seed=7), batch_size=5))
+    for (x, y), (u, v) in zip(private.loader, other, strict=False):
+        private.optimizer.zero_grad()
+        with dpguard.rows("concat"):
+            first = plain(private, x, y)
+        with dpguard.rows("concat"):
+            second = plain(private, u, v)
+        (first + second).backward()
+        private.optimizer.step()
+    assert guard.violations == ()
+    assert (passed(guard), passed(guard, BATCHES)) == (1, 1)
+
+
+# -- sensitivity -----------------------------------------------------------------------------------
+
+
+def clipped_sum(program, people, mode):
+    """The clipped sum of one step of ``program`` on these people, who are all in the batch."""
+    x, y = samples(8).tensors
+    x = x[:1] + 0.1 * x
+    x[0] *= -50  # whose gradient outweighs all the others, in the other direction
+    data = TensorDataset(x[people], torch.zeros_like(y[people]))
+    with dpguard.install(mode=mode):
+        torch.manual_seed(3)
+        model = nn.Linear(6, 5)
+        private = Private(data, batch=len(people), model=model, poisson=False)
+        private.train(program)
+        return torch.cat([p.summed_grad.flatten() for p in private.model.parameters()])
+
+
+def sensitivity(program, mode):
+    """The largest change of the clipped sum by one person, over C."""
+    everybody = list(range(8))
+    whole = clipped_sum(program, everybody, mode)
+    rest = ([i for i in everybody if i != j] for j in everybody)
+    return max((whole - clipped_sum(program, people, mode)).norm().item() / C for people in rest)
+
+
+def declared(arrangement, program):
+    def run(private, x, y):
+        with dpguard.rows(**arrangement):
+            return program(private, x, y)
+
+    return run
+
+
+@pytest.mark.parametrize("name", S09)
+def test_sensitivity_of_s09(name):
+    """More than 1 without the guard; with it a refusal, or 1 if the grouping is declared."""
+    program, _ = S09[name]
+    assert sensitivity(program, "off") > 1.1
+    with pytest.raises(dpguard.PrivacyViolation):
+        sensitivity(program, "repair")
+    if name != "a loop over samples":
+        views = 2 if program is concatenated else 3
+        layout = "blocks" if program is concatenated else "interleaved"
+        fixed = declared({"group_size": views, "layout": layout}, program)
+        assert sensitivity(fixed, "repair") <= 1 + 1e-3
+
+
+def halves(private, x, y):
+    """Two batches of different people, in the same rows."""
+    half = len(x) // 2
+    return plain(private, x[:half], y[:half]) + plain(private, x[half:], y[half:])
+
+
+def declared_halves(private, x, y):
+    half, losses = len(x) // 2, []
+    for part in (slice(0, half), slice(half, None)):
+        with dpguard.rows("concat"):
+            losses.append(plain(private, x[part], y[part]))
+    return sum(losses)
+
+
+def test_sensitivity_of_s04():
+    """Two people in one row: more than 1; refused; at most 1 as blocks."""
+    assert sensitivity(halves, "off") > 1.1
+    with pytest.raises(dpguard.PrivacyViolation):
+        sensitivity(halves, "repair")
+    assert sensitivity(declared_halves, "repair") <= 1 + 1e-3
