@@ -999,9 +999,10 @@ def accumulated_iterations(optimizer: Any, parameters: Sequence[Any]) -> int:
     return len(rows) if isinstance(rows, list) else 1
 
 
-def engine_class() -> type | None:
+def engine_class() -> type:
     """Opacus's ``PrivacyEngine``."""
-    return _attribute_of("opacus.privacy_engine", "PrivacyEngine")  # type: ignore[no-any-return]
+    found: type = importlib.import_module("opacus.privacy_engine").PrivacyEngine
+    return found
 
 
 def poisson_samplers() -> list[type]:
@@ -1094,9 +1095,3 @@ def skip_signals(optimizer: Any) -> list[bool]:
     """The queue of signals, one for each physical batch that was drawn and not stepped yet."""
     queue: list[bool] = getattr(optimizer, "_step_skip_queue", None) or []
     return queue
-
-
-def engine_class() -> type:
-    """Opacus's ``PrivacyEngine``."""
-    found: type = importlib.import_module("opacus.privacy_engine").PrivacyEngine
-    return found
