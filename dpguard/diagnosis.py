@@ -280,6 +280,7 @@ _DIAGNOSES = {
         "person's, and their clipped sum does not depend on the order",
         "do not rely on row i being sample i of the batch. If the model sorts its inputs (by "
         "length), let all layers see the same order",
+        Severity.WARNING,
     ),
     NOISE_MISSING: Diagnosis(
         "nothing was added to the clipped sum where noise is declared and accounted",

@@ -158,7 +158,7 @@ class Entry:
     """One group of people: which segments it spans, and (weakly) its rows."""
 
     __slots__ = (
-        "_rows", "first", "last", "latest", "order", "owned", "strength", "terms"
+        "_rows", "first", "last", "latest", "order", "owned", "strength", "terms", "uneven"
     )  # fmt: skip
 
     def __init__(self, rows: torch.Tensor, first: int, last: int, *, owned: bool = False) -> None:
@@ -171,6 +171,8 @@ class Entry:
         """Where in the rows each sample is, if they are not in the order of the batch."""
         self.owned = owned
         """Whether the tensor is ours to change in place, and not one that somebody put there."""
+        self.uneven = False
+        """Whether calls with different numbers of rows were added: a mean has no one divisor."""
         self.terms = 0
         """Of how many products an element of a row is the sum, at most."""
         self.strength: torch.Tensor | None = None
@@ -205,6 +207,8 @@ class Entry:
     def added(self, mine: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """``mine`` with ``rows`` added to its first rows, as Opacus adds calls of one layer."""
         count, more = mine.shape[0], rows.shape[0]
+        if more != count:
+            self.uneven = True
         if self.owned and more <= count:
             (mine if more == count else mine[:more]).add_(rows)
             return mine
@@ -592,6 +596,17 @@ class Ledger:
         found = list(self._passes)
         self._passes.clear()
         return found
+
+    def is_whole(self, parameter: torch.Tensor) -> bool:
+        """Whether the rows and ``p.grad`` are of the same backwards, with one divisor.
+
+        Not where Opacus has no hooks (expanded weights leave ``p.grad`` alone), nor where calls
+        with different numbers of rows were added.
+        """
+        state = self.known(parameter)
+        if state is None or not state.hooked:
+            return False
+        return not any(entry.uneven for entry in state.entries)
 
     def summands_of(self, parameter: torch.Tensor) -> int:
         """Of how many products an element of a row of ``parameter`` is the sum."""

@@ -160,7 +160,7 @@ def test_batch_memory_manager(guard):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
-    assert guard.violations == ()
+    assert {v.cause for v in guard.violations} <= {diagnosis.NOT_POISSON}
 
 
 @pytest.mark.parametrize("mode", ["repair", "observe"])
@@ -312,7 +312,7 @@ def test_a_fault_in_a_run_of_make_private(fault, monkeypatch):
                     optimizer.zero_grad()
                     nn.functional.cross_entropy(model(x), y).backward()
                     optimizer.step()
-            assert guard.violations[0].cause == diagnosis.CLIP_SENSITIVITY
+            assert diagnosis.CLIP_SENSITIVITY in {v.cause for v in guard.violations}
 
 
 def test_a_sum_that_opacus_itself_gets_wrong():
@@ -485,10 +485,15 @@ class Whole(DPOptimizer):
 
 
 def test_a_mechanism_of_the_users_own(guard):
-    """With noise of its own a larger bound is no fault; that it is unproved is said once."""
+    """With noise of its own a larger bound is no fault of clipping, and is said to be unproved.
+
+    That the noise is not the one that is declared is for the check of the noise to say.
+    """
     training = Training(Whole)
-    training.steps(3)
-    assert [v.cause for v in guard.violations] == [diagnosis.CLIP_UNPROVED]
+    with pytest.raises(dpguard.PrivacyViolation, match=r"noise\.scale"):
+        training.steps(3)
+    mine = [v.cause for v in guard.violations if v.check.startswith("clip.")]
+    assert mine == [diagnosis.CLIP_UNPROVED]
     assert guard.last_step.checks[BOUND].verdict == "not_run"
 
 

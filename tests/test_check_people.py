@@ -111,8 +111,13 @@ def siamese(private, x, y):
     return nn.functional.triplet_margin_loss(anchor, near, far) + 0 * y.sum()
 
 
+def violations(guard):
+    """What was found, but that batches are drawn in order, which another check says."""
+    return tuple(v for v in guard.violations if v.cause != diagnosis.NOT_POISSON)
+
+
 def causes(guard):
-    return [v.cause for v in guard.violations]
+    return [v.cause for v in violations(guard)]
 
 
 def passed(guard, check=ROWS):
@@ -130,7 +135,7 @@ def test_a_loop_over_the_loader(guard, program, poisson, workers):
     batch = 2 if poisson and program is not siamese else 8
     private = Private(batch=batch, poisson=poisson, num_workers=workers)
     private.train(program, epochs=2)
-    assert guard.violations == guard.interventions == ()
+    assert violations(guard) == guard.interventions == ()
     assert (passed(guard), passed(guard, BATCHES)) == (1, 1)
 
 
@@ -145,7 +150,7 @@ def test_other_modes(guard, mode, poisson):
     else:
         private = Private(poisson=poisson, mode="ghost")
     private.train(epochs=2)
-    assert guard.violations == ()
+    assert violations(guard) == ()
     assert (passed(guard), passed(guard, BATCHES)) == (1, 1)
 
 
@@ -158,7 +163,7 @@ def test_batch_memory_manager(guard, mode, workers):
         data_loader=private.loader, max_physical_batch_size=4, optimizer=private.optimizer
     ) as loader:
         private.train(loader=loader, epochs=2)
-    assert guard.violations == guard.interventions == ()
+    assert violations(guard) == guard.interventions == ()
     assert (passed(guard), passed(guard, BATCHES)) == (1, 1)
     assert guard.status().steps == 2 * len(private.loader)
 
@@ -173,7 +178,7 @@ def test_accumulation(guard):
             plain(private, x, y).backward()
         private.optimizer.step()
         assert passed(guard, BATCHES) == 1
-    assert guard.violations == ()
+    assert violations(guard) == ()
 
 
 def test_evaluation_and_batches_left_out(guard):
@@ -193,7 +198,7 @@ def test_evaluation_and_batches_left_out(guard):
         with torch.no_grad():
             for u, _ in private.loader:
                 private.model(u)
-    assert guard.violations == ()
+    assert violations(guard) == ()
     assert passed(guard) == 1
 
 
@@ -208,7 +213,7 @@ def test_fetching_ahead(guard, poisson):
             following = next(batches, None)
             private.step(two_calls(private, *at_hand))
             at_hand = following
-    assert guard.violations == ()
+    assert violations(guard) == ()
     assert passed(guard) == 1
 
 
@@ -219,7 +224,7 @@ def test_batches_kept_in_a_list(guard):
     private.train(loader=batches)
     assert passed(guard) == 1
     private.train(loader=batches)
-    assert guard.violations == ()
+    assert violations(guard) == ()
     assert guard.last_step.checks[ROWS].not_run
 
 
@@ -238,7 +243,7 @@ def test_samples_that_are_mappings(guard):
     private = Private(Dictionaries(), poisson=False)
     for batch in private.loader:
         private.step(plain(private, batch["x"], batch["y"]))
-    assert guard.violations == ()
+    assert violations(guard) == ()
     assert passed(guard) == 1
 
 
@@ -279,7 +284,7 @@ def test_nothing_is_known_of_the_batches(guard, source):
             with torch.no_grad():
                 for u, _ in evaluation:
                     called(u)
-    assert guard.violations == ()
+    assert violations(guard) == ()
     assert guard.last_step.checks[ROWS].not_run
 
 
@@ -289,7 +294,7 @@ def test_any_loader_is_evidence_where_it_fits(guard):
     for x, y in DataLoader(samples(), batch_size=8):
         by_hand_step(called, optimizer, x, y)
     assert passed(guard) == 1
-    assert guard.violations == ()
+    assert violations(guard) == ()
 
 
 def test_two_models_with_loaders_of_their_own(guard):
@@ -298,7 +303,7 @@ def test_two_models_with_loaders_of_their_own(guard):
     for first, second in zip(one.loader, other.loader, strict=False):
         one.step(two_calls(one, *first))
         other.step(two_calls(other, *second))
-    assert guard.violations == ()
+    assert violations(guard) == ()
     assert passed(guard) == 1
 
 
@@ -307,7 +312,7 @@ def test_tokens(guard):
     data = TensorDataset(torch.randn(PEOPLE, 8, 6), torch.arange(PEOPLE) % 5)
     private = Private(data, model=Tokens(), poisson=False)
     private.train()
-    assert guard.violations == ()
+    assert violations(guard) == ()
 
 
 @pytest.mark.skipif(not hasattr(DPDataLoader, "from_data_loader"), reason="no such loader")
@@ -323,7 +328,7 @@ def test_a_row_of_random_numbers_for_an_empty_batch(guard):
         if x.dim() > 1 and y.dtype == torch.int64:
             sizes.append(len(x))
             by_hand_step(called, optimizer, x, y)
-    assert guard.violations == ()
+    assert violations(guard) == ()
 
 
 # -- faults --------------------------------------------------------------------------------------
@@ -384,7 +389,7 @@ def test_samples_left_out_are_said_once(guard):
     """It may be meant, so it is a warning, and not at all if it is declared."""
     private = Private(poisson=False)
     private.train(lambda p, x, y: plain(p, x[:5], y[:5]))
-    assert [(v.cause, v.severity.value) for v in guard.violations] == [
+    assert [(v.cause, v.severity.value) for v in violations(guard)] == [
         (diagnosis.ROWS_LEFT_OUT, "WARNING")
     ]
 
@@ -429,7 +434,7 @@ def test_a_loader_of_unknown_purpose_is_weak_evidence(guard):
     called, optimizer = by_hand()
     for x, y in DataLoader(samples(), batch_size=8):
         by_hand_step(called, optimizer, torch.cat([x, x]), y.repeat(2))
-    assert [(v.cause, v.severity.value) for v in guard.violations] == [
+    assert [(v.cause, v.severity.value) for v in violations(guard)] == [
         (diagnosis.ROWS_MAY_BE_SHARED, "WARNING")
     ]
 
@@ -462,7 +467,7 @@ def test_rows_that_nobody_has_cleared(guard):
     plain(private, *next(batches)).backward()
     with pytest.raises(ValueError, match="cleared"):
         private.optimizer.step()
-    assert guard.violations == ()
+    assert violations(guard) == ()
 
 
 # -- two batches in the same rows ------------------------------------------------------------------
@@ -527,7 +532,7 @@ def test_public_data_in_the_batch_is_said_once(guard):
     public = DataLoader(samples(30, seed=8), batch_size=6)
     for (x, y), (u, v) in zip(private.loader, public, strict=True):
         private.step(plain(private, torch.cat([x, u]), torch.cat([y, v])))
-    found = [(v.cause, v.severity.value) for v in guard.violations]
+    found = [(v.cause, v.severity.value) for v in violations(guard)]
     assert found == [(diagnosis.BATCHES_OF_TWO, "WARNING")]
 
 
@@ -541,7 +546,7 @@ def test_two_batches_in_one_call(guard):
     other = DPDataLoader(samples(7), sample_rate=1.0)
     for (x, y), (u, v) in zip(private.loader, other, strict=False):
         private.step(plain(private, torch.cat([x, u]), torch.cat([y, v])))
-    found = [(v.cause, v.severity.value) for v in guard.violations]
+    found = [(v.cause, v.severity.value) for v in violations(guard)]
     assert found == [
         (diagnosis.BATCHES_JOINED, "CRITICAL"), (diagnosis.BATCHES_OF_TWO, "WARNING")
     ]  # fmt: skip
@@ -585,7 +590,7 @@ def test_a_skipped_physical_batch_shifts_nothing(guard, workers):
     assert len(seen) >= 8
     assert all(stepped is not skip for _, stepped, skip in seen)
     assert {i.kind for i in guard.interventions} == {"skipped_batch"}
-    assert guard.violations == ()
+    assert violations(guard) == ()
 
 
 def test_without_a_guard_it_shifts():
@@ -622,7 +627,7 @@ def test_a_whole_logical_batch_is_skipped(guard):
         physical_batches(private, lambda n, splits: splits[:n].count(False) == 1),
     )
     assert all(stepped is not skip for _, stepped, skip in seen)
-    assert guard.violations == ()
+    assert violations(guard) == ()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -636,7 +641,7 @@ def test_a_break_between_logical_batches(guard, workers):
             steps += stepped
             if steps == 2:
                 break
-    assert guard.violations == ()
+    assert violations(guard) == ()
 
 
 # -- what is declared ----------------------------------------------------------------------------
@@ -659,7 +664,7 @@ def test_a_declared_batch_size(guard):
     for a, b in private.loader:
         dpguard.batch_size(5)
         private.step(plain(private, a[:5], b[:5]))
-    assert guard.violations == ()
+    assert violations(guard) == ()
     assert passed(guard) == 1
 
 
@@ -683,7 +688,7 @@ def test_two_optimizers_read_the_same_declaration(guard):
         for called, optimizer in models:
             by_hand_step(called, optimizer, x[:count], y[:count])
             assert passed(guard) == 1
-    assert guard.violations == ()
+    assert violations(guard) == ()
 
 
 @pytest.mark.parametrize(
@@ -802,7 +807,7 @@ def test_rows_of_a_person_are_summed(guard, mode, name, reduction, bound):
     optimizer.step()
     for parameter, expected in zip(called.parameters(), truth, strict=True):
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-9, atol=1e-12)
-    assert guard.violations == ()
+    assert violations(guard) == ()
     assert passed(guard) == 1
     if mode != "ghost" and name != "ids":
         assert guard.last_step.checks["conservation"].passed == 4
@@ -843,7 +848,7 @@ def test_declared_views_are_people(guard):
             return concatenated(private, x, y)
 
     private.train(views, epochs=2)
-    assert guard.violations == ()
+    assert violations(guard) == ()
     assert (passed(guard), passed(guard, BATCHES)) == (1, 1)
 
 
@@ -885,7 +890,7 @@ def test_blocks_are_concatenated(guard, poisson, backwards):
         for parameter, expected in zip(called.parameters(), truth, strict=True):
             torch.testing.assert_close(parameter.grad, expected, rtol=1e-9, atol=1e-12)
             assert len(parameter.grad_sample) == 13
-    assert guard.violations == ()
+    assert violations(guard) == ()
 
 
 def mlp_state(called):
@@ -906,7 +911,7 @@ def test_blocks_of_two_private_loaders(guard):
             second = plain(private, u, v)
         (first + second).backward()
         private.optimizer.step()
-    assert guard.violations == ()
+    assert violations(guard) == ()
     assert (passed(guard), passed(guard, BATCHES)) == (1, 1)
 
 

@@ -118,7 +118,11 @@ class RowValues(Check):
 
     def _compare(self, step: Step, found: Clipping | Survey, means: list[torch.Tensor]) -> None:
         rows, norms = found.rows, found.norms
-        compared = [i for i, p in enumerate(rows.parameters) if _is_comparable(p, means[i])]
+        compared = [
+            i
+            for i, p in enumerate(rows.parameters)
+            if _is_comparable(p, means[i]) and self._ledger.is_whole(p)
+        ]
         if step.rows_per_person is None:
             compared = []  # people with different numbers of rows: not what the loss is a mean of
         step.run(FINITE)
