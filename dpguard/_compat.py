@@ -449,7 +449,7 @@ def batch_dimension(module: torch.nn.Module, *, batch_first: bool) -> int:
     """
     if is_rnn_linear(module):
         return 0
-    if has_own_batch_dimension(module):
+    if type(module) is _sequence_bias():
         return 0 if module.batch_first else 1
     if _transposing_attention() is not None and module in _TIME_FIRST:
         return 1

@@ -44,8 +44,9 @@ def _outline(module: torch.nn.Module, memo: dict[int, Any]) -> torch.nn.Module:
             name: None if child is None else _outline(child, memo)
             for name, child in module._modules.items()
         }
-        # functorch copies what it is given; this is a copy already.
-        state["__deepcopy__"] = lambda _memo, made=found: made
+        # Opacus deep-copies what it is given; its replay may leave the copy in disorder (functorch
+        # does not put back parameters that are shared), and one call may be replayed twice.
+        state["__deepcopy__"] = lambda _memo, made=found: outline(made)
         found.__dict__.update(state)
     return found
 
