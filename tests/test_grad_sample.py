@@ -546,11 +546,16 @@ def test_memory_does_not_grow(guard, program):
     assert alive[1] <= alive[0]
 
 
+FIGURES = 1024
+"""Bytes of figures that may wait, of models whose rows take 50 kB and more."""
+
+
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_memory_is_not_above_plain_opacus(encoder):
     """Bytes alive after forward, backward and step are at most those of unguarded Opacus.
 
-    But for steps in which the row oracle is asked: it keeps what it has found until the step.
+    But for the figures of the last steps, a few numbers per parameter that wait to be tested
+    together, and for steps in which the row oracle is asked.
     """
     measured = []
     for mode in ("off", "repair"):
@@ -570,4 +575,4 @@ def test_memory_is_not_above_plain_opacus(encoder):
             measured.append(points)
         del model, called, optimizer, loss
     for plain, guarded in zip(*measured, strict=True):
-        assert guarded <= plain
+        assert guarded <= plain + FIGURES
