@@ -19,6 +19,7 @@ from dpguard.audit.check import Check
 from dpguard.audit.clip import Clip
 from dpguard.audit.rows import RowValues
 from dpguard.audit.steps import StepAuditor
+from dpguard.audit.update import Update
 from dpguard.events import (
     Event,
     Intervention,
@@ -81,7 +82,7 @@ class Runtime:
 
     def _checks(self) -> list[Check]:
         """What is looked at in each step besides the coverage, in this order."""
-        return [RowValues(self.ledger), Clip()]
+        return [RowValues(self.ledger), Clip(), Update(self.ledger)]
 
     # -- activation ----------------------------------------------------------------------------
 

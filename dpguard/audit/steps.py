@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["StepAuditor"]
 
-_HOOKS = ("before_clip", "after_clip", "before_noise", "after_noise", "before_update", "forget")
+_HOOKS = (
+    "before_clip", "after_clip", "before_noise", "after_noise", "before_update", "cleared", "forget"
+)  # fmt: skip
 
 
 class StepAuditor:
@@ -164,6 +166,16 @@ class StepAuditor:
                 step.awaited -= 1
                 self._finish(step)
         self._collector.drain()
+
+    def before_clear(self, optimizer: Any) -> None:
+        """Gradients are about to be cleared.
+
+        Raises:
+            DPGuardError: they were used for what is not private.
+        """
+        self._run("cleared", optimizer)
+        if self._overdue is not None or self._collector.is_waiting:
+            self._drain()
 
     def abandon(self, optimizer: Any) -> None:
         """The step raised: forget what was gathered for it, keep its number."""
