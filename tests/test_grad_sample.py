@@ -551,7 +551,10 @@ def test_memory_does_not_grow(guard, program):
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_memory_is_not_above_plain_opacus(encoder):
-    """Bytes alive after forward, backward and step: those of Opacus, and 1 % for the audit."""
+    """Bytes alive after forward, backward and step: those of Opacus, and 1 % for the audit.
+
+    Samples of the parameters, whose number grows with neither the model nor the batch, come on top.
+    """
     measured = []
     for mode in ("off", "repair"):
         with dpguard.install(mode=mode):
@@ -568,6 +571,7 @@ def test_memory_is_not_above_plain_opacus(encoder):
                 optimizer.step()
                 points.append(_live_bytes()[1])
             measured.append(points)
+        sizes = [p.numel() for p in model.parameters()]
         del model, called, optimizer, loss
     for plain, guarded in zip(*measured, strict=True):
-        assert guarded <= 1.01 * plain
+        assert guarded <= 1.01 * plain + 2 * 4 * sum(min(512, size) for size in sizes)
