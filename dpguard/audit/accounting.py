@@ -94,6 +94,8 @@ class _Book:
         added = None if self.seen is None else self.seen.steps_until(history)
         self.seen = _Seen.of(history)
         self.steps = sum(entry[2] for entry in history) if added is None else self.steps + added
+        if sigma is None and added == 1:
+            sigma = float(history[-1][0])
         if sigma is not None:
             _append(self.observed, sigma, rate)
         return added
@@ -147,8 +149,7 @@ class Accounting(Check):
         state = self._states.get(optimizer)
         if state is None:
             state = self._states[optimizer] = _State()
-        sigma = optimizer.noise_multiplier
-        state.sigma = float(sigma) if isinstance(sigma, (int, float)) else None
+        state.sigma = _number(optimizer.noise_multiplier)
         self._know(state, optimizer)
         failures = []
         for reference, _ in state.accountants:
@@ -171,10 +172,13 @@ class Accounting(Check):
         living = [(found, rate) for ref, rate in state.accountants if (found := ref()) is not None]
         if not living:
             failures.append(Failure(STEPS, diagnosis.NOT_ACCOUNTED))
+        if state.sigma is None:  # the noise is not added where it can be seen
+            state.sigma = _number(optimizer.noise_multiplier)
         iterations = _compat.accumulated_iterations(optimizer, step.parameters)
         for accountant, rate in living:
             self._compare(step, state, accountant, (rate, iterations), failures)
         self._strays.clear()
+        state.sigma = None
         return failures
 
     def flush(self) -> Iterable[tuple[int, Failure]]:
@@ -316,6 +320,10 @@ def _misfits(
 def _rounded(rate: float) -> float:
     """The largest rate that Opacus accounts for one with which batches are drawn."""
     return rate / (1 - rate) * (1 + _EXACT) if rate < 1 else math.inf
+
+
+def _number(found: Any) -> float | None:
+    return float(found) if isinstance(found, (int, float)) else None
 
 
 def _entry(found: Any) -> _Entry:
