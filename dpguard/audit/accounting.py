@@ -164,6 +164,8 @@ class Accounting(Check):
         state = self._states.get(optimizer)
         if state is None:
             state = self._states[optimizer] = _State()
+        if state.sigma is None:  # the noise is not added where it can be seen
+            state.sigma = _number(optimizer.noise_multiplier)
             self._know(state, optimizer)
         if not state.had or not step.parameters:
             return ()
@@ -172,8 +174,6 @@ class Accounting(Check):
         living = [(found, rate) for ref, rate in state.accountants if (found := ref()) is not None]
         if not living:
             failures.append(Failure(STEPS, diagnosis.NOT_ACCOUNTED))
-        if state.sigma is None:  # the noise is not added where it can be seen
-            state.sigma = _number(optimizer.noise_multiplier)
         iterations = _compat.accumulated_iterations(optimizer, step.parameters)
         for accountant, rate in living:
             self._compare(step, state, accountant, (rate, iterations), failures)
@@ -249,7 +249,7 @@ class Accounting(Check):
         step: Step,
         state: _State,
         accountant: Any,
-        rates: tuple[float, int],
+        rates: tuple[float, int | None],
         failures: list[Failure],
     ) -> None:
         history = _compat.history_of(accountant)
@@ -259,15 +259,18 @@ class Accounting(Check):
         if book.seen is None:
             book.look(history)
             return
-        rate = rates[0] * rates[1]
+        base, iterations = rates
+        if iterations is None:
+            iterations = max(1, round(float(history[-1][1]) / base)) if history and base else 1
+        rate = base * iterations
         step.run(STEPS, SIGMA, RATE, count=1)
         added = book.note(history, state.sigma, rate)
         drawn = self._drawn(book)
-        told = (state.sigma, rate, rates[0], frozenset(drawn))
+        told = (state.sigma, rate, base, frozenset(drawn))
         if added == 1 and told == book.fine and history[-1][:2] == told[:2]:
             pass  # as it was before
         elif added == 1:
-            misfits = _misfits(_entry(history[-1]), state.sigma, rate, rates[0], drawn)
+            misfits = _misfits(_entry(history[-1]), state.sigma, rate, base, drawn)
             failures += misfits
             book.fine = None if misfits else told
         else:
