@@ -265,9 +265,9 @@ def test_one_row_that_is_off_by_one_percent(model, name):
     training.tamper = tamper
     with dpguard.install(mode="observe") as guard:
         training.step()
-        assert [(v.check, v.cause, v.parameters) for v in guard.violations] == [
-            (CONSERVATION, diagnosis.NOT_CONSERVED, (name,))
-        ]
+        assert [
+            (v.check, v.cause, v.parameters) for v in guard.violations if v.check == CONSERVATION
+        ] == [(CONSERVATION, diagnosis.NOT_CONSERVED, (name,))]
 
 
 @pytest.mark.parametrize("model", ["transformer", "dplstm"])
