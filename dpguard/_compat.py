@@ -896,6 +896,23 @@ def _noise_of(cls: Any) -> tuple[str, bool]:
 
 
 _ADAPTS_SINCE = (1, 6)
+_CLIP_AND_NOISE = ("clip_and_accumulate", "add_noise")
+
+
+@functools.lru_cache(maxsize=64)
+def _is_own(cls: Any, name: str) -> bool:
+    found = inspect.getattr_static(cls, name, None)
+    found = inspect.unwrap(found) if callable(found) else found
+    return not str(getattr(found, "__module__", "")).startswith("opacus.")
+
+
+def _has_own_mechanism(optimizer: Any, cls: Any) -> bool:
+    """Whether neither the clipping nor the noise is Opacus's."""
+    own = getattr(optimizer, "__dict__", ())
+    for name in _CLIP_AND_NOISE:
+        if is_opacus_method(optimizer, name) if name in own else not _is_own(cls, name):
+            return False
+    return True
 
 
 def noise_std(optimizer: Any) -> float | torch.Tensor | None:
@@ -903,10 +920,13 @@ def noise_std(optimizer: Any) -> float | torch.Tensor | None:
 
     Returns:
         A number, or a tensor where the clip bound is one. 0 if this process is to add nothing,
-        because another rank does. ``None`` if it is not known, or the noise multiplier is 0.
+        because another rank does. ``None`` if the noise multiplier is 0, or if it is not known: who
+        both clips and makes noise in his own way may have made it for a bound of his own.
     """
     cls: Any = type(optimizer)
     rule, of_one_rank = _noise_of(cls)
+    if _has_own_mechanism(optimizer, cls):
+        return None
     multiplier = optimizer.noise_multiplier
     if rule == "parts" or not isinstance(multiplier, (int, float)) or not multiplier > 0:
         return None
@@ -990,8 +1010,13 @@ def _counts_as_opacus(cls: Any) -> bool:
     return theirs is optimizer_class().accumulated_iterations  # type: ignore[attr-defined]
 
 
-def accumulated_iterations(optimizer: Any, parameters: Sequence[Any]) -> int:
-    """How many batches one step was made of, as the accountant's hook counts them."""
+def accumulated_iterations(optimizer: Any, parameters: Sequence[Any]) -> int | None:
+    """How many batches one step was made of, as the accountant's hook has counted them.
+
+    ``None`` if that cannot be known after the hook.
+    """
+    if clips_in_hooks(optimizer):
+        return None
     cls: Any = type(optimizer)
     if not _counts_as_opacus(cls):
         return int(optimizer.accumulated_iterations)

@@ -142,7 +142,9 @@ def test_what_is_right(guard):
     training.epoch()
     accountant = training.engine.accountant
     if MODERN:
-        accountant.load_state_dict(json.loads(json.dumps(accountant.state_dict())))
+        state = accountant.state_dict()
+        entries = json.loads(json.dumps(state["history"]))
+        accountant.load_state_dict(state | {"history": entries})
     training.epoch()
     guard.flush()
     assert causes(guard) == set()
@@ -212,6 +214,32 @@ def test_accumulated_batches(guard):
     assert violations(guard) == ()
     assert history(training.engine.accountant) == [(1.1, 0.4, 2)]
     assert epsilon(guard, training) == training.engine.get_epsilon(1e-5)
+
+
+def test_noise_that_cannot_be_seen(guard):
+    """An optimizer that never calls ``add_noise`` is accounted with what it declares."""
+
+    class Own(DPOptimizer):
+        def pre_step(self, closure=None):
+            self.step_hook(self)
+            return True
+
+    training = Training()
+    accountant = RDPAccountant()
+    training.optimizer = Own(
+        training.optimizer.original_optimizer,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        expected_batch_size=12,
+    )
+    training.optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(sample_rate=0.2))
+    training.epoch()
+    training.optimizer.noise_multiplier = 2.0
+    training.epoch()
+    guard.flush()
+    assert causes(guard) == set()
+    assert guard.last_step.checks[STEPS].passed == 1
+    assert epsilon(guard, training) == accountant.get_epsilon(1e-5)
 
 
 def by_hand(sigma=1.0):
@@ -359,6 +387,8 @@ FAULTS = {
     "small sigma told": (told(noise_multiplier=1.0), SIGMA, diagnosis.ACCOUNTED_SIGMA_LOW),
     "sigma changed": (sigma_while_it_is_told, SIGMA, diagnosis.ACCOUNTED_SIGMA),
 }
+ASSIGNED = {"detached at once", "detached later", "gone with its engine"}
+"""In ``strict`` the assignment itself is an error, before there is a step."""
 BOUNDED = {
     diagnosis.ACCOUNTED_OFTEN,
     diagnosis.ACCOUNTED_RATE_HIGH,
@@ -391,6 +421,10 @@ def test_what_is_refused(mode, fault):
         training = Training()
         inject(training)
         before = training.values()
+        if mode == "strict" and fault in ASSIGNED:
+            with pytest.raises(dpguard.DPGuardError, match="no longer runs"):
+                training.epoch()
+            return
         if mode == "strict" or cause not in BOUNDED:
             with pytest.raises(dpguard.DPGuardError, match=r"accounting\..*Remedy: "):
                 training.epoch()

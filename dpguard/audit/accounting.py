@@ -94,6 +94,8 @@ class _Book:
         added = None if self.seen is None else self.seen.steps_until(history)
         self.seen = _Seen.of(history)
         self.steps = sum(entry[2] for entry in history) if added is None else self.steps + added
+        if sigma is None and added == 1:
+            sigma = float(history[-1][0])
         if sigma is not None:
             _append(self.observed, sigma, rate)
         return added
@@ -104,7 +106,7 @@ class _State:
     """What is known of one optimizer, and of the step that is under way."""
 
     hook: Any = ABSENT
-    accountants: list[tuple[weakref.ref[Any], float]] = field(default_factory=list)
+    accountants: list[tuple[weakref.ref[Any], float, _Book]] = field(default_factory=list)
     number: int = 0
     sigma: float | None = None
     had: bool = False
@@ -147,15 +149,14 @@ class Accounting(Check):
         state = self._states.get(optimizer)
         if state is None:
             state = self._states[optimizer] = _State()
-        sigma = optimizer.noise_multiplier
-        state.sigma = float(sigma) if isinstance(sigma, (int, float)) else None
+        state.sigma = _number(optimizer.noise_multiplier)
         self._know(state, optimizer)
-        failures = []
-        for reference, _ in state.accountants:
+        failures: list[Failure] = []
+        for reference, _, book in state.accountants:
             accountant = reference()
             history = None if accountant is None else _compat.history_of(accountant)
-            if history is not None:
-                failures += self._look(accountant, history)
+            if history is not None and book.look(history):
+                failures += _say_gone(book)
         return failures
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
@@ -163,30 +164,39 @@ class Accounting(Check):
         state = self._states.get(optimizer)
         if state is None:
             state = self._states[optimizer] = _State()
+        if state.sigma is None:  # the noise is not added where it can be seen
+            state.sigma = _number(optimizer.noise_multiplier)
             self._know(state, optimizer)
         if not state.had or not step.parameters:
             return ()
         state.number = step.number
         failures: list[Failure] = []
-        living = [(found, rate) for ref, rate in state.accountants if (found := ref()) is not None]
-        if not living:
-            failures.append(Failure(STEPS, diagnosis.NOT_ACCOUNTED))
         iterations = _compat.accumulated_iterations(optimizer, step.parameters)
-        for accountant, rate in living:
-            self._compare(step, state, accountant, (rate, iterations), failures)
+        missed = True
+        for reference, base, book in state.accountants:
+            accountant = reference()
+            if accountant is not None:
+                missed = False
+                history = _compat.history_of(accountant)
+                if history is not None:
+                    failures += self._compare(step, state.sigma, (base, iterations), history, book)
+        if missed:
+            failures.append(Failure(STEPS, diagnosis.NOT_ACCOUNTED))
         self._strays.clear()
+        state.sigma = None
         return failures
 
     def flush(self) -> Iterable[tuple[int, Failure]]:
         """Whether epsilon of what was observed is that of the accountants: so are the histories."""
         found = []
         for state in self._states.values():
-            for reference, _ in state.accountants:
+            for reference, _, book in state.accountants:
                 accountant = reference()
                 history = None if accountant is None else _compat.history_of(accountant)
-                if history is not None and self._book(accountant).seen is not None:
-                    failures = self._look(accountant, history, whole=True)
-                    found += [(state.number, failure) for failure in failures]
+                if history is not None and book.seen is not None:
+                    gone = book.look(history) or _merged(history) != _merged(book.observed)
+                    if gone:
+                        found += [(state.number, failure) for failure in _say_gone(book)]
         return found
 
     # -- asked -----------------------------------------------------------------------------------
@@ -202,10 +212,10 @@ class Accounting(Check):
             ``None`` if no accountant was seen.
         """
         state = self._states.get(optimizer)
-        for reference, _ in state.accountants if state is not None else ():
+        for reference, _, book in state.accountants if state is not None else ():
             accountant = reference()
             if accountant is not None:
-                due = _compat.with_history(accountant, list(self._book(accountant).observed))
+                due = _compat.with_history(accountant, list(book.observed))
                 return float(due.get_epsilon(delta))
         return None
 
@@ -224,67 +234,60 @@ class Accounting(Check):
             state.hook = hook
             found = _compat.accountants_of(hook)
             if found:
-                state.accountants = [(weakref.ref(accountant), rate) for accountant, rate in found]
+                state.accountants = [(weakref.ref(a), rate, self._book(a)) for a, rate in found]
         state.had = state.had or bool(state.accountants) or hasattr(optimizer, ACCOUNTED)
-
-    def _look(
-        self, accountant: Any, history: Sequence[Any], *, whole: bool = False
-    ) -> list[Failure]:
-        """Whether what was observed before still stands in the history."""
-        book = self._book(accountant)
-        gone = book.look(history)
-        if whole and not gone and _merged(history) != _merged(book.observed):
-            gone = True
-        if not gone or diagnosis.HISTORY_CHANGED in book.said:
-            return []
-        book.said.add(diagnosis.HISTORY_CHANGED)
-        return [Failure(STEPS, diagnosis.HISTORY_CHANGED)]
 
     def _compare(
         self,
         step: Step,
-        state: _State,
-        accountant: Any,
-        rates: tuple[float, int],
-        failures: list[Failure],
-    ) -> None:
-        history = _compat.history_of(accountant)
-        book = self._book(accountant)
-        if history is None:
-            return
+        sigma: float | None,
+        rates: tuple[float, int | None],
+        history: Sequence[Any],
+        book: _Book,
+    ) -> list[Failure]:
+        """What is wrong with how this step stands in a history."""
         if book.seen is None:
             book.look(history)
-            return
-        rate = rates[0] * rates[1]
+            return []
+        base, iterations = rates
+        if iterations is None:
+            iterations = max(1, round(float(history[-1][1]) / base)) if history and base else 1
+        rate = base * iterations
         step.run(STEPS, SIGMA, RATE, count=1)
-        added = book.note(history, state.sigma, rate)
+        added = book.note(history, sigma, rate)
         drawn = self._drawn(book)
-        told = (state.sigma, rate, rates[0], frozenset(drawn))
-        if added == 1 and told == book.fine and history[-1][:2] == told[:2]:
-            pass  # as it was before
-        elif added == 1:
-            misfits = _misfits(_entry(history[-1]), state.sigma, rate, rates[0], drawn)
-            failures += misfits
-            book.fine = None if misfits else told
-        else:
+        told = (sigma, rate, base, frozenset(drawn))
+        failures: list[Failure] = []
+        if added != 1:
             often = added is not None and added > 1
             cause = diagnosis.ACCOUNTED_OFTEN if often else diagnosis.NOT_ACCOUNTED
-            failures.append(Failure(STEPS, cause))
+            failures = [Failure(STEPS, cause)]
+        elif told != book.fine or history[-1][:2] != told[:2]:
+            failures = _misfits(_entry(history[-1]), sigma, rate, base, drawn)
+            book.fine = None if failures else told
         if failures:
             book.said.add(diagnosis.HISTORY_CHANGED)  # that they differ at the end is clear then
         if book.is_poisson is not None:
             step.run(SAMPLING, count=1)
             if not book.is_poisson:
                 failure = Failure(SAMPLING, diagnosis.NOT_POISSON)
-                if diagnosis.NOT_POISSON in book.said:
-                    step.fail(failure)
-                else:
+                step.fail(failure)
+                if diagnosis.NOT_POISSON not in book.said:
                     book.said.add(diagnosis.NOT_POISSON)
                     failures.append(failure)
+        return failures
 
     def _drawn(self, book: _Book) -> set[float]:
         """The rates with which batches of this accountant's training were drawn."""
         return book.rates or (self._strays if book.is_poisson is None else set())
+
+
+def _say_gone(book: _Book) -> list[Failure]:
+    """That steps are gone from a history, once."""
+    if diagnosis.HISTORY_CHANGED in book.said:
+        return []
+    book.said.add(diagnosis.HISTORY_CHANGED)
+    return [Failure(STEPS, diagnosis.HISTORY_CHANGED)]
 
 
 def _misfits(
@@ -316,6 +319,10 @@ def _misfits(
 def _rounded(rate: float) -> float:
     """The largest rate that Opacus accounts for one with which batches are drawn."""
     return rate / (1 - rate) * (1 + _EXACT) if rate < 1 else math.inf
+
+
+def _number(found: Any) -> float | None:
+    return float(found) if isinstance(found, (int, float)) else None
 
 
 def _entry(found: Any) -> _Entry:

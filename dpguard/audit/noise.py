@@ -138,8 +138,6 @@ class Noise(Check):
             if state.std is not None:
                 state.sums = [getattr(p, "summed_grad", None) for p in step.parameters]
                 state.versions = [getattr(total, "_version", -1) for total in state.sums]
-                if not _compat.clips_rows(optimizer):
-                    state.bound = None
         return ()
 
     def after_noise(self, step: Step, optimizer: Any) -> Failures:
