@@ -11,7 +11,7 @@ from models import CNN, MLP
 from opacus import GradSampleModule, PrivacyEngine
 from opacus.optimizers import DistributedDPOptimizer, DPOptimizer, DPPerLayerOptimizer
 from opacus.utils.batch_memory_manager import BatchMemoryManager
-from releases import needs_adaptive, needs_ghost
+from releases import needs_adaptive, needs_ghost, needs_reshaping
 from shuffled import violations
 from torch import nn
 
@@ -152,6 +152,7 @@ def test_changes_of_the_declaration_are_followed(guard):
     assert guard.last_step.checks[SCALE].passed == 4
 
 
+@needs_reshaping
 def test_parameters_of_two_precisions(guard):
     """Each precision has a test of its own."""
     training = Training()
@@ -344,6 +345,7 @@ def test_no_noise_on_the_first_rank(guard, ranks):
     assert causes(guard) == {diagnosis.NOISE_MISSING}
 
 
+@needs_reshaping
 def test_empty_and_accumulated_batches(guard):
     """A step on no samples, and one of several physical batches, have noise like any other."""
     training = Training()
