@@ -339,6 +339,20 @@ def test_a_sum_that_opacus_itself_gets_wrong():
         assert wrong[0].figure > wrong[0].bound
 
 
+def test_gradients_that_vanish(guard, monkeypatch):
+    """Rows so small that the squares in their norms are zero, and others: nothing is wrong."""
+    monkeypatch.setattr("dpguard.audit.clip.SKETCH_EVERY", 1)
+    training = Training()
+    for exponent in range(-45, -5):
+        training.backward()
+        for p in training.model.parameters():
+            p.grad_sample *= 10.0**exponent
+            p.grad *= 10.0**exponent
+        training.optimizer.step()
+    guard.flush()
+    assert guard.violations == ()
+
+
 # -- rules of the user's own that are sound ---------------------------------------------------------------
 
 

@@ -44,6 +44,9 @@ __all__ = ["BOUND", "SKETCH_EVERY", "SUM", "Clip"]
 BOUND = "clip.bound"
 SUM = "clip.sum"
 SKETCH_EVERY = 50
+_VANISHED = 1e-14
+"""A row may be as long as that and have a norm of zero: squares below 1e-38 vanish, of a billion
+elements at most. No clip bound is near it."""
 ALLOWED = 1e-3
 """By how much of ``C`` the sensitivity may exceed it."""
 
@@ -273,13 +276,14 @@ class Clip(Check):
     ) -> torch.Tensor:
         """The bound of the deviation of each parameter, see above."""
         made = torch.tensor(_coefficients(rows), dtype=norms.dtype)
-        to_sum, to_rows, to_factors, to_sums = made.to(norms.device, non_blocking=True)
+        to_sum, to_rows, to_factors, to_sums, floors = made.to(norms.device, non_blocking=True)
         shares = factors * norms
         allowed: torch.Tensor = (
             to_sum * (math.sqrt(norms.shape[1]) + 1) * shares.sum(1)
             + to_rows * torch.linalg.vector_norm(shares, dim=1)
             + to_factors * (factors * sketches.abs()).sum(1)
             + to_sums * lengths
+            + floors * norms.shape[1]
         )
         return allowed
 
@@ -318,7 +322,7 @@ def _judge_bound(count: int, people: int, bound: Any, slack: float) -> Any:
         added, single = math.hypot(*values[:count]), values[count]
         clip = values[-1] if isinstance(bound, torch.Tensor) else float(bound)
         limit = people * clip * (1 + slack)
-        if added > single * (1 + slack) or max(added, single) > limit:
+        if added > single * (1 + slack) + people * _VANISHED or max(added, single) > limit:
             exceeded = min(single * (1 + slack), limit)
             return [Failure(BOUND, diagnosis.CLIP_EXCEEDED, figure=added, bound=exceeded)]
         return ()
@@ -348,7 +352,7 @@ def _roundoff(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _coefficients(rows: Rows) -> list[list[float]]:
-    """What the four terms of the bound are multiplied by, for each parameter."""
+    """What the terms of the bound are multiplied by, for each parameter; the last is the floor."""
     total = sum(p.numel() for p in rows.parameters)
     found = []
     for parameter, mine in zip(rows.parameters, rows.pieces, strict=True):
@@ -359,5 +363,10 @@ def _coefficients(rows: Rows) -> list[list[float]]:
         )
         wide = min(plain, own)
         factor = CERTAIN * max(own, low) * math.sqrt(total)
-        found.append([CERTAIN * own, CERTAIN**2 * wide * mean, factor, CERTAIN**2 * own * mean])
+        # The square of what is smaller vanishes in a norm, and not in a sketch.
+        least = math.sqrt(torch.finfo(torch.promote_types(mine[0].dtype, torch.float32)).tiny)
+        floor = CERTAIN * max(own, low) * least * parameter.numel()
+        found.append(
+            [CERTAIN * own, CERTAIN**2 * wide * mean, factor, CERTAIN**2 * own * mean, floor]
+        )
     return [list(column) for column in zip(*found, strict=True)]

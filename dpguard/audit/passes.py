@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 __all__ = ["PassValues"]
 
+_LEAST = 1e-12
+"""A scale that is smaller is none: in single precision the square of 1e-19 vanishes in a norm, here
+of backprops that are multiplied with inputs of any ordinary size. No clip bound is near that."""
+
 
 class PassValues(Check):
     """Compares activations and backprops with the gradient of the first backward."""
@@ -56,12 +60,14 @@ def _verdict(
         count = len(names)
         differences, scales = values[:count], values[count:]
         wrong = [
-            (name, difference, limit * scale)
+            (name, difference, limit * max(scale, _LEAST))
             for name, difference, scale, limit in zip(
                 names, differences, scales, limits, strict=True
             )
             # What is not finite is another check's.
-            if math.isfinite(scale) and math.isfinite(difference) and difference > limit * scale
+            if math.isfinite(scale)
+            and math.isfinite(difference)
+            and difference > limit * max(scale, _LEAST)
         ]
         if not wrong:
             return []
