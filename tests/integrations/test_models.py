@@ -11,6 +11,8 @@ from truth import TOLERANCE, flat_rows, relative_error, rows_of
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
+
 SIZES = {
     "hidden_size": 8,
     "num_hidden_layers": 1,
