@@ -30,6 +30,12 @@ aliasing = pytest.mark.skipif(not ALIASES, reason="this Opacus forwards; see the
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
 
 
+@pytest.fixture(autouse=True)
+def _alone():
+    """Optimizers of other tests that are still there would be adopted, and reported."""
+    gc.collect()
+
+
 class Training:
     """A model whose gradient is 1 for each of three weights, whatever they are."""
 
@@ -395,7 +401,6 @@ MAKERS = [
 @pytest.mark.parametrize("make", MAKERS)
 def test_subclasses_forward(make, when):
     """Subclasses forward after construction, whether class or instance is older than the guard."""
-    gc.collect()  # optimizers of other tests that are still there would be adopted and reported
     cls = make() if when != "guard first" else None
     training = Training(cls=cls) if when == "instance first" else None
     with dpguard.install(mode="repair") as guard:
