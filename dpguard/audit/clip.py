@@ -26,6 +26,7 @@ squared bounds:
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,14 +65,21 @@ class _Before:
     sum_sketches: torch.Tensor | None
 
 
+class _Mine(threading.local):
+    """What is between two hooks of one step, in the thread that takes it."""
+
+    def __init__(self) -> None:
+        self.before: _Before | None = None
+        self.signs = Signs()
+
+
 class Clip(Check):
     """Compares, per physical batch, what was clipped with what should have been."""
 
     names = (BOUND, SUM)
 
     def __init__(self) -> None:
-        self._signs = Signs()
-        self._before: _Before | None = None
+        self._mine = _Mine()
         self._turns: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._said: weakref.WeakSet[Any] = weakref.WeakSet()
         self._slacks: dict[tuple[Any, ...], float] = {}
@@ -86,7 +94,7 @@ class Clip(Check):
 
     def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:
         """Send the figures of what was added to the host."""
-        before, self._before = self._before, None
+        before, self._mine.before = self._mine.before, None
         if not step.audited:
             return ()
         with torch.no_grad():
@@ -134,14 +142,14 @@ class Clip(Check):
         found, lengths = self._of_sums(rows.parameters, clipping.sums)
         deviations = found - (factors * sketches).sum(1)
         allowed = self._allowed(rows, norms, factors, sketches, lengths)
-        self._signs.forget()
+        self._mine.signs.forget()
         self._judge(step, deviations, allowed)
 
     # -- other code clips ------------------------------------------------------------------------
 
     def before_clip(self, step: Step, optimizer: Any) -> Failures:
         """Rows are about to be clipped by code that is not ours."""
-        self._before = None
+        self._mine.before = None
         rows = Rows.of(step.parameters) if step.audited else None
         if rows is None or not _are_of_one_type(rows) or _compat.clips_in_hooks(optimizer):
             return ()
@@ -150,13 +158,13 @@ class Clip(Check):
             norms = row_norms(rows).t()
             sums = [getattr(p, "summed_grad", None) for p in rows.parameters]
             if rule is None:
-                self._before = _Before(
+                self._mine.before = _Before(
                     rows, None, norms, _lengths(rows.parameters, sums), None, None
                 )
             else:
                 found, lengths = self._of_sums(rows.parameters, sums)
                 sketches = self._of_rows(rows)
-                self._before = _Before(rows, rule, norms, lengths, sketches, found)
+                self._mine.before = _Before(rows, rule, norms, lengths, sketches, found)
         if rule is None and sum(rows.sizes) > 1 and step.clip is not None:
             return self._measure(step, optimizer, rows)
         return ()
@@ -165,7 +173,7 @@ class Clip(Check):
         """How much one person can change by the rule that is about to be used."""
         if not self._is_turn(optimizer) or step.clip is None:
             return ()
-        generator = self._signs.generator(rows.parameters[0].device)
+        generator = self._mine.signs.generator(rows.parameters[0].device)
         try:
             figure = sensitivity(optimizer, step.clip, rows, generator)
         except Unproved:
@@ -221,7 +229,7 @@ class Clip(Check):
         deviations = found - before.sum_sketches - (factors * before.row_sketches).sum(1)
         both = before.sums + lengths
         allowed = self._allowed(rows, norms, factors, before.row_sketches, both)
-        self._signs.forget()
+        self._mine.signs.forget()
         self._judge(step, deviations, allowed)
 
     def _bound_of(
@@ -248,7 +256,7 @@ class Clip(Check):
             wide = torch.promote_types(mine[0].dtype, torch.float32)
             matrices = [flat(piece).to(wide) for piece in mine]
             found.append(
-                torch.cat([m @ self._signs.of(m.shape[1], m.device, wide) for m in matrices])
+                torch.cat([m @ self._mine.signs.of(m.shape[1], m.device, wide) for m in matrices])
             )
         return torch.stack(found)
 
@@ -263,7 +271,7 @@ class Clip(Check):
                 sketches.append(torch.zeros((), dtype=wide, device=parameter.device))
             else:
                 row = total.flatten().to(wide)
-                sketches.append(row @ self._signs.of(row.numel(), row.device, wide))
+                sketches.append(row @ self._mine.signs.of(row.numel(), row.device, wide))
         return torch.stack(sketches), _lengths(parameters, sums)
 
     def _allowed(

@@ -26,6 +26,7 @@ Finiteness is read off the norms, which clipping needs anyway.
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -66,6 +67,12 @@ class _Limits(NamedTuple):
     is_composed: bool
 
 
+class _Mine(threading.local):
+    """What is between two hooks of one step, in the thread that takes it."""
+
+    survey: Survey | None = None
+
+
 class RowValues(Check):
     """Compares the rows with the gradient of the batch, and sees whether they are finite.
 
@@ -77,21 +84,21 @@ class RowValues(Check):
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._survey: Survey | None = None
+        self._mine = _Mine()
         self._limits: tuple[Any, _Limits] | None = None
         self._compared: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def before_clip(self, step: Step, optimizer: Any) -> Failures:
         """Rows that our code does not clip are measured before anybody changes them."""
-        self._survey = None
+        self._mine.survey = None
         if step.audited:
             mean = optimizer.loss_reduction == "mean"
-            self._survey = Survey.of(step.parameters, mean=mean)
+            self._mine.survey = Survey.of(step.parameters, mean=mean)
         return ()
 
     def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:
         """Send the figures to the host."""
-        found, self._survey = clipping or self._survey, None
+        found, self._mine.survey = clipping or self._mine.survey, None
         if found is None or found.means is None or not step.audited:
             return ()
         if (odd := self._of_another_reduction(found.rows, optimizer)) is not None:
@@ -178,7 +185,8 @@ class RowValues(Check):
             (p.dtype, rows.pieces[i][0].dtype) for p, i in zip(parameters, compared, strict=True)
         ]
         key = (tuple(terms), tuple(kinds), like.device, like.dtype)
-        if self._limits is None or self._limits[0] != key:
+        known = self._limits
+        if known is None or known[0] != key:
             made = [
                 _factors(p, kind, count)
                 for p, (_, kind), count in zip(parameters, kinds, terms, strict=True)
@@ -186,8 +194,8 @@ class RowValues(Check):
             columns = torch.tensor(made, dtype=like.dtype).t().contiguous()
             columns = columns.to(like.device, non_blocking=True)
             composed = any(count > 1 for count in terms)
-            self._limits = key, _Limits(columns[0], columns[1], columns[2], composed)
-        return self._limits[1]
+            known = self._limits = key, _Limits(columns[0], columns[1], columns[2], composed)
+        return known[1]
 
 
 def factors(

@@ -334,10 +334,11 @@ class StepAuditor:
     def _end(self, step: Step) -> None:
         """Tell how the step went; most go as the one before did."""
         went = (step.ran, step.failed, len(step.parameters))
-        if self._went is None or self._went[0] != went:
-            self._went = went, {check: step.count(check) for check in self._names}
-        self.last_step = step.audit(self._went[1])
-        self._emit(self.last_step)
+        known = self._went
+        if known is None or known[0] != went:
+            known = self._went = went, {check: step.count(check) for check in self._names}
+        audit = self.last_step = step.audit(known[1])
+        self._emit(audit)
 
     def _cover(self, step: Step) -> None:
         missing = step.failed.get(structure.PRESENT, ())
