@@ -982,3 +982,21 @@ def test_sensitivity_of_s04():
     with pytest.raises(dpguard.PrivacyViolation):
         sensitivity(halves, "repair")
     assert sensitivity(declared_halves, "repair") <= 1 + 1e-3
+
+
+@pytest.mark.parametrize("name", ARRANGED)
+def test_declared_rows_raise_no_alarm_in_other_checks(name):
+    """Conservation and the oracle in each step, also with ids that are all different."""
+    x, y = samples(6).tensors
+    views, whose, arranged = views_of(name, x)
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        called, optimizer = by_hand()
+        for step in range(6):
+            given = arranged if step % 2 else {"ids": torch.randperm(len(whose))}
+            optimizer.zero_grad()
+            with dpguard.rows(**given):
+                cross_entropy(called(views), y[whose]).backward()
+            optimizer.step()
+        guard.flush()
+        assert guard.violations == ()
+        assert guard.internal_errors == ()
