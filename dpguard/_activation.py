@@ -215,8 +215,8 @@ def install(**settings: Any) -> Guard:
 
     Args:
         **settings: any of ``mode`` (``"repair"``, ``"observe"``, ``"strict"``, ``"off"``),
-            ``log_dir`` (path), ``audit_every`` (int), ``sensitive`` (bool), ``run_id`` (str) and
-            ``key_file`` (path); see the README.
+            ``log_dir`` (path), ``audit_every`` (int), ``oracle_every`` (int),
+            ``sensitive`` (bool), ``run_id`` (str) and ``key_file`` (path); see the README.
 
     Returns:
         The guard, which is also a context manager. With mode ``off`` it does nothing.
