@@ -25,6 +25,7 @@ from dpguard.audit.passes import PassValues
 from dpguard.audit.people import People, rows_at_hand
 from dpguard.audit.rows import RowValues
 from dpguard.audit.steps import StepAuditor
+from dpguard.audit.update import Update
 from dpguard.deliveries import Deliveries
 from dpguard.events import (
     Event,
@@ -107,6 +108,7 @@ class Runtime:
             PassValues(self.ledger),
             Clip(),
             Noise(self.ledger),
+            Update(self.ledger),
             self.accounting,
         ]
         if self.outputs is not None:

@@ -69,6 +69,11 @@ NESTED = "nested_dp_optimizer"
 NEEDS_CLOSURE = "needs_closure"
 NOT_COPYABLE = "not_copyable"
 FOREIGN_STEP = "foreign_step"
+RAW_UPDATE = "raw_update"
+BATCH_STATISTICS = "batch_statistics"
+BUFFERS_CHANGE = "buffers_change"
+NOT_OWNED = "not_owned"
+NEVER_CHANGES = "never_changes"
 CLIP_WRONG = "clipped_sum_wrong"
 CLIP_EXCEEDED = "clipped_sum_too_long"
 CLIP_SENSITIVITY = "clip_sensitivity"
@@ -386,6 +391,40 @@ _DIAGNOSES = {
         "nor noised nor accounted",
         "call step() of the DP optimizer. If the gradients are of public data, switch the hooks "
         "off for them (model.disable_hooks())",
+    ),
+    RAW_UPDATE: Diagnosis(
+        "parameters of a DP optimizer were changed between backward and step along the gradient of "
+        "the batch, which is neither clipped nor noised",
+        "let only optimizer.step() of the DP optimizer change them, and do nothing with p.grad "
+        "between backward and step",
+        Severity.CRITICAL,
+    ),
+    BATCH_STATISTICS: Diagnosis(
+        "a layer normalised by statistics of the batch in training mode, so each sample's gradient "
+        "depends on all other samples and clipping it does not bound what one person changes",
+        "replace it by GroupNorm, LayerNorm or InstanceNorm (opacus.validators.ModuleValidator."
+        "fix), or put the layer into eval() mode while training",
+        Severity.CRITICAL,
+    ),
+    BUFFERS_CHANGE: Diagnosis(
+        "buffers of the model change in forwards in training mode; if they are computed from "
+        "samples, they are released with the model without clipping and noise",
+        "compute them from public data or from the parameters only, freeze them, or leave them "
+        "out of what is released",
+        Severity.WARNING,
+    ),
+    NOT_OWNED: Diagnosis(
+        "trainable parameters of the model have per-sample gradients and belong to no DP "
+        "optimizer, so they are not trained, or not privately",
+        "give them to the optimizer before make_private (optimizer.add_param_group), or freeze "
+        "them with requires_grad_(False)",
+        Severity.WARNING,
+    ),
+    NEVER_CHANGES: Diagnosis(
+        "parameters did not change in ten updates with a learning rate above zero and noise",
+        "check that the wrapped optimizer has them in its groups, that the model trains the same "
+        "tensors, and that updates are not too small for the precision of the parameters",
+        Severity.WARNING,
     ),
     CLIP_WRONG: Diagnosis(
         "what was added to the clipped sum is not the sum of the rows, each clipped by itself",

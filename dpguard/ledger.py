@@ -29,6 +29,7 @@ import torch
 
 from dpguard import _compat
 from dpguard._declare import declares_one_batch
+from dpguard.patches.statistics import Batches
 
 __all__ = [
     "UNKNOWN",
@@ -241,12 +242,16 @@ class ParameterState:
         "entries",
         "epoch",
         "hooked",
+        "keeps",
+        "kept",
         "name",
         "paired",
         "probed",
         "reduction",
         "ref",
         "summands",
+        "suspect",
+        "version",
     )
 
     def __init__(self, parameter: torch.Tensor, forget: Callable[[Any], None]) -> None:
@@ -270,6 +275,20 @@ class ParameterState:
         """Whether the strength of rows is wanted."""
         self.reduction: str | None = None
         """The reduction of the loss that the model was wrapped for."""
+        self.version: int | None = None
+        """Version of the parameter at its first backward since the last step."""
+        self.keeps = True
+        """Whether its values are wanted as well."""
+        self.suspect = False
+        """Whether it was ever changed in place between backward and step."""
+        self.kept: torch.Tensor | None = None
+        """A copy of its values then."""
+
+    def note_values(self, parameter: torch.Tensor) -> None:
+        """A backward begins: from here to the step the parameter should stay as it is."""
+        self.version = parameter._version
+        if self.keeps:
+            self.kept = torch.Tensor.clone(_detach(parameter))
 
     def sync(self, parameter: torch.Tensor) -> list[torch.Tensor]:
         """Take over what somebody else did to ``p.grad_sample``; its tensors, one per entry."""
@@ -425,6 +444,7 @@ class Dead:
 
 
 _autograd = _compat.autograd()
+_detach = torch._C.TensorBase.detach
 _TASKS_KEPT = 64
 _PASSES_KEPT = 16
 
@@ -487,6 +507,9 @@ class Ledger:
         """Is given the record of each call that is backpropagated, if somebody wants it."""
         self.blocks: set[int] = set()
         """Segments of blocks that are declared to be other people than those in other blocks."""
+        self.batches = Batches()
+        self.before_clearing: Callable[[Iterable[torch.Tensor]], None] | None = None
+        """Called with parameters whose gradients are about to be cleared."""
         self._closed = False
         self._tasks: dict[int, GraphTask] = {}
         self._parameters: dict[int, ParameterState] = {}
@@ -578,6 +601,12 @@ class Ledger:
         state = self.known(parameter)
         return state is not None and state.hooked
 
+    def hooked(self) -> list[tuple[ParameterState, torch.Tensor]]:
+        """The parameters of all models that Opacus wrapped."""
+        states = [state for state in list(self._parameters.values()) if state.hooked]
+        pairs = [(state, state.ref()) for state in states]
+        return [(state, parameter) for state, parameter in pairs if parameter is not None]
+
     def name_of(self, parameter: torch.Tensor) -> str:
         """Qualified name of ``parameter`` in its model, or its shape if it has none."""
         return self.state(parameter).name
@@ -630,10 +659,14 @@ class Ledger:
                 state.put_in_order(parameter)
 
     def forgive(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Gradients were cleared: what was wrong with them no longer matters."""
+        """Gradients are cleared: what was wrong with them no longer matters."""
+        parameters = list(parameters)
+        if self.before_clearing is not None:
+            self.before_clearing(parameters)
         for parameter in parameters:
             state = self._parameters.get(id(parameter))
             if state is not None:
+                state.version = state.kept = None
                 state.condemned = None
                 state.clipped = None
 

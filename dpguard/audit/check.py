@@ -161,6 +161,10 @@ class Check:
         """Everything is done, step hooks included; the wrapped optimizer steps next."""
         return ()
 
+    def cleared(self, step: Step, optimizer: Any) -> Failures:
+        """Gradients are about to be cleared."""
+        return ()
+
     def forget(self, optimizer: Any) -> None:
         """The step was refused or has raised: what was noted for it does not count."""
 

@@ -64,6 +64,11 @@ class Collector:
             return False
         return True
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether figures are on their way."""
+        return bool(self._pending)
+
     def drain(self, *, wait: bool = False) -> None:
         """Hand out what has arrived; with ``wait`` everything, however long it takes."""
         while self._pending:

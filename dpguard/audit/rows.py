@@ -121,7 +121,10 @@ class RowValues(Check):
         turn = count % PROBE_EVERY
         if turn <= 1:
             for parameter in rows.parameters:
-                self._ledger.state(parameter).probed = turn == 0
+                state = self._ledger.state(parameter)
+                state.probed = turn == 0
+                for entry in state.entries:
+                    entry.strength = None
 
     def _compare(self, step: Step, found: Clipping | Survey, means: list[torch.Tensor]) -> None:
         rows, norms = found.rows, found.norms

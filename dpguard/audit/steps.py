@@ -32,6 +32,7 @@ _HOOKS = (
     "before_noise",
     "after_noise",
     "before_update",
+    "cleared",
     "forget",
     "flush",
 )
@@ -183,6 +184,16 @@ class StepAuditor:
                 step.awaited -= 1
                 self._finish(step)
         self._collector.drain()
+
+    def before_clear(self, optimizer: Any) -> None:
+        """Gradients are about to be cleared.
+
+        Raises:
+            DPGuardError: they were used for what is not private.
+        """
+        self._run("cleared", optimizer)
+        if self._overdue is not None or self._collector.is_waiting:
+            self._drain()
 
     def abandon(self, optimizer: Any) -> None:
         """The step raised: forget what was gathered for it, keep its number."""

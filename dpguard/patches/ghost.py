@@ -242,7 +242,9 @@ class GhostPairing(Pairing):
                 rows = (*carried.rows_of(parameter), mine or 0)
                 note = Clipped(parameter.grad, rows if clipped else ())
                 note.unclipped = id(parameter) in carried.unclipped or not clipped
-                self.ledger.state(parameter).clipped = note
+                state = self.ledger.state(parameter)
+                state.clipped = note
+                state.note_values(parameter)
 
     def _on_accumulated(self, parameter: torch.nn.Parameter) -> None:
         """Autograd has added something to ``p.grad``, whoever asked it to."""

@@ -204,6 +204,7 @@ class OptimizerPatch:
     def _zero_grad(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         parameters = [p for group in instance.param_groups for p in group["params"]]
         self._ledger.forgive(parameters)
+        self._audit(self._auditor.before_clear, instance)
         if self._repairs:
             for parameter in parameters:
                 # Opacus clears those that are trainable now; what one that was frozen in between

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from dpguard import _compat, diagnosis
 from dpguard.audit.signs import Signs
 from dpguard.ledger import GraphTask, Ledger, owned_rows
+from dpguard.patches import statistics
 from dpguard.patches.layers import LayerKind, Roster
 from dpguard.patches.records import ForwardHook, Record
 from dpguard.patches.replay import replay
@@ -95,6 +96,7 @@ class Pairing:
                 self._watch(module, name)
         if self.computes:
             self._extend(self.hooks._module, "")
+        self._undo += statistics.watch(self.hooks._module, self.ledger)
 
     def includes(self, module: torch.nn.Module) -> bool:
         """Whether ``module`` is a part of this model."""
@@ -112,7 +114,9 @@ class Pairing:
         prefix = next((n for n, m in self.hooks._module.named_modules() if m is parent), "")
         if self._is_replayed(prefix):
             return
-        self._extend(added, f"{prefix}.{name}" if prefix else name)
+        path = f"{prefix}.{name}" if prefix else name
+        self._extend(added, path)
+        self._undo += statistics.watch(added, self.ledger, path)
         if self._members is not None:
             self._members.update(id(part) for part in added.modules())
 
@@ -232,6 +236,8 @@ class Pairing:
             state = self.ledger.state(parameter)
             state.name, state.paired, state.hooked = name, self.computes, True
             state.reduction = self.loss_reduction
+            if state.version is None:
+                state.note_values(parameter)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pairing:
         """The pairing of a deep copy of the model that is being made."""

@@ -1,0 +1,285 @@
+"""Update: parameters change through the DP optimizer only, and they do; what else a model keeps.
+
+``update.private``. Between the backward that gave it rows and the step, or the clearing of its
+gradients, a parameter stays as it is. An update written by hand, ``p -= lr * p.grad``, is in that
+time; what is done between steps (a checkpoint that is loaded, averaged or clamped weights) is not.
+That a parameter was changed in place is seen by its version in every step; its values are kept in
+the first and every ``KEEP_EVERY``-th. A change alone proves nothing, since some programs disturb
+weights before the forward and put them back before the step. One in the direction of the gradient
+of this batch does: the cosine of unrelated vectors of ``n`` elements exceeds ``ALONG`` with a
+probability below ``exp(-n ALONG**2 / 2)``. So from a change on values are kept, and the step is
+refused once it is proved.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from dpguard import _compat, diagnosis
+from dpguard.audit.check import Check, Failure, Failures, Receiver, Step
+from dpguard.ledger import Ledger, ParameterState
+from dpguard.patches.lean import Clipping
+
+__all__ = ["BUFFERS", "MOVES", "OWNED", "PRIVATE", "STATISTICS", "Update"]
+
+PRIVATE = "update.private"
+MOVES = "update.moves"
+BUFFERS = "model.buffers"
+STATISTICS = "model.statistics"
+OWNED = "model.owned"
+
+KEEP_FIRST = 3
+KEEP_EVERY = 50
+ALONG = 0.5
+_ENOUGH = 200
+"""Elements that have to have changed: ``exp(-200 * 0.5**2 / 2)`` = 1e-11."""
+MOVES_WITHIN = 10
+_SAMPLED = 256
+
+
+class _Watched:
+    """What is known of one optimizer over its steps."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.moving: tuple[list[weakref.ref[Any]], list[torch.Tensor], int] | None = None
+        self.moves_done = False
+
+
+class Update(Check):
+    """Looks at the parameters and the model that one optimizer trains.
+
+    Args:
+        ledger: has the versions of parameters at their backward, and what was noted of models.
+    """
+
+    names = (PRIVATE, MOVES, BUFFERS, STATISTICS, OWNED)
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        ledger.before_clearing = self._clearing
+        self._optimizers: weakref.WeakKeyDictionary[Any, _Watched] = weakref.WeakKeyDictionary()
+        self._pending: list[tuple[Receiver, torch.Tensor]] = []
+        self._named: set[tuple[str, str]] = set()
+
+    # -- changes by hand ---------------------------------------------------------------------------
+
+    def after_clip(
+        self,
+        step: Step,
+        optimizer: Any,
+        clipping: Clipping | None,
+    ) -> Failures:
+        """``p.grad`` still is the gradient of the batch."""
+        self._look(step)
+        return ()
+
+    def cleared(self, step: Step, optimizer: Any) -> Failures:
+        """Gradients are about to be cleared; what was found then is told."""
+        if self._pending:
+            self._tell(step)
+        return ()
+
+    def _clearing(self, parameters: Iterable[torch.Tensor]) -> None:
+        self._compare(parameters)
+
+    def _look(self, step: Step) -> None:
+        step.run(PRIVATE)
+        self._compare(step.parameters)
+        if self._pending:
+            self._tell(step)
+
+    def _compare(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Measure how parameters have changed since their backward, if they have or may have."""
+        changed: list[ParameterState] = []
+        kept: list[tuple[torch.Tensor, ParameterState]] = []
+        known = self._ledger.known
+        for parameter in parameters:
+            state = known(parameter)
+            if state is None or state.version is None:
+                continue
+            if state.kept is not None:
+                kept.append((parameter, state))
+            elif state.version != parameter._version:
+                changed.append(state)
+        for state in changed:
+            state.suspect = state.keeps = True
+        if kept:
+            self._measure(kept)
+
+    @torch.no_grad()
+    def _measure(self, kept: Sequence[tuple[torch.Tensor, ParameterState]]) -> None:
+        names, grads, values, before = [], [], [], []
+        for parameter, state in kept:
+            grad, held = parameter.grad, state.kept
+            if (
+                type(grad) is torch.Tensor
+                and held is not None
+                and grad.layout is torch.strided
+                and grad.shape == held.shape == parameter.shape
+                and grad.device == held.device == parameter.device
+            ):
+                names.append(state.name)
+                grads.append(grad)
+                values.append(parameter.detach())
+                before.append(held)
+        if not names:
+            return
+        deltas = torch._foreach_sub(values, before)
+        dots = [d.flatten().to(g.dtype) @ g.flatten() for d, g in zip(deltas, grads, strict=True)]
+        wide = torch.promote_types(grads[0].dtype, torch.float32)
+        columns = (dots, torch._foreach_norm(deltas), torch._foreach_norm(grads))
+        figures = torch.stack([figure.to(wide) for column in columns for figure in column])
+        sizes = [value.numel() for value in values]
+        self._pending.append((_judge(tuple(names), sizes), figures))
+
+    def _tell(self, step: Step) -> None:
+        pending, self._pending = self._pending, []
+        for receive, figures in pending:
+            step.collect((PRIVATE,), figures, receive)
+
+    # -- once per logical step ---------------------------------------------------------------------
+
+    def before_noise(self, step: Step, optimizer: Any) -> Failures:
+        """The clipped sum is complete; nothing is accounted yet."""
+        watched = self._optimizers.get(optimizer)
+        if watched is None:
+            watched = self._optimizers[optimizer] = _Watched()
+        if not _compat.clips_rows(optimizer):
+            self._look(step)
+        failures: list[Failure] = []
+        batches = self._ledger.batches
+        step.run(STATISTICS, BUFFERS, count=1)
+        if batches.normalised:
+            failures += self._statistics(step)
+        if batches.buffers:
+            failures += self._buffers(step)
+        if watched.steps == 1 or watched.steps % KEEP_EVERY == KEEP_EVERY - 1:
+            step.run(OWNED, count=1)
+            failures += self._owned()
+        return failures
+
+    def before_update(self, step: Step, optimizer: Any) -> Failures:
+        """The next change of the parameters is the private one."""
+        watched = self._optimizers.get(optimizer) or _Watched()
+        watched.steps += 1
+        keeps = watched.steps < KEEP_FIRST or watched.steps % KEEP_EVERY == 0
+        known = self._ledger.known
+        for parameter in step.parameters:
+            state = known(parameter)
+            if state is not None:
+                state.version = state.kept = None
+                state.keeps = keeps or state.suspect
+        if not watched.moves_done:
+            self._moves(step, optimizer, watched)
+        return ()
+
+    def _concerns(self, step: Step, root: Any) -> bool:
+        """Whether this optimizer trains that model; unknown models are everybody's."""
+        model = root()
+        if model is None:
+            return True
+        mine = {id(p) for p in step.parameters}
+        return any(id(p) in mine for p in model.parameters())
+
+    def _statistics(self, step: Step) -> list[Failure]:
+        normalised = self._ledger.batches.normalised
+        found = tuple(name for name, root in normalised.items() if self._concerns(step, root))
+        for name in found:
+            del normalised[name]  # a model that was put right may train on
+        return [Failure(STATISTICS, diagnosis.BATCH_STATISTICS, modules=found)] if found else []
+
+    def _buffers(self, step: Step) -> list[Failure]:
+        buffers = self._ledger.batches.buffers
+        found = [name for name, root in buffers.items() if self._concerns(step, root)]
+        for name in found:
+            del buffers[name]
+        return self._once(BUFFERS, diagnosis.BUFFERS_CHANGE, found)
+
+    def _owned(self) -> list[Failure]:
+        """Opacus gives ``summed_grad`` to the parameters of its optimizers."""
+        found = [
+            state.name
+            for state, parameter in self._ledger.hooked()
+            if parameter.requires_grad
+            and getattr(parameter, "grad_sample", None) is not None
+            and not hasattr(parameter, "summed_grad")
+        ]
+        return self._once(OWNED, diagnosis.NOT_OWNED, found)
+
+    def _once(self, check: str, cause: str, names: Sequence[str]) -> list[Failure]:
+        new = tuple(name for name in names if (check, name) not in self._named)
+        self._named.update((check, name) for name in new)
+        return [Failure(check, cause, parameters=new)] if new else []
+
+    # -- parameters that stay as they are ----------------------------------------------------------
+
+    def _moves(self, step: Step, optimizer: Any, watched: _Watched) -> None:
+        """Compare some elements of each parameter before the first update and ten updates later.
+
+        Only with noise, which moves every element of a parameter that has a learning rate at all.
+        """
+        if not optimizer.noise_multiplier or not _learns(optimizer):
+            return
+        if watched.moving is None:
+            references = [weakref.ref(p) for p in step.parameters]
+            samples = [_sample(p) for p in step.parameters]
+            watched.moving = (references, samples, watched.steps)
+            return
+        references, samples, begun = watched.moving
+        if watched.steps - begun < MOVES_WITHIN:
+            return
+        watched.moves_done, watched.moving = True, None
+        parameters = [reference() for reference in references]
+        pairs = [
+            (self._ledger.name_of(p), _sample(p), before)
+            for p, before in zip(parameters, samples, strict=True)
+            if p is not None and p.requires_grad and _sample(p).shape == before.shape
+        ]
+        if not pairs:
+            return
+        step.run(MOVES, count=len(pairs))
+        moved = torch.stack([(now != before).any() for _, now, before in pairs]).float()
+        names = tuple(name for name, _, _ in pairs)
+
+        def receive(values: list[float]) -> Failures:
+            still = tuple(name for name, value in zip(names, values, strict=True) if not value)
+            return [Failure(MOVES, diagnosis.NEVER_CHANGES, still)] if still else []
+
+        step.collect((MOVES,), moved, receive)
+
+
+def _judge(names: tuple[str, ...], sizes: Sequence[int]) -> Receiver:
+    """What to make of, for each parameter, delta . grad, |delta| and |grad|."""
+
+    def receive(values: list[float]) -> Failures:
+        count = len(names)
+        dots, deltas, grads = values[:count], values[count : 2 * count], values[2 * count :]
+        moved = [i for i in range(count) if deltas[i] != 0.0]
+        length = math.hypot(*(deltas[i] for i in moved)) * math.hypot(*(grads[i] for i in moved))
+        if not moved or sum(sizes[i] for i in moved) < _ENOUGH:
+            return ()
+        cosine = abs(sum(dots[i] for i in moved)) / length if length else 0.0
+        if not cosine > ALONG:
+            return ()
+        who = tuple(names[i] for i in moved)
+        return [Failure(PRIVATE, diagnosis.RAW_UPDATE, who, figure=cosine, bound=ALONG)]
+
+    return receive
+
+
+def _learns(optimizer: Any) -> bool:
+    """Whether every group has a learning rate; with a warm-up it may begin at zero."""
+    rates = [group.get("lr", 1.0) for group in optimizer.param_groups]
+    return all(isinstance(rate, torch.Tensor) or rate > 0 for rate in rates)
+
+
+def _sample(parameter: torch.Tensor) -> torch.Tensor:
+    """Some elements of a parameter, as they are now."""
+    elements = parameter.detach().reshape(-1)
+    return elements[:: max(1, elements.numel() // _SAMPLED)].clone()

@@ -1,0 +1,515 @@
+"""Parameters change through the DP optimizer only, and they do; what else a model keeps is named."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from models import MLP
+from opacus import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from releases import needs_ghost, needs_reshaping
+from test_audit import private
+from torch import nn
+
+import dpguard
+from dpguard import diagnosis
+from dpguard.audit import update as update_module
+from dpguard.audit.update import BUFFERS, KEEP_EVERY, MOVES, OWNED, PRIVATE, STATISTICS
+
+pytestmark = needs_reshaping
+
+
+def wide():
+    return nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 5))
+
+
+class Training:
+    """Eight samples, SGD with a learning rate of 0.1."""
+
+    def __init__(self, make=wide, *, parameters=None, lr=0.1, sigma=0.5, shape=(6,)):
+        torch.manual_seed(1)
+        self.model = make()
+        self.called = GradSampleModule(self.model, strict=False)
+        chosen = [p for p in self.model.parameters() if p.requires_grad]
+        self.inner = torch.optim.SGD(
+            chosen if parameters is None else parameters(self.model), lr=lr
+        )
+        self.optimizer = DPOptimizer(
+            self.inner, noise_multiplier=sigma, max_grad_norm=1.0, expected_batch_size=8
+        )
+        self.x = torch.randn(8, *shape)
+
+    def backward(self):
+        self.optimizer.zero_grad()
+        (self.called(self.x) ** 2).mean().backward()
+
+    def step(self):
+        self.backward()
+        self.optimizer.step()
+
+    def steps(self, count):
+        for _ in range(count):
+            self.step()
+
+
+def causes(guard):
+    return {v.cause for v in guard.violations}
+
+
+# -- updates by hand -------------------------------------------------------------------------------------
+
+
+def in_place(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= 0.1 * p.grad
+
+
+def of_data(model):
+    for p in model.parameters():
+        p.data = p.data - 0.1 * p.grad
+
+
+def of_data_in_place(model):
+    for p in model.parameters():
+        p.data.sub_(0.1 * p.grad)
+
+
+def of_signs(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= 0.01 * p.grad.sign()
+
+
+def of_one_layer(model):
+    with torch.no_grad():
+        model[0].weight.add_(model[0].weight.grad, alpha=-0.1)
+        model[2].weight.add_(model[2].weight.grad, alpha=-0.1)
+
+
+BY_HAND = [in_place, of_data, of_data_in_place, of_signs, of_one_layer]
+
+
+@pytest.mark.parametrize("change", BY_HAND, ids=lambda f: f.__name__)
+def test_an_update_by_hand_before_the_step_is_refused(change, guard):
+    """In the first step, before anything else is applied; by the names of the parameters."""
+    training = Training()
+    training.backward()
+    change(training.model)
+    before = [p.detach().clone() for p in training.model.parameters()]
+    with pytest.raises(dpguard.PrivacyViolation, match="between backward and step"):
+        training.optimizer.step()
+    assert all(map(torch.equal, before, training.model.parameters()))
+    (violation,) = guard.violations
+    assert (violation.check, violation.cause) == (PRIVATE, diagnosis.RAW_UPDATE)
+    assert ("2.bias" in violation.parameters) == (change is not of_one_layer)
+
+
+@pytest.mark.parametrize("change", BY_HAND, ids=lambda f: f.__name__)
+def test_an_update_by_hand_without_a_step_is_refused(change, guard):
+    """The accountant would never see a step: the next ``zero_grad`` raises."""
+    training = Training()
+    training.backward()
+    change(training.model)
+    with pytest.raises(dpguard.PrivacyViolation, match="between backward and step"):
+        training.backward()
+    assert causes(guard) == {diagnosis.RAW_UPDATE}
+    training.steps(2)
+
+
+@pytest.mark.parametrize("change", BY_HAND, ids=lambda f: f.__name__)
+def test_an_update_by_hand_that_comes_late(change, guard):
+    """In place: at its second time at the latest. Through ``.data``: when values are kept."""
+    training = Training()
+    training.steps(5)
+    assert guard.violations == ()
+    with pytest.raises(dpguard.PrivacyViolation):  # noqa: PT012
+        for number in range(KEEP_EVERY):
+            training.backward()
+            change(training.model)
+            training.optimizer.step()
+    assert number <= (1 if "data" not in change.__name__ else KEEP_EVERY)
+    assert causes(guard) == {diagnosis.RAW_UPDATE}
+
+
+def test_an_update_by_hand_in_a_skipped_batch(guard):
+    """The raw gradient of a physical batch that only accumulates is no better."""
+    training = Training()
+    training.optimizer.signal_skip_step(do_skip=True)
+    training.step()
+    in_place(training.model)
+    with pytest.raises(dpguard.PrivacyViolation):
+        training.optimizer.zero_grad()
+
+
+@needs_ghost
+def test_an_update_by_hand_in_ghost_clipping(guard):
+    """There ``p.grad`` is clipped and not noised."""
+    model, optimizer, criterion, loader = private(
+        wide(), grad_sample_mode="ghost", criterion=nn.CrossEntropyLoss()
+    )
+    batches = iter([*loader, *loader])
+    for number in range(3):
+        x, y = next(batches)
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        if number == 2:
+            in_place(model)
+            with pytest.raises(dpguard.PrivacyViolation):
+                optimizer.step()
+        else:
+            optimizer.step()
+    assert causes(guard) == {diagnosis.RAW_UPDATE}
+
+
+def test_updates_by_hand_in_observe():
+    """They are told, and nothing is refused."""
+    with dpguard.install(mode="observe") as guard:
+        training = Training()
+        training.backward()
+        in_place(training.model)
+        training.optimizer.step()
+        assert causes(guard) == {diagnosis.RAW_UPDATE}
+
+
+# -- changes that are fine ---------------------------------------------------------------------------------
+
+
+def loading(training):
+    """A checkpoint of three steps ago."""
+    states = [copy.deepcopy(training.model.state_dict()) for _ in range(3)]
+
+    def between():
+        states.append(copy.deepcopy(training.model.state_dict()))
+        training.model.load_state_dict(states.pop(0))
+
+    return between
+
+
+def averaging(training):
+    averages = [p.detach().clone() for p in training.model.parameters()]
+
+    def between():
+        with torch.no_grad():
+            for p, a in zip(training.model.parameters(), averages, strict=True):
+                a.lerp_(p, 0.5)
+                p.copy_(a)
+
+    return between
+
+
+def clamping(training):
+    def between():
+        with torch.no_grad():
+            for p in training.model.parameters():
+                p.clamp_(-0.1, 0.1)
+
+    return between
+
+
+def private_gradient(training):
+    """After the step ``p.grad`` is noised, and may be used."""
+
+    def between():
+        if training.model[0].weight.grad is not None:
+            in_place(training.model)
+
+    return between
+
+
+@pytest.mark.parametrize(
+    "make", [loading, averaging, clamping, private_gradient], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("order", ["before zero_grad", "after zero_grad"])
+def test_what_is_done_between_steps_is_fine(make, order):
+    """Checkpoints, averages, clamps: before the next forward."""
+    with dpguard.install(mode="strict") as guard:
+        training = Training()
+        between = make(training)
+        for _ in range(KEEP_EVERY + 3):
+            if order == "before zero_grad":
+                between()
+            training.optimizer.zero_grad()
+            if order == "after zero_grad" and make is not private_gradient:
+                between()
+            (training.called(training.x) ** 2).mean().backward()
+            training.optimizer.step()
+        assert guard.violations == ()
+
+
+@pytest.mark.parametrize("kind", ["noise", "binary"])
+def test_weights_that_are_put_back_before_the_step(kind):
+    """Weight noise, binary weights: restored after the backward, which is no update."""
+    with dpguard.install(mode="strict") as guard:
+        training = Training()
+        for _ in range(8):
+            training.optimizer.zero_grad()
+            parameters = list(training.model.parameters())
+            real = [p.detach().clone() for p in parameters]
+            with torch.no_grad():
+                for p in parameters:
+                    p.copy_(p.sign() * 0.2 if kind == "binary" else p + 0.05 * torch.randn_like(p))
+            (training.called(training.x) ** 2).mean().backward()
+            with torch.no_grad():
+                for p, r in zip(parameters, real, strict=True):
+                    p.copy_(r)
+            training.optimizer.step()
+        assert guard.violations == ()
+
+
+def test_two_optimizers_on_one_model(guard):
+    """The step of one is private, and no change by hand for the other."""
+    training = Training(parameters=lambda m: list(m[0].parameters()))
+    other = DPOptimizer(
+        torch.optim.SGD(training.model[2].parameters(), lr=0.1),
+        noise_multiplier=0.5,
+        max_grad_norm=1.0,
+        expected_batch_size=8,
+    )
+    for _ in range(4):
+        training.backward()
+        training.optimizer.step()
+        other.step()
+        other.zero_grad()
+    assert guard.violations == ()
+
+
+# -- batch statistics ----------------------------------------------------------------------------------------
+
+
+def normalised(layer):
+    return lambda: nn.Sequential(nn.Linear(6, 8), layer(), nn.Linear(8, 5))
+
+
+def frozen_affine():
+    layer = nn.BatchNorm1d(8)
+    for p in layer.parameters():
+        p.requires_grad_(False)
+    return layer
+
+
+class Custom(nn.BatchNorm1d):
+    """A forward of its own, as in timm."""
+
+    def forward(self, x):
+        return torch.relu(super().forward(x))
+
+
+STATISTICAL = {
+    "no affine": lambda: nn.BatchNorm1d(8, affine=False),
+    "frozen affine": frozen_affine,
+    "no running statistics": lambda: nn.BatchNorm1d(8, affine=False, track_running_stats=False),
+    "custom": lambda: Custom(8, affine=False),
+}
+
+
+@pytest.mark.parametrize("name", STATISTICAL)
+@pytest.mark.parametrize("mode", ["repair", "observe"])
+def test_batch_statistics_are_refused(name, mode):
+    """In the first step, by name, before anything is accounted; in ``observe`` it is told."""
+    with dpguard.install(mode=mode) as guard:
+        training = Training(normalised(STATISTICAL[name]))
+        told = []
+        training.optimizer.attach_step_hook(told.append)
+        before = [p.detach().clone() for p in training.model.parameters()]
+        if mode == "observe":
+            training.step()
+        else:
+            with pytest.raises(dpguard.PrivacyViolation, match="GroupNorm"):
+                training.step()
+            assert all(map(torch.equal, before, training.model.parameters()))
+            assert told == []
+        violation = next(v for v in guard.violations if v.check == STATISTICS)
+        assert (violation.cause, violation.modules) == (diagnosis.BATCH_STATISTICS, ("1",))
+
+
+class Unused(nn.Module):
+    """A layer that is there and not called."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.spare = wide(), nn.BatchNorm1d(8, affine=False)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+HEALTHY = {
+    "unused": Unused,
+    "eval": lambda: normalised(lambda: nn.BatchNorm1d(8, affine=False).eval())(),
+    "layer norm": normalised(lambda: nn.LayerNorm(8)),
+    "group norm": normalised(lambda: nn.GroupNorm(2, 8)),
+    "instance norm": normalised(
+        lambda: nn.Sequential(nn.Unflatten(1, (2, 4)), nn.InstanceNorm1d(2), nn.Flatten())
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_layers_without_batch_statistics(name):
+    """Other norms, one in eval mode, and one that is not used."""
+    with dpguard.install(mode="strict") as guard:
+        training = Training(HEALTHY[name])
+        training.steps(3)
+        assert guard.violations == ()
+        assert guard.last_step.checks[STATISTICS].passed == 1
+
+
+def test_a_model_that_was_put_right_trains_on(guard):
+    """After the refusal, with the layer in eval mode."""
+    training = Training(normalised(STATISTICAL["no affine"]))
+    with pytest.raises(dpguard.PrivacyViolation):
+        training.step()
+    training.model[1].eval()
+    training.steps(2)
+    assert guard.last_step.ok
+
+
+def test_models_with_our_hooks_are_copied_and_stored(guard):
+    """Deep copies are watched as well; a pickle has no hook of ours that acts."""
+    model = GradSampleModule(normalised(STATISTICAL["no affine"])(), strict=False)
+    copy.deepcopy(model)
+    restored = pickle.loads(pickle.dumps(model._module[1]))
+    restored(torch.randn(4, 8))
+    assert guard._runtime.ledger.batches.normalised == {}
+
+
+# -- buffers -----------------------------------------------------------------------------------------------
+
+
+class Codebook(nn.Module):
+    """Keeps an average of what it sees."""
+
+    def __init__(self, *, learns=True):
+        super().__init__()
+        self.body, self.learns = wide(), learns
+        self.register_buffer("ema", torch.zeros(6))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("cache", torch.zeros(6), persistent=False)
+
+    def forward(self, x):
+        if self.training and self.learns:
+            self.ema.lerp_(x.detach().mean(0), 0.1)
+        self.calls += 1
+        self.cache.copy_(torch.arange(6.0))
+        return self.body(x)
+
+
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+def test_buffers_that_change_are_named_once(mode):
+    """A warning; counters and caches are not meant."""
+    with dpguard.install(mode=mode) as guard:
+        training = Training(Codebook)
+        training.steps(4)
+        (violation,) = guard.violations
+        assert (violation.check, violation.cause) == (BUFFERS, diagnosis.BUFFERS_CHANGE)
+        assert violation.parameters == ("ema",)
+        assert violation.severity.value == "WARNING"
+        assert guard.last_step.ok
+
+
+def test_buffers_that_stay(guard):
+    """Nothing to say; neither of buffers that somebody changes between steps."""
+    training = Training(lambda: Codebook(learns=False))
+    for _ in range(4):
+        training.step()
+        training.model.ema.add_(1)
+    assert guard.violations == ()
+
+
+def test_spectral_norm_is_no_buffer_of_data(guard):
+    """Its vectors follow from the weights."""
+    model = wide()
+    watched = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)), model)
+    for p in watched[0].parameters():
+        p.requires_grad_(False)
+    training = Training(lambda: watched)
+    training.steps(3)
+    assert BUFFERS not in {v.check for v in guard.violations}
+
+
+# -- parameters that nobody owns, or that stay as they are ---------------------------------------------------
+
+
+def test_parameters_that_no_optimizer_owns(guard):
+    """Named once, with a warning, when every optimizer has had time to be made."""
+    training = Training(parameters=lambda m: list(m[0].parameters()))
+    training.steps(5)
+    (violation,) = guard.violations
+    assert (violation.check, violation.cause) == (OWNED, diagnosis.NOT_OWNED)
+    assert violation.parameters == ("2.weight", "2.bias")
+    assert violation.severity.value == "WARNING"
+
+
+def test_parameters_that_never_change(guard):
+    """A wrapped optimizer that leaves out a parameter: named after ten updates."""
+
+    class Forgetful(torch.optim.SGD):
+        def step(self, closure=None):
+            self.param_groups[0]["params"][1].grad = None
+            return super().step(closure)
+
+    training = Training()
+    training.inner.__class__ = Forgetful
+    training.steps(15)
+    (violation,) = guard.violations
+    assert (violation.check, violation.cause) == (MOVES, diagnosis.NEVER_CHANGES)
+    assert violation.parameters == ("0.bias",)
+    assert violation.severity.value == "WARNING"
+
+
+@pytest.mark.parametrize("options", [{"lr": 0.0}, {"sigma": 0.0}, {}], ids=["lr", "sigma", "plain"])
+def test_parameters_that_need_not_change(guard, options):
+    """A learning rate of zero, no noise and no gradient, and those that do change."""
+    training = Training(**options)
+    if options.get("sigma") == 0.0:
+        training.x.zero_()
+    for number in range(14):
+        training.step()
+        if "lr" in options and number == 3:
+            training.inner.param_groups[0]["lr"] = 0.1
+    assert guard.violations == ()
+
+
+def test_a_warm_up_from_zero(guard):
+    """The learning rate is zero at first and small later."""
+    training = Training(lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(training.optimizer, lambda k: k / 100)
+    for _ in range(15):
+        training.step()
+        schedule.step()
+    assert guard.violations == ()
+    assert training.inner.param_groups[0]["lr"] > 0
+
+
+# -- cost ----------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_kept_between_the_steps_that_keep(guard):
+    """In most steps only versions are noted: no copy of any parameter."""
+    training = Training()
+    training.steps(update_module.KEEP_FIRST)
+    state = guard._runtime.ledger.state(training.model[0].weight)
+    training.backward()
+    assert state.version is not None
+    assert state.kept is None
+    training.optimizer.step()
+    assert state.version is None
+
+
+def test_healthy_programs(guard):
+    """Digits of several kinds through ``make_private``: nothing is said."""
+    for kind in ("flat", "adaptive", "per_layer"):
+        from test_audit import clipped
+
+        model, optimizer, loader = clipped(kind)
+        for _ in range(6):
+            for x, y in loader:
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
+    assert guard.violations == ()
+    assert isinstance(model._module, MLP)
