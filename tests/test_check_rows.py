@@ -17,11 +17,14 @@ from releases import needs_reshaping
 from torch import nn
 
 import dpguard
-from dpguard import diagnosis
+from dpguard import _compat, diagnosis
 from dpguard.audit import rows as rows_module
 from dpguard.audit.rows import CONSERVATION, PROBE_EVERY
 
-pytestmark = needs_reshaping
+pytestmark = [
+    needs_reshaping,
+    pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning"),
+]
 
 
 def _benchmarked():
@@ -101,11 +104,10 @@ def worst(ratios):
     return max(max(found.values()) for found in ratios)
 
 
-KINDS = {
-    "float32": {},
-    "float64": {"dtype": torch.float64},
-    "bfloat16 autocast": {"autocast": True},
-}
+KINDS = {"float32": {}, "float64": {"dtype": torch.float64}}
+CASTS = _compat.casts_rows()
+if CASTS:  # before, Opacus cannot clip rows of another precision than their parameter's
+    KINDS["bfloat16 autocast"] = {"autocast": True}
 
 
 def healthy(training, steps, ratios):
@@ -449,6 +451,7 @@ def test_the_number_of_products(guard):
     assert guard._runtime.ledger.summands_of(cell) == 16
 
 
+@pytest.mark.skipif(not CASTS, reason="this Opacus clips rows in their own precision")
 def test_norms_of_rows_in_half_precision(guard):
     """A clipped sum of bfloat16 rows is within C in single precision: no factor is rounded up."""
     training = bench("mlp", batch=1)
