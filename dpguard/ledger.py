@@ -42,6 +42,7 @@ __all__ = [
     "Tally",
     "owned_rows",
     "parameters_of",
+    "sample_of",
     "sum_of_rows",
 ]
 
@@ -103,6 +104,12 @@ def sum_of_rows(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     total = longer.clone()
     total[: len(shorter)] += shorter
     return total
+
+
+def sample_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of some elements, evenly spread, so that it takes no memory to speak of."""
+    elements = tensor.reshape(-1)
+    return elements[:: max(1, elements.numel() // _SAMPLED)].clone()
 
 
 class Clipped:
@@ -282,13 +289,13 @@ class ParameterState:
         self.suspect = False
         """Whether it was ever changed in place between backward and step."""
         self.kept: torch.Tensor | None = None
-        """A copy of its values then."""
+        """Some of its values then, see :func:`sample_of`."""
 
     def note_values(self, parameter: torch.Tensor) -> None:
         """A backward begins: from here to the step the parameter should stay as it is."""
         self.version = parameter._version
         if self.keeps:
-            self.kept = torch.Tensor.clone(_detach(parameter))
+            self.kept = sample_of(_detach(parameter))
 
     def sync(self, parameter: torch.Tensor) -> list[torch.Tensor]:
         """Take over what somebody else did to ``p.grad_sample``; its tensors, one per entry."""
@@ -445,6 +452,7 @@ class Dead:
 
 _autograd = _compat.autograd()
 _detach = torch._C.TensorBase.detach
+_SAMPLED = 256
 _TASKS_KEPT = 64
 _PASSES_KEPT = 16
 

@@ -3,8 +3,8 @@
 ``update.private``. Between the backward that gave it rows and the step, or the clearing of its
 gradients, a parameter stays as it is. An update written by hand, ``p -= lr * p.grad``, is in that
 time; what is done between steps (a checkpoint that is loaded, averaged or clamped weights) is not.
-That a parameter was changed in place is seen by its version in every step; its values are kept in
-the first and every ``KEEP_EVERY``-th. A change alone proves nothing, since some programs disturb
+That a parameter was changed in place is seen by its version in every step; some of its values are
+kept in the first and every ``KEEP_EVERY``-th. A change alone proves nothing, since some disturb
 weights before the forward and put them back before the step. One in the direction of the gradient
 of this batch does: the cosine of unrelated vectors of ``n`` elements exceeds ``ALONG`` with a
 probability below ``exp(-n ALONG**2 / 2)``. So from a change on values are kept, and the step is
@@ -22,7 +22,7 @@ import torch
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Receiver, Step
-from dpguard.ledger import Ledger, ParameterState
+from dpguard.ledger import Ledger, ParameterState, sample_of
 from dpguard.patches.lean import Clipping
 
 __all__ = ["BUFFERS", "MOVES", "OWNED", "PRIVATE", "STATISTICS", "Update"]
@@ -39,7 +39,6 @@ ALONG = 0.5
 _ENOUGH = 200
 """Elements that have to have changed: ``exp(-200 * 0.5**2 / 2)`` = 1e-11."""
 MOVES_WITHIN = 10
-_SAMPLED = 256
 
 
 class _Watched:
@@ -121,17 +120,19 @@ class Update(Check):
                 type(grad) is torch.Tensor
                 and held is not None
                 and grad.layout is torch.strided
-                and grad.shape == held.shape == parameter.shape
+                and grad.shape == parameter.shape
                 and grad.device == held.device == parameter.device
             ):
-                names.append(state.name)
-                grads.append(grad)
-                values.append(parameter.detach())
-                before.append(held)
+                value = sample_of(parameter)
+                if value.shape == held.shape:
+                    names.append(state.name)
+                    grads.append(sample_of(grad))
+                    values.append(value)
+                    before.append(held)
         if not names:
             return
         deltas = torch._foreach_sub(values, before)
-        dots = [d.flatten().to(g.dtype) @ g.flatten() for d, g in zip(deltas, grads, strict=True)]
+        dots = [d.to(g.dtype) @ g for d, g in zip(deltas, grads, strict=True)]
         wide = torch.promote_types(grads[0].dtype, torch.float32)
         columns = (dots, torch._foreach_norm(deltas), torch._foreach_norm(grads))
         figures = torch.stack([figure.to(wide) for column in columns for figure in column])
@@ -228,7 +229,7 @@ class Update(Check):
             return
         if watched.moving is None:
             references = [weakref.ref(p) for p in step.parameters]
-            samples = [_sample(p) for p in step.parameters]
+            samples = [sample_of(p.detach()) for p in step.parameters]
             watched.moving = (references, samples, watched.steps)
             return
         references, samples, begun = watched.moving
@@ -237,9 +238,9 @@ class Update(Check):
         watched.moves_done, watched.moving = True, None
         parameters = [reference() for reference in references]
         pairs = [
-            (self._ledger.name_of(p), _sample(p), before)
+            (self._ledger.name_of(p), sample_of(p.detach()), before)
             for p, before in zip(parameters, samples, strict=True)
-            if p is not None and p.requires_grad and _sample(p).shape == before.shape
+            if p is not None and p.requires_grad and sample_of(p.detach()).shape == before.shape
         ]
         if not pairs:
             return
@@ -277,9 +278,3 @@ def _learns(optimizer: Any) -> bool:
     """Whether every group has a learning rate; with a warm-up it may begin at zero."""
     rates = [group.get("lr", 1.0) for group in optimizer.param_groups]
     return all(isinstance(rate, torch.Tensor) or rate > 0 for rate in rates)
-
-
-def _sample(parameter: torch.Tensor) -> torch.Tensor:
-    """Some elements of a parameter, as they are now."""
-    elements = parameter.detach().reshape(-1)
-    return elements[:: max(1, elements.numel() // _SAMPLED)].clone()
