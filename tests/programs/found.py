@@ -231,4 +231,16 @@ FOUND = {
             Take(),
         ),
     ),
+    # What a step had put into p.grad was summed up as the next physical batch.
+    "skipped_step_without_another_backward": (
+        Design(mode="ghost"),
+        (
+            *_ONCE[:-1],
+            Take(clear=False),
+            Input(3, requires_grad=True),
+            Backward((-1,), kind="unclipped"),
+            Take(skip=True),
+            *_ONCE,
+        ),
+    ),
 }
