@@ -16,6 +16,7 @@ from opacus import GradSampleModule, PrivacyEngine
 from opacus.layers import DPMultiheadAttention
 from opacus.optimizers import DPOptimizer
 from opacus.utils.batch_memory_manager import BatchMemoryManager
+from programs.releases import MISTAKES_ATTENTION
 from releases import BATCH_FIRST_ATTENTION, DOUBLE_EMBEDDING, FULL_HOOKS, FUNCTORCH, MIXED
 from torch import nn
 from torch.nn import functional as F
@@ -640,7 +641,9 @@ def train(every, kind, mode="repair"):
 @pytest.mark.parametrize("kind", HEALTHY)
 def test_the_host_notices_nothing(kind, mode):
     """Same bits, same random streams, and each hook of the user's runs as often as without."""
-    if (kind, mode) == ("in_place", "observe"):
+    if (kind, mode) == ("in_place", "observe") or (
+        (kind, mode) == ("attention", "observe") and MISTAKES_ATTENTION
+    ):
         pytest.skip("plain Opacus cannot train it")
     values, (torchs, pythons), met = train(0, kind, mode)
     others, (torchs2, pythons2), met2 = train(1, kind, mode)
