@@ -425,7 +425,9 @@ class Pairing:
             )
             ledger.close()
             task.published.add(id(parameter))
-            if len(state.entries) > 1 and not block and not _compat.allows_accumulation(self.hooks):
+            if block or len(state.entries) == 1 or _compat.allows_accumulation(self.hooks):
+                continue
+            if state.waiting > 1:
                 raise ValueError(diagnosis.OPACUS_NO_ACCUMULATION)
 
     def _strengths(
