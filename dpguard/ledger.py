@@ -293,7 +293,7 @@ class ParameterState:
 
     @property
     def waiting(self) -> int:
-        """How many batches have rows that no step has used. (The others wait to be cleared.)"""
+        """How many batches have rows that no step has used; the others wait to be cleared."""
         return sum(not _compat.is_processed(entry.rows) for entry in self.entries)
 
     def note_values(self, parameter: torch.Tensor) -> None:
