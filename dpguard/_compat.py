@@ -566,6 +566,16 @@ def rows_are_fresh(hooks: Any, module: torch.nn.Module) -> bool:
     return _sampler(hooks, module).__module__.startswith("opacus.")
 
 
+def reads_memory(hooks: Any, module: torch.nn.Module) -> bool:
+    """Whether the sampler of ``module`` walks its input's memory, whatever the strides.
+
+    ``unfold2d`` takes height and width for adjacent, and the norm sampler of embeddings makes a
+    view. (Batches in ``channels_last``, or permuted from NHWC, are neither.)
+    """
+    walked = (_torch().nn.Conv2d, _torch().nn.Embedding)
+    return isinstance(module, walked) and has_grad_sampler(hooks, module)
+
+
 @functools.lru_cache(maxsize=1)
 def _samplers_take_lists() -> bool:
     """Before 1.3 a grad sampler is given the first input and not the list of them."""

@@ -291,6 +291,11 @@ class ParameterState:
         self.kept: torch.Tensor | None = None
         """Some of its values then, see :func:`sample_of`."""
 
+    @property
+    def waiting(self) -> int:
+        """How many batches have rows that no step has used; the others wait to be cleared."""
+        return sum(not _compat.is_processed(entry.rows) for entry in self.entries)
+
     def note_values(self, parameter: torch.Tensor) -> None:
         """A backward begins: from here to the step the parameter should stay as it is."""
         self.version = parameter._version

@@ -10,7 +10,7 @@ import torch
 
 from dpguard import _compat
 
-__all__ = ["LayerKind", "Roster"]
+__all__ = ["LayerKind", "Roster", "row_by_row"]
 
 
 class LayerKind:
@@ -22,6 +22,7 @@ class LayerKind:
         sampler: computes the rows, ``sampler(module, activations, backprops)``.
         is_fresh: the sampler keeps no reference to the rows that it returns.
         is_cell_layer: a layer of one of Opacus's recurrent cells.
+        reads_memory: the sampler is right only if inputs lie in memory row by row.
     """
 
     __slots__ = (
@@ -30,6 +31,7 @@ class LayerKind:
         "is_cell_layer",
         "is_fresh",
         "is_replayed",
+        "reads_memory",
         "registered",
         "sampler",
     )
@@ -40,6 +42,7 @@ class LayerKind:
         self.sampler: Callable[..., Any] = _compat.grad_sampler(hooks, module)
         self.is_fresh = _compat.rows_are_fresh(hooks, module)
         self.is_cell_layer = _compat.is_rnn_linear(module)
+        self.reads_memory = _compat.reads_memory(hooks, module)
         self._batch_first = batch_first
         self._dimension: int | None = None
         if not _compat.has_own_batch_dimension(module):
@@ -63,6 +66,20 @@ class LayerKind:
         if self._dimension is None:
             return _compat.batch_dimension(module, batch_first=self._batch_first)
         return self._dimension
+
+
+def row_by_row(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` with its elements in memory in their order: itself if they are already.
+
+    ``Tensor.contiguous`` lets the strides of dimensions of size one be anything, and padding
+    such an image may then make one in ``channels_last``.
+    """
+    expected = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if stride != expected:
+            return tensor.clone(memory_format=torch.contiguous_format)
+        expected *= size
+    return tensor
 
 
 class Roster:

@@ -20,7 +20,7 @@ from dpguard import _compat, diagnosis
 from dpguard.audit.signs import Signs
 from dpguard.ledger import GraphTask, Ledger, owned_rows
 from dpguard.patches import statistics
-from dpguard.patches.layers import LayerKind, Roster
+from dpguard.patches.layers import LayerKind, Roster, row_by_row
 from dpguard.patches.records import ForwardHook, Record
 from dpguard.patches.replay import replay
 
@@ -330,6 +330,12 @@ class Pairing:
                 a.movedim(dimension, 0) if isinstance(a, torch.Tensor) else a for a in activations
             ]
             backprops = backprops.movedim(dimension, 0)
+        if record.kind.reads_memory and record.batch:
+            activations = [row_by_row(a) if isinstance(a, torch.Tensor) else a for a in activations]
+            padding = record.module.__dict__.get("padding_idx")
+            if padding is not None:
+                # Autograd drops these as well; Opacus's samplers would add them to a row.
+                backprops = backprops.masked_fill((activations[0] == padding).unsqueeze(-1), 0)
         return activations, backprops
 
     def _rows(
@@ -419,7 +425,9 @@ class Pairing:
             )
             ledger.close()
             task.published.add(id(parameter))
-            if len(state.entries) > 1 and not block and not _compat.allows_accumulation(self.hooks):
+            if block or len(state.entries) == 1 or _compat.allows_accumulation(self.hooks):
+                continue
+            if state.waiting > 1:
                 raise ValueError(diagnosis.OPACUS_NO_ACCUMULATION)
 
     def _strengths(
