@@ -13,6 +13,7 @@ from dpguard import _callsite, _compat
 from dpguard.ledger import Ledger
 from dpguard.patches.outputs import Outputs
 from dpguard.patches.pairing import Pairing, Registry
+from dpguard.patches.wrapping import EagerWrapper
 from dpguard.patching import Transaction, living
 
 __all__ = ["GradSamplePatch"]
@@ -68,14 +69,14 @@ class GradSamplePatch:
         self._patched.add(stock)
         for name, wrapper in (("add_hooks", self._add_hooks), ("remove_hooks", self._remove_hooks)):
             original = getattr(stock, name)
-            transaction.patch(stock, name, wrapt.FunctionWrapper(original, wrapper))
+            transaction.patch(stock, name, EagerWrapper(original, wrapper))
 
     def _patch_wrapper(self, transaction: Transaction, cls: type) -> None:
         own = vars(cls)
         if "forward" in own:
             _callsite.mark_outer_forward(own["forward"].__code__)
         if "zero_grad" in own and not isinstance(own["zero_grad"], wrapt.FunctionWrapper):
-            wrapper = wrapt.FunctionWrapper(own["zero_grad"], self._zero_grad)
+            wrapper = EagerWrapper(own["zero_grad"], self._zero_grad)
             transaction.patch(cls, "zero_grad", wrapper)
 
     def find(self, hooks: Any) -> Pairing | None:

@@ -10,8 +10,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import wrapt
-
 from dpguard import _compat
 from dpguard._errors import DPGuardError
 from dpguard.audit.steps import StepAuditor
@@ -25,6 +23,7 @@ from dpguard.patches.mechanism import Mechanism
 from dpguard.patches.protocol import Protocol
 from dpguard.patches.signals import Signals
 from dpguard.patches.step_hooks import StepHooks
+from dpguard.patches.wrapping import EagerWrapper
 from dpguard.patching import Transaction, living
 from dpguard.verdicts import Verdicts
 
@@ -136,7 +135,7 @@ class OptimizerPatch:
         for name, wrapper in wrappers.items():
             original = vars(cls).get(name)
             if callable(original) and not self._is_wrapped(cls, name):
-                transaction.patch(cls, name, wrapt.FunctionWrapper(original, wrapper))
+                transaction.patch(cls, name, EagerWrapper(original, wrapper))
                 self._wrapped.add((cls, name))
 
     def _is_wrapped(self, cls: type, name: str) -> bool:
@@ -201,6 +200,7 @@ class OptimizerPatch:
 
     # -- steps ----------------------------------------------------------------------------------
 
+    @_compat.eager
     def _zero_grad(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         parameters = [p for group in instance.param_groups for p in group["params"]]
         self._ledger.forgive(parameters)
@@ -217,6 +217,7 @@ class OptimizerPatch:
         self._foreign.revoke(instance)
         return wrapped(*args, **kwargs)
 
+    @_compat.eager
     def _pre_step(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         key = id(instance)
         if not self._active:

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.signs import Signs
-from dpguard.ledger import GraphTask, Ledger, owned_rows
+from dpguard.ledger import GraphTask, Ledger, ParameterState, owned_rows
 from dpguard.patches import statistics
 from dpguard.patches.layers import LayerKind, Roster
 from dpguard.patches.records import ForwardHook, Record
@@ -69,6 +69,7 @@ class Pairing:
         self._kinds: dict[type, LayerKind] = {}
         self._roster = Roster()
         self._parameters: list[torch.nn.Parameter] = []
+        self._states: list[ParameterState] = []
         registry[id(hooks)] = self
 
     # -- attach and release ------------------------------------------------------------------
@@ -232,10 +233,15 @@ class Pairing:
         if not self._roster.renew(self.hooks._module):
             return
         self._parameters = [parameter for _, parameter in self._roster.named]
-        for name, parameter in self._roster.named:
-            state = self.ledger.state(parameter)
-            state.name, state.paired, state.hooked = name, self.computes, True
+        self._states = [self.ledger.state(parameter) for parameter in self._parameters]
+        model = weakref.ref(self.hooks._module)
+        for (name, _), state in zip(self._roster.named, self._states, strict=True):
+            state.name, state.paired, state.model = name, self.computes, model
             state.reduction = self.loss_reduction
+
+    def _note_values(self) -> None:
+        """From here to the step the parameters should stay as they are."""
+        for state, parameter in zip(self._states, self._parameters, strict=True):
             if state.version is None:
                 state.note_values(parameter)
 
@@ -308,6 +314,7 @@ class Pairing:
         """The first call of this model is met in a backward."""
         task.owners.add(id(self))
         self._learn_parameters()
+        self._note_values()
         task.ask(self._parameters)
         _autograd.on_backward_end(lambda: self._on_backward_end(task))
 
