@@ -379,6 +379,28 @@ def test_a_model_that_was_put_right_trains_on(guard):
     assert causes(guard) == {diagnosis.BATCH_STATISTICS, diagnosis.ROW_OF_ANOTHER}
 
 
+def test_a_refused_step_takes_its_logical_batch_along(guard):
+    """What was added up before is in no later step: that would be two batches with one noise."""
+    training = Training(normalised(STATISTICAL["no affine"]))
+    layer, optimizer = training.model[1].eval(), training.optimizer
+    optimizer.signal_skip_step(do_skip=True)
+    training.step()
+    layer.train()
+    optimizer.signal_skip_step(do_skip=False)
+    with pytest.raises(dpguard.PrivacyViolation):
+        training.step()
+    layer.eval()
+    optimizer.signal_skip_step(do_skip=False)
+    optimizer.noise_multiplier = 0.0
+    training.backward()
+    rows = [p.grad_sample.flatten(1) for p in training.model.parameters()]
+    norms = torch.cat(rows, dim=1).norm(dim=1, keepdim=True)
+    expected = [(r / norms.clamp(min=1.0)).mean(0) for r in rows]
+    optimizer.step()
+    for p, e in zip(training.model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad.flatten(), e, rtol=1e-4, atol=1e-6)
+
+
 def test_models_with_layers_of_the_same_name(guard):
     """A teacher that is watched as well does not hide what its student does."""
     teacher = Training(normalised(STATISTICAL["no affine"]))

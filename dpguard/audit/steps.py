@@ -329,9 +329,8 @@ class StepAuditor:
 
     def _close_refused(self, step: Step) -> None:
         """The audit of a step that is refused: it will have no end of its own."""
-        # What is found of it later is told; it is no reason to refuse the step that comes instead,
-        # unless earlier physical batches stay in the sums.
-        step.refused = step.physical <= 1
+        # What is found of it later is told; it is no reason to refuse the step that comes instead.
+        step.refused = True
         self._cover(step)
         self._end(step)
 

@@ -272,17 +272,33 @@ class OptimizerPatch:
             self._report(part, error)
             return None
 
-    def _audit(self, function: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    def _audit(
+        self, function: Callable[..., None], instance: Any, *args: Any, **kwargs: Any
+    ) -> None:
         """Run a part of ours; what it raises on purpose goes to the user, nothing else does."""
         if not self._audits:
             return
         try:
-            function(*args, **kwargs)
+            function(instance, *args, **kwargs)
         except DPGuardError:
+            _void(instance)
             raise
         except Exception as error:  # noqa: BLE001 - the host goes on without this part
             self._audits = False
             self._report("audit", error)
+
+
+def _void(instance: Any) -> None:
+    """A step was refused: its logical batch must not enter that of a later one.
+
+    What it has added up so far would otherwise stay until a step is not skipped, so that people of
+    two logical batches, or rows that were found to be wrong, had the noise of one.
+    """
+    instance._is_last_step_skipped = False
+    for group in instance.param_groups:
+        for parameter in group["params"]:
+            if getattr(parameter, "summed_grad", None) is not None:
+                parameter.summed_grad = None
 
 
 class _Guarded:
