@@ -25,7 +25,7 @@ from truth import rows_of
 import dpguard
 from dpguard import _compat, diagnosis, vjp
 from dpguard.audit.oracle import ORACLE
-from dpguard.patches import outputs
+from dpguard.patches import outputs, records
 
 pytestmark = pytest.mark.skipif(_compat.nodes() is None, reason="this torch tells too little")
 BATCH = 6
@@ -716,7 +716,7 @@ def test_the_hook_goes_with_the_guard():
         )
         other.step()
         assert seen(guard) == (5, 0)
-        assert pickle.loads(pickle.dumps(hook)) is outputs._no_hook
+        assert pickle.loads(pickle.dumps(hook)) is records.no_hook
     assert not model._forward_hooks
     assert not copied._module._forward_hooks
 

@@ -42,8 +42,10 @@ class OptimizerPatch:
         report: Callable[[str, Exception], None],
         *,
         signals: Signals,
+        meet: Callable[[], None],
     ) -> None:
         self._signals = signals
+        self._meet_models = meet
         self._repairs = verdicts.repairs
         self._ledger = ledger
         self._auditor = auditor
@@ -191,6 +193,7 @@ class OptimizerPatch:
             outermost = self._forwarding.leave_init(instance)
             self._instances.add(instance)
         if outermost and completed:
+            self._meet_models()
             if self._active and self._is_itself(instance):
                 given = (*args, *kwargs.values())
                 self._part("attributes", self._forwarding.discover, instance, given)
@@ -202,6 +205,7 @@ class OptimizerPatch:
 
     @_compat.eager
     def _zero_grad(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        self._meet_models()
         parameters = [p for group in instance.param_groups for p in group["params"]]
         self._ledger.forgive(parameters)
         self._audit(self._auditor.before_clear, instance)

@@ -18,7 +18,7 @@ from torch.nn.modules import batchnorm
 if TYPE_CHECKING:
     from dpguard.ledger import Ledger
 
-__all__ = ["watch"]
+__all__ = ["Inert", "is_ours", "watch"]
 
 _FIRST = 3
 _EVERY = 50
@@ -61,20 +61,20 @@ class _Hook:
     def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         """It has run."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook | _Inert:
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook | Inert:
         root = self.root()
         whole = memo.get(id(root)) if root is not None else None
-        copied: _Hook | _Inert = _Inert()  # a part that is copied by itself is in no model
+        copied: _Hook | Inert = Inert()  # a part that is copied by itself is in no model
         if whole is not None:
             copied = type(self)(self.ledger, weakref.ref(whole), self.name)
         memo[id(self)] = copied
         return copied
 
     def __reduce__(self) -> Any:
-        return (_Inert, ())
+        return (Inert, ())
 
 
-class _Inert:
+class Inert:
     """What a hook of ours is in a pickle, or in a copy of a part alone."""
 
     def before(self, _module: torch.nn.Module, _args: Any) -> None:
@@ -82,6 +82,11 @@ class _Inert:
 
     def __call__(self, _module: torch.nn.Module, _args: Any, _output: Any) -> None:
         """Do nothing."""
+
+
+def is_ours(hook: Any) -> bool:
+    """Whether a hook is one of these, or what is left of one."""
+    return isinstance(getattr(hook, "__self__", hook), (_Hook, Inert))
 
 
 class _Normalising(_Hook):
