@@ -345,6 +345,14 @@ def stock_hooks_class() -> type:
     return found
 
 
+def prepare_parameter(parameter: Any) -> None:
+    """Give a parameter what Opacus's ``add_hooks`` does, where a deep copy has lost it."""
+    if not hasattr(parameter, "_forward_counter"):
+        parameter._forward_counter = 0
+    if not hasattr(parameter, "grad_sample"):
+        parameter.grad_sample = None
+
+
 def wrapper_classes() -> list[type]:
     """The classes of Opacus that make up ``GradSampleModule``, the wrapper round a model."""
     wrapper = _grad_sample_module().GradSampleModule

@@ -246,7 +246,8 @@ class GhostPairing(Pairing):
                 note.unclipped = id(parameter) in carried.unclipped or not clipped
                 state = self.ledger.state(parameter)
                 state.clipped = note
-                state.note_values(parameter)
+                if state.version is None:  # Opacus clears gradients between its two backwards
+                    state.note_values(parameter)
 
     def _on_accumulated(self, parameter: torch.nn.Parameter) -> None:
         """Autograd has added something to ``p.grad``, whoever asked it to."""

@@ -64,7 +64,6 @@ class Mechanism:
             self._stock = _compat.stock_mechanism("pre_step", *_PARTS, *_READ)
             self._plain.clear()
 
-    @_compat.eager
     def pre_step(self, wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
         """Run a ``pre_step``, ours if ``wrapped`` is Opacus's own."""
         if getattr(wrapped, "__func__", None) is self._stock.get("pre_step", ABSENT) and (
