@@ -252,8 +252,8 @@ class GhostPairing(Pairing):
     def _on_accumulated(self, parameter: torch.nn.Parameter) -> None:
         """Autograd has added something to ``p.grad``, whoever asked it to."""
         grad = parameter.grad
-        if grad is None:
-            return
+        if grad is None or not parameter.requires_grad:
+            return  # torch calls this for one that was frozen since, and adds nothing
         if self._stage is not Stage.OUTSIDE:
             self._received[id(parameter)] = (parameter, grad._version)
             return

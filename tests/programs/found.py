@@ -243,4 +243,19 @@ FOUND = {
             *_ONCE,
         ),
     ),
+    # torch says of a parameter that was frozen after the forward that a gradient was accumulated.
+    "frozen_between_forward_and_backward_with_a_gradient_of_zeros": (
+        Design(mode="ghost"),
+        (
+            Input(3),
+            Forward(-1),
+            Input(3),
+            Forward(-1),
+            Backward((-1,)),
+            Freeze(0, frozen=True),
+            Take(),
+            Backward((-2,)),
+            Take(),
+        ),
+    ),
 }
