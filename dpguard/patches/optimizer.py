@@ -17,6 +17,7 @@ from dpguard.ledger import Ledger
 from dpguard.patches.amp import LossScale
 from dpguard.patches.attributes import AttributeForwarding
 from dpguard.patches.bounds import Bounds
+from dpguard.patches.due_sigma import DueSigma
 from dpguard.patches.facades import Facades, Family
 from dpguard.patches.foreign_steps import ForeignSteps
 from dpguard.patches.mechanism import Mechanism
@@ -57,6 +58,7 @@ class OptimizerPatch:
         self._hooks = StepHooks(verdicts, self._family.owner)
         self._bounds = Bounds(verdicts, self._family.owner)
         self._scale = LossScale(verdicts, self._family)
+        self._sigma = DueSigma(verdicts)
         self._mechanism = Mechanism(_Guarded(self), lean=verdicts.repairs)
         self._report = report
         self._active = True
@@ -84,6 +86,7 @@ class OptimizerPatch:
             self._forwarding.watch(transaction)
             self._bounds.install(transaction)
             self._scale.install(transaction)
+            self._sigma.install(transaction)
             hook = classmethod(self._subclass_hook(torchs, vars(torchs).get("__init_subclass__")))
             transaction.patch(torchs, "__init_subclass__", hook)
         self._transaction = transaction
@@ -174,6 +177,7 @@ class OptimizerPatch:
             self._facades.give_back(instance)
             self._forwarding.give_back(instance)
             self._hooks.give_back(instance)
+            self._sigma.give_back(instance)
             self._family.unmark(instance)
 
     def _init_of_base(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -247,6 +251,7 @@ class OptimizerPatch:
                 stepped = True
         finally:
             self._inside.discard(key)
+            self._part("sigma", self._sigma.restore, instance)
             if not stepped:
                 self._auditor.abandon(instance)
         if answer:
@@ -328,6 +333,7 @@ class _Guarded:
 
     def after_noise(self, optimizer: Any) -> None:
         self._patch._audit(self._patch._auditor.after_noise, optimizer)
+        self._patch._part("sigma", self._patch._sigma.show, optimizer)
 
 
 def _with_subclasses(base: type[Any]) -> Iterator[type[Any]]:
