@@ -20,6 +20,7 @@ ALIAS = "alias"
 ALIAS_DIVERGED = "alias_diverged"
 ALIAS_LOST = "alias_lost"
 ALIAS_OWN = "alias_own"
+ALIAS_OUTSIDE = "alias_outside"
 
 BYPASSED = "bypassed_module"
 DOUBLE_BACKWARD = "double_backward"
@@ -157,6 +158,12 @@ _DIAGNOSES = {
     ALIAS_OWN: Diagnosis(
         "the constructor of a DP optimizer sets an attribute that the wrapped optimizer owns",
         "let the class leave the attribute to the optimizer that it wraps",
+    ),
+    ALIAS_OUTSIDE: Diagnosis(
+        "an object whose step() calls that of a DP optimizer has an attribute of its own where it "
+        "had that of the DP optimizer",
+        "write to the DP optimizer itself, and read from it: give the class a property for each "
+        "such attribute, or derive it from torch.optim.Optimizer, and dpguard forwards them",
     ),
     BYPASSED: Diagnosis(
         "autograd computed a gradient for a parameter of which no module call was seen, so it "

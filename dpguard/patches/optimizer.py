@@ -24,6 +24,7 @@ from dpguard.patches.mechanism import Mechanism
 from dpguard.patches.protocol import Protocol
 from dpguard.patches.signals import Signals
 from dpguard.patches.step_hooks import StepHooks
+from dpguard.patches.wrappers import Wrappers
 from dpguard.patches.wrapping import EagerWrapper
 from dpguard.patching import Transaction, living
 from dpguard.verdicts import Verdicts
@@ -59,6 +60,7 @@ class OptimizerPatch:
         self._bounds = Bounds(verdicts, self._family.owner)
         self._scale = LossScale(verdicts, self._family)
         self._sigma = DueSigma(verdicts)
+        self._wrappers = Wrappers(verdicts)
         self._mechanism = Mechanism(_Guarded(self), lean=verdicts.repairs)
         self._report = report
         self._active = True
@@ -236,6 +238,7 @@ class OptimizerPatch:
         stepped = False
         try:
             self._part("attributes", self._forwarding.raise_pending, instance)
+            self._part("wrappers", self._wrappers.before_step, instance)
             self._part("signals", self._signals.before_step, instance)
             answer = self._part("scale", self._scale.answer, instance)
             if answer is None:
