@@ -293,7 +293,8 @@ class OptimizerPatch:
         try:
             function(instance, *args, **kwargs)
         except DPGuardError:
-            _void(instance)
+            if not self._auditor.is_early:
+                _void(instance)
             raise
         except Exception as error:  # noqa: BLE001 - the host goes on without this part
             self._audits = False
@@ -301,10 +302,10 @@ class OptimizerPatch:
 
 
 def _void(instance: Any) -> None:
-    """A step was refused: its logical batch must not enter that of a later one.
+    """A step was refused whose rows are in the sums: they must not enter a later logical batch.
 
-    What it has added up so far would otherwise stay until a step is not skipped, so that people of
-    two logical batches, or rows that were found to be wrong, had the noise of one.
+    The sums would otherwise stay until a step is not skipped, so that people of two logical
+    batches, or rows that were found to be wrong, had the noise of one.
     """
     instance._is_last_step_skipped = False
     for group in instance.param_groups:
