@@ -962,6 +962,38 @@ def noise_std(optimizer: Any) -> float | torch.Tensor | None:
 
 # -- Opacus: accounting --------------------------------------------------------------------------
 
+DECLARED_SIGMA = "_dpguard_declared_sigma"
+"""Key in the ``__dict__`` of an optimizer: the noise multiplier that it was made with."""
+
+
+def loss_that_changes_sigma() -> Any:
+    """The loss of adaptive ghost clipping if its backward sets ``optimizer.noise_multiplier``."""
+    if _release(opacus_version()) >= _ADAPTS_SINCE:
+        return None
+    return _attribute_of(_ADAPTIVE_LOSS, "DPTensorFastGradientAdaptiveClipping")
+
+
+@functools.lru_cache(maxsize=64)
+def _adapts_sigma(cls: Any) -> bool:
+    """Whether the constructor of these optimizers changes the noise multiplier itself."""
+    names = {base.__name__ for base in cls.__mro__}
+    return "AdaClipDPOptimizer" in names and _release(opacus_version()) < _ADAPTS_SINCE
+
+
+def due_sigma(optimizer: Any) -> Any:
+    """The noise multiplier with which a step is to be accounted, see :mod:`patches.due_sigma`.
+
+    That of the optimizer, except where it is the one of the gradients alone.
+    """
+    sigma = optimizer.noise_multiplier
+    cls: Any = type(optimizer)
+    if _adapts_sigma(cls):
+        if isinstance(sigma, (int, float)) and sigma > 0:
+            return (sigma**-2 + (2 * optimizer.unclipped_num_std) ** -2) ** -0.5
+        return sigma
+    return getattr(optimizer, "__dict__", {}).get(DECLARED_SIGMA, sigma)
+
+
 _HOOK_DEPTH = 4
 
 

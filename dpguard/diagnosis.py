@@ -20,6 +20,7 @@ ALIAS = "alias"
 ALIAS_DIVERGED = "alias_diverged"
 ALIAS_LOST = "alias_lost"
 ALIAS_OWN = "alias_own"
+ALIAS_OUTSIDE = "alias_outside"
 
 BYPASSED = "bypassed_module"
 DOUBLE_BACKWARD = "double_backward"
@@ -79,6 +80,7 @@ CLIP_EXCEEDED = "clipped_sum_too_long"
 CLIP_SENSITIVITY = "clip_sensitivity"
 CLIP_UNPROVED = "clip_unproved"
 CLIP_BOUND = "clip_bound"
+DUE_SIGMA = "due_sigma"
 CLIP_BOUNDS_CONTRADICT = "clip_bounds_contradict"
 CLIP_BOUNDS_UNKNOWN = "clip_bounds_unknown"
 NOISE_DRAWN_BEFORE = "noise_drawn_before"
@@ -156,6 +158,12 @@ _DIAGNOSES = {
     ALIAS_OWN: Diagnosis(
         "the constructor of a DP optimizer sets an attribute that the wrapped optimizer owns",
         "let the class leave the attribute to the optimizer that it wraps",
+    ),
+    ALIAS_OUTSIDE: Diagnosis(
+        "an object whose step() calls that of a DP optimizer has an attribute of its own where it "
+        "had that of the DP optimizer",
+        "write to the DP optimizer itself, and read from it: give the class a property for each "
+        "such attribute, or derive it from torch.optim.Optimizer, and dpguard forwards them",
     ),
     BYPASSED: Diagnosis(
         "autograd computed a gradient for a parameter of which no module call was seen, so it "
@@ -459,6 +467,12 @@ _DIAGNOSES = {
         "the bound that rows are clipped to and the bound that the noise is made for were to "
         "differ, so the noise multiplier delivered would not be the one accounted",
         "nothing to do; both follow optimizer.max_grad_norm. Change it between logical batches",
+    ),
+    DUE_SIGMA: Diagnosis(
+        "adaptive clipping also releases a noisy count of rows, so that a step is less private "
+        "than the noise on its gradients, which is what the accountant is told before Opacus 1.6",
+        "nothing to do; the accountant is told the noise multiplier that adaptive clipping was "
+        "asked for, as from Opacus 1.6 on",
     ),
     CLIP_BOUNDS_CONTRADICT: Diagnosis(
         "bounds of one step contradict each other, so the noise would be made for another bound "

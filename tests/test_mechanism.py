@@ -247,7 +247,7 @@ def test_adaptive_clipping_needs_nothing(guard):
     # All rows are clipped: the bound grows by exp(0.2 * 0.5) per logical step, less a little noise.
     grown = math.exp(0.1 * 3)
     assert float(training.dp.max_grad_norm) == pytest.approx(grown, rel=0.02)
-    assert guard.interventions == ()
+    assert {i.kind for i in guard.interventions} <= {"due_sigma"}
 
 
 def test_a_learning_rate_schedule_on_skipped_batches_is_said(guard):

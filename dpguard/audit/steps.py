@@ -72,6 +72,8 @@ class StepAuditor:
         self._coverage: dict[str, list[int]] = {}
         self._overdue: DPGuardError | None = None
         self._went: tuple[tuple[Any, ...], dict[str, CheckCount]] | None = None
+        self.is_early = False
+        """Whether nothing of the physical batch at hand has entered the sums yet."""
         self.steps = 0
         """Number of logical steps that were taken, over all optimizers."""
         self.last_step: StepAudit | None = None
@@ -86,6 +88,7 @@ class StepAuditor:
             PerSampleGradientError: rows are missing or cannot be right.
         """
         self._drain()
+        self.is_early = True
         step = self._current(optimizer)
         step.physical += 1
         parameters = [p for p in optimizer.params if p.requires_grad]
@@ -93,12 +96,14 @@ class StepAuditor:
         dead = self._ledger.settle(parameters)
         self._say_dead(step, dead)
         if not parameters:
+            self.is_early = False
             return
         if _compat.clips_rows(optimizer):
             self._cover_rows(step, parameters, dead)
         else:
             self._cover_sums(step, parameters)
         self._run("begin", optimizer)
+        self.is_early = False
 
     def _cover_rows(
         self, step: Step, parameters: Sequence[torch.nn.Parameter], dead: Sequence[Dead]
@@ -197,6 +202,7 @@ class StepAuditor:
 
     def abandon(self, optimizer: Any) -> None:
         """The step raised: forget what was gathered for it, keep its number."""
+        self.is_early = False
         step = self._steps.get(optimizer)
         if step is not None:
             self._begin(optimizer, step.number)
@@ -329,8 +335,9 @@ class StepAuditor:
 
     def _close_refused(self, step: Step) -> None:
         """The audit of a step that is refused: it will have no end of its own."""
-        # What is found of it later is told; it is no reason to refuse the step that comes instead.
-        step.refused = True
+        # What is found of it later is told; it is no reason to refuse the step that comes instead,
+        # unless earlier physical batches stay in the sums.
+        step.refused = step.physical <= 1 or not self.is_early
         self._cover(step)
         self._end(step)
 

@@ -17,12 +17,14 @@ from dpguard.ledger import Ledger
 from dpguard.patches.amp import LossScale
 from dpguard.patches.attributes import AttributeForwarding
 from dpguard.patches.bounds import Bounds
+from dpguard.patches.due_sigma import DueSigma
 from dpguard.patches.facades import Facades, Family
 from dpguard.patches.foreign_steps import ForeignSteps
 from dpguard.patches.mechanism import Mechanism
 from dpguard.patches.protocol import Protocol
 from dpguard.patches.signals import Signals
 from dpguard.patches.step_hooks import StepHooks
+from dpguard.patches.wrappers import Wrappers
 from dpguard.patches.wrapping import EagerWrapper
 from dpguard.patching import Transaction, living
 from dpguard.verdicts import Verdicts
@@ -57,6 +59,8 @@ class OptimizerPatch:
         self._hooks = StepHooks(verdicts, self._family.owner)
         self._bounds = Bounds(verdicts, self._family.owner)
         self._scale = LossScale(verdicts, self._family)
+        self._sigma = DueSigma(verdicts)
+        self._wrappers = Wrappers(verdicts)
         self._mechanism = Mechanism(_Guarded(self), lean=verdicts.repairs)
         self._report = report
         self._active = True
@@ -84,6 +88,7 @@ class OptimizerPatch:
             self._forwarding.watch(transaction)
             self._bounds.install(transaction)
             self._scale.install(transaction)
+            self._sigma.install(transaction)
             hook = classmethod(self._subclass_hook(torchs, vars(torchs).get("__init_subclass__")))
             transaction.patch(torchs, "__init_subclass__", hook)
         self._transaction = transaction
@@ -174,6 +179,7 @@ class OptimizerPatch:
             self._facades.give_back(instance)
             self._forwarding.give_back(instance)
             self._hooks.give_back(instance)
+            self._sigma.give_back(instance)
             self._family.unmark(instance)
 
     def _init_of_base(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -232,6 +238,7 @@ class OptimizerPatch:
         stepped = False
         try:
             self._part("attributes", self._forwarding.raise_pending, instance)
+            self._part("wrappers", self._wrappers.before_step, instance)
             self._part("signals", self._signals.before_step, instance)
             answer = self._part("scale", self._scale.answer, instance)
             if answer is None:
@@ -247,6 +254,7 @@ class OptimizerPatch:
                 stepped = True
         finally:
             self._inside.discard(key)
+            self._part("sigma", self._sigma.restore, instance)
             if not stepped:
                 self._auditor.abandon(instance)
         if answer:
@@ -285,7 +293,8 @@ class OptimizerPatch:
         try:
             function(instance, *args, **kwargs)
         except DPGuardError:
-            _void(instance)
+            if not self._auditor.is_early:
+                _void(instance)
             raise
         except Exception as error:  # noqa: BLE001 - the host goes on without this part
             self._audits = False
@@ -293,10 +302,10 @@ class OptimizerPatch:
 
 
 def _void(instance: Any) -> None:
-    """A step was refused: its logical batch must not enter that of a later one.
+    """A step was refused whose rows are in the sums: they must not enter a later logical batch.
 
-    What it has added up so far would otherwise stay until a step is not skipped, so that people of
-    two logical batches, or rows that were found to be wrong, had the noise of one.
+    The sums would otherwise stay until a step is not skipped, so that people of two logical
+    batches, or rows that were found to be wrong, had the noise of one.
     """
     instance._is_last_step_skipped = False
     for group in instance.param_groups:
@@ -328,6 +337,7 @@ class _Guarded:
 
     def after_noise(self, optimizer: Any) -> None:
         self._patch._audit(self._patch._auditor.after_noise, optimizer)
+        self._patch._part("sigma", self._patch._sigma.show, optimizer)
 
 
 def _with_subclasses(base: type[Any]) -> Iterator[type[Any]]:

@@ -1,0 +1,71 @@
+"""Adaptive clipping before Opacus 1.6: the accountant is told the multiplier that is due.
+
+Adaptive clipping releases two things in each step, the noised gradient and a noised count of the
+rows that were not clipped. Together they are as private as the gradient alone with a smaller noise
+multiplier, the one that the user has asked for (theorem 1 of https://arxiv.org/abs/1905.03871). The
+noise on the gradient is made with a larger one accordingly. Before 1.6 that larger one stands in
+``optimizer.noise_multiplier``, and is accounted.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from dpguard import _compat, diagnosis
+from dpguard.patches.wrapping import EagerWrapper
+from dpguard.patching import Transaction
+from dpguard.verdicts import Verdicts
+
+__all__ = ["DueSigma"]
+
+
+class DueSigma:
+    """Shows step hooks the noise multiplier that is due, as Opacus does from 1.6 on.
+
+    Args:
+        verdicts: where it is said.
+    """
+
+    def __init__(self, verdicts: Verdicts) -> None:
+        self._verdicts = verdicts
+        self._shown: dict[int, tuple[float, float]] = {}
+        self._said: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def install(self, transaction: Transaction) -> None:
+        """Note what a loss of adaptive ghost clipping was made for."""
+        cls = _compat.loss_that_changes_sigma()
+        if cls is not None:
+            wrapper = EagerWrapper(vars(cls)["backward"], self._backward)
+            transaction.patch(cls, "backward", wrapper)
+
+    def _backward(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        vars(instance.optimizer)[_compat.DECLARED_SIGMA] = instance.initial_noise_multiplier
+        return wrapped(*args, **kwargs)
+
+    def show(self, optimizer: Any) -> None:
+        """The noise has been made; what comes next is the step hook."""
+        due = _compat.due_sigma(optimizer)
+        made = optimizer.noise_multiplier
+        if due == made:
+            return
+        if optimizer not in self._said:
+            self._said.add(optimizer)
+            self._verdicts.intervene(
+                diagnosis.DUE_SIGMA,
+                f"{type(optimizer).__name__}: the noise on the gradients is made with a noise "
+                f"multiplier of {made:.6g}, that of the step as a whole is {due:.6g}.",
+            )
+        if self._verdicts.repairs:
+            self._shown[id(optimizer)] = (made, due)
+            optimizer.noise_multiplier = due
+
+    def restore(self, optimizer: Any) -> None:
+        """The step hook has run; what it has set itself stays."""
+        made, due = self._shown.pop(id(optimizer), (None, None))
+        if due is not None and optimizer.noise_multiplier == due:
+            optimizer.noise_multiplier = made
+
+    def give_back(self, optimizer: Any) -> None:
+        """Forget what was noted."""
+        vars(optimizer).pop(_compat.DECLARED_SIGMA, None)
