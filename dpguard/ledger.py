@@ -40,6 +40,8 @@ __all__ = [
     "Ledger",
     "ParameterState",
     "Tally",
+    "computed_in",
+    "note_precision",
     "owned_rows",
     "parameters_of",
     "sample_of",
@@ -84,6 +86,20 @@ def owned_rows(rows: torch.Tensor, lenders: Iterable[Any]) -> torch.Tensor:
         if isinstance(lender, torch.Tensor) and lender.untyped_storage().data_ptr() == memory:
             return rows.clone()
     return rows
+
+
+_COMPUTED_IN = "_dpguard_computed_in"
+
+
+def note_precision(rows: torch.Tensor, dtype: torch.dtype) -> None:
+    """Remember that the values of ``rows`` were computed in ``dtype``, whatever holds them now."""
+    setattr(rows, _COMPUTED_IN, dtype)
+
+
+def computed_in(rows: torch.Tensor) -> torch.dtype:
+    """The precision of the values of ``rows``."""
+    found: torch.dtype = getattr(rows, _COMPUTED_IN, rows.dtype)
+    return found
 
 
 def sum_of_rows(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
