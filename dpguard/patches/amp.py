@@ -20,7 +20,7 @@ import torch
 import wrapt
 
 from dpguard import _compat, diagnosis
-from dpguard.ledger import note_precision
+from dpguard.ledger import computed_in, note_precision
 from dpguard.patches.copies import MINE
 from dpguard.patches.facades import Family
 from dpguard.patching import Transaction
@@ -175,5 +175,5 @@ def _divided(parameter: Any, rows: torch.Tensor, factor: torch.Tensor) -> torch.
     # In half precision small rows would vanish; they are clipped in that of the parameter.
     wide = rows.to(torch.promote_types(rows.dtype, parameter.dtype))
     divided = wide * factor.to(wide.device, wide.dtype)
-    note_precision(divided, rows.dtype)
+    note_precision(divided, computed_in(rows))
     return divided

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpguard.ledger import computed_in
+
 __all__ = ["PassSums", "Sketched"]
 
 
@@ -92,7 +94,7 @@ class PassSums:
     ) -> None:
         """A call of which rows of shape ``(B, *S)`` were computed; ``share`` is their weight."""
         inputs, backprops = arranged
-        mine = self._of(parameter, rows.dtype)
+        mine = self._of(parameter, computed_in(rows))
         wide = _wide(rows)
         norms = torch.linalg.vector_norm(rows.reshape(len(rows), parameter.numel()), dim=1)
         # Not the rows alone: of a bias of attention keys, say, the products of a row cancel.
