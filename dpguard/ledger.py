@@ -40,6 +40,8 @@ __all__ = [
     "Ledger",
     "ParameterState",
     "Tally",
+    "computed_in",
+    "note_precision",
     "owned_rows",
     "parameters_of",
     "sample_of",
@@ -78,12 +80,33 @@ def parameters_of(module: torch.nn.Module) -> Iterable[torch.nn.Parameter]:
 def owned_rows(rows: torch.Tensor, lenders: Iterable[Any]) -> torch.Tensor:
     """``rows``, or a copy if they overlap each other or share memory with one of ``lenders``."""
     if 0 in rows.stride():
-        return rows.clone()
+        return _copied(rows)
     memory = rows.untyped_storage().data_ptr()
     for lender in lenders:
         if isinstance(lender, torch.Tensor) and lender.untyped_storage().data_ptr() == memory:
-            return rows.clone()
+            return _copied(rows)
     return rows
+
+
+def _copied(rows: torch.Tensor) -> torch.Tensor:
+    copied = rows.clone()
+    if (dtype := computed_in(rows)) is not rows.dtype:
+        note_precision(copied, dtype)
+    return copied
+
+
+_COMPUTED_IN = "_dpguard_computed_in"
+
+
+def note_precision(rows: torch.Tensor, dtype: torch.dtype) -> None:
+    """Remember that the values of ``rows`` were computed in ``dtype``, whatever holds them now."""
+    setattr(rows, _COMPUTED_IN, dtype)
+
+
+def computed_in(rows: torch.Tensor) -> torch.dtype:
+    """The precision of the values of ``rows``."""
+    found: torch.dtype = getattr(rows, _COMPUTED_IN, rows.dtype)
+    return found
 
 
 def sum_of_rows(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -234,6 +257,8 @@ class Entry:
         # Opacus marks used rows with this attribute; losing it would let them be used twice.
         if hasattr(mine, "_processed"):
             rows._processed = True  # type: ignore[attr-defined]
+        if (dtype := computed_in(mine)) is not mine.dtype:
+            note_precision(rows, dtype)
         self.owned = True
         self._rows = weakref.ref(rows)
         return rows

@@ -11,6 +11,7 @@ from releases import needs_ghost
 from torch import nn
 
 import dpguard
+from dpguard import _compat
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
 ghost = needs_ghost
@@ -118,6 +119,26 @@ def test_the_update_is_that_without_a_scaler(guard, kind, inner, skips):
     training = kind(inner)
     assert equal(training.train(scaler(growth_interval=1), skips=skips), expected)
     assert training.accounted == skips.count(False)
+    assert guard.violations == ()
+
+
+@pytest.mark.skipif(
+    not _compat.casts_rows(), reason="this Opacus computes some rows in the parameter's precision"
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_of_half_precision_are_judged_as_such(guard, dtype):
+    """They are widened when the scale is taken out, which makes their values no more precise."""
+    training, scale = Hooks(), scaler()
+    for x in training.data:
+        with torch.autocast("cpu", dtype):
+            out = training.called(x)
+        scale.scale(out.float().square().sum(1).mean()).backward()
+        assert training.model[0].weight.grad_sample.dtype == dtype
+        scale.step(training.dp)
+        scale.update()
+        training.dp.zero_grad()
+        guard.flush()
+        assert guard.last_step.checks["conservation"].verdict == "pass"
     assert guard.violations == ()
 
 

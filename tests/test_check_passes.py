@@ -10,6 +10,7 @@ from shuffled import violations
 from torch import nn
 
 import dpguard
+from dpguard.audit import passes
 from dpguard.patches import pass_sums
 
 pytestmark = needs_ghost
@@ -136,6 +137,29 @@ def test_two_calls_and_a_stale_gradient(guard):
     guard.flush()
     assert violations(guard) == ()
     assert guard.last_step.checks["conservation"].passed == 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [8, 1024])
+def test_one_person_and_wide_layers(monkeypatch, dtype, width):
+    """The sketch of a wide layer is itself a long sum, whichever signs are drawn."""
+    torch.manual_seed(0)
+    layer = nn.Linear(width, width).to(dtype)
+    parameters = list(layer.parameters())
+    ratios = []
+    for _ in range(40):
+        monkeypatch.setattr(pass_sums, "_known", {})
+        x, b = torch.randn(2, 1, width, dtype=dtype)
+        layer.zero_grad()
+        layer(x).backward(b)
+        sums = pass_sums.PassSums()
+        sums.add_call(layer, ([x], b), parameters, 1.0)
+        found = sums.compare()
+        for p, kind, count, (difference, scale) in zip(
+            parameters, found.dtypes, found.summands, found.figures.t().tolist(), strict=True
+        ):
+            ratios.append(difference / (passes._limit(p, kind, count) * scale))
+    assert max(ratios) < 0.5
 
 
 def test_the_sketch_sees_each_error():

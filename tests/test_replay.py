@@ -13,6 +13,7 @@ from torch import nn
 from truth import assert_rows_equal, rows_of
 
 import dpguard
+from dpguard import _compat
 
 pytestmark = needs_functorch
 DTYPE = torch.float64
@@ -341,3 +342,48 @@ def test_outputs_that_no_gradient_reaches(guard, read, sampled):
     assert_rows_equal(model, truth, DTYPE)
     assert guard.violations == ()
     assert guard.internal_errors == ()
+
+
+class Widened(nn.Module):
+    """Multiplies under autocast, and gives its result in single precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4, 4))
+
+    def forward(self, x):
+        return torch.tanh((x @ self.weight).float())
+
+
+@pytest.mark.skipif(
+    not _compat.casts_rows(), reason="this Opacus cannot clip rows of two precisions"
+)
+@pytest.mark.parametrize("inside", [False, True], ids=["after", "inside"])
+def test_under_the_autocast_of_the_call(guard, inside):
+    """Wherever the backward runs, the rows add up to the gradient that autograd computes."""
+    torch.manual_seed(0)
+    wrapped = GradSampleModule(Net(Widened()))
+    optimizer = DPOptimizer(
+        torch.optim.SGD(wrapped.parameters(), lr=0.1),
+        noise_multiplier=0.0,
+        max_grad_norm=1.0,
+        expected_batch_size=4,
+    )
+    for seed in range(3):
+        x = batch(seed).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(wrapped, x)
+        layer = wrapped._module.layer
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            loss.backward()
+        torch.testing.assert_close(
+            layer.weight.grad_sample.mean(0),
+            layer.weight.grad,
+            rtol=2e-2,
+            atol=1e-4,
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+    guard.flush()
+    assert guard.last_step.checks["conservation"].verdict == "pass"
+    assert guard.violations == ()

@@ -37,7 +37,7 @@ from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.coverage import FINITE
 from dpguard.audit.survey import Survey
-from dpguard.ledger import Ledger
+from dpguard.ledger import Ledger, computed_in
 from dpguard.patches.lean import Clipping
 
 if TYPE_CHECKING:
@@ -185,7 +185,8 @@ class RowValues(Check):
         parameters = [rows.parameters[i] for i in compared]
         terms = [self._ledger.summands_of(p) for p in parameters]
         kinds = [
-            (p.dtype, rows.pieces[i][0].dtype) for p, i in zip(parameters, compared, strict=True)
+            (p.dtype, computed_in(rows.pieces[i][0]))
+            for p, i in zip(parameters, compared, strict=True)
         ]
         key = (tuple(terms), tuple(kinds), like.device, like.dtype)
         known = self._limits

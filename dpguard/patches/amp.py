@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from dpguard import _compat, diagnosis
+from dpguard.ledger import computed_in, note_precision
 from dpguard.patches.copies import MINE
 from dpguard.patches.facades import Family
 from dpguard.patches.wrapping import EagerWrapper
@@ -172,5 +173,7 @@ def _divided(parameter: Any, rows: torch.Tensor, factor: torch.Tensor) -> torch.
     if hasattr(rows, "_processed"):
         return rows
     # In half precision small rows would vanish; they are clipped in that of the parameter.
-    rows = rows.to(torch.promote_types(rows.dtype, parameter.dtype))
-    return rows * factor.to(rows.device, rows.dtype)
+    wide = rows.to(torch.promote_types(rows.dtype, parameter.dtype))
+    divided = wide * factor.to(wide.device, wide.dtype)
+    note_precision(divided, computed_in(rows))
+    return divided

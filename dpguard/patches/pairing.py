@@ -415,7 +415,9 @@ class Pairing:
         activations, backprops = arranged
         if record.outline is not None:
             outlined, first = record.outline, self.batch_first
-            found = replay(kind.sampler, module, outlined, arranged, batch_first=first)
+            found = replay(
+                kind.sampler, module, outlined, arranged, batch_first=first, cast=record.cast
+            )
         else:
             found = kind.sampler(module, activations, backprops)
         lenders = [*activations, backprops]

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpguard.ledger import computed_in
+
 __all__ = ["PassSums", "Sketched"]
 
 
@@ -29,7 +31,7 @@ class Sketched:
         parameters: those that could be compared, weakly.
         figures: of shape ``(2, P)``: differences of the sketches, and the scale of what was added
             up, which rounding errors are relative to.
-        summands: of how many products each sketch is the sum.
+        summands: of how many products each sketch is the sum, those of the sketch included.
         dtypes: precision of the backprops.
     """
 
@@ -92,7 +94,7 @@ class PassSums:
     ) -> None:
         """A call of which rows of shape ``(B, *S)`` were computed; ``share`` is their weight."""
         inputs, backprops = arranged
-        mine = self._of(parameter, rows.dtype)
+        mine = self._of(parameter, computed_in(rows))
         wide = _wide(rows)
         norms = torch.linalg.vector_norm(rows.reshape(len(rows), parameter.numel()), dim=1)
         # Not the rows alone: of a bias of attention keys, say, the products of a row cancel.
@@ -141,7 +143,7 @@ class PassSums:
         return Sketched(
             tuple(weakref.ref(mine.parameter) for mine in found),
             torch.stack(figures, dim=1),
-            tuple(mine.summands for mine in found),
+            tuple(mine.summands + _length(mine.parameter) for mine in found),
             tuple(mine.dtype for mine in found),
         )
 
@@ -197,6 +199,14 @@ def _sketch_of(parameter: torch.nn.Parameter, found: torch.Tensor) -> torch.Tens
         return found.reshape(*batch, parameter.numel()) @ _signs(0, parameter.numel(), found, wide)
     rows, columns = parameter.shape
     return (found @ _signs(1, columns, found, wide)) @ _signs(0, rows, found, wide)
+
+
+def _length(parameter: torch.Tensor) -> int:
+    """How many numbers are added up, one after the other, in a sketch of a gradient of this shape.
+
+    However small the batch is; the vectors of signs are long where the parameter is large.
+    """
+    return sum(parameter.shape) if parameter.dim() == 2 else parameter.numel()  # noqa: PLR2004
 
 
 _seeded = torch.Generator()

@@ -19,7 +19,7 @@ from dpguard import _callsite, _compat, diagnosis
 from dpguard._declare import declared_of
 from dpguard.ledger import Tally, parameters_of
 from dpguard.patches.detach import TALLY
-from dpguard.patches.replay import outline
+from dpguard.patches.replay import autocast_of, outline
 
 if TYPE_CHECKING:
     from dpguard.patches.pairing import Pairing
@@ -42,6 +42,7 @@ class Record:
         "__weakref__",
         "activations",
         "batch",
+        "cast",
         "dimension",
         "drawn",
         "hook",
@@ -85,6 +86,8 @@ class Record:
         self.activations: list[Any] | None = None
         self.outline: torch.nn.Module | None = None
         """For functorch to replay, if the module has no registered grad sampler."""
+        self.cast: torch.dtype | None = None
+        """The precision of autocast at the call of such a module, if it was on."""
 
     def keep(self, inputs: Iterable[Any]) -> None:
         """Keep what it takes to compute rows from the backprop of this call."""
@@ -93,6 +96,7 @@ class Record:
         self.kind = kind = pairing.kind_of(module)
         if kind.is_replayed:
             self.outline = outline(module)
+            self.cast = autocast_of(self.trained[0])
         self.order = pairing.orders.get(id(module))
         self.dimension = kind.batch_dimension(module)
         self.batch = kind.batch_size(module, self.activations, self.dimension)

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from dpguard import _compat
+from dpguard.ledger import note_precision
 from dpguard.patching import ABSENT
 
-__all__ = ["outline", "replay"]
+__all__ = ["autocast_of", "outline", "replay"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -66,18 +67,35 @@ def replay(
     arranged: tuple[list[Any], torch.Tensor],
     *,
     batch_first: bool,
+    cast: torch.dtype | None,
 ) -> dict[torch.nn.Parameter, torch.Tensor]:
-    """The rows that Opacus's functorch ``sampler`` computes for ``module`` as it was outlined."""
+    """The rows that Opacus's functorch ``sampler`` computes for ``module`` as it was outlined.
+
+    Under the autocast of the call (``cast``, if it was on), not that of the backward. The rows are
+    then as precise as that, whatever their dtype is.
+    """
     prepare: Any = _compat.replay_preparer()
     prepare(outlined, batch_first=batch_first)
     own = module.__dict__
     original = own.get(_compat.REPLAY, ABSENT)
     own[_compat.REPLAY] = outlined.__dict__[_compat.REPLAY]
+    device = arranged[1].device.type
     try:
-        rows: dict[torch.nn.Parameter, torch.Tensor] = sampler(module, *arranged)
+        with torch.autocast(device, cast, enabled=cast is not None, cache_enabled=False):
+            rows: dict[torch.nn.Parameter, torch.Tensor] = sampler(module, *arranged)
     finally:
         if original is ABSENT:
             del own[_compat.REPLAY]
         else:
             own[_compat.REPLAY] = original
+    coarse = cast or autocast_of(arranged[1])  # autograd's own products are under the backward's
+    if coarse is not None:
+        for found in rows.values():
+            note_precision(found, coarse)
     return rows
+
+
+def autocast_of(tensor: torch.Tensor) -> torch.dtype | None:
+    """The precision of autocast on the device of ``tensor``, or ``None`` where it is off."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
