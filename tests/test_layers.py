@@ -10,6 +10,7 @@ import torch
 from opacus import GradSampleModule
 from opacus.grad_sample import register_grad_sampler
 from opacus.optimizers import DPOptimizer
+from releases import needs_functorch
 from torch import nn
 
 import dpguard
@@ -215,6 +216,29 @@ def _assert_rows(guard, model, inputs):
             assert len(mine.grad_sample) == len(inputs)
             torch.testing.assert_close(mine.grad_sample[i], truth.grad, rtol=1e-5, atol=1e-6)
     assert guard.violations == guard.interventions == ()
+
+
+class _Scaled(nn.Module):
+    """Owns a raw parameter, so that functorch replays it."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+@pytest.mark.parametrize("last", [nn.LayerNorm(2), pytest.param(_Scaled(), marks=needs_functorch)])
+def test_a_model_without_numbers(guard, last):
+    """On the device ``meta``, where shapes and memory are estimated, rows have their shapes."""
+    model = nn.Sequential(_mlp().float(), last).to("meta")
+    called = GradSampleModule(model)
+    called(torch.empty(3, 3, device="meta")).mean().backward()
+    for p in model.parameters():
+        assert p.grad_sample.shape == (3, *p.shape)
+        assert p.grad_sample.is_meta
+    assert guard.violations == guard.internal_errors == ()
 
 
 class _Asker:

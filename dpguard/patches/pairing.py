@@ -486,6 +486,8 @@ class Pairing:
         activations, backprops = arranged
         if not record.batch or not _compat.rows_are_fresh(self.hooks, record.module):
             return {}
+        if backprops.is_meta:
+            return {}  # no numbers, as where shapes or memory are only estimated
         mixed = activations, backprops * _signs.like(backprops)
         return {
             parameter: torch.linalg.vector_norm(

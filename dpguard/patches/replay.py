@@ -7,6 +7,7 @@ of the module, which costs no memory, and Opacus's own functorch sampler replays
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -79,16 +80,19 @@ def replay(
     own = module.__dict__
     original = own.get(_compat.REPLAY, ABSENT)
     own[_compat.REPLAY] = outlined.__dict__[_compat.REPLAY]
-    device = arranged[1].device.type
+    now, device = autocast_of(arranged[1]), arranged[1].device.type
+    as_called: Any = contextlib.nullcontext()
+    if now is not cast:
+        as_called = torch.autocast(device, cast, enabled=cast is not None, cache_enabled=False)
     try:
-        with torch.autocast(device, cast, enabled=cast is not None, cache_enabled=False):
+        with as_called:
             rows: dict[torch.nn.Parameter, torch.Tensor] = sampler(module, *arranged)
     finally:
         if original is ABSENT:
             del own[_compat.REPLAY]
         else:
             own[_compat.REPLAY] = original
-    coarse = cast or autocast_of(arranged[1])  # autograd's own products are under the backward's
+    coarse = cast or now  # autograd's own products are under the backward's
     if coarse is not None:
         for found in rows.values():
             note_precision(found, coarse)
@@ -98,4 +102,6 @@ def replay(
 def autocast_of(tensor: torch.Tensor) -> torch.dtype | None:
     """The precision of autocast on the device of ``tensor``, or ``None`` where it is off."""
     device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
