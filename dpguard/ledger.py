@@ -291,6 +291,15 @@ class ParameterState:
         self.kept: torch.Tensor | None = None
         """Some of its values then, see :func:`sample_of`."""
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the rows and ``p.grad`` are of the same backwards, with one divisor.
+
+        Not where Opacus has no hooks (expanded weights leave ``p.grad`` alone), nor where calls
+        with different numbers of rows were added.
+        """
+        return self.hooked and not any([entry.uneven for entry in self.entries])
+
     def note_values(self, parameter: torch.Tensor) -> None:
         """A backward begins: from here to the step the parameter should stay as it is."""
         self.version = parameter._version
@@ -633,17 +642,6 @@ class Ledger:
         found = list(self._passes)
         self._passes.clear()
         return found
-
-    def is_whole(self, parameter: torch.Tensor) -> bool:
-        """Whether the rows and ``p.grad`` are of the same backwards, with one divisor.
-
-        Not where Opacus has no hooks (expanded weights leave ``p.grad`` alone), nor where calls
-        with different numbers of rows were added.
-        """
-        state = self.known(parameter)
-        if state is None or not state.hooked:
-            return False
-        return not any(entry.uneven for entry in state.entries)
 
     def summands_of(self, parameter: torch.Tensor) -> int:
         """Of how many products an element of a row of ``parameter`` is the sum."""

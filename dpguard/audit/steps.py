@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,15 +22,17 @@ from dpguard.events import CheckCount, Event, Intervention, Severity, StepAudit
 from dpguard.ledger import Dead, Ledger
 
 if TYPE_CHECKING:
-    from dpguard.patches.lean import Clipping, Rows
+    from dpguard.patches.lean import Clipping, Look, Rows
 
 __all__ = ["StepAuditor"]
 
 _HOOKS = (
     "begin",
     "before_clip",
+    "rows_summed",
     "after_clip",
     "before_noise",
+    "noise_drawn",
     "after_noise",
     "before_update",
     "cleared",
@@ -90,6 +93,7 @@ class StepAuditor:
         step.physical += 1
         parameters = [p for p in optimizer.params if p.requires_grad]
         step.parameters = parameters
+        step.states = [self._ledger.state(p) for p in parameters]
         dead = self._ledger.settle(parameters)
         self._say_dead(step, dead)
         if not parameters:
@@ -131,15 +135,24 @@ class StepAuditor:
             names = tuple(name for name, _ in seen.sums)
             step.run(structure.FINITE)
             flags = finite_flags([total for _, total in seen.sums])
-            step.collect((structure.FINITE,), flags, finiteness(names))
+            step.collect((structure.FINITE,), flags, functools.partial(finiteness, names))
 
     def rows_of(self, optimizer: Any) -> Rows | None:
         """The rows of the physical batch at hand, if nothing is wrong with them."""
         return self._current(optimizer).rows
 
-    def wants_means(self, optimizer: Any) -> bool:
-        """Whether the means of the rows are wanted along with the clipped sums."""
-        return self._current(optimizer).audited
+    def of_means(self, optimizer: Any) -> Look | None:
+        """What is given the means of the rows, if they are wanted along with the clipped sums."""
+        return self._look("rows_summed", optimizer)
+
+    def of_noise(self, optimizer: Any) -> Look | None:
+        """What is given the noise before it is added, if it is wanted."""
+        return self._look("noise_drawn", optimizer)
+
+    def _look(self, hook: str, optimizer: Any) -> Look | None:
+        if self._hooks[hook] and self._current(optimizer).audited:
+            return functools.partial(self._run, hook, optimizer)
+        return None
 
     def before_clip(self, optimizer: Any, clip: Callable[[], Any]) -> None:
         """Rows are about to be clipped by code that is not ours."""

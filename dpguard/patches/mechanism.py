@@ -28,8 +28,11 @@ class Observer(Protocol):
     def rows_of(self, optimizer: Any) -> lean.Rows | None:
         """The rows that were found when the step began, if they were as they should be."""
 
-    def wants_means(self, optimizer: Any) -> bool:
-        """Whether the means of the rows are wanted along with the clipped sums."""
+    def of_means(self, optimizer: Any) -> lean.Look | None:
+        """What is given the means of the rows, if they are wanted along with the clipped sums."""
+
+    def of_noise(self, optimizer: Any) -> lean.Look | None:
+        """What is given the noise before it is added, if it is wanted."""
 
     def before_clip(self, optimizer: Any, clip: Callable[[], Any]) -> None:
         """Rows are about to be clipped by code that is not ours, which is ``clip``."""
@@ -136,8 +139,8 @@ class Mechanism:
             result = original()
             self._observer.after_clip(instance, None)
             return result
-        means = self._observer.wants_means(instance)
-        clipping = lean.clip_and_accumulate(instance, rows, blanks=True, means=means)
+        look = self._observer.of_means(instance)
+        clipping = lean.clip_and_accumulate(instance, rows, blanks=True, look=look)
         self._observer.after_clip(instance, clipping)
         return None
 
@@ -150,7 +153,7 @@ class Mechanism:
     def _add_noise(self, instance: Any, original: Callable[[], Any], *, stock: bool) -> Any:
         self._observer.before_noise(instance)
         if stock:
-            lean.add_noise(instance)
+            lean.add_noise(instance, self._observer.of_noise(instance))
         result = None if stock else original()
         self._observer.after_noise(instance)
         return result
