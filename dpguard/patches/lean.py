@@ -23,6 +23,7 @@ from dpguard import _compat
 
 __all__ = [
     "Clipping",
+    "WIDE",
     "Rows",
     "add_noise",
     "blank_rows",
@@ -132,7 +133,7 @@ def row_norms(rows: Rows) -> torch.Tensor:
     norm = torch.linalg.vector_norm
     columns = []
     for mine in rows.pieces:
-        wide = None if mine[0].dtype in _WIDE else torch.float32
+        wide = None if mine[0].dtype in WIDE else torch.float32
         if len(mine) == 1:
             columns.append(norm(flat(mine[0]), dim=-1, dtype=wide))
         else:
@@ -140,7 +141,8 @@ def row_norms(rows: Rows) -> torch.Tensor:
     return torch.stack(columns, dim=1)
 
 
-_WIDE = frozenset((torch.float32, torch.float64))
+WIDE = frozenset((torch.float32, torch.float64))
+"""Types that norms are taken in as they are."""
 
 
 def blank(rows: Rows, totals: torch.Tensor) -> torch.Tensor:
