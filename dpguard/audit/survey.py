@@ -28,6 +28,7 @@ class Survey:
         self.norms = row_norms(rows)
         self.totals = self.norms.norm(2, dim=1)
         self.shares = row_shares(rows, self.totals, mean=mean)
+
     @classmethod
     def of(cls, parameters: Sequence[torch.nn.Parameter], *, mean: bool) -> Survey | None:
         """A survey of the rows that the parameters carry, or ``None`` if that is not possible."""

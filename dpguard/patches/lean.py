@@ -22,8 +22,8 @@ import torch
 from dpguard import _compat
 
 __all__ = [
-    "Clipping",
     "WIDE",
+    "Clipping",
     "Rows",
     "add_noise",
     "blank_rows",
@@ -327,16 +327,21 @@ def scale_grad(optimizer: Any) -> None:
         torch._foreach_div_([parameter.grad for parameter in optimizer.params], divisor)
 
 
-def pre_step(optimizer: Any) -> bool:
+def pre_step(
+    optimizer: Any,
+    clip_and_accumulate: Callable[[], Any],
+    add_noise: Callable[[], Any],
+    scale_grad: Callable[[], Any],
+) -> bool:
     """What precedes the step of the wrapped optimizer; whether it is to be taken."""
     if not optimizer.params:
         return True
-    optimizer.clip_and_accumulate()
+    clip_and_accumulate()
     if optimizer._check_skip_next_step():
         optimizer._is_last_step_skipped = True
         return False
-    optimizer.add_noise()
-    optimizer.scale_grad()
+    add_noise()
+    scale_grad()
     if optimizer.step_hook:
         optimizer.step_hook(optimizer)
     optimizer._is_last_step_skipped = False

@@ -236,8 +236,8 @@ class OptimizerPatch:
                 self._part("protocol", self._protocol.before_step, instance)
                 self._part("hooks", self._hooks.before_step, instance)
                 self._audit(self._before, instance)
-                with self._bounds.fixed(instance), self._mechanism.watch(instance):
-                    answer = self._mechanism.pre_step(wrapped, instance, args, kwargs)
+                with self._bounds.fixed(instance):
+                    answer = self._mechanism.step(wrapped, instance, args, kwargs)
                 if answer:
                     self._audit(self._auditor.before_update, instance)
                 stepped = True
