@@ -498,10 +498,11 @@ class GraphTask:
     def reached(self, parameters: Sequence[_P]) -> list[_P]:
         """Those into which this backward accumulates, or whose gradients it returns."""
         roles = self._roles
-        unknown = [p for p in parameters if id(p) not in roles]
-        if unknown:
-            self.ask(unknown)
-        return [p for p in parameters if roles[id(p)]]
+        try:
+            return [p for p in parameters if roles[id(p)]]
+        except KeyError:
+            self.ask([p for p in parameters if id(p) not in roles])
+            return [p for p in parameters if roles[id(p)]]
 
     def captures(self, parameter: torch.Tensor) -> bool:
         """Whether a parameter that is reached has its gradient returned, ``p.grad`` left alone."""
