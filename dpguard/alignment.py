@@ -16,7 +16,7 @@ import torch
 from dpguard import diagnosis
 from dpguard.ledger import UNKNOWN, Entry, Ledger
 
-__all__ = ["Alignment", "align", "join_blocks"]
+__all__ = ["EVEN", "Alignment", "align", "join_blocks"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class Alignment:
     conflict_cause: str = diagnosis.BATCHES_OVERLAP
 
 
+EVEN = Alignment()
+"""Every parameter has the rows of one and the same batch."""
+
+
 def align(ledger: Ledger, parameters: Sequence[torch.nn.Parameter], *, fill: bool) -> Alignment:
     """Find parameters without rows and give them zero rows where that is exact.
 
@@ -47,7 +51,7 @@ def align(ledger: Ledger, parameters: Sequence[torch.nn.Parameter], *, fill: boo
         fill: whether to fill in zero rows (``repair``) or only say so (``observe``).
     """
     if _is_even(ledger, parameters):
-        return Alignment()
+        return EVEN
     paired = True
     missing: list[torch.nn.Parameter] = []
     present: list[torch.nn.Parameter] = []

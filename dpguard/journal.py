@@ -36,6 +36,7 @@ __all__ = ["Journal"]
 
 _SCHEMA = "1"
 _MAX_DEPTH = 8
+_STEP = "dpguard.step"
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
 
 
@@ -260,6 +261,7 @@ class _Renderer:
         run = {"dpguard.schema": _SCHEMA, "dpguard.run.id": run_id, "dpguard.rank": rank}
         self._run = _encode(run)[1:-1]
         self._second = (0, "")
+        self._last: tuple[dict[str, Any], str] = {}, "}"
 
     def __call__(self, _: object, __: str, event_dict: EventDict) -> tuple[Line, dict[str, Any]]:
         event: Event = event_dict["record"]
@@ -269,7 +271,13 @@ class _Renderer:
             f"{self._run}"
         )
         fields = event_dict["fields"]
-        return (before, f",{_encode(fields)[1:]}" if fields else "}"), {}
+        if next(iter(fields), None) == _STEP:
+            before += f',"{_STEP}":{_encode(fields.pop(_STEP))}'
+        known, text = self._last
+        if fields != known:  # those of a step are as a rule those of the step before
+            text = f",{_encode(fields)[1:]}" if fields else "}"
+            self._last = fields, text
+        return (before, text), {}
 
     def _timestamp(self, event: Event) -> str:
         second, micros = divmod(time.time_ns() // 1000, 1_000_000)

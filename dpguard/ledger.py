@@ -18,6 +18,7 @@ boundary, and the segments in between are merged.
 
 from __future__ import annotations
 
+import functools
 import operator
 import weakref
 from collections import deque
@@ -372,6 +373,8 @@ class ParameterState:
             entry.terms += terms
             self.summands = max(self.summands, entry.terms)
             return
+        if getattr(parameter, "grad_sample", None) is None:
+            self.entries, self.captured = [], captured
         tensors = self.sync(parameter)
         if captured is not self.captured:
             if captured and tensors:
@@ -466,10 +469,15 @@ _TASKS_KEPT = 64
 _PASSES_KEPT = 16
 
 
+@functools.lru_cache(maxsize=1024)
+def _number(value: int) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
+
+
 class GraphTask:
     """What one run of the autograd engine does, asked once per parameter."""
 
-    __slots__ = ("_factors", "_roles", "id", "keeps_graph", "owners", "published")
+    __slots__ = ("_roles", "id", "keeps_graph", "owners", "published")
 
     def __init__(self, task_id: int) -> None:
         self.id = task_id
@@ -478,17 +486,12 @@ class GraphTask:
         self.owners: set[int] = set()
         """Identities of the models of which a call was met in this backward."""
         self._roles: dict[int, int] = {}
-        self._factors: dict[int, torch.Tensor] = {}
 
     def times(self, tensor: torch.Tensor, factor: int) -> torch.Tensor:
         """``tensor * factor``, bit by bit; for a number torch makes a tensor with every call."""
         if type(tensor) is not torch.Tensor:
             return tensor * factor
-        found = self._factors.get(factor)
-        if found is None:
-            found = torch.tensor(factor, dtype=torch.float64, device="cpu")
-            self._factors[factor] = found
-        return torch.mul(tensor, found)
+        return torch.mul(tensor, _number(factor))
 
     def ask(self, parameters: Sequence[torch.Tensor]) -> None:
         """Find out about many parameters at once, which is cheaper than one by one."""

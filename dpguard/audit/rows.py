@@ -105,7 +105,6 @@ class RowValues(Check):
                 survey.look(functools.partial(self.rows_summed, step, optimizer))
         return ()
 
-    @torch.no_grad()
     def rows_summed(
         self, step: Step, optimizer: Any, first: int, means: list[torch.Tensor]
     ) -> Failures:
@@ -142,8 +141,7 @@ class RowValues(Check):
         if odd := tuple([state.name for state in step.states if state.reduction not in right]):
             step.run(CONSERVATION)
             return [Failure(CONSERVATION, diagnosis.LOSS_REDUCTION, odd)]
-        with torch.no_grad():
-            self._compare(step, found, compared, residuals)
+        self._compare(step, found, compared, residuals)
         self._count(optimizer, step)
         return ()
 
@@ -172,7 +170,7 @@ class RowValues(Check):
             return
         step.run(CONSERVATION, count=len(compared))
         limits = self._limit(step, found.rows, compared)
-        figures = [scales, torch.stack(residuals).to(scales.dtype)]
+        figures = [scales, torch.stack(residuals)]
         if any(limits.composed):
             total = found.shares @ found.totals
             figures.append(self._strengths(step, found, compared, total))

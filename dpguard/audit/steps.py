@@ -12,7 +12,7 @@ import torch
 from dpguard import _compat, diagnosis
 from dpguard._errors import DPGuardError
 from dpguard._settings import Settings
-from dpguard.alignment import Alignment, align, join_blocks
+from dpguard.alignment import EVEN, Alignment, align, join_blocks
 from dpguard.audit import coverage as structure
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.collector import Collector, finite_flags
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["StepAuditor"]
 
+_STRUCTURE = (*structure.OF_EACH, *structure.OF_ROWS)
 _HOOKS = (
     "begin",
     "before_clip",
@@ -67,12 +68,14 @@ class StepAuditor:
         self._findings = Findings(settings.mode, emit)
         self._collector = Collector()
         self._names = (*structure.CHECKS, *(name for check in checks for name in check.names))
-        self._hooks: dict[str, list[tuple[Check, Any]]] = {
-            hook: [(c, getattr(c, hook)) for c in checks if hook in _overridden(c)]
+        self._hooks: dict[str, tuple[tuple[Check, Any], ...]] = {
+            hook: tuple((c, getattr(c, hook)) for c in checks if hook in _overridden(c))
             for hook in _HOOKS
         }
         self._steps: weakref.WeakKeyDictionary[Any, Step] = weakref.WeakKeyDictionary()
+        self._last: tuple[weakref.ref[Any], Step] | None = None
         self._coverage: dict[str, list[int]] = {}
+        self._whole: dict[tuple[str, ...], int] = {}
         self._overdue: DPGuardError | None = None
         self._went: tuple[tuple[Any, ...], dict[str, CheckCount]] | None = None
         self.steps = 0
@@ -114,8 +117,10 @@ class StepAuditor:
         self._say_unused(step, alignment)
         seen = structure.examine(self._ledger, parameters)
         step.names, step.rows = seen.names, seen.rows
-        failures = [*_failures(alignment), *_remaining(seen, alignment)]
-        step.run(*structure.OF_EACH, *structure.OF_ROWS)
+        failures: list[Failure] = []
+        if seen.rows is None or alignment is not EVEN:
+            failures = [*_failures(alignment), *_remaining(seen, alignment)]
+        step.run(*_STRUCTURE)
         if not repairs and dead:
             failures = [_left_over(failure) for failure in failures]
         if failures:
@@ -190,7 +195,7 @@ class StepAuditor:
         """Close the logical step, unless the physical batch was only accumulated."""
         if stepped:
             self.steps += 1
-            step = self._steps.pop(optimizer)
+            step = self._current(optimizer)
             self._begin(optimizer, step.number + 1)
             if step.audited:
                 self._cover(step)
@@ -221,7 +226,7 @@ class StepAuditor:
     def flush(self) -> None:
         """Wait for all figures that are on their way, and have the checks say what they know."""
         self._collector.drain(wait=True)
-        for check, finish in list(self._hooks["flush"]):
+        for check, finish in self._hooks["flush"]:
             try:
                 for number, failure in finish():
                     error = self._findings.say(Step(number, audited=True, optimizer=""), [failure])
@@ -231,9 +236,13 @@ class StepAuditor:
 
     def coverage(self) -> dict[str, CheckCount]:
         """For each parameter in how many audited logical steps its rows were all there."""
+        counts = {name: list(found) for name, found in self._coverage.items()}
+        for names, steps in self._whole.items():
+            for name in names:
+                counts.setdefault(name, [0, 0])[0] += steps
         return {
             name: CheckCount(passed=passed, failed=failed)
-            for name, (passed, failed) in self._coverage.items()
+            for name, (passed, failed) in counts.items()
         }
 
     # -- inside --------------------------------------------------------------------------------
@@ -242,10 +251,18 @@ class StepAuditor:
         audited = number % self._settings.audit_every == 0
         step = Step(number, audited, type(optimizer).__qualname__, send=self._send)
         self._steps[optimizer] = step
+        self._last = weakref.ref(optimizer), step
         return step
 
     def _current(self, optimizer: Any) -> Step:
-        return self._steps.get(optimizer) or self._begin(optimizer, 0)
+        last = self._last  # asked so often that the dictionary is felt
+        if last is not None and last[0]() is optimizer:
+            return last[1]
+        step = self._steps.get(optimizer)
+        if step is None:
+            return self._begin(optimizer, 0)
+        self._last = weakref.ref(optimizer), step
+        return step
 
     def _run(self, hook: str, optimizer: Any, *args: Any) -> None:
         """Have each check look; one that fails by an error of its own is switched off."""
@@ -254,7 +271,7 @@ class StepAuditor:
             return
         step = self._current(optimizer)
         failures: list[Failure] = []
-        for check, look in list(hooks):
+        for check, look in hooks:
             try:
                 failures.extend(look(step, optimizer, *args))
             except DPGuardError:
@@ -265,8 +282,8 @@ class StepAuditor:
             self._refuse(step, failures)
 
     def _switch_off(self, check: Check, error: Exception) -> None:
-        for hooks in self._hooks.values():
-            hooks[:] = [(other, look) for other, look in hooks if other is not check]
+        for hook, hooks in self._hooks.items():
+            self._hooks[hook] = tuple(pair for pair in hooks if pair[0] is not check)
         if self._report is None:
             raise error
         self._report(type(check).__name__, error)
@@ -366,6 +383,9 @@ class StepAuditor:
 
     def _cover(self, step: Step) -> None:
         missing = step.failed.get(structure.PRESENT, ())
+        if not missing:
+            self._whole[step.names] = self._whole.get(step.names, 0) + 1
+            return
         for name in step.names:
             counts = self._coverage.setdefault(name, [0, 0])
             counts[name in missing] += 1

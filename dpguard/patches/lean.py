@@ -15,7 +15,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -91,8 +91,7 @@ class Rows:
         return True
 
 
-@dataclass(frozen=True)
-class Clipping:
+class Clipping(NamedTuple):
     """What the clipping of one physical batch has computed on the way.
 
     Attributes:
@@ -264,8 +263,10 @@ def _sums(
     # What torch.einsum("i,i...", factors, rows) comes to, without its way there.
     product = torch.bmm(weights, rows.unsqueeze(0))
     if product.shape[1] == 1:
-        mean = None if shares is None else shares.to(dtype).matmul(rows).view(shape)
-        return product.view(shape), mean
+        if shares is None:
+            return product.view(shape), None
+        shares = shares if shares.dtype is dtype else shares.to(dtype)
+        return product.view(shape), shares.matmul(rows).view(shape)
     clipped, plain = product[0].unbind(0)
     if clipped.numel() > _SMALL:
         clipped = clipped.clone()
@@ -324,7 +325,13 @@ def scale_grad(optimizer: Any) -> None:
     """Divide ``p.grad`` by the expected batch size, if the loss is a mean."""
     if optimizer.loss_reduction == "mean":
         divisor = optimizer.expected_batch_size * optimizer.accumulated_iterations
-        torch._foreach_div_([parameter.grad for parameter in optimizer.params], divisor)
+        grads = [parameter.grad for parameter in optimizer.params]
+        kind = grads[0].dtype
+        plain = grads[0].is_cpu and kind in WIDE and isinstance(divisor, (int, float))
+        if plain and all(grad.dtype is kind for grad in grads):
+            # For a number torch makes a tensor with every division.
+            divisor = torch.scalar_tensor(divisor, dtype=kind)
+        torch._foreach_div_(grads, divisor)
 
 
 def pre_step(
