@@ -28,6 +28,7 @@ from dpguard.events import (
     PatchEvent,
     RunStarted,
     Severity,
+    StepAudit,
     Violation,
 )
 from dpguard.sink import MAX_BYTES, Sink, check_log_dir, read_key, say
@@ -261,7 +262,7 @@ class _Renderer:
         run = {"dpguard.schema": _SCHEMA, "dpguard.run.id": run_id, "dpguard.rank": rank}
         self._run = _encode(run)[1:-1]
         self._second = (0, "")
-        self._last: tuple[dict[str, Any], str] = {}, "}"
+        self._last: tuple[dict[str, Any], str] = {}, ""
 
     def __call__(self, _: object, __: str, event_dict: EventDict) -> tuple[Line, dict[str, Any]]:
         event: Event = event_dict["record"]
@@ -270,14 +271,17 @@ class _Renderer:
             f'"severity_text":"{event.severity.value}","body":{_encode(_plain(event.body))},'
             f"{self._run}"
         )
-        fields = event_dict["fields"]
-        if next(iter(fields), None) == _STEP:
-            before += f',"{_STEP}":{_encode(fields.pop(_STEP))}'
+        return (before, self._after(event, event_dict["fields"])), {}
+
+    def _after(self, event: Event, fields: dict[str, Any]) -> str:
+        if type(event) is not StepAudit or next(iter(fields)) != _STEP:
+            return f",{_encode(fields)[1:]}" if fields else "}"
+        number = f',"{_STEP}":{_encode(fields.pop(_STEP))}'
         known, text = self._last
-        if fields != known:  # those of a step are as a rule those of the step before
-            text = f",{_encode(fields)[1:]}" if fields else "}"
+        if fields != known:  # most steps go as the one before did
+            text = _encode(fields)[1:]
             self._last = fields, text
-        return (before, text), {}
+        return f"{number},{text}"
 
     def _timestamp(self, event: Event) -> str:
         second, micros = divmod(time.time_ns() // 1000, 1_000_000)

@@ -299,7 +299,7 @@ class ParameterState:
         Not where Opacus has no hooks (expanded weights leave ``p.grad`` alone), nor where calls
         with different numbers of rows were added.
         """
-        return self.hooked and not any([entry.uneven for entry in self.entries])
+        return self.hooked and not any(entry.uneven for entry in self.entries)
 
     def note_values(self, parameter: torch.Tensor) -> None:
         """A backward begins: from here to the step the parameter should stay as it is."""

@@ -1,8 +1,9 @@
 """Noise: what a step has added to the clipped sum is N(0, (sigma C)^2) and was drawn anew.
 
-Per parameter the norm of ``noised - clipped sum`` is measured in each step, in one vector that
-travels to the host; some steps send first values of some parameters as well. What is made of them
-is in :mod:`dpguard.audit.gaussian`, which also says how often it is wrong and what it can find.
+Per parameter the norm of ``noised - clipped sum`` is measured in each step, or that of the noise
+itself where our own code draws and adds it, in one vector that travels to the host; some steps send
+first values of some parameters as well. What is made of them is in :mod:`dpguard.audit.gaussian`,
+which also says how often it is wrong and what it can find.
 Where no noise is due, on all ranks but the first, nothing may be added.
 """
 

@@ -61,11 +61,13 @@ class _Limits(NamedTuple):
         plain: of the roundings of one sample's row; that of the batch grows with its root.
         low: of operands in lower precision.
         composed: whether rows are sums of several products.
+        tiny: the smallest bound.
     """
 
     plain: tuple[float, ...]
     low: tuple[float, ...]
     composed: tuple[bool, ...]
+    tiny: float
 
 
 class _Mine(threading.local):
@@ -102,19 +104,23 @@ class RowValues(Check):
             mean = optimizer.loss_reduction == "mean"
             survey = self._mine.survey = Survey.of(step.parameters, mean=mean)
             if survey is not None:
-                survey.look(functools.partial(self.rows_summed, step, optimizer))
+                survey.look(functools.partial(self._measure, step))
         return ()
 
     def rows_summed(
         self, step: Step, optimizer: Any, first: int, means: list[torch.Tensor]
     ) -> Failures:
         """Measure by how much the means of rows are off ``p.grad``."""
+        self._measure(step, first, means)
+        return ()
+
+    def _measure(self, step: Step, first: int, means: list[torch.Tensor]) -> None:
         mine, each = self._mine, step.rows_per_person
         if not first:
             mine.compared, mine.residuals = [], []
-        if each is None:
-            return ()  # people with different numbers of rows: not what the loss is a mean of
         last = first + len(means)
+        if each is None or last > len(step.states):
+            return  # people with different numbers of rows: not what the loss is a mean of
         pairs = zip(step.parameters[first:last], step.states[first:last], strict=True)
         grads: list[Any] = [p.grad if state.is_whole else None for p, state in pairs]
         if not all(map(_are_comparable, grads, means)):
@@ -128,7 +134,6 @@ class RowValues(Check):
                 torch._foreach_div_(means, each)
             torch._foreach_sub_(means, grads)
             mine.residuals += torch._foreach_norm(means)
-        return ()
 
     def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:
         """Send the figures to the host."""
@@ -169,13 +174,13 @@ class RowValues(Check):
             step.collect((FINITE,), scales, lambda found: finiteness(names, map(isfinite, found)))
             return
         step.run(CONSERVATION, count=len(compared))
-        limits = self._limit(step, found.rows, compared)
+        limits = self._limit(step, found.rows, compared, residuals[0].dtype)
         figures = [scales, torch.stack(residuals)]
         if any(limits.composed):
             total = found.shares @ found.totals
             figures.append(self._strengths(step, found, compared, total))
-        root, tiny = math.sqrt(sum(found.rows.sizes)), float(torch.finfo(residuals[0].dtype).tiny)
-        receive = functools.partial(_verdict, step, compared, limits, root, tiny)
+        root = math.sqrt(sum(found.rows.sizes))
+        receive = functools.partial(_verdict, step, compared, limits, root)
         step.collect((FINITE, CONSERVATION), torch.cat(figures), receive)
 
     def _strengths(
@@ -200,7 +205,7 @@ class RowValues(Check):
                 strengths.append(total)
         return torch.stack([strength.to(total.dtype) for strength in strengths])
 
-    def _limit(self, step: Step, rows: Rows, compared: list[int]) -> _Limits:
+    def _limit(self, step: Step, rows: Rows, compared: list[int], dtype: torch.dtype) -> _Limits:
         """The factors of the bound, for each parameter compared; made once for each situation."""
         terms = [state.summands for state in step.states]
         kinds = [mine[0].dtype for mine in rows.pieces]
@@ -208,8 +213,10 @@ class RowValues(Check):
         key = (terms, kinds, own, compared, step.parameters[0].device)
         known = self._limits
         if known is None or known[0] != key:
+            tiny = float(torch.finfo(dtype).tiny)
             made = [_factors(step.parameters[i], kinds[i], terms[i]) for i in compared]
-            known = self._limits = key, _Limits(*zip(*made, strict=True))
+            plain, low, composed = zip(*made, strict=True)
+            known = self._limits = key, _Limits(plain, low, composed, tiny)
         return known[1]
 
 
@@ -246,6 +253,7 @@ def _are_comparable(grad: Any, mean: torch.Tensor) -> bool:
         type(grad) is torch.Tensor
         and grad.dtype is mean.dtype
         and grad.layout is torch.strided
+        and grad.shape == mean.shape
         and grad.device == mean.device
     )
 
@@ -261,7 +269,6 @@ def _verdict(
     compared: Sequence[int],
     limits: _Limits,
     root: float,
-    tiny: float,
     values: list[float],
 ) -> Failures:
     """What to make of the figures.
@@ -271,7 +278,6 @@ def _verdict(
         compared: places of the parameters that were compared.
         limits: of these.
         root: of the number of rows.
-        tiny: the smallest bound.
         values: for each parameter the weighted sum of the norms of its rows; for those that were
             compared the residual, and the strength of the rows or one number for all of them.
     """
@@ -288,7 +294,7 @@ def _verdict(
             for scale, strength, composed in zip(scales, each, limits.composed, strict=True)
         ]
     bounds = [
-        max((plain * root + low) * scale, tiny)
+        max((plain * root + low) * scale, limits.tiny)
         for plain, low, scale in zip(limits.plain, limits.low, scales, strict=True)
     ]
     return _judge(step, compared, residuals, bounds)

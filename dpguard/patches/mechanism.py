@@ -145,7 +145,7 @@ class Mechanism:
     def _has_stock_parts(self, instance: Any) -> bool:
         cls = type(instance)
         return _PARTS.isdisjoint(vars(instance)) and all(
-            [getattr(cls, name, None) is self._stock.get(name, ABSENT) for name in _PARTS]
+            getattr(cls, name, None) is self._stock.get(name, ABSENT) for name in _PARTS
         )
 
     # -- the parts ------------------------------------------------------------------------------
