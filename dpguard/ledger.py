@@ -18,7 +18,6 @@ boundary, and the segments in between are merged.
 
 from __future__ import annotations
 
-import functools
 import operator
 import weakref
 from collections import deque
@@ -466,12 +465,21 @@ _autograd = _compat.autograd()
 _detach = torch._C.TensorBase.detach
 _SAMPLED = 256
 _TASKS_KEPT = 64
+_NUMBERS_KEPT = 4096
 _PASSES_KEPT = 16
 
 
-@functools.lru_cache(maxsize=1024)
+_numbers: dict[int, torch.Tensor] = {}
+
+
 def _number(value: int) -> torch.Tensor:
-    return torch.tensor(value, dtype=torch.float64, device="cpu")
+    """A tensor of a batch size, of which there are few."""
+    found = _numbers.get(value)
+    if found is None:
+        found = torch.tensor(value, dtype=torch.float64, device="cpu")
+        if type(found) is torch.Tensor and len(_numbers) < _NUMBERS_KEPT:  # none that is traced
+            _numbers[value] = found
+    return found
 
 
 class GraphTask:
