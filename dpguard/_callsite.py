@@ -9,7 +9,7 @@ from types import CodeType, FrameType
 
 import torch
 
-__all__ = ["caller", "forward_caller", "writer"]
+__all__ = ["caller", "forward_caller", "inside_function", "writer"]
 
 _PACKAGE = Path(__file__).resolve().parent
 _EXAMPLES = _PACKAGE / "examples"
@@ -104,6 +104,23 @@ def forward_caller() -> str | None:
             return _first_outside(frame)
         frame = frame.f_back
     return _first_outside(outermost)
+
+
+def inside_function() -> bool:
+    """Whether the forward of a ``torch.autograd.Function`` is running, a checkpoint's for example.
+
+    What it calls without gradients may be called again, with them, in the backward.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        # Who asks a frame for its variables keeps them alive until it returns: only short ones.
+        if code.co_name == "forward" and code.co_argcount and code.co_varnames[0] != "self":
+            first = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(first, torch.autograd.function.FunctionCtx):
+                return True
+        frame = frame.f_back
+    return False
 
 
 def mark_outer_forward(code: CodeType) -> None:

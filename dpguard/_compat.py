@@ -345,6 +345,14 @@ def stock_hooks_class() -> type:
     return found
 
 
+def prepare_parameter(parameter: Any) -> None:
+    """Give a parameter what Opacus's ``add_hooks`` does, where a deep copy has lost it."""
+    if not hasattr(parameter, "_forward_counter"):
+        parameter._forward_counter = 0
+    if not hasattr(parameter, "grad_sample"):
+        parameter.grad_sample = None
+
+
 def wrapper_classes() -> list[type]:
     """The classes of Opacus that make up ``GradSampleModule``, the wrapper round a model."""
     wrapper = _grad_sample_module().GradSampleModule
@@ -581,6 +589,16 @@ def makes_outer_products(sampler: Any) -> bool:
     name = _OUTER.get(getattr(sampler, "__module__", None) or "")
     known = name is not None and _release(opacus_version()) >= _LEAN_SINCE
     return known and getattr(sampler, "__qualname__", None) == name
+
+
+def reads_memory(hooks: Any, module: torch.nn.Module) -> bool:
+    """Whether the sampler of ``module`` walks its input's memory, whatever the strides.
+
+    ``unfold2d`` takes height and width for adjacent, and the norm sampler of embeddings makes a
+    view. (Batches in ``channels_last``, or permuted from NHWC, are neither.)
+    """
+    walked = (_torch().nn.Conv2d, _torch().nn.Embedding)
+    return isinstance(module, walked) and has_grad_sampler(hooks, module)
 
 
 @functools.lru_cache(maxsize=1)

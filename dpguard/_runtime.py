@@ -83,7 +83,7 @@ class Runtime:
         self.auditor = StepAuditor(self.ledger, settings, emit, self._checks(), report)
         kinds = ((Pairing, _compat.uses_stock_hooks), (GhostPairing, _compat.uses_ghost_hooks))
         self.grad_sample = GradSamplePatch(
-            self.ledger, kinds, computes=changes, outputs=self.outputs
+            self.ledger, kinds, computes=changes, outputs=self.outputs, report=report
         )
         self._loading = LoadingPatch(self._deliveries, self.ledger, self._calls.watch, report)
         verdicts = Verdicts(emit, settings.mode)
@@ -95,6 +95,7 @@ class Runtime:
             verdicts,
             report,
             signals=Signals(self._loading.tags, self._deliveries, self._rows_at_hand, verdicts),
+            meet=self.grad_sample.meet,
         )
         self._transaction = Transaction()
         self._intervened = 0

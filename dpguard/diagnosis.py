@@ -260,7 +260,7 @@ _DIAGNOSES = {
         "the calls of which ghost clipping knows the norms do not add up to the gradient of the "
         "batch, so a part of it is not clipped",
         "use grad_sample_mode='hooks' for this model, or find what goes round the layer: a weight "
-        "that is used outside of its module, Embedding(padding_idx, scale_grad_by_freq), hooks on "
+        "that is used outside of its module, Embedding(scale_grad_by_freq), hooks on "
         "the gradient",
         Severity.CRITICAL,
     ),

@@ -29,7 +29,7 @@ import torch
 
 from dpguard import _compat
 from dpguard._declare import declares_one_batch
-from dpguard.patches.statistics import Batches
+from dpguard.batches import Batches
 
 __all__ = [
     "UNKNOWN",
@@ -248,9 +248,9 @@ class ParameterState:
         "condemned",
         "entries",
         "epoch",
-        "hooked",
         "keeps",
         "kept",
+        "model",
         "name",
         "paired",
         "probed",
@@ -264,8 +264,8 @@ class ParameterState:
     def __init__(self, parameter: torch.Tensor, forget: Callable[[Any], None]) -> None:
         self.ref = weakref.ref(parameter, forget)
         self.name = f"<unnamed {tuple(parameter.shape)}>"
-        self.hooked = False
-        """Whether it belongs to a model that Opacus wrapped."""
+        self.model: weakref.ref[torch.nn.Module] | None = None
+        """The model that it belongs to, if Opacus has wrapped that."""
         self.paired = False
         """Whether its rows are computed here."""
         self.entries: list[Entry] = []
@@ -298,7 +298,12 @@ class ParameterState:
         Not where Opacus has no hooks (expanded weights leave ``p.grad`` alone), nor where calls
         with different numbers of rows were added.
         """
-        return self.hooked and not any(entry.uneven for entry in self.entries)
+        return self.model is not None and not any(entry.uneven for entry in self.entries)
+
+    @property
+    def waiting(self) -> int:
+        """How many batches have rows that no step has used; the others wait to be cleared."""
+        return sum(not _compat.is_processed(entry.rows) for entry in self.entries)
 
     def note_values(self, parameter: torch.Tensor) -> None:
         """A backward begins: from here to the step the parameter should stay as it is."""
@@ -628,13 +633,15 @@ class Ledger:
     def is_hooked(self, parameter: torch.Tensor) -> bool:
         """Whether ``parameter`` belongs to a model that Opacus wrapped."""
         state = self.known(parameter)
-        return state is not None and state.hooked
+        return state is not None and state.model is not None
 
-    def hooked(self) -> list[tuple[ParameterState, torch.Tensor]]:
-        """The parameters of all models that Opacus wrapped."""
-        states = [state for state in list(self._parameters.values()) if state.hooked]
-        pairs = [(state, state.ref()) for state in states]
-        return [(state, parameter) for state, parameter in pairs if parameter is not None]
+    def beside(self, parameters: Iterable[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+        """Names and parameters of the hooked models in which one of ``parameters`` is."""
+        states = [state for p in parameters if (state := self.known(p)) is not None]
+        models = {id(state.model) for state in states if state.model is not None}
+        mates = [s for s in list(self._parameters.values()) if id(s.model) in models]
+        found = [(state.name, state.ref()) for state in mates]
+        return [(name, parameter) for name, parameter in found if parameter is not None]
 
     def name_of(self, parameter: torch.Tensor) -> str:
         """Qualified name of ``parameter`` in its model, or its shape if it has none."""

@@ -40,6 +40,12 @@ def _no_internal_errors(monkeypatch):
 
 
 @pytest.fixture
+def alone():
+    """Optimizers of other tests that are still there would be adopted, and reported."""
+    gc.collect()
+
+
+@pytest.fixture
 def guard():
     """A guard in mode ``repair`` that writes no log."""
     with dpguard.install(mode="repair") as active:

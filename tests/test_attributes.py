@@ -27,13 +27,10 @@ ALIASES = _release(opacus.__version__) < (1, 5, 2)
 
 aliasing = pytest.mark.skipif(not ALIASES, reason="this Opacus forwards; see the older releases")
 # torch, about the kind of backward hook that Opacus registered until 1.5.x.
-pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
-
-
-@pytest.fixture(autouse=True)
-def _alone():
-    """Optimizers of other tests that are still there would be adopted, and reported."""
-    gc.collect()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning"),
+    pytest.mark.usefixtures("alone"),
+]
 
 
 class Training:

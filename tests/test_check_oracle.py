@@ -16,7 +16,8 @@ from opacus import GradSampleModule, PrivacyEngine
 from opacus.layers import DPMultiheadAttention
 from opacus.optimizers import DPOptimizer
 from opacus.utils.batch_memory_manager import BatchMemoryManager
-from releases import FUNCTORCH
+from programs.releases import MISTAKES_ATTENTION
+from releases import BATCH_FIRST_ATTENTION, DOUBLE_EMBEDDING, FULL_HOOKS, FUNCTORCH, MIXED
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -25,7 +26,7 @@ from truth import rows_of
 import dpguard
 from dpguard import _compat, diagnosis, vjp
 from dpguard.audit.oracle import ORACLE
-from dpguard.patches import outputs
+from dpguard.patches import outputs, records
 
 pytestmark = pytest.mark.skipif(_compat.nodes() is None, reason="this torch tells too little")
 BATCH = 6
@@ -166,10 +167,11 @@ HEALTHY = {
     "cnn": CNN,
     "in_place": InPlaceCNN,
     "recurrent": Recurrent,
-    "attention": Attention,
     "batch_of_itself": lambda: Between(lambda h: h / h.norm(dim=1, keepdim=True)),
     "group_norm": lambda: Between(nn.GroupNorm(2, 8)),
 }
+if BATCH_FIRST_ATTENTION:
+    HEALTHY["attention"] = Attention
 if FUNCTORCH:
     HEALTHY["functorch"] = Functorch
 
@@ -177,10 +179,15 @@ if FUNCTORCH:
 # -- what is right ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+DTYPES = [torch.float32, torch.float64, *([torch.bfloat16] if MIXED else [])]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", HEALTHY)
 def test_healthy_models_pass(guard, kind, dtype):
     """Each parameter of each kind of model is compared in each step, and right."""
+    if kind == "attention" and dtype is torch.float64 and not DOUBLE_EMBEDDING:
+        pytest.skip("this Opacus has no rows of embeddings in double precision")
     for seed in range(4):
         torch.manual_seed(seed)
         model = HEALTHY[kind]()
@@ -359,17 +366,19 @@ def test_samples_that_see_each_other_are_refused(what, mode):
         if mode == "observe":
             training.step()
         else:
-            with pytest.raises(dpguard.PrivacyViolation, match=r"first\.weight.*statistics"):
+            with pytest.raises(dpguard.PrivacyViolation, match="statistics"):
                 training.step()
             for name, value in model.state_dict().items():
                 assert torch.equal(value, before[name])
-        assert causes(guard) == {diagnosis.ROW_OF_ANOTHER}
-        (violation,) = guard.violations
+        guard.flush()
+        (violation,) = (v for v in guard.violations if v.cause != diagnosis.BATCH_STATISTICS)
+        assert violation.cause == diagnosis.ROW_OF_ANOTHER
         assert {"first.weight"} <= set(violation.parameters) <= {"first.weight", "first.bias"}
         assert violation.figure > violation.bound
         assert guard.last_step.checks["conservation"].failed == 0
 
 
+@pytest.mark.skipif(not BATCH_FIRST_ATTENTION, reason="this Opacus has no such attention")
 def test_positions_that_are_taken_for_people(guard):
     """S10: as many positions as people, so the layer's rows are those of positions."""
     with pytest.raises(dpguard.PrivacyViolation, match=r"positions\.weight.*expanded to the batch"):
@@ -633,7 +642,9 @@ def train(every, kind, mode="repair"):
 @pytest.mark.parametrize("kind", HEALTHY)
 def test_the_host_notices_nothing(kind, mode):
     """Same bits, same random streams, and each hook of the user's runs as often as without."""
-    if (kind, mode) == ("in_place", "observe"):
+    if (kind, mode) == ("in_place", "observe") or (
+        (kind, mode) == ("attention", "observe") and MISTAKES_ATTENTION
+    ):
         pytest.skip("plain Opacus cannot train it")
     values, (torchs, pythons), met = train(0, kind, mode)
     others, (torchs2, pythons2), met2 = train(1, kind, mode)
@@ -644,6 +655,7 @@ def test_the_host_notices_nothing(kind, mode):
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(met, met2, strict=True))
 
 
+@pytest.mark.skipif(not FULL_HOOKS, reason="beside this Opacus no module has full hooks")
 def test_full_backward_hooks_run_once(guard):
     """Hooks of modules see one backward, and what they change is known to be changed."""
     model = Between(lambda h: h)
@@ -715,7 +727,7 @@ def test_the_hook_goes_with_the_guard():
         )
         other.step()
         assert seen(guard) == (5, 0)
-        assert pickle.loads(pickle.dumps(hook)) is outputs._no_hook
+        assert pickle.loads(pickle.dumps(hook)) is records.no_hook
     assert not model._forward_hooks
     assert not copied._module._forward_hooks
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from opacus import PrivacyEngine
-from releases import needs_ghost
+from releases import DOUBLE_EMBEDDING, needs_ghost
 from shuffled import violations
 from torch import nn
 
@@ -63,7 +63,7 @@ def train(model, optimizer, criterion, loader, epochs=1):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, *([torch.float64] if DOUBLE_EMBEDDING else [])])
 def test_healthy_steps_pass(guard, dtype, reduction):
     """Layers with norms, layers with rows: each parameter is compared, and nothing is found."""
     model, optimizer, criterion, loader = private(Model(), dtype, reduction)
@@ -109,11 +109,10 @@ def test_observe_says_so_and_goes_on():
         assert guard.last_step.checks["conservation"].verdict == "not_run"
 
 
-@pytest.mark.parametrize("options", [{"padding_idx": 0}, {"scale_grad_by_freq": True}])
-def test_embeddings_that_opacus_misreads_are_refused(guard, options):
-    """U03: the norms count what autograd drops or scales."""
+def test_embeddings_that_opacus_misreads_are_refused(guard):
+    """U03: the norms do not have the scale of autograd."""
     with pytest.raises(dpguard.PrivacyViolation, match=r"embed\.weight"):
-        train(*private(Model(**options)))
+        train(*private(Model(scale_grad_by_freq=True)))
 
 
 def test_a_hook_on_the_gradient_is_refused(guard):

@@ -13,11 +13,11 @@ import torch
 from models import MLP
 from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
-from releases import needs_reshaping
+from releases import DOUBLE_EMBEDDING, MIXED, needs_reshaping
 from torch import nn
 
 import dpguard
-from dpguard import _compat, diagnosis
+from dpguard import diagnosis
 from dpguard.audit import rows as rows_module
 from dpguard.audit.rows import CONSERVATION, PROBE_EVERY
 
@@ -102,8 +102,7 @@ def worst(ratios):
 
 
 KINDS = {"float32": {}, "float64": {"dtype": torch.float64}}
-CASTS = _compat.casts_rows()
-if CASTS:  # before, Opacus cannot clip rows of another precision than their parameter's
+if MIXED:
     KINDS["bfloat16 autocast"] = {"autocast": True}
 
 
@@ -122,6 +121,8 @@ def healthy(training, steps, ratios):
 @pytest.mark.parametrize("name", ["mlp", "cnn", "transformer", "dplstm"])
 def test_healthy_steps(name, kind, ratios):
     """No alarm in any precision, probed steps among them; the residual is well below its bound."""
+    if name == "transformer" and kind == "float64" and not DOUBLE_EMBEDDING:
+        pytest.skip("this Opacus has no rows of embeddings in double precision")
     healthy(bench(name, batch=8, **KINDS[kind]), PROBE_EVERY + 2, ratios)
 
 
@@ -448,7 +449,7 @@ def test_the_number_of_products(guard):
     assert guard._runtime.ledger.summands_of(cell) == 16
 
 
-@pytest.mark.skipif(not CASTS, reason="this Opacus clips rows in their own precision")
+@pytest.mark.skipif(not MIXED, reason="this Opacus clips rows in their own precision")
 def test_norms_of_rows_in_half_precision(guard):
     """A clipped sum of bfloat16 rows is within C in single precision: no factor is rounded up."""
     training = bench("mlp", batch=1)

@@ -16,6 +16,10 @@ from truth import TOLERANCE, assert_rows_equal, flat_rows, relative_error, rows_
 HAS_HOOKS = hasattr(opacus.grad_sample, "GradSampleHooks")  # as of 1.6
 DTYPE = torch.float64
 BOUND = 0.3
+needs_forbidding = pytest.mark.skipif(
+    not hasattr(GradSampleModule, "forbid_grad_accumulation"),
+    reason="this Opacus lets batches of Poisson sampling be accumulated",
+)
 
 
 def drawn(*shape, seed=0):
@@ -211,6 +215,46 @@ def test_a_frozen_discriminator(guard, apart):
         bare = {name.removeprefix(prefix): rows for name, rows in truth.items()}
         assert_step(parts[trains], optimizers[trains], bare)
         assert all(p.grad_sample is None for p in parts[1 - trains].parameters())
+    assert guard.violations == ()
+
+
+@needs_forbidding
+@pytest.mark.parametrize("first", ["discriminator", "generator"])
+def test_a_generator_that_learns_from_a_private_discriminator(guard, first):
+    """With Poisson sampling: rows of a step that is done may wait until they are cleared."""
+    torch.manual_seed(0)
+    generator, model = nn.Linear(2, 6).to(DTYPE), MLP().to(DTYPE)
+    called, optimizer = private(model)
+    called.forbid_grad_accumulation()
+    for step in range(3):
+        x, z = drawn(4, 6, seed=step), drawn(3, 2, seed=step)
+        if first == "generator":
+            called(generator(z)).mean().backward()
+        optimizer.zero_grad()
+        truth = rows_of(squares, twin(model, MLP), [x])
+        squares(called, x).backward()
+        assert_rows_equal(model, truth, DTYPE)
+        optimizer.step()
+        if first == "discriminator":
+            called(generator(z)).mean().backward()
+    assert guard.violations == ()
+
+
+@needs_forbidding
+def test_rows_of_a_done_step_are_not_used_again(guard):
+    """What was not cleared after a step is refused at the next one, in Opacus's words."""
+    called, optimizer = private(MLP().to(DTYPE))
+    called.forbid_grad_accumulation()
+    x = drawn(4, 6)
+    squares(called, x).backward()
+    optimizer.step()
+    squares(called, x).backward()
+    with pytest.raises(ValueError, match="cleared"):
+        optimizer.step()
+    optimizer.zero_grad()
+    squares(called, x).backward()
+    with pytest.raises(ValueError, match="Poisson sampling"):
+        squares(called, x).backward()
     assert guard.violations == ()
 
 

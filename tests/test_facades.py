@@ -25,6 +25,7 @@ import dpguard
 from dpguard._compat import _release
 
 pytestmark = [
+    pytest.mark.usefixtures("alone"),
     pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning"),
     # Of Lightning's older releases, about other packages.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -72,6 +72,33 @@ class Tokens(_Model):
         return (torch.randint(0, 7, (rows, 5), generator=generator),)
 
 
+class Padded(Tokens):
+    """One of the tokens is padding, and ids are a view that no view can be made of."""
+
+    def build(self):
+        super().build()
+        self.embedding = nn.Embedding(7, 4, padding_idx=2)
+        self.position = nn.Embedding(5, 4)
+
+    def forward(self, ids):
+        places = torch.arange(5).expand(len(ids), 5)
+        return self.head((self.embedding(ids) + self.position(places)).mean(dim=1))
+
+
+class ChannelsLast(_Model):
+    """Images that come with their channels in the last dimension."""
+
+    def build(self):
+        self.first = nn.Conv2d(2, 3, 3, padding=1)
+        self.second = nn.Conv2d(3, 4, 2, stride=2)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x.permute(0, 3, 1, 2))))
+
+    def inputs(self, rows, generator):
+        return (torch.randn((rows, 4, 6, 2), generator=generator, dtype=torch.float64),)
+
+
 class Tied(_Model):
     """One weight in an embedding and in the head, and a layer called twice."""
 
@@ -177,6 +204,8 @@ def _with_inputs(cls):
 MODELS = (
     Sequence,
     Tokens,
+    Padded,
+    ChannelsLast,
     Tied,
     Attention,
     Temperature,

@@ -169,6 +169,56 @@ def test_a_sampler_registered_between_two_steps(guard):
     assert guard.violations == ()
 
 
+def _images():
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Conv2d(3, 2, 2)
+    )
+
+
+def _thumbnails():
+    """Of one pixel each, which is contiguous in either format."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(2, 3, 3, padding=1))
+
+
+FORMATS = {
+    "channels_last": lambda x: x.to(memory_format=torch.channels_last),
+    "from_nhwc": lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+    "transposed": lambda x: x.transpose(2, 3),
+    "cropped": lambda x: x[:, :, 1:, :-1],
+    "gray": lambda x: x[:, :1].expand(-1, 2, -1, -1),
+}
+
+
+@pytest.mark.parametrize("arrange", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("build", [_images, _thumbnails])
+def test_images_of_any_memory_format(guard, build, arrange):
+    """Opacus's sampler of convolutions reads memory as if it were contiguous."""
+    torch.manual_seed(4)
+    _assert_rows(guard, build().double(), arrange(torch.randn(3, 2, 6, 6, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("padding", [None, 2, -1])
+def test_padding_has_no_gradient(guard, padding):
+    """Autograd drops what comes to ``padding_idx``; Opacus's sampler adds it to the row."""
+    torch.manual_seed(4)
+    ids = torch.tensor([[2, 2, 1], [0, 2, 6], [6, 6, 6], [3, 4, 3]])
+    model = nn.Sequential(nn.Embedding(7, 4, padding_idx=padding), nn.Linear(4, 2))
+    _assert_rows(guard, model, ids)
+
+
+def _assert_rows(guard, model, inputs):
+    plain = copy.deepcopy(model)
+    called = GradSampleModule(model)
+    called(inputs).square().flatten(1).sum(dim=1).mean().backward()
+    for i in range(len(inputs)):
+        plain.zero_grad()
+        plain(inputs[i : i + 1]).square().sum().backward()
+        for mine, truth in zip(model.parameters(), plain.parameters(), strict=True):
+            assert len(mine.grad_sample) == len(inputs)
+            torch.testing.assert_close(mine.grad_sample[i], truth.grad, rtol=1e-5, atol=1e-6)
+    assert guard.violations == guard.interventions == ()
+
+
 class _Asker:
     """Asks for the roles of leaves in the middle of a backward."""
 

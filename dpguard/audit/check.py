@@ -77,6 +77,8 @@ class Step:
     interventions: int = 0
     ran: dict[str, int] = field(default_factory=dict)
     failed: dict[str, set[str]] = field(default_factory=dict)
+    refused: bool = False
+    """It was refused before anything was applied, and nothing of it is left."""
     awaited: int = 1
     """The end of the step, and figures that are on their way from the device."""
     clip: Callable[[], Any] | None = None

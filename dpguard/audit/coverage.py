@@ -129,7 +129,8 @@ def _fault(note: Clipped | None, grad: torch.Tensor | None) -> str | None:
     """Why ``grad`` must not be used for a step, if it must not."""
     if note is not None and note.unclipped and note.is_in(grad):
         return diagnosis.UNCLIPPED
-    if note is not None and note.batches and note.spent and note.is_untouched(grad):
+    if note is not None and note.batches and note.spent and grad is not None:
+        # It is the clipped sum that was taken, or what the step made of it.
         return diagnosis.NOT_CLEARED
     return None
 

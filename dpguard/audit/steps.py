@@ -299,7 +299,8 @@ class StepAuditor:
             failures = list(receive(values))
             if failures:
                 error = self._findings.say(step, failures)
-                self._overdue = self._overdue or error
+                if not step.refused:
+                    self._overdue = self._overdue or error
             step.awaited -= 1
             self._finish(step)
 
@@ -358,6 +359,8 @@ class StepAuditor:
 
     def _close_refused(self, step: Step) -> None:
         """The audit of a step that is refused: it will have no end of its own."""
+        # What is found of it later is told; it is no reason to refuse the step that comes instead.
+        step.refused = True
         self._cover(step)
         self._end(step)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -162,7 +162,7 @@ class Update(Check):
             failures += self._buffers(step)
         if watched.steps == 1 or watched.steps % KEEP_EVERY == KEEP_EVERY - 1:
             step.run(OWNED, count=1)
-            failures += self._owned()
+            failures += self._owned(step)
         return failures
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
@@ -180,33 +180,24 @@ class Update(Check):
             self._moves(step, optimizer, watched)
         return ()
 
-    def _concerns(self, step: Step, root: Any) -> bool:
-        """Whether this optimizer trains that model; unknown models are everybody's."""
-        model = root()
-        if model is None:
-            return True
-        mine = {id(p) for p in step.parameters}
-        return any(id(p) in mine for p in model.parameters())
-
     def _statistics(self, step: Step) -> list[Failure]:
-        normalised = self._ledger.batches.normalised
-        found = tuple(name for name, root in normalised.items() if self._concerns(step, root))
-        for name in found:
-            del normalised[name]  # a model that was put right may train on
+        # Taken, so that a model that was put right may train on.
+        found = self._ledger.batches.normalised.take(_trained_by(step))
         return [Failure(STATISTICS, diagnosis.BATCH_STATISTICS, modules=found)] if found else []
 
     def _buffers(self, step: Step) -> list[Failure]:
-        buffers = self._ledger.batches.buffers
-        found = [name for name, root in buffers.items() if self._concerns(step, root)]
-        for name in found:
-            del buffers[name]
+        found = self._ledger.batches.buffers.take(_trained_by(step))
         return self._once(BUFFERS, diagnosis.BUFFERS_CHANGE, found)
 
-    def _owned(self) -> list[Failure]:
-        """Opacus gives ``summed_grad`` to the parameters of its optimizers."""
+    def _owned(self, step: Step) -> list[Failure]:
+        """Whether somebody owns the rest of the models of which this optimizer trains a part.
+
+        Other models may have optimizers that are not made yet. Opacus gives ``summed_grad`` to the
+        parameters of its optimizers.
+        """
         found = [
-            state.name
-            for state, parameter in self._ledger.hooked()
+            name
+            for name, parameter in self._ledger.beside(step.parameters)
             if parameter.requires_grad
             and getattr(parameter, "grad_sample", None) is not None
             and not hasattr(parameter, "summed_grad")
@@ -253,6 +244,12 @@ class Update(Check):
             return [Failure(MOVES, diagnosis.NEVER_CHANGES, still)] if still else []
 
         step.collect((MOVES,), moved, receive)
+
+
+def _trained_by(step: Step) -> Callable[[torch.nn.Module], bool]:
+    """Whether the optimizer trains parameters of a model."""
+    mine = {id(p) for p in step.parameters}
+    return lambda model: any(id(p) in mine for p in model.parameters())
 
 
 def _judge(names: tuple[str, ...], sizes: Sequence[int]) -> Receiver:

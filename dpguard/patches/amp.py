@@ -17,11 +17,11 @@ import weakref
 from typing import Any
 
 import torch
-import wrapt
 
 from dpguard import _compat, diagnosis
 from dpguard.patches.copies import MINE
 from dpguard.patches.facades import Family
+from dpguard.patches.wrapping import EagerWrapper
 from dpguard.patching import Transaction
 from dpguard.verdicts import Verdicts
 
@@ -60,7 +60,7 @@ class LossScale:
         for owner, name, wrapper in patched:
             original = vars(owner).get(name) if owner is not None else None
             if original is not None:
-                transaction.patch(owner, name, wrapt.FunctionWrapper(original, wrapper))
+                transaction.patch(owner, name, EagerWrapper(original, wrapper))
 
     # -- asked by the optimizer -----------------------------------------------------------------
 

@@ -19,9 +19,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import wrapt
-
 from dpguard import _compat, diagnosis
+from dpguard.patches.wrapping import EagerWrapper
 from dpguard.patching import Transaction
 from dpguard.verdicts import Verdicts
 
@@ -89,7 +88,7 @@ class Bounds:
         ):
             original = vars(owner).get(name) if owner is not None else None
             if original is not None:
-                transaction.patch(owner, name, wrapt.FunctionWrapper(original, wrapper))
+                transaction.patch(owner, name, EagerWrapper(original, wrapper))
 
     def adopt(self, instance: Any) -> None:
         """Learn which bound belongs to which parameter, while they are in order."""

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from dpguard import diagnosis
+from dpguard import _compat, diagnosis
 from dpguard._errors import UnsupportedError
 
 __all__ = ["FORWARDED", "MINE", "Copying", "slots_of"]
@@ -62,6 +62,9 @@ class Copying:
             memo[id(self)] = made
             _restore(made, {name: copy.deepcopy(part, memo) for name, part in _state(self).items()})
             if "original_optimizer" in vars(made):
+                for parameter in made.params:
+                    if not hasattr(parameter, "summed_grad"):
+                        parameter.summed_grad = None
                 _share_sums(self, made)
                 adopt(made)
             return made
@@ -80,12 +83,34 @@ class Copying:
             _restore(self, state)
             adopt(self)
 
+        def reduce(self: Any, _protocol: int) -> tuple[Any, ...]:
+            return _unmade, (type(self),), self.__getstate__(), None, None, _set_state
+
         return {
             "__copy__": shallow,
             "__deepcopy__": deep,
             "__getstate__": state,
             "__setstate__": set_state,
+            "__reduce_ex__": reduce,
         }
+
+
+def _unmade(cls: Any) -> Any:
+    """A DP optimizer without anything, which the state is to be given."""
+    return cls.__new__(cls)
+
+
+def _set_state(made: Any, state: dict[str, Any]) -> None:
+    """Unpickle a DP optimizer, with a guard or without.
+
+    Not by torch's own method, which breaks ``step`` of all others.
+    """
+    cls: Any = type(made)
+    torchs: Any = _compat.torch_optimizer_class()
+    if cls.__setstate__ is torchs.__setstate__:
+        _restore(made, state)
+    else:
+        made.__setstate__(state)
 
 
 def slots_of(cls: type) -> list[str]:

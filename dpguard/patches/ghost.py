@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dpguard import _compat, diagnosis
+from dpguard import _callsite, _compat, diagnosis
 from dpguard._declare import declares_one_batch
 from dpguard._errors import DPGuardError, PerSampleGradientError, PrivacyViolation
 from dpguard.ledger import Clipped, GraphTask, parameters_of, sum_of_rows
@@ -85,7 +85,7 @@ class GhostPairing(Pairing):
         self._reopened: set[int] = set()
         """Parameters with calls that a checkpoint recomputed: there may be more of them."""
         self._hidden: set[int] = set()
-        """Parameters with calls that a checkpoint may yet recompute."""
+        """Parameters that are called in checkpoints, which may yet recompute a call."""
         self._fired: list[Record] = []
         self._condemned: dict[str, list[str]] = {}
         self._overlapping: dict[str, None] = {}
@@ -157,8 +157,10 @@ class GhostPairing(Pairing):
             self._open.setdefault(id(parameter), weakref.WeakSet()).add(record)
 
     def on_hidden_call(self, module: torch.nn.Module) -> None:
-        """Note a call that a reentrant checkpoint may recompute in the backward."""
-        self._hidden.update(id(p) for p in parameters_of(module))
+        """Note a call that a reentrant checkpoint may recompute in some later backward."""
+        parameters = [id(p) for p in parameters_of(module)]
+        if not self._hidden.issuperset(parameters) and _callsite.inside_function():
+            self._hidden.update(parameters)
 
     def _is_only_call(self, parameter: torch.nn.Parameter, record: Record) -> bool:
         """Whether no other call of ``parameter`` can still come in this backward."""
@@ -244,7 +246,8 @@ class GhostPairing(Pairing):
                 note.unclipped = id(parameter) in carried.unclipped or not clipped
                 state = self.ledger.state(parameter)
                 state.clipped = note
-                state.note_values(parameter)
+                if state.version is None:  # Opacus clears gradients between its two backwards
+                    state.note_values(parameter)
 
     def _on_accumulated(self, parameter: torch.nn.Parameter) -> None:
         """Autograd has added something to ``p.grad``, whoever asked it to."""
@@ -425,7 +428,6 @@ class GhostPairing(Pairing):
             self._found = {}
             self._condemned = {}
             self._reopened = set()
-            self._hidden = set()
         if inside:
             self._drop_unclipped()
             self._stage = Stage.CLIPPED

@@ -18,6 +18,7 @@ import wrapt
 from dpguard import _compat, diagnosis
 from dpguard._errors import PrivacyViolation
 from dpguard.ledger import Clipped, Ledger
+from dpguard.patches.wrapping import EagerWrapper
 from dpguard.patching import Transaction
 
 __all__ = ["Carried", "install"]
@@ -240,7 +241,7 @@ def install(
 def _wrap(transaction: Transaction, owner: Any, name: str, wrapper: Any) -> None:
     original = vars(owner).get(name)
     if original is not None and not isinstance(original, wrapt.FunctionWrapper):
-        transaction.patch(owner, name, wrapt.FunctionWrapper(original, wrapper))
+        transaction.patch(owner, name, EagerWrapper(original, wrapper))
 
 
 def _complete(ledger: Ledger, parameters: list[torch.nn.Parameter]) -> None:

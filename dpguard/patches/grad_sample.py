@@ -12,7 +12,8 @@ import wrapt
 from dpguard import _callsite, _compat
 from dpguard.ledger import Ledger
 from dpguard.patches.outputs import Outputs
-from dpguard.patches.pairing import Pairing, Registry
+from dpguard.patches.pairing import Pairing, Registry, is_paired, is_whole
+from dpguard.patches.wrapping import EagerWrapper
 from dpguard.patching import Transaction, living
 
 __all__ = ["GradSamplePatch"]
@@ -26,6 +27,7 @@ class GradSamplePatch:
         kinds: kinds of pairing, each with a test of the class of Opacus's hooks that it suits.
         computes: whether rows are computed here or calls only watched (``observe``).
         outputs: looks at what the models return.
+        report: is told of an error of ours in a place where it must not reach the host.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class GradSamplePatch:
         *,
         computes: bool,
         outputs: Outputs | None = None,
+        report: Callable[[str, Exception], None],
     ) -> None:
         self._ledger = ledger
         self._kinds = kinds
@@ -42,6 +45,8 @@ class GradSamplePatch:
         self._outputs = outputs
         self._pairings: Registry = weakref.WeakValueDictionary()
         self._patched: set[type] = set()
+        self._report = report
+        self._waiting: list[weakref.ref[Any]] | None = []
 
     def install(self, transaction: Transaction) -> list[str]:
         """Patch ``add_hooks`` and ``remove_hooks``; adopt what is hooked already.
@@ -68,14 +73,16 @@ class GradSamplePatch:
         self._patched.add(stock)
         for name, wrapper in (("add_hooks", self._add_hooks), ("remove_hooks", self._remove_hooks)):
             original = getattr(stock, name)
-            transaction.patch(stock, name, wrapt.FunctionWrapper(original, wrapper))
+            transaction.patch(stock, name, EagerWrapper(original, wrapper))
+        if "__setstate__" not in vars(stock):
+            transaction.patch(stock, "__setstate__", self._setter_of_state(stock))
 
     def _patch_wrapper(self, transaction: Transaction, cls: type) -> None:
         own = vars(cls)
         if "forward" in own:
             _callsite.mark_outer_forward(own["forward"].__code__)
         if "zero_grad" in own and not isinstance(own["zero_grad"], wrapt.FunctionWrapper):
-            wrapper = wrapt.FunctionWrapper(own["zero_grad"], self._zero_grad)
+            wrapper = EagerWrapper(own["zero_grad"], self._zero_grad)
             transaction.patch(cls, "zero_grad", wrapper)
 
     def find(self, hooks: Any) -> Pairing | None:
@@ -126,6 +133,55 @@ class GradSamplePatch:
             for pairing in list(self._pairings.values()):
                 if pairing.includes(parent):
                     pairing.extend(parent, name, module)
+
+    # -- models that no constructor has made -----------------------------------------------------
+
+    def _setter_of_state(self, stock: Any) -> Callable[[Any, dict[str, Any]], None]:
+        """With which an object is unpickled, or copied."""
+
+        def set_state(instance: Any, state: dict[str, Any]) -> None:
+            following = getattr(super(stock, instance), "__setstate__", None)
+            if following is None:
+                vars(instance).update(state)
+            else:
+                following(state)
+            if self._waiting is not None and self._is_strange(instance):
+                self._waiting.append(weakref.ref(instance))
+                self.meet()
+
+        return set_state
+
+    def _is_strange(self, hooks: Any) -> bool:
+        """Whether a model has Opacus's hooks and no pairing."""
+        own = vars(hooks)
+        return (
+            "autograd_grad_sample_hooks" in own
+            and self._kind(type(hooks)) is not None
+            and self.find(hooks) is None
+        )
+
+    def meet(self) -> None:
+        """Pair the models that were unpickled, as soon as all their parts have been.
+
+        A pickle of a part of a model has Opacus's object somewhere in the middle.
+        """
+        if not self._waiting:
+            return
+        waiting, self._waiting = self._waiting, None
+        try:
+            self._waiting = [reference for reference in waiting if not self._met(reference())]
+        except Exception as error:  # noqa: BLE001 - the host goes on with Opacus's hooks
+            self._report("stored models", error)
+
+    def _met(self, hooks: Any) -> bool:
+        """Whether nothing is left to be done for a model."""
+        if hooks is None or not self._is_strange(hooks):
+            return True
+        if not is_whole(hooks):
+            return False
+        if not is_paired(hooks):  # a shallow copy shares the hooks of the original
+            self._attach(hooks)
+        return True
 
     def _adopt_living(self) -> list[str]:
         skipped: dict[str, None] = {}

@@ -10,7 +10,7 @@ import torch
 
 from dpguard import _compat
 
-__all__ = ["LayerKind", "Roster", "outer_products"]
+__all__ = ["LayerKind", "Roster", "outer_products", "row_by_row"]
 
 
 class LayerKind:
@@ -23,6 +23,7 @@ class LayerKind:
         is_fresh: the sampler keeps no reference to the rows that it returns.
         is_cell_layer: a layer of one of Opacus's recurrent cells.
         is_outer: rows are products of two vectors, see :func:`outer_products`.
+        reads_memory: the sampler is right only if inputs lie in memory row by row.
     """
 
     __slots__ = (
@@ -32,6 +33,7 @@ class LayerKind:
         "is_fresh",
         "is_outer",
         "is_replayed",
+        "reads_memory",
         "registered",
         "sampler",
     )
@@ -43,6 +45,7 @@ class LayerKind:
         self.is_fresh = _compat.rows_are_fresh(hooks, module)
         self.is_cell_layer = _compat.is_rnn_linear(module)
         self.is_outer = not self.is_replayed and _compat.makes_outer_products(self.registered)
+        self.reads_memory = _compat.reads_memory(hooks, module)
         self._batch_first = batch_first
         self._dimension: int | None = None
         if not _compat.has_own_batch_dimension(module):
@@ -96,6 +99,20 @@ def outer_products(
         else:
             return None
     return found
+
+
+def row_by_row(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` with its elements in memory in their order: itself if they are already.
+
+    ``Tensor.contiguous`` lets the strides of dimensions of size one be anything, and padding
+    such an image may then make one in ``channels_last``.
+    """
+    expected = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if stride != expected:
+            return tensor.clone(memory_format=torch.contiguous_format)
+        expected *= size
+    return tensor
 
 
 class Roster:

@@ -67,7 +67,6 @@ class Mechanism:
             self._stock = _compat.stock_mechanism("pre_step", *_PARTS, *_READ)
             self._plain.clear()
 
-    @_compat.eager
     def step(self, wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
         """Run the outermost ``pre_step`` and have the first call of each part of it seen."""
         if self._is_stock(wrapped, instance, "pre_step") and self._has_stock_parts(instance):
@@ -83,7 +82,6 @@ class Mechanism:
         with self.watch(instance):
             return self.pre_step(wrapped, instance, args, kwargs)
 
-    @_compat.eager
     def pre_step(self, wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
         """Run a ``pre_step``, ours if ``wrapped`` is Opacus's own."""
         if self._is_stock(wrapped, instance, "pre_step"):

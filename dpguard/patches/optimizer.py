@@ -11,8 +11,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import wrapt
-
 from dpguard import _compat
 from dpguard._errors import DPGuardError
 from dpguard.audit.steps import StepAuditor
@@ -26,6 +24,7 @@ from dpguard.patches.mechanism import Mechanism
 from dpguard.patches.protocol import Protocol
 from dpguard.patches.signals import Signals
 from dpguard.patches.step_hooks import StepHooks
+from dpguard.patches.wrapping import EagerWrapper
 from dpguard.patching import Transaction, living
 from dpguard.verdicts import Verdicts
 
@@ -44,8 +43,10 @@ class OptimizerPatch:
         report: Callable[[str, Exception], None],
         *,
         signals: Signals,
+        meet: Callable[[], None],
     ) -> None:
         self._signals = signals
+        self._meet_models = meet
         self._repairs = verdicts.repairs
         self._ledger = ledger
         self._auditor = auditor
@@ -137,7 +138,7 @@ class OptimizerPatch:
         for name, wrapper in wrappers.items():
             original = vars(cls).get(name)
             if callable(original) and not self._is_wrapped(cls, name):
-                transaction.patch(cls, name, wrapt.FunctionWrapper(original, wrapper))
+                transaction.patch(cls, name, EagerWrapper(original, wrapper))
                 self._wrapped.add((cls, name))
 
     def _is_wrapped(self, cls: type, name: str) -> bool:
@@ -193,6 +194,7 @@ class OptimizerPatch:
             outermost = self._forwarding.leave_init(instance)
             self._instances.add(instance)
         if outermost and completed:
+            self._meet_models()
             if self._active and self._is_itself(instance):
                 given = (*args, *kwargs.values())
                 self._part("attributes", self._forwarding.discover, instance, given)
@@ -202,7 +204,9 @@ class OptimizerPatch:
 
     # -- steps ----------------------------------------------------------------------------------
 
+    @_compat.eager
     def _zero_grad(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        self._meet_models()
         parameters = [p for group in instance.param_groups for p in group["params"]]
         self._ledger.forgive(parameters)
         self._audit(self._auditor.before_clear, instance)
@@ -218,6 +222,7 @@ class OptimizerPatch:
         self._foreign.revoke(instance)
         return wrapped(*args, **kwargs)
 
+    @_compat.eager
     def _pre_step(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         key = id(instance)
         if not self._active:
@@ -272,17 +277,33 @@ class OptimizerPatch:
             self._report(part, error)
             return None
 
-    def _audit(self, function: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    def _audit(
+        self, function: Callable[..., None], instance: Any, *args: Any, **kwargs: Any
+    ) -> None:
         """Run a part of ours; what it raises on purpose goes to the user, nothing else does."""
         if not self._audits:
             return
         try:
-            function(*args, **kwargs)
+            function(instance, *args, **kwargs)
         except DPGuardError:
+            _void(instance)
             raise
         except Exception as error:  # noqa: BLE001 - the host goes on without this part
             self._audits = False
             self._report("audit", error)
+
+
+def _void(instance: Any) -> None:
+    """A step was refused: its logical batch must not enter that of a later one.
+
+    What it has added up so far would otherwise stay until a step is not skipped, so that people of
+    two logical batches, or rows that were found to be wrong, had the noise of one.
+    """
+    instance._is_last_step_skipped = False
+    for group in instance.param_groups:
+        for parameter in group["params"]:
+            if getattr(parameter, "summed_grad", None) is not None:
+                parameter.summed_grad = None
 
 
 class _Guarded:

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from dpguard import _compat
 from dpguard.patches.pairing import Pairing
-from dpguard.patches.records import differentiable
+from dpguard.patches.records import differentiable, no_hook
 from dpguard.vjp import Pair, Shares, Unfit, added, propagate
 
 __all__ = ["Draw", "Outputs"]
@@ -263,11 +263,7 @@ class _OutputHook:
 
 def _stored_hook() -> Any:
     """What a pickled hook becomes: none, for the model that it is on is not whole yet."""
-    return _no_hook
-
-
-def _no_hook(_module: torch.nn.Module, _args: Any, _output: Any) -> None:
-    """Stands where dpguard would have a hook."""
+    return no_hook
 
 
 def _has_packed(output: Any) -> bool:

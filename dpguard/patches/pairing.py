@@ -8,7 +8,6 @@ are still computed by Opacus's own grad samplers, from the same activations and 
 from __future__ import annotations
 
 import copy
-import functools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
@@ -18,13 +17,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.signs import Signs
-from dpguard.ledger import GraphTask, Ledger, owned_rows
+from dpguard.ledger import GraphTask, Ledger, ParameterState, owned_rows
 from dpguard.patches import statistics
-from dpguard.patches.layers import LayerKind, Roster, outer_products
-from dpguard.patches.records import ForwardHook, Record
+from dpguard.patches.layers import LayerKind, Roster, outer_products, row_by_row
+from dpguard.patches.records import ForwardHook, Record, no_hook, plain_hook
 from dpguard.patches.replay import replay
 
-__all__ = ["Pairing", "Registry"]
+__all__ = ["Pairing", "Registry", "is_paired", "is_whole"]
 
 _detach = torch._C.TensorBase.detach
 _autograd = _compat.autograd()
@@ -66,15 +65,19 @@ class Pairing:
         """Identities of the modules of the model; of those that were in it, too."""
         self._registry = registry
         self._undo: list[Callable[[], None]] = []
+        self._copied = False
+        """Whether the hooks of the model came to it with a deep copy, without Opacus's."""
         self._kinds: dict[type, LayerKind] = {}
         self._roster = Roster()
         self._parameters: list[torch.nn.Parameter] = []
+        self._states: list[ParameterState] = []
         registry[id(hooks)] = self
 
     # -- attach and release ------------------------------------------------------------------
 
     def attach(self) -> None:
         """Put our forward hooks where Opacus's are and take its backward hooks off."""
+        _sweep(self.hooks._module, _is_inert)
         self._kinds = {}
         owners = _hook_dictionaries(self.hooks._module)
         served: set[int] = set()
@@ -207,35 +210,69 @@ class Pairing:
 
     def release(self) -> None:
         """Put Opacus's hooks back. Calls that are still open keep their records and are served."""
-        if self._undo:
-            while self._undo:
-                self._undo.pop()()
-        elif self.computes:
+        while self._undo:
+            self._undo.pop()()
+        if self._copied:
             self._rebuild()
 
     def _rebuild(self) -> None:
         """Give a deep copy of a paired model, which has our hooks only, those of Opacus."""
-        owners = _hook_dictionaries(self.hooks._module)
-        for registered, key in _handles(self.hooks):
-            if isinstance(registered.get(key), ForwardHook):
-                registered[key] = self.hooks.capture_activations_hook
-                owners[id(registered)][1]._forward_hooks_with_kwargs.pop(key, None)
-            elif key not in registered:
-                registered[key] = functools.partial(
-                    self.hooks.capture_backprops_hook,
-                    loss_reduction=self.loss_reduction,
-                    batch_first=self.batch_first,
-                )
+        model = self.hooks._module
+        if self.computes:
+            owners = _hook_dictionaries(model)
+            for registered, key in _handles(self.hooks):
+                _, module, forward = owners[id(registered)]
+                if key not in registered or isinstance(registered[key], ForwardHook):
+                    registered[key] = self._plain_hook(forward=forward)
+                    module._forward_hooks_with_kwargs.pop(key, None)
+            for parameter in model.parameters():
+                _compat.prepare_parameter(parameter)
+        _sweep(model, self._is_mine)
+
+    def _plain_hook(self, *, forward: bool) -> Any:
+        return plain_hook(self.hooks, self.loss_reduction, self.batch_first, forward=forward)
+
+    def _is_mine(self, hook: Any) -> bool:
+        """Whether a hook of the model is one that Opacus has none for."""
+        if isinstance(hook, ForwardHook):
+            return hook.pairing is self
+        return getattr(hook, "__self__", None) is self or statistics.is_ours(hook)
+
+    def plain_hooks_of(self, hook: ForwardHook) -> tuple[Any, ...] | None:
+        """What it takes to have Opacus's hooks where ``hook`` is; ``None`` if it has none there."""
+        if not self.computes or hook.late:
+            return None
+        for module in self.hooks._module.modules():
+            for key, found in module._forward_hooks.items():
+                if found is hook:
+                    own: tuple[Any, ...] = (module._forward_hooks, module._backward_hooks)
+                    missing = [
+                        (registered, absent, registered is own[0])
+                        for registered, absent in _handles(self.hooks)
+                        if any(registered is mine for mine in own) and absent not in registered
+                    ]
+                    options = (self.loss_reduction, self.batch_first)
+                    kwargs = module._forward_hooks_with_kwargs
+                    return (self.hooks, *options, missing, kwargs, key)
+        return None
+
+    def __reduce__(self) -> Any:
+        return (_Unpaired, ())
 
     def _learn_parameters(self) -> None:
         """Once per backward: which parameters the model has, since they may be replaced."""
         if not self._roster.renew(self.hooks._module):
             return
         self._parameters = [parameter for _, parameter in self._roster.named]
-        for name, parameter in self._roster.named:
-            state = self.ledger.state(parameter)
-            state.name, state.paired, state.hooked = name, self.computes, True
+        self._states = [self.ledger.state(parameter) for parameter in self._parameters]
+        model = weakref.ref(self.hooks._module)
+        for (name, _), state in zip(self._roster.named, self._states, strict=True):
+            state.name, state.paired, state.model = name, self.computes, model
             state.reduction = self.loss_reduction
+
+    def _note_values(self) -> None:
+        """From here to the step the parameters should stay as they are."""
+        for state, parameter in zip(self._states, self._parameters, strict=True):
             if state.version is None:
                 state.note_values(parameter)
 
@@ -249,6 +286,7 @@ class Pairing:
             copied = type(self)(
                 hooks, self.ledger, self._registry, *reductions, computes=self.computes
             )
+            copied._copied = True
             memo[id(self)] = copied
         found: Pairing = copied
         return found
@@ -308,6 +346,7 @@ class Pairing:
         """The first call of this model is met in a backward."""
         task.owners.add(id(self))
         self._learn_parameters()
+        self._note_values()
         task.ask(self._parameters)
         _autograd.on_backward_end(lambda: self._on_backward_end(task))
 
@@ -330,6 +369,12 @@ class Pairing:
                 a.movedim(dimension, 0) if isinstance(a, torch.Tensor) else a for a in activations
             ]
             backprops = backprops.movedim(dimension, 0)
+        if record.kind.reads_memory and record.batch:
+            activations = [row_by_row(a) if isinstance(a, torch.Tensor) else a for a in activations]
+            padding = record.module.__dict__.get("padding_idx")
+            if padding is not None:
+                # Autograd drops these as well; Opacus's samplers would add them to a row.
+                backprops = backprops.masked_fill((activations[0] == padding).unsqueeze(-1), 0)
         return activations, backprops
 
     def _rows(
@@ -430,7 +475,9 @@ class Pairing:
             )
             ledger.close()
             task.published.add(id(parameter))
-            if len(state.entries) > 1 and not block and not _compat.allows_accumulation(self.hooks):
+            if block or len(state.entries) == 1 or _compat.allows_accumulation(self.hooks):
+                continue
+            if state.waiting > 1:
                 raise ValueError(diagnosis.OPACUS_NO_ACCUMULATION)
 
     def _strengths(
@@ -513,11 +560,58 @@ def _padded(rows: torch.Tensor, batch: int) -> torch.Tensor:
     return padded
 
 
+class _Unpaired:
+    """What a pairing is in a pickle."""
+
+    def _learn_packing(self, _module: torch.nn.Module, _args: Any) -> None:
+        """Do nothing."""
+
+
+def _is_inert(hook: Any) -> bool:
+    """Whether a hook is what a pickle has in the place of one of ours."""
+    return hook is no_hook or isinstance(
+        getattr(hook, "__self__", hook), (_Unpaired, statistics.Inert)
+    )
+
+
+def _sweep(model: torch.nn.Module, unwanted: Callable[[Any], bool]) -> None:
+    """Remove hooks before and after forwards."""
+    for module in model.modules():
+        for registered, marked in (
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        ):
+            for key in [key for key, hook in registered.items() if unwanted(hook)]:
+                del registered[key]
+                marked.pop(key, None)
+
+
 def _model_of(hooks: Any) -> torch.nn.Module | None:
     """The model that is hooked, or ``None`` while Opacus's object is being copied."""
     own = hooks.__dict__
-    model: torch.nn.Module | None = own.get("_module") or own.get("_modules", {}).get("_module")
-    return model
+    model: torch.nn.Module | None = own.get("_module")
+    return own.get("_modules", {}).get("_module") if model is None else model
+
+
+def is_whole(hooks: Any) -> bool:
+    """Whether a model has all its parts: one that is being unpickled has not."""
+    waiting = [_model_of(hooks)]
+    seen: set[int] = set()
+    while waiting:
+        module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        parts = vars(module).get("_modules") if module is not None else None
+        if parts is None:
+            return False
+        waiting += [part for part in parts.values() if part is not None]
+    return True
+
+
+def is_paired(hooks: Any) -> bool:
+    """Whether hooks of ours stand where Opacus had put its own."""
+    return any(isinstance(found.get(key), ForwardHook) for found, key in _handles(hooks))
 
 
 def _handles(hooks: Any) -> Iterator[tuple[Any, int]]:

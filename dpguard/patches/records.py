@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from dpguard.patches.replay import outline
 if TYPE_CHECKING:
     from dpguard.patches.pairing import Pairing
 
-__all__ = ["ForwardHook", "Record", "differentiable"]
+__all__ = ["ForwardHook", "Record", "differentiable", "no_hook", "plain_hook"]
 
 _detach = torch._C.TensorBase.detach
 _inside_transform = _compat.transform_test()
@@ -196,22 +197,53 @@ class ForwardHook:
         return ForwardHook(pairing, self.name, computes=self.computes, late=self.late)
 
     def __reduce__(self) -> Any:
-        return (_restored_hook, (self.pairing.hooks, self.name, self.late))
+        plain = self.pairing.plain_hooks_of(self)
+        return (_inert_hook, ()) if plain is None else (_plain_hook, plain)
 
 
-def _restored_hook(hooks: Any, name: str, late: bool) -> Any:
-    """What a pickled forward hook becomes: a fresh one of the guard that is active, if any."""
-    from dpguard._activation import active_runtime
+def _plain_hook(  # noqa: PLR0917 - a pickle has no keywords
+    hooks: Any,
+    loss_reduction: str,
+    batch_first: bool,
+    missing: Sequence[tuple[dict[int, Any], int, bool]],
+    with_kwargs: dict[int, bool],
+    key: int,
+) -> Any:
+    """Opacus's hooks of one module, as a pickle has them: loaded without a guard, they are its own.
 
-    runtime = active_runtime()
-    if runtime is None:
-        return _no_hook if late else hooks.capture_activations_hook
-    pairing: Pairing = runtime.grad_sample.pairing_of(hooks)
-    return ForwardHook(pairing, name, computes=pairing.computes, late=late)
+    A guard that is active takes them over once the model is whole, see
+    :meth:`dpguard.patches.grad_sample.GradSamplePatch.meet`.
+
+    Args:
+        hooks: Opacus's object, which may not be whole yet.
+        loss_reduction: what its backward hooks were registered for.
+        batch_first: likewise.
+        missing: dictionaries of hooks of the module with the keys that are missing in them, and
+            whether they are those of forward hooks.
+        with_kwargs: which forward hooks of the module take keywords.
+        key: that of this hook.
+    """
+    with_kwargs.pop(key, None)
+    for registered, absent, forward in missing:
+        registered[absent] = plain_hook(hooks, loss_reduction, batch_first, forward=forward)
+    return hooks.capture_activations_hook
 
 
-def _no_hook(_module: torch.nn.Module, _args: Any, _kwargs: Any, _output: Any) -> None:
-    """Stands where Opacus has no hook."""
+def plain_hook(hooks: Any, loss_reduction: str, batch_first: bool, *, forward: bool) -> Any:
+    """A hook as Opacus registers it."""
+    if forward:
+        return hooks.capture_activations_hook
+    return functools.partial(
+        hooks.capture_backprops_hook, loss_reduction=loss_reduction, batch_first=batch_first
+    )
+
+
+def _inert_hook() -> Any:
+    return no_hook
+
+
+def no_hook(*_anything: Any) -> None:
+    """Stands in a pickle where dpguard has a hook and Opacus has none."""
 
 
 def _in_order(module: torch.nn.Module, args: Any, kwargs: Any) -> list[Any]:

@@ -18,23 +18,10 @@ from torch.nn.modules import batchnorm
 if TYPE_CHECKING:
     from dpguard.ledger import Ledger
 
-__all__ = ["Batches", "watch"]
+__all__ = ["Inert", "is_ours", "watch"]
 
 _FIRST = 3
 _EVERY = 50
-
-
-class Batches:
-    """What was noted, until the audit takes it.
-
-    Attributes:
-        normalised: names of modules that used statistics of a batch, with the model they are in.
-        buffers: names of buffers that changed while a model ran, likewise.
-    """
-
-    def __init__(self) -> None:
-        self.normalised: dict[str, weakref.ref[torch.nn.Module]] = {}
-        self.buffers: dict[str, weakref.ref[torch.nn.Module]] = {}
 
 
 def watch(model: torch.nn.Module, ledger: Ledger, prefix: str = "") -> list[Callable[[], None]]:
@@ -42,7 +29,7 @@ def watch(model: torch.nn.Module, ledger: Ledger, prefix: str = "") -> list[Call
 
     Args:
         model: a hooked model, or a part that is added to it.
-        ledger: has the :class:`Batches` where it is noted.
+        ledger: has the :class:`~dpguard.batches.Batches` where it is noted.
         prefix: qualified name of the part.
 
     Returns:
@@ -63,7 +50,7 @@ def watch(model: torch.nn.Module, ledger: Ledger, prefix: str = "") -> list[Call
 
 
 class _Hook:
-    """A forward hook with a hook before it; a copy or a pickle of it does nothing."""
+    """A forward hook with a hook before it; in a pickle it does nothing."""
 
     def __init__(self, ledger: Ledger, root: weakref.ref[torch.nn.Module], name: str) -> None:
         self.ledger, self.root, self.name = ledger, root, name
@@ -74,23 +61,32 @@ class _Hook:
     def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         """It has run."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        copied = type(self)(self.ledger, self.root, self.name)
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook | Inert:
+        root = self.root()
+        whole = memo.get(id(root)) if root is not None else None
+        copied: _Hook | Inert = Inert()  # a part that is copied by itself is in no model
+        if whole is not None:
+            copied = type(self)(self.ledger, weakref.ref(whole), self.name)
         memo[id(self)] = copied
         return copied
 
     def __reduce__(self) -> Any:
-        return (_Inert, ())
+        return (Inert, ())
 
 
-class _Inert:
-    """What a hook of ours is in a pickle."""
+class Inert:
+    """What a hook of ours is in a pickle, or in a copy of a part alone."""
 
     def before(self, _module: torch.nn.Module, _args: Any) -> None:
         """Do nothing."""
 
     def __call__(self, _module: torch.nn.Module, _args: Any, _output: Any) -> None:
         """Do nothing."""
+
+
+def is_ours(hook: Any) -> bool:
+    """Whether a hook is one of these, or what is left of one."""
+    return isinstance(getattr(hook, "__self__", hook), (_Hook, Inert))
 
 
 class _Normalising(_Hook):
@@ -104,7 +100,8 @@ class _Normalising(_Hook):
         self._version = _version(module)
 
     def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
-        if not torch.is_grad_enabled() or self.name in self.ledger.batches.normalised:
+        noted = self.ledger.batches.normalised
+        if not torch.is_grad_enabled() or noted.has(self.root(), self.name):
             return
         shape = getattr(args[0] if args else None, "shape", (2,))
         if len(shape) and shape[0] < 2:  # noqa: PLR2004 - one sample alone
@@ -117,7 +114,7 @@ class _Normalising(_Hook):
                 module.training and module.running_mean is None
             )
         if used:
-            self.ledger.batches.normalised[self.name] = self.root
+            noted.note(self.root(), self.name)
 
 
 def _version(module: torch.nn.Module) -> int:
@@ -146,7 +143,7 @@ class _Buffered(_Hook):
             for name in now:
                 if now[name] != seen.get(name, now[name]):
                     whole = f"{self.name}.{name}" if self.name else name
-                    self.ledger.batches.buffers.setdefault(whole, self.root)
+                    self.ledger.batches.buffers.note(self.root(), whole)
 
 
 def _buffers_of(model: torch.nn.Module) -> dict[str, tuple[int, int]]:

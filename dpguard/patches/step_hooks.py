@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import wrapt
-
 from dpguard import _callsite, _compat, diagnosis
 from dpguard.patches.copies import MINE
+from dpguard.patches.wrapping import EagerWrapper
 from dpguard.patching import ABSENT, Transaction
 from dpguard.verdicts import Verdicts
 
@@ -51,7 +50,7 @@ class StepHooks:
         """Wrap ``attach_step_hook`` where ``cls`` defines it."""
         original = vars(cls).get("attach_step_hook")
         if original is not None:
-            wrapper = wrapt.FunctionWrapper(original, self._attach)
+            wrapper = EagerWrapper(original, self._attach)
             transaction.patch(cls, "attach_step_hook", wrapper)
 
     def adopt(self, instance: Any) -> None:

@@ -6,9 +6,11 @@ import copy
 
 import pytest
 import torch
-from private import Applied, Private
+from private import Applied, Private, accounted
 from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR, AveragedModel
+
+import dpguard
 
 SCHEDULERS = {
     "StepLR": lambda o: schedulers.StepLR(o, step_size=1, gamma=0.5),
@@ -186,3 +188,18 @@ def test_a_compiled_step(guard, backend):
         scheduler.step()
     applied.assert_intended(training.accountant, [0.1, 0.05, 0.025], sigmas)
     assert guard.violations == ()
+    assert guard.status().steps == 3
+    assert guard.last_step.checks["noise.scale"].passed > 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_compiled_step_is_refused(guard):
+    """Compiled code does not go round the guard."""
+    torch._dynamo.reset()
+    training = Private(sigma=1.0)
+    step = torch.compile(training.dp.step, backend="eager")
+    torch.nn.functional.linear(torch.ones(2, 3), training.model.weight.weight).mean().backward()
+    with pytest.raises(dpguard.PerSampleGradientError, match="coverage"):
+        step()
+    assert accounted(training.accountant) == []

@@ -216,4 +216,31 @@ FOUND = {
             Backward((-1, -2)),
         ),
     ),
+    # A backward that met no layer made ghost clipping forget that a checkpoint was still to be
+    # recomputed, and it gave away what the norms of that call had to be added to.
+    "checkpoint_that_outlives_another_backward": (
+        Design(mode="ghost", blocks=(("attention", "none"),)),
+        (
+            Input(3),
+            Forward(-1, through="reentrant"),
+            Input(3, requires_grad=True),
+            Forward(-1),
+            Backward((-2,)),
+            Forward(-3),
+            Backward((-1, -2)),
+            Take(),
+        ),
+    ),
+    # What a step had put into p.grad was summed up as the next physical batch.
+    "skipped_step_without_another_backward": (
+        Design(mode="ghost"),
+        (
+            *_ONCE[:-1],
+            Take(clear=False),
+            Input(3, requires_grad=True),
+            Backward((-1,), kind="unclipped"),
+            Take(skip=True),
+            *_ONCE,
+        ),
+    ),
 }

@@ -10,6 +10,7 @@ import dataclasses
 
 import torch
 from opacus.layers import DPGRU, DPLSTM, DPRNN, DPMultiheadAttention
+from releases import BATCH_FIRST_ATTENTION
 from torch import nn
 from torch.nn.utils import rnn
 
@@ -196,7 +197,7 @@ def kinds(mode, layout):
         kind
         for kind, made in BLOCKS[layout].items()
         if not (mode == "functorch" and kind in NO_FUNCTORCH)
-        and (layout == "time_first" or releases.BATCH_FIRST_ATTENTION or "attention" not in kind)
+        and (layout == "time_first" or BATCH_FIRST_ATTENTION or "attention" not in kind)
         and (releases.FUNCTORCH or _all_sampled(made()))
     )
 
