@@ -5,7 +5,7 @@ it needs them, and counts the batches anew for each parameter, so a step takes t
 the number of parameters. What is here computes the same in one walk, and while the rows are at
 hand also their mean, which the audit compares with the gradient of the batch.
 
-Bits are those of Opacus on a CPU: the same functions of torch are given the same numbers. On a GPU
+Bits are those of Opacus on a CPU: the same kernels of torch are given the same numbers. On a GPU
 clipped sum and mean come from one product with two rows, which may round in another way.
 """
 
