@@ -574,6 +574,23 @@ def rows_are_fresh(hooks: Any, module: torch.nn.Module) -> bool:
     return _sampler(hooks, module).__module__.startswith("opacus.")
 
 
+_OUTER = {
+    "opacus.grad_sample.linear": "compute_linear_grad_sample",
+    "opacus.grad_sample.dp_rnn": "compute_rnn_linear_grad_sample",
+}
+
+
+def makes_outer_products(sampler: Any) -> bool:
+    """Whether it is Opacus's own sampler of linear layers.
+
+    Where each sample has one vector, it multiplies each element of a backprop with each of an
+    input.
+    """
+    name = _OUTER.get(getattr(sampler, "__module__", None) or "")
+    known = name is not None and _release(opacus_version()) >= _LEAN_SINCE
+    return known and getattr(sampler, "__qualname__", None) == name
+
+
 def reads_memory(hooks: Any, module: torch.nn.Module) -> bool:
     """Whether the sampler of ``module`` walks its input's memory, whatever the strides.
 

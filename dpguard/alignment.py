@@ -16,7 +16,7 @@ import torch
 from dpguard import diagnosis
 from dpguard.ledger import UNKNOWN, Entry, Ledger
 
-__all__ = ["Alignment", "align", "join_blocks"]
+__all__ = ["EVEN", "Alignment", "align", "join_blocks"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class Alignment:
     conflict_cause: str = diagnosis.BATCHES_OVERLAP
 
 
+EVEN = Alignment()
+"""Every parameter has the rows of one and the same batch."""
+
+
 def align(ledger: Ledger, parameters: Sequence[torch.nn.Parameter], *, fill: bool) -> Alignment:
     """Find parameters without rows and give them zero rows where that is exact.
 
@@ -46,6 +50,8 @@ def align(ledger: Ledger, parameters: Sequence[torch.nn.Parameter], *, fill: boo
         parameters: the trainable parameters of one optimizer.
         fill: whether to fill in zero rows (``repair``) or only say so (``observe``).
     """
+    if _is_even(ledger, parameters):
+        return EVEN
     paired = True
     missing: list[torch.nn.Parameter] = []
     present: list[torch.nn.Parameter] = []
@@ -70,6 +76,33 @@ def align(ledger: Ledger, parameters: Sequence[torch.nn.Parameter], *, fill: boo
     if not present or not paired:
         return Alignment(missing=tuple(ledger.name_of(p) for p in missing))
     return _match(ledger, parameters, fill=fill)
+
+
+def _is_even(ledger: Ledger, parameters: Sequence[torch.nn.Parameter]) -> bool:
+    """Whether each parameter has the rows of one batch and all of the same: nearly always."""
+    span: tuple[int, int] | None = None
+    for parameter in parameters:
+        state = ledger.known(parameter)
+        if (
+            state is None
+            or not state.paired
+            or state.condemned is not None
+            or len(state.entries) != 1
+            or not hasattr(parameter, "summed_grad")
+        ):
+            return False
+        (entry,) = state.entries
+        rows = entry.rows
+        if (
+            rows is None
+            or rows is not getattr(parameter, "grad_sample", None)
+            or entry.order is not None
+        ):
+            return False
+        span = span or (entry.first, entry.last)
+        if span != (entry.first, entry.last) or entry.first == UNKNOWN:
+            return False
+    return True
 
 
 def _match(ledger: Ledger, parameters: Sequence[torch.nn.Parameter], *, fill: bool) -> Alignment:

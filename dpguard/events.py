@@ -263,11 +263,23 @@ class StepAudit(Event):
 
     def fields(self, *, loggable: bool = True) -> dict[str, Any]:
         """The fields, and for each check its verdict as ``dpguard.check.<name>``."""
-        found = super().fields(loggable=loggable)
-        for check, count in self.checks.items():
-            if (check in DATA_DEPENDENT_CHECKS) != loggable:
-                found[f"dpguard.check.{check}"] = count.verdict
-        return found
+        return {**super().fields(loggable=loggable), **_verdicts(self.checks, loggable)}
+
+
+_LAST: dict[bool, tuple[Mapping[str, CheckCount], dict[str, str]]] = {}
+"""What the last audit said; most steps go as the one before did, and share its counts."""
+
+
+def _verdicts(checks: Mapping[str, CheckCount], loggable: bool) -> dict[str, str]:
+    known = _LAST.get(loggable)
+    if known is None or known[0] is not checks:
+        found = {
+            f"dpguard.check.{check}": count.verdict
+            for check, count in checks.items()
+            if (check in DATA_DEPENDENT_CHECKS) != loggable
+        }
+        known = _LAST[loggable] = checks, found
+    return known[1]
 
 
 @dataclass(frozen=True, kw_only=True)

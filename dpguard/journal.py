@@ -28,6 +28,7 @@ from dpguard.events import (
     PatchEvent,
     RunStarted,
     Severity,
+    StepAudit,
     Violation,
 )
 from dpguard.sink import MAX_BYTES, Sink, check_log_dir, read_key, say
@@ -36,6 +37,7 @@ __all__ = ["Journal"]
 
 _SCHEMA = "1"
 _MAX_DEPTH = 8
+_STEP = "dpguard.step"
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
 
 
@@ -260,6 +262,7 @@ class _Renderer:
         run = {"dpguard.schema": _SCHEMA, "dpguard.run.id": run_id, "dpguard.rank": rank}
         self._run = _encode(run)[1:-1]
         self._second = (0, "")
+        self._last: tuple[dict[str, Any], str] = {}, ""
 
     def __call__(self, _: object, __: str, event_dict: EventDict) -> tuple[Line, dict[str, Any]]:
         event: Event = event_dict["record"]
@@ -268,8 +271,17 @@ class _Renderer:
             f'"severity_text":"{event.severity.value}","body":{_encode(_plain(event.body))},'
             f"{self._run}"
         )
-        fields = event_dict["fields"]
-        return (before, f",{_encode(fields)[1:]}" if fields else "}"), {}
+        return (before, self._after(event, event_dict["fields"])), {}
+
+    def _after(self, event: Event, fields: dict[str, Any]) -> str:
+        if type(event) is not StepAudit or next(iter(fields)) != _STEP:
+            return f",{_encode(fields)[1:]}" if fields else "}"
+        number = f',"{_STEP}":{_encode(fields.pop(_STEP))}'
+        known, text = self._last
+        if fields != known:  # most steps go as the one before did
+            text = _encode(fields)[1:]
+            self._last = fields, text
+        return f"{number},{text}"
 
     def _timestamp(self, event: Event) -> str:
         second, micros = divmod(time.time_ns() // 1000, 1_000_000)

@@ -317,6 +317,15 @@ class ParameterState:
         """Some of its values then, see :func:`sample_of`."""
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the rows and ``p.grad`` are of the same backwards, with one divisor.
+
+        Not where Opacus has no hooks (expanded weights leave ``p.grad`` alone), nor where calls
+        with different numbers of rows were added.
+        """
+        return self.model is not None and not any(entry.uneven for entry in self.entries)
+
+    @property
     def waiting(self) -> int:
         """How many batches have rows that no step has used; the others wait to be cleared."""
         return sum(not _compat.is_processed(entry.rows) for entry in self.entries)
@@ -393,6 +402,8 @@ class ParameterState:
             entry.terms += terms
             self.summands = max(self.summands, entry.terms)
             return
+        if getattr(parameter, "grad_sample", None) is None:
+            self.entries, self.captured = [], captured
         tensors = self.sync(parameter)
         if captured is not self.captured:
             if captured and tensors:
@@ -484,13 +495,27 @@ _autograd = _compat.autograd()
 _detach = torch._C.TensorBase.detach
 _SAMPLED = 256
 _TASKS_KEPT = 64
+_NUMBERS_KEPT = 4096
 _PASSES_KEPT = 16
+
+
+_numbers: dict[int, torch.Tensor] = {}
+
+
+def _number(value: int) -> torch.Tensor:
+    """A tensor of a batch size, of which there are few."""
+    found = _numbers.get(value)
+    if found is None:
+        found = torch.tensor(value, dtype=torch.float64, device="cpu")
+        if type(found) is torch.Tensor and len(_numbers) < _NUMBERS_KEPT:  # none that is traced
+            _numbers[value] = found
+    return found
 
 
 class GraphTask:
     """What one run of the autograd engine does, asked once per parameter."""
 
-    __slots__ = ("_factors", "_roles", "id", "keeps_graph", "owners", "published")
+    __slots__ = ("_roles", "id", "keeps_graph", "owners", "published")
 
     def __init__(self, task_id: int) -> None:
         self.id = task_id
@@ -499,17 +524,12 @@ class GraphTask:
         self.owners: set[int] = set()
         """Identities of the models of which a call was met in this backward."""
         self._roles: dict[int, int] = {}
-        self._factors: dict[int, torch.Tensor] = {}
 
     def times(self, tensor: torch.Tensor, factor: int) -> torch.Tensor:
         """``tensor * factor``, bit by bit; for a number torch makes a tensor with every call."""
         if type(tensor) is not torch.Tensor:
             return tensor * factor
-        found = self._factors.get(factor)
-        if found is None:
-            found = torch.tensor(factor, dtype=torch.float64, device="cpu")
-            self._factors[factor] = found
-        return torch.mul(tensor, found)
+        return torch.mul(tensor, _number(factor))
 
     def ask(self, parameters: Sequence[torch.Tensor]) -> None:
         """Find out about many parameters at once, which is cheaper than one by one."""
@@ -519,10 +539,11 @@ class GraphTask:
     def reached(self, parameters: Sequence[_P]) -> list[_P]:
         """Those into which this backward accumulates, or whose gradients it returns."""
         roles = self._roles
-        unknown = [p for p in parameters if id(p) not in roles]
-        if unknown:
-            self.ask(unknown)
-        return [p for p in parameters if roles[id(p)]]
+        try:
+            return [p for p in parameters if roles[id(p)]]
+        except KeyError:
+            self.ask([p for p in parameters if id(p) not in roles])
+            return [p for p in parameters if roles[id(p)]]
 
     def captures(self, parameter: torch.Tensor) -> bool:
         """Whether a parameter that is reached has its gradient returned, ``p.grad`` left alone."""
@@ -665,17 +686,6 @@ class Ledger:
         found = list(self._passes)
         self._passes.clear()
         return found
-
-    def is_whole(self, parameter: torch.Tensor) -> bool:
-        """Whether the rows and ``p.grad`` are of the same backwards, with one divisor.
-
-        Not where Opacus has no hooks (expanded weights leave ``p.grad`` alone), nor where calls
-        with different numbers of rows were added.
-        """
-        state = self.known(parameter)
-        if state is None or state.model is None:
-            return False
-        return not any(entry.uneven for entry in state.entries)
 
     def summands_of(self, parameter: torch.Tensor) -> int:
         """Of how many products an element of a row of ``parameter`` is the sum."""

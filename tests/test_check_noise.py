@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import random
 
+import opacus.optimizers.optimizer
 import pytest
 import torch
 from models import CNN, MLP
 from opacus import GradSampleModule, PrivacyEngine
 from opacus.optimizers import DistributedDPOptimizer, DPOptimizer, DPPerLayerOptimizer
 from opacus.utils.batch_memory_manager import BatchMemoryManager
-from releases import needs_adaptive, needs_ghost, needs_reshaping
+from releases import LEAN, needs_adaptive, needs_ghost, needs_reshaping
 from shuffled import violations
 from torch import nn
 
@@ -592,6 +593,22 @@ def test_noise_that_stops_after_long(guard):
     training.optimizer.add_noise = lambda: no_noise(training.optimizer)
     with pytest.raises(dpguard.PrivacyViolation):
         training.step()
+
+
+@pytest.mark.skipif(not LEAN, reason="Opacus's own code runs with this release")
+@pytest.mark.parametrize("fault", ["none", "of one number", "too little"])
+def test_a_source_of_noise_that_was_replaced(guard, monkeypatch, fault):
+    """Whether it is measured when it is drawn or, for what it is, afterwards."""
+
+    def draw(std, reference, generator=None, secure_mode=False):
+        if fault == "of one number":
+            return torch.full((), std).expand(reference.shape)
+        return torch.normal(0.0, std * (0.5 if fault == "too little" else 0.0), reference.shape)
+
+    monkeypatch.setattr(opacus.optimizers.optimizer, "_generate_noise", draw)
+    training = Training(model=MLP)
+    with pytest.raises(dpguard.PrivacyViolation, match=r"noise\."):
+        steps(training, 3)
 
 
 def test_single_values_without_noise(guard):

@@ -85,18 +85,15 @@ def bench(name, **options):
 def ratios(monkeypatch):
     """What was compared in each step: for each parameter its ratio of the bound."""
     seen = []
-    original = rows_module._verdict
+    original = rows_module._judge
 
-    def verdict(names, compared, parameters):
-        receive = original(names, compared, parameters)
+    def judge(step, compared, residuals, bounds):
+        names = [step.names[i] for i in compared]
+        found = zip(names, residuals, bounds, strict=True)
+        seen.append({name: residual / bound for name, residual, bound in found})
+        return original(step, compared, residuals, bounds)
 
-        def spy(values):
-            seen.append(dict(zip(compared, values[len(names) :], strict=True)))
-            return receive(values)
-
-        return spy
-
-    monkeypatch.setattr(rows_module, "_verdict", verdict)
+    monkeypatch.setattr(rows_module, "_judge", judge)
     return seen
 
 

@@ -185,6 +185,22 @@ def test_line_of_an_intervention(open_journal):
     }
 
 
+def test_audits_that_differ_are_told_apart(open_journal):
+    """A line is made from that of the step before only where nothing but the number differs."""
+    journal = open_journal()
+    passed, failed = {"noise.scale": CheckCount(passed=2)}, {"noise.scale": CheckCount(failed=1)}
+    for step, (checks, interventions) in enumerate(
+        [(passed, 0), (passed, 0), (failed, 0), (passed, 0), (passed, 1), (dict(failed), 1)]
+    ):
+        journal.write(StepAudit(step=step, checks=checks, interventions=interventions))
+    found = verify(journal.path)
+    assert [record["dpguard.step"] for record in found] == [0, 1, 2, 3, 4, 5]
+    assert [record["dpguard.check.noise.scale"] for record in found] == [
+        "pass", "pass", "fail", "pass", "pass", "fail"
+    ]  # fmt: skip
+    assert [record["dpguard.interventions"] for record in found] == [0, 0, 0, 0, 1, 1]
+
+
 def test_times_of_steps_are_whole_seconds(open_journal):
     """A step-bound event tells its time without the fraction that would time the step."""
     journal = open_journal()

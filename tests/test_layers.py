@@ -9,6 +9,7 @@ import pytest
 import torch
 from opacus import GradSampleModule
 from opacus.grad_sample import register_grad_sampler
+from opacus.layers.dp_rnn import RNNLinear
 from opacus.optimizers import DPOptimizer
 from releases import needs_functorch
 from torch import nn
@@ -16,6 +17,7 @@ from torch import nn
 import dpguard
 from dpguard import _compat
 from dpguard.ledger import GraphTask
+from dpguard.patches import layers
 from dpguard.patches.layers import Roster
 
 GradSampleHooks = getattr(opacus.grad_sample, "GradSampleHooks", GradSampleModule)
@@ -283,7 +285,6 @@ def test_a_factor_that_is_kept_multiplies_as_a_number(dtype):
     torch.manual_seed(1)
     tensor = torch.randn(64, 9).mul(torch.randn(64, 9).mul(8).exp()).to(dtype)
     task = GraphTask.__new__(GraphTask)
-    task._factors = {}
     for factor in (0, 1, 3, 257, 4097, 2**24 + 1):
         for backprops in (tensor, tensor.t(), tensor[::3]):
             found, expected = task.times(backprops, factor), backprops * factor
@@ -293,3 +294,55 @@ def test_a_factor_that_is_kept_multiplies_as_a_number(dtype):
                 found, expected = torch.view_as_real(found), torch.view_as_real(expected)
             assert torch.equal(found.isnan(), expected.isnan())
             assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+
+
+class _Layer(nn.Module):
+    """A layer whose backprops can be given."""
+
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.layer = kind(3, 4, **options)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("kind", [nn.Linear, RNNLinear])
+@pytest.mark.parametrize("shape", [(5, 3), (5, 1, 3), (5, 2, 3), (1, 3)])
+def test_rows_of_linear_layers_have_the_bits_of_opacus(kind, shape, reduction):
+    """Whether a sample has one vector or several, called once or twice, with a bias or without."""
+    torch.manual_seed(3)
+    for bias in (True, False):
+        model = _Layer(kind, bias=bias)
+        x, weights = torch.randn(shape), torch.randn(4)
+        found = []
+        for mode in ("off", "repair"):
+            with dpguard.install(mode=mode):
+                called = GradSampleModule(copy.deepcopy(model), loss_reduction=reduction)
+                (called(x) + called(2 * x)).mul(weights).sum().backward()
+                found.append([p.grad_sample for p in called.parameters()])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_rows_of_a_bias_are_nobody_elses(guard, reduction):
+    """They are not the tensor that autograd hands to a hook, nor overlap each other."""
+    model = GradSampleModule(_Layer(nn.Linear), loss_reduction=reduction)
+    out, seen = model(torch.randn(5, 3)), []
+    out.register_hook(seen.append)
+    out.sum().backward()
+    rows = model._module.layer.bias.grad_sample
+    before = seen[0].clone()
+    rows[0] += 1
+    assert torch.equal(seen[0], before)
+    assert not torch.equal(rows[0], rows[1])
+
+
+def test_a_weight_that_is_no_parameter_of_the_layer(guard):
+    """What the layer computes with may be another parameter: Opacus's sampler is asked then."""
+    model = _Layer(nn.Linear)
+    found = layers.outer_products(
+        model.layer, torch.ones(2, 3), torch.ones(2, 4), [nn.Parameter(torch.ones(4, 3))]
+    )
+    assert found is None

@@ -13,6 +13,7 @@ from torch import nn
 
 import dpguard
 from dpguard import _compat
+from dpguard.patches import lean
 
 MODELS = (MLP, CNN, Recurrent, Functorch) if FUNCTORCH else (MLP, CNN, Recurrent)
 
@@ -232,7 +233,31 @@ def test_noise_comes_from_opacus(monkeypatch):
         except dpguard.PrivacyViolation:
             total["refused"] = True  # such noise is not as declared, which is another check's work
         for p in optimizer.params:
-            assert kept[p.summed_grad.shape].eq(0.7 * 0.3).all()
+            assert kept[p.shape].eq(0.7 * 0.3).all()
+
+
+@pytest.mark.skipif(not LEAN, reason="Opacus's own code runs with this release")
+def test_a_few_parameters_are_looked_at_at_a_time(guard, monkeypatch):
+    """Means of rows and noise of all parameters are not in memory together; all are seen once."""
+    monkeypatch.setattr(lean, "_AT_ONCE", 100)
+    model, optimizer = training(MLP)
+    seen = {"rows_summed": [], "noise_drawn": []}
+    for name, found in seen.items():
+        monkeypatch.setitem(
+            guard._runtime.auditor._hooks,
+            name,
+            ((None, lambda _step, _optimizer, *shown, found=found: found.append(shown) or ()),),
+        )
+    loss_of(model, 5).backward()
+    optimizer.step()
+    sizes = [p.numel() for p in optimizer.params]
+    for found in seen.values():
+        assert len(found) > 1
+        assert [first for first, _ in found] == [
+            sum(len(shown) for _, shown in found[:k]) for k in range(len(found))
+        ]
+        assert [t.numel() for _, shown in found for t in shown] == sizes
+        assert all(sum(t.numel() for t in shown) <= 100 for _, shown in found if len(shown) > 1)
 
 
 @pytest.mark.skipif(not LEAN, reason="Opacus's own code runs with this release")

@@ -11,6 +11,7 @@ import torch
 from dpguard.events import CheckCount, StepAudit
 
 if TYPE_CHECKING:
+    from dpguard.ledger import ParameterState
     from dpguard.patches.lean import Clipping, Rows
 
 __all__ = ["Check", "Failure", "Failures", "Step"]
@@ -55,6 +56,7 @@ class Step:
         optimizer: class of the optimizer.
         parameters: its trainable parameters, in the physical batch at hand.
         names: their qualified names.
+        states: what the ledger knows of them.
         rows: their rows, if they are as they should be; none in ghost clipping.
         physical: number of physical batches so far, this one included.
         ran: for each check that was run, on how many parameters (or other things) it was.
@@ -66,6 +68,7 @@ class Step:
     optimizer: str
     parameters: Sequence[torch.nn.Parameter] = ()
     names: tuple[str, ...] = ()
+    states: Sequence[ParameterState] = ()
     rows: Rows | None = None
     physical: int = 0
     rows_per_person: float | None = 1.0
@@ -144,6 +147,15 @@ class Check:
         """Rows are complete; ``p.grad`` still is what autograd made it."""
         return ()
 
+    def rows_summed(
+        self, step: Step, optimizer: Any, first: int, means: list[torch.Tensor]
+    ) -> Failures:
+        """Rows were summed up by our code, of some parameters from the index ``first`` on.
+
+        ``means`` are what autograd should have put into their ``p.grad``; they may be changed.
+        """
+        return ()
+
     def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:
         """Clipped rows were added to ``p.summed_grad``.
 
@@ -153,6 +165,12 @@ class Check:
 
     def before_noise(self, step: Step, optimizer: Any) -> Failures:
         """The clipped sum of the logical batch is complete."""
+        return ()
+
+    def noise_drawn(
+        self, step: Step, optimizer: Any, first: int, noises: list[torch.Tensor]
+    ) -> Failures:
+        """Noise was drawn by our code, for some parameters from the index ``first`` on."""
         return ()
 
     def after_noise(self, step: Step, optimizer: Any) -> Failures:

@@ -97,14 +97,13 @@ class Clip(Check):
         before, self._mine.before = self._mine.before, None
         if not step.audited:
             return ()
-        with torch.no_grad():
-            if clipping is None:
-                if before is not None:
-                    self._compare(step, optimizer, before)
-                return ()
-            self._bound(step, optimizer, clipping)
-            if self._is_turn(optimizer) and _are_of_one_type(clipping.rows):
-                self._sketch(step, clipping)
+        if clipping is None:
+            if before is not None:
+                self._compare(step, optimizer, before)
+            return ()
+        self._bound(step, optimizer, clipping)
+        if self._is_turn(optimizer) and _are_of_one_type(clipping.rows):
+            self._sketch(step, clipping)
         return ()
 
     def _bound(self, step: Step, optimizer: Any, clipping: Clipping) -> None:
@@ -134,6 +133,7 @@ class Clip(Check):
             found = self._slacks[key] = CERTAIN * (own * (math.sqrt(count) + 1) + unit * total)
         return found
 
+    @torch.no_grad()
     def _sketch(self, step: Step, clipping: Clipping) -> None:
         rows, norms, factors = clipping.rows, clipping.norms.t(), clipping.factors
         # Rows that were not finite are zero by now; their norms are not.
@@ -203,6 +203,7 @@ class Clip(Check):
         self._said.add(optimizer)
         return [Failure(SUM, diagnosis.CLIP_UNPROVED, only_said=True)]
 
+    @torch.no_grad()
     def _compare(self, step: Step, optimizer: Any, before: _Before) -> None:
         rows, norms = before.rows, before.norms
         sums = [getattr(p, "summed_grad", None) for p in rows.parameters]

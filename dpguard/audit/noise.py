@@ -1,8 +1,9 @@
 """Noise: what a step has added to the clipped sum is N(0, (sigma C)^2) and was drawn anew.
 
-Per parameter the norm of ``noised - clipped sum`` is measured in each step, in one vector that
-travels to the host; some steps send first values of some parameters as well. What is made of them
-is in :mod:`dpguard.audit.gaussian`, which also says how often it is wrong and what it can find.
+Per parameter the norm of ``noised - clipped sum`` is measured in each step, or that of the noise
+itself where our own code draws and adds it, in one vector that travels to the host; some steps send
+first values of some parameters as well. What is made of them is in :mod:`dpguard.audit.gaussian`,
+which also says how often it is wrong and what it can find.
 Where no noise is due, on all ranks but the first, nothing may be added.
 """
 
@@ -22,6 +23,7 @@ from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.gaussian import NoiseTest, NoiseVerdict
 from dpguard.ledger import Ledger
+from dpguard.patches.lean import WIDE
 
 if TYPE_CHECKING:
     from dpguard.patches.lean import Clipping
@@ -69,6 +71,11 @@ class _Group:
     test: NoiseTest
     due: int = 0
 
+    @property
+    def is_rich(self) -> bool:
+        """Whether first values are sent in the step at hand."""
+        return self.often or self.due <= 0
+
     @classmethod
     def of(
         cls, kind: _Kind, indices: list[int], shapes: list[torch.Size], former: _Group | None
@@ -81,6 +88,38 @@ class _Group:
         test = NoiseTest(sizes, half_eps, sampled, by_values=often, former=known)
         dtype = torch.promote_types(kind[0], torch.float32)
         return cls(dtype, indices, shapes, sizes, _parts(sizes), sampled, often, test)
+
+
+class _Drawn:
+    """Noise that was measured when it was drawn, and its values then.
+
+    Attributes:
+        kinds: for each parameter its precision and device.
+        norms: for each parameter.
+        values: first values of some parameters, by their places.
+    """
+
+    def __init__(self, groups: Iterable[_Group]) -> None:
+        self.kinds: list[_Kind | None] = []
+        self.norms: list[torch.Tensor] = []
+        self.values: dict[int, torch.Tensor] = {}
+        self._wanted = {
+            group.indices[k]: min(_VALUES, group.sizes[k])
+            for group in groups
+            if group.indices and group.is_rich
+            for k in group.sampled
+        }
+
+    def take(self, noises: list[torch.Tensor]) -> None:
+        """Measure the noise of the next parameters."""
+        start = len(self.kinds)
+        self.kinds += [(noise.dtype, noise.device) for noise in noises]
+        if not all(noise.dtype in WIDE for noise in noises):
+            noises = [noise.to(torch.float32) for noise in noises]
+        self.norms += _norms(noises)
+        for i, count in self._wanted.items():
+            if 0 <= i - start < len(noises):
+                self.values[i] = noises[i - start].as_strided((count,), (1,)).clone()
 
 
 @dataclass
@@ -98,10 +137,18 @@ class _State:
     std: Any = None
     bound: float | None = 0.0
     mark: torch.Tensor | None = None
+    drawn: _Drawn | None = None
 
     def begin(self) -> None:
-        self.sums = self.std = self.mark = None
+        self.sums = self.std = self.mark = self.drawn = None
         self.bound = 0.0
+
+    def is_arranged(self, parameters: Sequence[Any], kinds: list[_Kind | None]) -> bool:
+        """Whether the groups are made for these parameters and kinds."""
+        if kinds != self.kinds:
+            return False
+        known = [reference() for reference in self.references]
+        return len(known) == len(parameters) and all(map(is_, known, parameters))
 
 
 class Noise(Check):
@@ -140,6 +187,21 @@ class Noise(Check):
                 state.versions = [getattr(total, "_version", -1) for total in state.sums]
         return ()
 
+    def noise_drawn(
+        self, step: Step, optimizer: Any, first: int, noises: list[torch.Tensor]
+    ) -> Failures:
+        """Measure noise before it is added, which our code does as it should."""
+        state = self._states.get(optimizer)
+        if state is not None and state.sums is not None:
+            if not first:
+                state.drawn = _Drawn(state.groups.values())
+            sums = state.sums[first : first + len(noises)]
+            if state.drawn is not None and all(map(_is_noise_for, sums, noises)):
+                state.drawn.take(noises)
+            else:
+                state.drawn = None  # what it does to the sum is seen afterwards
+        return ()
+
     def after_noise(self, step: Step, optimizer: Any) -> Failures:
         """Send what was added to the host, except where the sum before it is no longer there."""
         state = self._states.get(optimizer)
@@ -147,8 +209,10 @@ class Noise(Check):
             self.forget(optimizer)
             return ()
         sums, std, bound, mark = state.sums, state.std, state.bound, state.mark
-        grads = [p.grad for p in step.parameters]
-        self._arrange(state, step.parameters, grads)
+        grads, drawn = [p.grad for p in step.parameters], state.drawn
+        if drawn is None or not state.is_arranged(step.parameters, drawn.kinds):
+            drawn = None
+            self._arrange(state, step.parameters, grads)
         state.begin()
         state.number = step.number
         if not state.compared:
@@ -161,7 +225,7 @@ class Noise(Check):
         step.run(*self.names if is_due else (SCALE,), count=state.compared)
         for group in state.groups.values():
             if group.indices:
-                self._send(step, state.names, group, (grads, sums), (std, bound, mark))
+                self._send(step, state.names, group, (grads, sums, drawn), (std, bound, mark))
         return ()
 
     def forget(self, optimizer: Any) -> None:
@@ -197,10 +261,8 @@ class Noise(Check):
             else None
             for grad, total, version in zip(grads, state.sums or (), state.versions, strict=True)
         ]
-        if kinds == state.kinds:
-            known = [reference() for reference in state.references]
-            if all(map(is_, known, parameters)):
-                return
+        if state.is_arranged(parameters, kinds):
+            return
         state.kinds = kinds
         state.references = [weakref.ref(p) for p in parameters]
         found: dict[_Kind, list[int]] = {kind: [] for kind in state.groups}
@@ -221,7 +283,7 @@ class Noise(Check):
         step: Step,
         names: tuple[str, ...],
         group: _Group,
-        tensors: tuple[Sequence[Any], Sequence[Any]],
+        tensors: tuple[Sequence[Any], Sequence[Any], _Drawn | None],
         declared: tuple[Any, float | None, torch.Tensor | None],
     ) -> None:
         """Measure one group.
@@ -230,28 +292,28 @@ class Noise(Check):
             step: the step.
             names: of all parameters.
             group: the parameters concerned.
-            tensors: noised sums and sums before of all parameters.
+            tensors: noised sums and sums before of all parameters, and what was measured of the
+                noise when it was drawn.
             declared: standard deviation, bound of the norm of the sums and their mark.
         """
-        grads, sums = tensors
+        grads, sums, drawn = tensors
         std, bound, mark = declared
-        noised = [grads[i] for i in group.indices]
-        before = [sums[i] for i in group.indices]
-        if [b.shape for b in before] != group.shapes:
-            before = [b.view_as(n) for b, n in zip(before, noised, strict=True)]
-        if noised[0].dtype is not group.dtype:
-            noised = [n.to(group.dtype) for n in noised]
-            before = [b.to(group.dtype) for b in before]
-        if isinstance(std, float) and not std:
-            norms, _ = _differences(group, noised, before, rich=False)
-            step.collect((SCALE,), torch.stack(norms), functools.partial(_silent, group, names))
+        silent, rich = isinstance(std, float) and not std, group.is_rich
+        if drawn is None:
+            noised, before = _tensors(group, grads, sums)
+            scalars, samples = _differences(group, noised, before, rich=rich and not silent)
+        else:
+            scalars = [drawn.norms[i] for i in group.indices]
+            samples = [drawn.values[group.indices[k]] for k in group.sampled] if rich else []
+        if silent:
+            step.collect((SCALE,), torch.stack(scalars), functools.partial(_silent, group, names))
             return
-        rich = group.often or group.due <= 0
         group.due = _VALUES_EVERY - 1 if rich else group.due - 1
-        scalars, samples = _differences(group, noised, before, rich=rich)
-        if bound is None or mark is None:
+        if mark is None or (bound is None and drawn is None):
             bound = None
-            mark = torch.stack(_norms(noised)).norm()
+            mark = torch.stack(_norms(_tensors(group, grads, sums)[0])).norm()
+        if drawn is not None:
+            bound = 0.0  # no sum was rounded
         scalars.append(mark.to(group.dtype))
         if isinstance(std, torch.Tensor):
             scalar = std.detach().reshape(())
@@ -281,6 +343,29 @@ def _parts(sizes: Sequence[int]) -> list[slice]:
             room = _CHUNK
         room -= size
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(sizes)], strict=True)]
+
+
+def _is_noise_for(total: Any, noise: Any) -> bool:
+    return (
+        type(noise) is _TENSOR is type(total)
+        and noise.dtype is total.dtype
+        and noise.device == total.device
+        and noise.is_contiguous()
+    )
+
+
+def _tensors(
+    group: _Group, grads: Sequence[Any], sums: Sequence[Any]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Noised sums of a group, and the sums before."""
+    noised = [grads[i] for i in group.indices]
+    before = [sums[i] for i in group.indices]
+    if [b.shape for b in before] != group.shapes:
+        before = [b.view_as(n) for b, n in zip(before, noised, strict=True)]
+    if noised[0].dtype is not group.dtype:
+        noised = [n.to(group.dtype) for n in noised]
+        before = [b.to(group.dtype) for b in before]
+    return noised, before
 
 
 def _differences(

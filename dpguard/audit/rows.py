@@ -25,10 +25,13 @@ Finiteness is read off the norms, which clipping needs anyway.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from math import isfinite
+from operator import is_, le
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -52,25 +55,31 @@ PROBE_EVERY = 50
 
 
 class _Limits(NamedTuple):
-    """What the bound is made of, for each parameter; vectors on the device.
+    """What the bound is made of, for each parameter.
 
     Attributes:
         plain: of the roundings of one sample's row; that of the batch grows with its root.
         low: of operands in lower precision.
-        composed: 1 where rows are sums of several products, else 0.
-        is_composed: whether any is.
+        composed: whether rows are sums of several products.
+        tiny: the smallest bound.
     """
 
-    plain: torch.Tensor
-    low: torch.Tensor
-    composed: torch.Tensor
-    is_composed: bool
+    plain: tuple[float, ...]
+    low: tuple[float, ...]
+    composed: tuple[bool, ...]
+    tiny: float
 
 
 class _Mine(threading.local):
-    """What is between two hooks of one step, in the thread that takes it."""
+    """What is between the hooks of one step, in the thread that takes it."""
 
-    survey: Survey | None = None
+    def __init__(self) -> None:
+        self.survey: Survey | None = None
+        self.compared: list[int] = []
+        self.residuals: list[torch.Tensor] = []
+
+    def begin(self) -> None:
+        self.survey, self.compared, self.residuals = None, [], []
 
 
 class RowValues(Check):
@@ -90,88 +99,104 @@ class RowValues(Check):
 
     def before_clip(self, step: Step, optimizer: Any) -> Failures:
         """Rows that our code does not clip are measured before anybody changes them."""
-        self._mine.survey = None
+        self._mine.begin()
         if step.audited:
             mean = optimizer.loss_reduction == "mean"
-            self._mine.survey = Survey.of(step.parameters, mean=mean)
+            survey = self._mine.survey = Survey.of(step.parameters, mean=mean)
+            if survey is not None:
+                survey.look(functools.partial(self._measure, step))
         return ()
+
+    def rows_summed(
+        self, step: Step, optimizer: Any, first: int, means: list[torch.Tensor]
+    ) -> Failures:
+        """Measure by how much the means of rows are off ``p.grad``."""
+        self._measure(step, first, means)
+        return ()
+
+    def _measure(self, step: Step, first: int, means: list[torch.Tensor]) -> None:
+        mine, each = self._mine, step.rows_per_person
+        if not first:
+            mine.compared, mine.residuals = [], []
+        last = first + len(means)
+        if each is None or last > len(step.states):
+            return  # people with different numbers of rows: not what the loss is a mean of
+        pairs = zip(step.parameters[first:last], step.states[first:last], strict=True)
+        grads: list[Any] = [p.grad if state.is_whole else None for p, state in pairs]
+        if not all(map(_are_comparable, grads, means)):
+            kept = [i for i, g in enumerate(grads) if _are_comparable(g, means[i])]
+            grads, means = [grads[i] for i in kept], [means[i] for i in kept]
+            mine.compared += [first + i for i in kept]
+        else:
+            mine.compared += range(first, last)
+        if means:
+            if each != 1.0:
+                torch._foreach_div_(means, each)
+            torch._foreach_sub_(means, grads)
+            mine.residuals += torch._foreach_norm(means)
 
     def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:
         """Send the figures to the host."""
-        found, self._mine.survey = clipping or self._mine.survey, None
-        if found is None or found.means is None or not step.audited:
+        found = clipping or self._mine.survey
+        compared, residuals = self._mine.compared, self._mine.residuals
+        self._mine.begin()
+        if found is None or not step.audited or not _are_same(found.rows.parameters, step):
             return ()
-        if (odd := self._of_another_reduction(found.rows, optimizer)) is not None:
+        right = (None, optimizer.loss_reduction)
+        if odd := tuple([state.name for state in step.states if state.reduction not in right]):
             step.run(CONSERVATION)
             return [Failure(CONSERVATION, diagnosis.LOSS_REDUCTION, odd)]
-        with torch.no_grad():
-            self._compare(step, found, _means(step, found.means))
-        self._count(optimizer, found.rows)
+        self._compare(step, found, compared, residuals)
+        self._count(optimizer, step)
         return ()
 
-    def _of_another_reduction(self, rows: Rows, optimizer: Any) -> tuple[str, ...] | None:
-        """Parameters whose model was wrapped for another reduction of the loss."""
-        states = map(self._ledger.known, rows.parameters)
-        wrong = [s for s in states if s and s.reduction not in (None, optimizer.loss_reduction)]
-        return tuple(state.name for state in wrong) if wrong else None
-
-    def _count(self, optimizer: Any, rows: Rows) -> None:
+    def _count(self, optimizer: Any, step: Step) -> None:
         """Have the strength of the rows probed in the next step, if it is time."""
         count = self._compared[optimizer] = self._compared.get(optimizer, 0) + 1
         turn = count % PROBE_EVERY
         if turn <= 1:
-            for parameter in rows.parameters:
-                state = self._ledger.state(parameter)
+            for state in step.states:
                 state.probed = turn == 0
                 for entry in state.entries:
                     entry.strength = None
 
-    def _compare(self, step: Step, found: Clipping | Survey, means: list[torch.Tensor]) -> None:
-        rows, norms = found.rows, found.norms
-        compared = [
-            i
-            for i, p in enumerate(rows.parameters)
-            if _is_comparable(p, means[i]) and self._ledger.is_whole(p)
-        ]
-        if step.rows_per_person is None:
-            compared = []  # people with different numbers of rows: not what the loss is a mean of
+    def _compare(
+        self,
+        step: Step,
+        found: Clipping | Survey,
+        compared: list[int],
+        residuals: list[torch.Tensor],
+    ) -> None:
         step.run(FINITE)
-        sizes = norms.sum(0)
+        scales = found.shares @ found.norms
         if not compared:
             names = step.names
-            step.collect((FINITE,), torch.isfinite(sizes).to(norms.dtype), finiteness(names))
+            step.collect((FINITE,), scales, lambda found: finiteness(names, map(isfinite, found)))
             return
         step.run(CONSERVATION, count=len(compared))
-        grads: list[Any] = [rows.parameters[i].grad for i in compared]
-        chosen = means if len(compared) == len(means) else [means[i] for i in compared]
-        residuals = torch.stack(torch._foreach_norm(torch._foreach_sub(chosen, grads)))
-        scales = found.shares @ norms
-        if len(compared) < len(means):
-            scales = scales[compared]
-        limits = self._limit(rows, compared, residuals)
-        if limits.is_composed:
+        limits = self._limit(step, found.rows, compared, residuals[0].dtype)
+        figures = [scales, torch.stack(residuals)]
+        if any(limits.composed):
             total = found.shares @ found.totals
-            strengths = self._strengths(found, compared, total)
-            scales = torch.maximum(scales, limits.composed * strengths)
-        factors = limits.plain * math.sqrt(sum(rows.sizes)) + limits.low
-        ratios = residuals / (factors * scales).clamp(min=_tiny(residuals.dtype))
-        figures = torch.cat((torch.isfinite(sizes).to(ratios.dtype), ratios))
-        parameters = [rows.parameters[i] for i in compared]
-        receive = _verdict(step.names, tuple(step.names[i] for i in compared), parameters)
-        step.collect((FINITE, CONSERVATION), figures, receive)
+            figures.append(self._strengths(step, found, compared, total))
+        root = math.sqrt(sum(found.rows.sizes))
+        receive = functools.partial(_verdict, step, compared, limits, root)
+        step.collect((FINITE, CONSERVATION), torch.cat(figures), receive)
 
     def _strengths(
-        self, found: Clipping | Survey, compared: Sequence[int], total: torch.Tensor
+        self, step: Step, found: Clipping | Survey, compared: Sequence[int], total: torch.Tensor
     ) -> torch.Tensor:
-        """What the rows of each parameter would add up to if nothing cancelled in them, at most."""
-        parameters = [found.rows.parameters[i] for i in compared]
-        if not any(self._ledger.state(p).probed for p in parameters):
-            return total
+        """What the rows of each parameter would add up to if nothing cancelled in them, at most.
+
+        One number for all of them if that was not probed.
+        """
+        if not any(step.states[i].probed for i in compared):
+            return total.reshape(1)
         sizes = found.rows.sizes
         shares = [found.shares[sum(sizes[:k])] for k, size in enumerate(sizes) if size]
         strengths = []
-        for parameter in parameters:
-            entries = self._ledger.entries_of(parameter)
+        for i in compared:
+            entries = self._ledger.entries_of(step.parameters[i])
             probed = [entry.strength for entry in entries if entry.strength is not None]
             if len(probed) == len(entries) == len(shares):
                 parts = [share * mine for share, mine in zip(shares, probed, strict=True)]
@@ -180,25 +205,18 @@ class RowValues(Check):
                 strengths.append(total)
         return torch.stack([strength.to(total.dtype) for strength in strengths])
 
-    def _limit(self, rows: Rows, compared: Sequence[int], like: torch.Tensor) -> _Limits:
+    def _limit(self, step: Step, rows: Rows, compared: list[int], dtype: torch.dtype) -> _Limits:
         """The factors of the bound, for each parameter compared; made once for each situation."""
-        parameters = [rows.parameters[i] for i in compared]
-        terms = [self._ledger.summands_of(p) for p in parameters]
-        kinds = [
-            (p.dtype, computed_in(rows.pieces[i][0]))
-            for p, i in zip(parameters, compared, strict=True)
-        ]
-        key = (tuple(terms), tuple(kinds), like.device, like.dtype)
+        terms = [state.summands for state in step.states]
+        kinds = [computed_in(mine[0]) for mine in rows.pieces]
+        own = [parameter.dtype for parameter in step.parameters]
+        key = (terms, kinds, own, compared, step.parameters[0].device)
         known = self._limits
         if known is None or known[0] != key:
-            made = [
-                _factors(p, kind, count)
-                for p, (_, kind), count in zip(parameters, kinds, terms, strict=True)
-            ]
-            columns = torch.tensor(made, dtype=like.dtype).t().contiguous()
-            columns = columns.to(like.device, non_blocking=True)
-            composed = any(count > 1 for count in terms)
-            known = self._limits = key, _Limits(columns[0], columns[1], columns[2], composed)
+            tiny = float(torch.finfo(dtype).tiny)
+            made = [_factors(step.parameters[i], kinds[i], terms[i]) for i in compared]
+            plain, low, composed = zip(*made, strict=True)
+            known = self._limits = key, _Limits(plain, low, composed, tiny)
         return known[1]
 
 
@@ -212,7 +230,7 @@ def factors(
 
 def _factors(
     parameter: torch.nn.Parameter, rows_dtype: torch.dtype, terms: int
-) -> tuple[float, float, float]:
+) -> tuple[float, float, bool]:
     """The numbers of :class:`_Limits` for one parameter."""
     device = parameter.device
     wide = _compat.at_least_single(parameter.dtype)
@@ -221,57 +239,79 @@ def _factors(
         _compat.operand_roundoff(parameter.dtype, device, convolves=parameter.dim() > 2),  # noqa: PLR2004
         _compat.operand_roundoff(rows_dtype, device, convolves=False),
     )
-    return plain, 4 * low, float(terms > 1)
+    return plain, 4 * low, terms > 1
 
 
-def _means(step: Step, means: list[torch.Tensor]) -> list[torch.Tensor]:
-    """As the loss takes them: over its rows, of which each person may have several."""
-    each = step.rows_per_person
-    return means if each is None or each == 1.0 else list(torch._foreach_div(means, each))
+def _are_same(parameters: Sequence[torch.nn.Parameter], step: Step) -> bool:
+    """Whether these are the parameters of the step."""
+    mine = step.parameters
+    return parameters is mine or (len(parameters) == len(mine) and all(map(is_, parameters, mine)))
 
 
-def _is_comparable(parameter: torch.nn.Parameter, mean: torch.Tensor) -> bool:
-    grad = parameter.grad
+def _are_comparable(grad: Any, mean: torch.Tensor) -> bool:
     return (
-        grad is not None
-        and type(grad) is torch.Tensor
+        type(grad) is torch.Tensor
+        and grad.dtype is mean.dtype
         and grad.layout is torch.strided
+        and grad.shape == mean.shape
         and grad.device == mean.device
-        and grad.dtype == mean.dtype
     )
 
 
-def _tiny(dtype: torch.dtype) -> float:
-    return float(torch.finfo(dtype).tiny)
-
-
-def finiteness(names: tuple[str, ...]) -> Any:
+def finiteness(names: tuple[str, ...], finite: Iterable[Any]) -> Failures:
     """What to make of one flag for each name: whether what it stands for is finite."""
-    return _verdict(names, (), ())
+    broken = tuple(name for name, good in zip(names, finite, strict=True) if not good)
+    return [Failure(FINITE, diagnosis.ROWS_NOT_FINITE, broken)] if broken else []
 
 
 def _verdict(
-    names: tuple[str, ...], compared: tuple[str, ...], parameters: Sequence[torch.Tensor]
-) -> Any:
-    """What to make of the figures: whether each parameter's rows are finite, then the ratios."""
-    hooked = tuple(n for n, p in zip(compared, parameters, strict=True) if p._backward_hooks)
+    step: Step,
+    compared: Sequence[int],
+    limits: _Limits,
+    root: float,
+    values: list[float],
+) -> Failures:
+    """What to make of the figures.
 
-    def receive(values: list[float]) -> list[Failure]:
-        finite, ratios = values[: len(names)], values[len(names) :]
-        if not all(finite):
-            broken = tuple(n for n, good in zip(names, finite, strict=True) if not good)
-            return [Failure(FINITE, diagnosis.ROWS_NOT_FINITE, broken)]
-        if all(ratio <= 1.0 for ratio in ratios):
-            return []
-        wrong = {n: r for n, r in zip(compared, ratios, strict=True) if not r <= 1.0}
-        caused = {
-            diagnosis.GRADIENT_HOOK: tuple(n for n in wrong if n in hooked),
-            diagnosis.NOT_CONSERVED: tuple(n for n in wrong if n not in hooked),
-        }
-        return [
-            Failure(CONSERVATION, cause, who, figure=max(wrong[n] for n in who), bound=1.0)
-            for cause, who in caused.items()
-            if who
+    Args:
+        step: the step.
+        compared: places of the parameters that were compared.
+        limits: of these.
+        root: of the number of rows.
+        values: for each parameter the weighted sum of the norms of its rows; for those that were
+            compared the residual, and the strength of the rows or one number for all of them.
+    """
+    scales, values = values[: len(step.names)], values[len(step.names) :]
+    if not isfinite(sum(scales)):
+        return finiteness(step.names, map(isfinite, scales))
+    residuals, strengths = values[: len(compared)], values[len(compared) :]
+    if len(compared) < len(scales):
+        scales = [scales[i] for i in compared]
+    if strengths:
+        each = strengths * len(compared) if len(strengths) == 1 else strengths
+        scales = [
+            max(scale, strength) if composed else scale
+            for scale, strength, composed in zip(scales, each, limits.composed, strict=True)
         ]
+    bounds = [
+        max((plain * root + low) * scale, limits.tiny)
+        for plain, low, scale in zip(limits.plain, limits.low, scales, strict=True)
+    ]
+    return _judge(step, compared, residuals, bounds)
 
-    return receive
+
+def _judge(
+    step: Step, compared: Sequence[int], residuals: Sequence[float], bounds: Sequence[float]
+) -> Failures:
+    if all(map(le, residuals, bounds)):
+        return ()
+    by_cause: dict[str, dict[str, float]] = {}
+    for i, residual, bound in zip(compared, residuals, bounds, strict=True):
+        if not residual <= bound:
+            hooked = step.parameters[i]._backward_hooks
+            cause = diagnosis.GRADIENT_HOOK if hooked else diagnosis.NOT_CONSERVED
+            by_cause.setdefault(cause, {})[step.names[i]] = residual / bound
+    return [
+        Failure(CONSERVATION, cause, tuple(wrong), figure=max(wrong.values()), bound=1.0)
+        for cause, wrong in by_cause.items()
+    ]

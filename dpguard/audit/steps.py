@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import torch
 from dpguard import _compat, diagnosis
 from dpguard._errors import DPGuardError
 from dpguard._settings import Settings
-from dpguard.alignment import Alignment, align, join_blocks
+from dpguard.alignment import EVEN, Alignment, align, join_blocks
 from dpguard.audit import coverage as structure
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.collector import Collector, finite_flags
@@ -21,15 +22,18 @@ from dpguard.events import CheckCount, Event, Intervention, Severity, StepAudit
 from dpguard.ledger import Dead, Ledger
 
 if TYPE_CHECKING:
-    from dpguard.patches.lean import Clipping, Rows
+    from dpguard.patches.lean import Clipping, Look, Rows
 
 __all__ = ["StepAuditor"]
 
+_STRUCTURE = (*structure.OF_EACH, *structure.OF_ROWS)
 _HOOKS = (
     "begin",
     "before_clip",
+    "rows_summed",
     "after_clip",
     "before_noise",
+    "noise_drawn",
     "after_noise",
     "before_update",
     "cleared",
@@ -64,12 +68,14 @@ class StepAuditor:
         self._findings = Findings(settings.mode, emit)
         self._collector = Collector()
         self._names = (*structure.CHECKS, *(name for check in checks for name in check.names))
-        self._hooks: dict[str, list[tuple[Check, Any]]] = {
-            hook: [(c, getattr(c, hook)) for c in checks if hook in _overridden(c)]
+        self._hooks: dict[str, tuple[tuple[Check, Any], ...]] = {
+            hook: tuple((c, getattr(c, hook)) for c in checks if hook in _overridden(c))
             for hook in _HOOKS
         }
         self._steps: weakref.WeakKeyDictionary[Any, Step] = weakref.WeakKeyDictionary()
+        self._last: tuple[weakref.ref[Any], Step] | None = None
         self._coverage: dict[str, list[int]] = {}
+        self._whole: dict[tuple[str, ...], int] = {}
         self._overdue: DPGuardError | None = None
         self._went: tuple[tuple[Any, ...], dict[str, CheckCount]] | None = None
         self.is_early = False
@@ -93,6 +99,7 @@ class StepAuditor:
         step.physical += 1
         parameters = [p for p in optimizer.params if p.requires_grad]
         step.parameters = parameters
+        step.states = [self._ledger.state(p) for p in parameters]
         dead = self._ledger.settle(parameters)
         self._say_dead(step, dead)
         if not parameters:
@@ -115,8 +122,10 @@ class StepAuditor:
         self._say_unused(step, alignment)
         seen = structure.examine(self._ledger, parameters)
         step.names, step.rows = seen.names, seen.rows
-        failures = [*_failures(alignment), *_remaining(seen, alignment)]
-        step.run(*structure.OF_EACH, *structure.OF_ROWS)
+        failures: list[Failure] = []
+        if seen.rows is None or alignment is not EVEN:
+            failures = [*_failures(alignment), *_remaining(seen, alignment)]
+        step.run(*_STRUCTURE)
         if not repairs and dead:
             failures = [_left_over(failure) for failure in failures]
         if failures:
@@ -136,15 +145,24 @@ class StepAuditor:
             names = tuple(name for name, _ in seen.sums)
             step.run(structure.FINITE)
             flags = finite_flags([total for _, total in seen.sums])
-            step.collect((structure.FINITE,), flags, finiteness(names))
+            step.collect((structure.FINITE,), flags, functools.partial(finiteness, names))
 
     def rows_of(self, optimizer: Any) -> Rows | None:
         """The rows of the physical batch at hand, if nothing is wrong with them."""
         return self._current(optimizer).rows
 
-    def wants_means(self, optimizer: Any) -> bool:
-        """Whether the means of the rows are wanted along with the clipped sums."""
-        return self._current(optimizer).audited
+    def of_means(self, optimizer: Any) -> Look | None:
+        """What is given the means of the rows, if they are wanted along with the clipped sums."""
+        return self._look("rows_summed", optimizer)
+
+    def of_noise(self, optimizer: Any) -> Look | None:
+        """What is given the noise before it is added, if it is wanted."""
+        return self._look("noise_drawn", optimizer)
+
+    def _look(self, hook: str, optimizer: Any) -> Look | None:
+        if self._hooks[hook] and self._current(optimizer).audited:
+            return functools.partial(self._run, hook, optimizer)
+        return None
 
     def before_clip(self, optimizer: Any, clip: Callable[[], Any]) -> None:
         """Rows are about to be clipped by code that is not ours."""
@@ -182,7 +200,7 @@ class StepAuditor:
         """Close the logical step, unless the physical batch was only accumulated."""
         if stepped:
             self.steps += 1
-            step = self._steps.pop(optimizer)
+            step = self._current(optimizer)
             self._begin(optimizer, step.number + 1)
             if step.audited:
                 self._cover(step)
@@ -214,7 +232,7 @@ class StepAuditor:
     def flush(self) -> None:
         """Wait for all figures that are on their way, and have the checks say what they know."""
         self._collector.drain(wait=True)
-        for check, finish in list(self._hooks["flush"]):
+        for check, finish in self._hooks["flush"]:
             try:
                 for number, failure in finish():
                     error = self._findings.say(Step(number, audited=True, optimizer=""), [failure])
@@ -224,9 +242,13 @@ class StepAuditor:
 
     def coverage(self) -> dict[str, CheckCount]:
         """For each parameter in how many audited logical steps its rows were all there."""
+        counts = {name: list(found) for name, found in self._coverage.items()}
+        for names, steps in self._whole.items():
+            for name in names:
+                counts.setdefault(name, [0, 0])[0] += steps
         return {
             name: CheckCount(passed=passed, failed=failed)
-            for name, (passed, failed) in self._coverage.items()
+            for name, (passed, failed) in counts.items()
         }
 
     # -- inside --------------------------------------------------------------------------------
@@ -235,10 +257,18 @@ class StepAuditor:
         audited = number % self._settings.audit_every == 0
         step = Step(number, audited, type(optimizer).__qualname__, send=self._send)
         self._steps[optimizer] = step
+        self._last = weakref.ref(optimizer), step
         return step
 
     def _current(self, optimizer: Any) -> Step:
-        return self._steps.get(optimizer) or self._begin(optimizer, 0)
+        last = self._last  # asked so often that the dictionary is felt
+        if last is not None and last[0]() is optimizer:
+            return last[1]
+        step = self._steps.get(optimizer)
+        if step is None:
+            return self._begin(optimizer, 0)
+        self._last = weakref.ref(optimizer), step
+        return step
 
     def _run(self, hook: str, optimizer: Any, *args: Any) -> None:
         """Have each check look; one that fails by an error of its own is switched off."""
@@ -247,7 +277,7 @@ class StepAuditor:
             return
         step = self._current(optimizer)
         failures: list[Failure] = []
-        for check, look in list(hooks):
+        for check, look in hooks:
             try:
                 failures.extend(look(step, optimizer, *args))
             except DPGuardError:
@@ -258,8 +288,8 @@ class StepAuditor:
             self._refuse(step, failures)
 
     def _switch_off(self, check: Check, error: Exception) -> None:
-        for hooks in self._hooks.values():
-            hooks[:] = [(other, look) for other, look in hooks if other is not check]
+        for hook, hooks in self._hooks.items():
+            self._hooks[hook] = tuple(pair for pair in hooks if pair[0] is not check)
         if self._report is None:
             raise error
         self._report(type(check).__name__, error)
@@ -363,6 +393,9 @@ class StepAuditor:
 
     def _cover(self, step: Step) -> None:
         missing = step.failed.get(structure.PRESENT, ())
+        if not missing:
+            self._whole[step.names] = self._whole.get(step.names, 0) + 1
+            return
         for name in step.names:
             counts = self._coverage.setdefault(name, [0, 0])
             counts[name in missing] += 1

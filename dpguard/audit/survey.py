@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dpguard.patches.lean import Rows, flat, row_norms, row_shares
+from dpguard.patches.lean import Look, Rows, flat, parts, row_norms, row_shares
 
 __all__ = ["Survey"]
 
@@ -19,21 +19,15 @@ class Survey:
         norms: norm of each row of each parameter, of shape ``(B, P)``.
         totals: norm of each person's gradient, of shape ``(B,)``.
         shares: weight of each row in the means, of shape ``(B,)``.
-        means: for each parameter what autograd should have put into ``p.grad``.
     """
 
-    __slots__ = ("means", "norms", "rows", "shares", "totals")
+    __slots__ = ("norms", "rows", "shares", "totals")
 
     def __init__(self, rows: Rows, *, mean: bool) -> None:
         self.rows = rows
         self.norms = row_norms(rows)
         self.totals = self.norms.norm(2, dim=1)
         self.shares = row_shares(rows, self.totals, mean=mean)
-        parts = self.shares.split(rows.sizes)
-        self.means = [
-            _mean(parameter, mine, parts)
-            for parameter, mine in zip(rows.parameters, rows.pieces, strict=True)
-        ]
 
     @classmethod
     def of(cls, parameters: Sequence[torch.nn.Parameter], *, mean: bool) -> Survey | None:
@@ -43,6 +37,15 @@ class Survey:
             return None
         with torch.no_grad():
             return cls(rows, mean=mean)
+
+    @torch.no_grad()
+    def look(self, look: Look) -> None:
+        """Show what autograd should have put into each ``p.grad``."""
+        shares = self.shares.split(self.rows.sizes)
+        parameters = self.rows.parameters
+        for part in parts(parameters):
+            pairs = zip(parameters[part], self.rows.pieces[part], strict=True)
+            look(part.start, [_mean(parameter, mine, shares) for parameter, mine in pairs])
 
 
 def _mean(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from dpguard import _compat
 
-__all__ = ["LayerKind", "Roster", "row_by_row"]
+__all__ = ["LayerKind", "Roster", "outer_products", "row_by_row"]
 
 
 class LayerKind:
@@ -22,6 +22,7 @@ class LayerKind:
         sampler: computes the rows, ``sampler(module, activations, backprops)``.
         is_fresh: the sampler keeps no reference to the rows that it returns.
         is_cell_layer: a layer of one of Opacus's recurrent cells.
+        is_outer: rows are products of two vectors, see :func:`outer_products`.
         reads_memory: the sampler is right only if inputs lie in memory row by row.
     """
 
@@ -30,6 +31,7 @@ class LayerKind:
         "_dimension",
         "is_cell_layer",
         "is_fresh",
+        "is_outer",
         "is_replayed",
         "reads_memory",
         "registered",
@@ -42,6 +44,7 @@ class LayerKind:
         self.sampler: Callable[..., Any] = _compat.grad_sampler(hooks, module)
         self.is_fresh = _compat.rows_are_fresh(hooks, module)
         self.is_cell_layer = _compat.is_rnn_linear(module)
+        self.is_outer = not self.is_replayed and _compat.makes_outer_products(self.registered)
         self.reads_memory = _compat.reads_memory(hooks, module)
         self._batch_first = batch_first
         self._dimension: int | None = None
@@ -66,6 +69,36 @@ class LayerKind:
         if self._dimension is None:
             return _compat.batch_dimension(module, batch_first=self._batch_first)
         return self._dimension
+
+
+def outer_products(
+    module: Any, inputs: Any, backprops: torch.Tensor, wanted: Sequence[torch.nn.Parameter]
+) -> list[tuple[torch.nn.Parameter, torch.Tensor]] | None:
+    """What Opacus's sampler of linear layers computes, without its way through ``torch.einsum``.
+
+    Args:
+        module: a layer with a weight and maybe a bias.
+        inputs: of shape ``(B, inputs)`` for an answer.
+        backprops: of shape ``(B, outputs)`` for an answer.
+        wanted: of which parameters rows are wanted.
+
+    Returns:
+        Parameters and their rows; those of a bias are the backprops themselves. ``None`` if rows
+        are something else than products of two vectors.
+    """
+    if backprops.dim() != 2 or inputs.dim() != 2 or inputs.dtype is not backprops.dtype:  # noqa: PLR2004
+        return None
+    own = module._parameters
+    weight, bias = own.get("weight"), own.get("bias")
+    found = []
+    for parameter in wanted:
+        if parameter is weight:
+            found.append((parameter, backprops.unsqueeze(2).mul(inputs.unsqueeze(1))))
+        elif parameter is bias:
+            found.append((parameter, backprops))
+        else:
+            return None
+    return found
 
 
 def row_by_row(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,22 +5,24 @@ it needs them, and counts the batches anew for each parameter, so a step takes t
 the number of parameters. What is here computes the same in one walk, and while the rows are at
 hand also their mean, which the audit compares with the gradient of the batch.
 
-Bits are those of Opacus on a CPU: the same functions of torch are given the same numbers. On a GPU
+Bits are those of Opacus on a CPU: the same kernels of torch are given the same numbers. On a GPU
 clipped sum and mean come from one product with two rows, which may round in another way.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from dpguard import _compat
 
 __all__ = [
+    "WIDE",
     "Clipping",
     "Rows",
     "add_noise",
@@ -89,8 +91,7 @@ class Rows:
         return True
 
 
-@dataclass(frozen=True)
-class Clipping:
+class Clipping(NamedTuple):
     """What the clipping of one physical batch has computed on the way.
 
     Attributes:
@@ -100,8 +101,6 @@ class Clipping:
         factors: clip factors, of shape ``(B,)``.
         shares: weight of each row in the means, of shape ``(B,)``.
         sums: for each parameter what was added to the clipped sum.
-        means: for each parameter the sum of its rows, unclipped, each batch's divided by its number
-            of rows if the loss is a mean: what autograd has put into ``p.grad``.
     """
 
     rows: Rows
@@ -110,7 +109,6 @@ class Clipping:
     factors: torch.Tensor
     shares: torch.Tensor
     sums: list[torch.Tensor]
-    means: list[torch.Tensor] | None
 
 
 def flat(piece: torch.Tensor) -> torch.Tensor:
@@ -131,12 +129,19 @@ def row_norms(rows: Rows) -> torch.Tensor:
     In at least single precision: with those of Opacus, which has the precision of the rows, a
     clipped row in bfloat16 may be longer than ``C`` by 0.4 %.
     """
+    norm = torch.linalg.vector_norm
     columns = []
     for mine in rows.pieces:
-        wide = torch.promote_types(mine[0].dtype, torch.float32)
-        norms = [torch.linalg.vector_norm(flat(piece), dim=-1, dtype=wide) for piece in mine]
-        columns.append(norms[0] if len(norms) == 1 else torch.cat(norms))
+        wide = None if mine[0].dtype in WIDE else torch.float32
+        if len(mine) == 1:
+            columns.append(norm(flat(mine[0]), dim=-1, dtype=wide))
+        else:
+            columns.append(torch.cat([norm(flat(piece), dim=-1, dtype=wide) for piece in mine]))
     return torch.stack(columns, dim=1)
+
+
+WIDE = frozenset((torch.float32, torch.float64))
+"""Types that norms are taken in as they are."""
 
 
 def blank(rows: Rows, totals: torch.Tensor) -> torch.Tensor:
@@ -175,38 +180,49 @@ def blank_rows(parameters: Sequence[torch.nn.Parameter]) -> None:
         blank(rows, row_norms(rows).norm(2, dim=1))
 
 
-def clip_and_accumulate(optimizer: Any, rows: Rows, *, blanks: bool, means: bool) -> Clipping:
+def clip_and_accumulate(
+    optimizer: Any, rows: Rows, *, blanks: bool, look: Look | None = None
+) -> Clipping:
     """Flat clipping: each person's gradient to ``C``, added up in ``p.summed_grad``.
 
     Args:
         optimizer: a DP optimizer that clips as Opacus's ``DPOptimizer`` does.
         rows: the rows of its parameters.
         blanks: whether rows that are not finite become zero.
-        means: whether the audit wants the means of the rows.
+        look: is given the means of the rows: for each parameter the sum of its rows, unclipped,
+            each batch's divided by its number of rows if the loss is a mean. That is what autograd
+            has put into ``p.grad``.
     """
     check, mark = _compat.processing()
     for parameter in rows.parameters:
         check(parameter.grad_sample)  # type: ignore[attr-defined]
     norms = row_norms(rows)
-    totals = norms.norm(2, dim=1)
+    totals = torch.linalg.vector_norm(norms, dim=1)
     if blanks:
         totals = blank(rows, totals)
     factors = (optimizer.max_grad_norm / (totals + 1e-6)).clamp(max=1.0)
     shares = row_shares(rows, factors, mean=optimizer.loss_reduction == "mean")
-    weights = torch.stack((factors, shares)) if means else factors.unsqueeze(0)
+    weights, further = factors.view(1, 1, -1), None if look is None else shares
+    if further is not None and factors.device.type != "cpu":
+        # One read of the rows. On a CPU it would round in another way than Opacus's own function.
+        weights, further = torch.stack((factors, shares)).unsqueeze(0), None
     sums: list[torch.Tensor] = []
-    averages: list[torch.Tensor] = []
-    for parameter, mine in zip(rows.parameters, rows.pieces, strict=True):
-        total, *average = _products(parameter, mine, weights)
-        sums.append(total)
-        averages.extend(average)
-        held: Any = parameter
-        if held.summed_grad is None:
-            held.summed_grad = total
-        else:
-            held.summed_grad += total
-        mark(held.grad_sample)
-    return Clipping(rows, norms, totals, factors, shares, sums, averages if means else None)
+    for part in parts(rows.parameters):
+        means: list[torch.Tensor] = []
+        for parameter, mine in zip(rows.parameters[part], rows.pieces[part], strict=True):
+            total, mean = _sums(parameter, mine, weights, further)
+            sums.append(total)
+            held: Any = parameter
+            if held.summed_grad is None:
+                held.summed_grad = total
+            else:
+                held.summed_grad += total
+            mark(held.grad_sample)
+            if mean is not None:
+                means.append(mean)
+        if look is not None:
+            look(part.start, means)
+    return Clipping(rows, norms, totals, factors, shares, sums)
 
 
 def row_shares(rows: Rows, like: torch.Tensor, *, mean: bool) -> torch.Tensor:
@@ -218,71 +234,121 @@ def row_shares(rows: Rows, like: torch.Tensor, *, mean: bool) -> torch.Tensor:
     return torch.cat([like.new_full((size,), 1.0 / max(1, size)) for size in rows.sizes])
 
 
-def _products(
-    parameter: torch.nn.Parameter, pieces: Sequence[torch.Tensor], weights: torch.Tensor
-) -> Sequence[torch.Tensor]:
+def _sums(
+    parameter: torch.nn.Parameter,
+    pieces: Sequence[torch.Tensor],
+    weights: torch.Tensor,
+    shares: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weighted sums of one parameter's rows, in the parameter's precision.
 
     Args:
         parameter: of shape ``S``.
         pieces: its rows, of shape ``(B_k, *S)`` for each accumulated batch.
-        weights: one or two weights for each row, of shape ``(1 or 2, B)``.
+        weights: clip factors of all rows, of shape ``(1, 1, B)``; and weights for another sum, in
+            the shape ``(1, 2, B)``.
+        shares: weights for another sum, of shape ``(B,)``, if it is wanted and not in ``weights``.
 
     Returns:
-        One or two tensors of shape ``S``; the first shares no memory with the second where that
-        would keep much of it.
+        Two tensors of shape ``S``, or one and ``None``; the first shares no memory with the second
+        where that would keep much of it.
     """
-    dtype = parameter.dtype
-    piece = pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
-    if piece.dtype is not dtype or weights.dtype is not dtype:
+    dtype, shape = parameter.dtype, parameter.shape
+    rows = flat(pieces[0] if len(pieces) == 1 else torch.cat(list(pieces)))
+    if rows.dtype is not dtype:
         # Rows in lower precision are summed in that of the parameter, as Opacus does.
-        piece, weights = piece.to(dtype), weights.to(dtype)
-    if len(weights) == 1 or piece.device.type == "cpu":
-        # A product with both weights would round in another way than Opacus's own function.
-        total = torch.einsum("i,i...", weights[0], piece)
-        return [total, *(one.matmul(flat(piece)).view(total.shape) for one in weights[1:])]
-    clipped, plain = (weights @ flat(piece)).unbind(0)  # one read of the rows
+        rows = rows.to(dtype)
+    if weights.dtype is not dtype:
+        weights = weights.to(dtype)
+    # What torch.einsum("i,i...", factors, rows) comes to, without its way there.
+    product = torch.bmm(weights, rows.unsqueeze(0))
+    if product.shape[1] == 1:
+        if shares is None:
+            return product.view(shape), None
+        shares = shares if shares.dtype is dtype else shares.to(dtype)
+        return product.view(shape), shares.matmul(rows).view(shape)
+    clipped, plain = product[0].unbind(0)
     if clipped.numel() > _SMALL:
         clipped = clipped.clone()
-    return [clipped.view(parameter.shape), plain.view(parameter.shape)]
+    return clipped.view(shape), plain.view(shape)
 
 
 _SMALL = 1 << 14
 """A sum with fewer elements may keep the memory of a mean with as many."""
 
 
-def add_noise(optimizer: Any) -> None:
-    """``p.grad`` becomes the clipped sum with noise; the random stream is consumed as by Opacus."""
+def parts(parameters: Sequence[torch.nn.Parameter]) -> list[slice]:
+    """Parameters that are dealt with at a time, few enough that copies take little memory."""
+    starts, room = [0], _AT_ONCE
+    for i, parameter in enumerate(parameters):
+        size = parameter.numel()
+        if size > room and i > starts[-1]:
+            starts.append(i)
+            room = _AT_ONCE
+        room -= size
+    return [slice(a, b) for a, b in itertools.pairwise([*starts, len(parameters)])]
+
+
+_AT_ONCE = 1 << 15
+
+Look = Callable[[int, list[torch.Tensor]], None]
+"""Is given the index of a parameter, and one tensor for it and for each of some that follow."""
+
+
+def add_noise(optimizer: Any, look: Look | None = None) -> None:
+    """``p.grad`` becomes the clipped sum with noise; the random stream is consumed as by Opacus.
+
+    Args:
+        optimizer: a DP optimizer that makes noise as Opacus's ``DPOptimizer`` does.
+        look: is given the noise before it is added.
+    """
     std = optimizer.noise_multiplier * optimizer.max_grad_norm
-    generator, secure_mode = optimizer.generator, optimizer.secure_mode
+    options = {"generator": optimizer.generator, "secure_mode": optimizer.secure_mode}
     check, mark = _compat.processing()
-    draw, is_fresh = _compat.noise_source(plain=std != 0 and not secure_mode)
-    for parameter in optimizer.params:
-        total = parameter.summed_grad
-        check(total)
-        noise = draw(std=std, reference=total, generator=generator, secure_mode=secure_mode)
-        noised = noise.add_(total) if is_fresh and noise.dtype is total.dtype else total + noise
-        parameter.grad = noised.view_as(parameter)
-        mark(total)
+    draw, is_fresh = _compat.noise_source(plain=std != 0 and not optimizer.secure_mode)
+    parameters = optimizer.params
+    for part in parts(parameters):
+        totals = [parameter.summed_grad for parameter in parameters[part]]
+        for total in totals:
+            check(total)
+        noises = [draw(std=std, reference=total, **options) for total in totals]
+        if look is not None:
+            look(part.start, noises)
+        for parameter, total, noise in zip(parameters[part], totals, noises, strict=True):
+            owned = is_fresh and noise.dtype is total.dtype
+            noised = noise.add_(total) if owned else total + noise
+            parameter.grad = noised.view_as(parameter)
+            mark(total)
 
 
 def scale_grad(optimizer: Any) -> None:
     """Divide ``p.grad`` by the expected batch size, if the loss is a mean."""
     if optimizer.loss_reduction == "mean":
         divisor = optimizer.expected_batch_size * optimizer.accumulated_iterations
-        torch._foreach_div_([parameter.grad for parameter in optimizer.params], divisor)
+        grads = [parameter.grad for parameter in optimizer.params]
+        kind = grads[0].dtype
+        plain = grads[0].is_cpu and kind in WIDE and isinstance(divisor, (int, float))
+        if plain and all(grad.dtype is kind for grad in grads):
+            # For a number torch makes a tensor with every division.
+            divisor = torch.scalar_tensor(divisor, dtype=kind)
+        torch._foreach_div_(grads, divisor)
 
 
-def pre_step(optimizer: Any) -> bool:
+def pre_step(
+    optimizer: Any,
+    clip_and_accumulate: Callable[[], Any],
+    add_noise: Callable[[], Any],
+    scale_grad: Callable[[], Any],
+) -> bool:
     """What precedes the step of the wrapped optimizer; whether it is to be taken."""
     if not optimizer.params:
         return True
-    optimizer.clip_and_accumulate()
+    clip_and_accumulate()
     if optimizer._check_skip_next_step():
         optimizer._is_last_step_skipped = True
         return False
-    optimizer.add_noise()
-    optimizer.scale_grad()
+    add_noise()
+    scale_grad()
     if optimizer.step_hook:
         optimizer.step_hook(optimizer)
     optimizer._is_last_step_skipped = False

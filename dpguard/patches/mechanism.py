@@ -17,8 +17,8 @@ from dpguard.patching import ABSENT
 
 __all__ = ["Mechanism", "Observer"]
 
-_PARTS = ("clip_and_accumulate", "add_noise", "scale_grad")
-_READ = ("params", "grad_samples", "_get_flat_grad_sample")
+_PARTS = frozenset(("clip_and_accumulate", "add_noise", "scale_grad"))
+_READ = frozenset(("params", "grad_samples", "_get_flat_grad_sample"))
 """Through what Opacus's code reaches the rows; where one is overridden, that code runs."""
 
 
@@ -28,8 +28,11 @@ class Observer(Protocol):
     def rows_of(self, optimizer: Any) -> lean.Rows | None:
         """The rows that were found when the step began, if they were as they should be."""
 
-    def wants_means(self, optimizer: Any) -> bool:
-        """Whether the means of the rows are wanted along with the clipped sums."""
+    def of_means(self, optimizer: Any) -> lean.Look | None:
+        """What is given the means of the rows, if they are wanted along with the clipped sums."""
+
+    def of_noise(self, optimizer: Any) -> lean.Look | None:
+        """What is given the noise before it is added, if it is wanted."""
 
     def before_clip(self, optimizer: Any, clip: Callable[[], Any]) -> None:
         """Rows are about to be clipped by code that is not ours, which is ``clip``."""
@@ -64,12 +67,27 @@ class Mechanism:
             self._stock = _compat.stock_mechanism("pre_step", *_PARTS, *_READ)
             self._plain.clear()
 
+    def step(self, wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
+        """Run the outermost ``pre_step`` and have the first call of each part of it seen."""
+        if self._is_stock(wrapped, instance, "pre_step") and self._has_stock_parts(instance):
+            # What stands in the way of calls has not to be put there if all of them are ours.
+            return lean.pre_step(
+                instance,
+                lambda: self._clip_and_accumulate(
+                    instance, instance.clip_and_accumulate, stock=True
+                ),
+                lambda: self._add_noise(instance, instance.add_noise, stock=True),
+                lambda: lean.scale_grad(instance),
+            )
+        with self.watch(instance):
+            return self.pre_step(wrapped, instance, args, kwargs)
+
     def pre_step(self, wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
         """Run a ``pre_step``, ours if ``wrapped`` is Opacus's own."""
-        if getattr(wrapped, "__func__", None) is self._stock.get("pre_step", ABSENT) and (
-            self._reads_plainly(instance)
-        ):
-            return lean.pre_step(instance)
+        if self._is_stock(wrapped, instance, "pre_step"):
+            return lean.pre_step(
+                instance, instance.clip_and_accumulate, instance.add_noise, instance.scale_grad
+            )
         return wrapped(*args, **kwargs)
 
     @contextmanager
@@ -120,7 +138,13 @@ class Mechanism:
                 getattr(found := getattr(cls, name, None), "fget", found) is self._stock.get(name)
                 for name in _READ
             )
-        return plain and not any(name in vars(instance) for name in _READ)
+        return plain and _READ.isdisjoint(vars(instance))
+
+    def _has_stock_parts(self, instance: Any) -> bool:
+        cls = type(instance)
+        return _PARTS.isdisjoint(vars(instance)) and all(
+            getattr(cls, name, None) is self._stock.get(name, ABSENT) for name in _PARTS
+        )
 
     # -- the parts ------------------------------------------------------------------------------
 
@@ -135,8 +159,8 @@ class Mechanism:
             result = original()
             self._observer.after_clip(instance, None)
             return result
-        means = self._observer.wants_means(instance)
-        clipping = lean.clip_and_accumulate(instance, rows, blanks=True, means=means)
+        look = self._observer.of_means(instance)
+        clipping = lean.clip_and_accumulate(instance, rows, blanks=True, look=look)
         self._observer.after_clip(instance, clipping)
         return None
 
@@ -149,7 +173,7 @@ class Mechanism:
     def _add_noise(self, instance: Any, original: Callable[[], Any], *, stock: bool) -> Any:
         self._observer.before_noise(instance)
         if stock:
-            lean.add_noise(instance)
+            lean.add_noise(instance, self._observer.of_noise(instance))
         result = None if stock else original()
         self._observer.after_noise(instance)
         return result

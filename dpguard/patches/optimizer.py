@@ -6,6 +6,7 @@ goes round a wrapper there.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -247,8 +248,8 @@ class OptimizerPatch:
                 self._part("protocol", self._protocol.before_step, instance)
                 self._part("hooks", self._hooks.before_step, instance)
                 self._audit(self._before, instance)
-                with self._bounds.fixed(instance), self._mechanism.watch(instance):
-                    answer = self._mechanism.pre_step(wrapped, instance, args, kwargs)
+                with self._bounds.fixed(instance):
+                    answer = self._mechanism.step(wrapped, instance, args, kwargs)
                 if answer:
                     self._audit(self._auditor.before_update, instance)
                 stepped = True
@@ -323,8 +324,15 @@ class _Guarded:
     def rows_of(self, optimizer: Any) -> Any:
         return self._patch._auditor.rows_of(optimizer) if self._patch._audits else None
 
-    def wants_means(self, optimizer: Any) -> bool:
-        return self._patch._audits and self._patch._auditor.wants_means(optimizer)
+    def of_means(self, optimizer: Any) -> Any:
+        return self._look(self._patch._auditor.of_means, optimizer)
+
+    def of_noise(self, optimizer: Any) -> Any:
+        return self._look(self._patch._auditor.of_noise, optimizer)
+
+    def _look(self, wanted: Callable[[Any], Any], optimizer: Any) -> Any:
+        look = wanted(optimizer) if self._patch._audits else None
+        return None if look is None else functools.partial(self._patch._audit, look)
 
     def before_clip(self, optimizer: Any, clip: Callable[[], Any]) -> None:
         self._patch._audit(self._patch._auditor.before_clip, optimizer, clip)

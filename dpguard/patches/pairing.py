@@ -19,7 +19,7 @@ from dpguard import _compat, diagnosis
 from dpguard.audit.signs import Signs
 from dpguard.ledger import GraphTask, Ledger, ParameterState, owned_rows
 from dpguard.patches import statistics
-from dpguard.patches.layers import LayerKind, Roster, row_by_row
+from dpguard.patches.layers import LayerKind, Roster, outer_products, row_by_row
 from dpguard.patches.records import ForwardHook, Record, no_hook, plain_hook
 from dpguard.patches.replay import replay
 
@@ -389,7 +389,7 @@ class Pairing:
             if record.order is not None:
                 rows[parameter] = mine.index_select(0, record.order)
             else:
-                rows[parameter] = owned_rows(mine, lenders)
+                rows[parameter] = owned_rows(mine, [*lenders, arranged[1]])
             if record.people is not None:
                 rows[parameter] = record.people.summed(rows[parameter])
         return rows
@@ -413,6 +413,17 @@ class Pairing:
             yield from ((p, p.new_zeros((0, *p.shape)), []) for p in wanted)
             return
         activations, backprops = arranged
+        if kind.is_outer:
+            outer = outer_products(module, activations[0], backprops, wanted)
+            if outer is not None:
+                # With a mean loss, the backprops are a product of our own.
+                lent = [] if self.loss_reduction == "mean" else [backprops]
+                for parameter, rows in outer:
+                    if rows.shape[0] < batch:
+                        yield parameter, _padded(rows, batch), []
+                    else:
+                        yield parameter, rows, lent
+                return
         if record.outline is not None:
             outlined, first = record.outline, self.batch_first
             found = replay(
@@ -462,7 +473,7 @@ class Pairing:
                 lenders=lenders,
                 order=order,
                 terms=_terms(record, parameter, arranged[1]),
-                strength=strengths.get(parameter),
+                strength=strengths.get(parameter) if strengths else None,
             )
             ledger.close()
             task.published.add(id(parameter))
