@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import sys
 import threading
 
 import opacus.grad_sample
 import pytest
 import torch
+from models import MLP
 from opacus import GradSampleModule
 from opacus.grad_sample import register_grad_sampler
 from opacus.layers import DPLSTM, DPMultiheadAttention
@@ -18,7 +20,7 @@ from releases import FUNCTORCH
 from torch import nn
 from torch.nn.utils import rnn
 from torch.optim.swa_utils import AveragedModel
-from truth import assert_rows_equal, rows_of
+from truth import assert_rows_equal, plain_copy, rows_of
 
 import dpguard
 
@@ -415,3 +417,28 @@ def test_a_model_that_keeps_its_wrapper(first):
         assert _residual(model) < 1e-12
         optimizer.step()
         assert guard.interventions == guard.violations == ()
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_wrapped_model_is_stored_and_trains_on(guard, used):
+    """``torch.save`` of the whole wrapped model, which Opacus allows; what is loaded is paired."""
+    torch.manual_seed(0)
+    wrapped = GradSampleModule(MLP().double())
+    x = torch.randn(4, 6, dtype=torch.float64)
+    if used:
+        _mean_square(wrapped, x).backward()
+        wrapped.zero_grad()
+    stored = io.BytesIO()
+    torch.save(wrapped, stored)
+    stored.seek(0)
+    loaded = torch.load(stored, weights_only=False)
+    truth = rows_of(_mean_square, plain_copy(loaded), [x])
+    kept = loaded(x)
+    _mean_square(loaded, x).backward()
+    assert_rows_equal(loaded, truth, torch.float64)
+    assert kept is not None
+    assert guard.violations == guard.internal_errors == ()
+
+
+def _mean_square(model, x):
+    return model(x).square().mean(dim=-1).mean()

@@ -83,13 +83,17 @@ class GradSamplePatch:
         found = self._pairings.get(id(hooks))
         return found if found is not None and found.hooks is hooks else None
 
-    def pairing_of(self, hooks: Any) -> Pairing:
-        """The pairing of a hooked model, made if it has none."""
+    def pairing_of(self, hooks: Any, reductions: tuple[str, bool] | None = None) -> Pairing:
+        """The pairing of a hooked model, made if it has none.
+
+        Nothing is asked of ``hooks`` where its ``loss_reduction`` and ``batch_first`` are given: a
+        model that is being unpickled is still empty.
+        """
         found = self.find(hooks)
         if found is not None:
             return found
         kind = self._kind(type(hooks)) or Pairing
-        reductions = (hooks.loss_reduction, hooks.batch_first)
+        reductions = reductions or (hooks.loss_reduction, hooks.batch_first)
         return kind(hooks, self._ledger, self._pairings, *reductions, computes=self._computes)
 
     def _kind(self, cls: type) -> type[Pairing] | None:

@@ -200,17 +200,19 @@ class ForwardHook:
         return ForwardHook(pairing, self.name, computes=self.computes, late=self.late)
 
     def __reduce__(self) -> Any:
-        return (_restored_hook, (self.pairing.hooks, self.name, self.late))
+        pairing = self.pairing
+        reductions = (pairing.loss_reduction, pairing.batch_first)
+        return (_restored_hook, (pairing.hooks, self.name, self.late, reductions))
 
 
-def _restored_hook(hooks: Any, name: str, late: bool) -> Any:
+def _restored_hook(hooks: Any, name: str, late: bool, reductions: tuple[str, bool]) -> Any:
     """What a pickled forward hook becomes: a fresh one of the guard that is active, if any."""
     from dpguard._activation import active_runtime
 
     runtime = active_runtime()
     if runtime is None:
         return _no_hook if late else hooks.capture_activations_hook
-    pairing: Pairing = runtime.grad_sample.pairing_of(hooks)
+    pairing: Pairing = runtime.grad_sample.pairing_of(hooks, reductions)
     return ForwardHook(pairing, name, computes=pairing.computes, late=late)
 
 
