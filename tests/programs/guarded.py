@@ -85,7 +85,7 @@ class Guarded(Machine):
         try:
             self.optimizer.step()
         except dpguard.DPGuardError as error:
-            refused = str(error)
+            refused = self.refused[self.clock] = str(error)
         data = (self.rows(), self.gathered("grad"), self.gathered("summed_grad"))
         self.see("step", data, refused)
 

@@ -185,7 +185,7 @@ class Machine:
         self.spent = set()
         self.reentrant = set()
         self.refused = {}
-        """Backwards that were refused, and why."""
+        """Backwards and steps that were refused, and why."""
         self.raised = False
         """Whether the last backward raised an error of the user's."""
         self.pending = False

@@ -47,7 +47,7 @@ class Plain(Machine):
         design: the model.
         program: its operations.
         index: which sample of each batch.
-        refused: backwards that the guarded run refused, and why.
+        refused: backwards and steps that the guarded run refused, and why.
     """
 
     def __init__(self, design, program, index, refused):
@@ -125,6 +125,8 @@ class Plain(Machine):
 
     def step(self, op):
         self.see("step", (self.shown(), op.skip))
+        if self.design.ghost and self.clock in self.refused:
+            return  # the clipped batches still wait
         for p, name in self.names.items():
             if p.requires_grad:
                 self.floor[name] = self.clock
