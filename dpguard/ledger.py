@@ -268,6 +268,7 @@ class ParameterState:
     """What the ledger knows about one parameter."""
 
     __slots__ = (
+        "cancels",
         "captured",
         "clipped",
         "condemned",
@@ -305,6 +306,8 @@ class ParameterState:
         """Of how many products an element of a row is the sum, at most so far."""
         self.probed = True
         """Whether the strength of rows is wanted."""
+        self.cancels = False
+        """Whether nearly everything cancels in its rows, so that it is wanted in each step."""
         self.reduction: str | None = None
         """The reduction of the loss that the model was wrapped for."""
         self.version: int | None = None

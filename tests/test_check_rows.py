@@ -134,6 +134,41 @@ def test_many_healthy_steps(name, kind, ratios):
     healthy(bench(name, batch=64, **KINDS[kind]), 1000, ratios)
 
 
+class Zigzag(nn.Module):
+    """Rows of its only parameter cancel, all but their roundings."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.InstanceNorm1d(2, affine=True, eps=0.1)
+        self.norm.weight.requires_grad_(False)
+
+    def forward(self, x):
+        return self.norm(x) * torch.tensor([0.7, -1.1, 0.4], dtype=x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [1, 3, 40])
+def test_rows_in_which_everything_cancels(batch, dtype):
+    """Roundings are no error, in steps that are probed and in all others."""
+    torch.manual_seed(0)
+    model = Zigzag().to(dtype)
+    with dpguard.install(mode="strict") as guard:
+        called = GradSampleModule(model)
+        optimizer = DPOptimizer(
+            torch.optim.SGD([model.norm.bias], lr=0.1),
+            noise_multiplier=0.0,
+            max_grad_norm=1.0,
+            expected_batch_size=batch,
+        )
+        for _ in range(PROBE_EVERY + 4):
+            optimizer.zero_grad()
+            called(torch.randn(batch, 2, 3, dtype=dtype)).sum(dim=(1, 2)).mean().backward()
+            optimizer.step()
+        guard.flush()
+        assert guard.violations == ()
+        assert guard.last_step.checks[CONSERVATION].passed == 1
+
+
 def test_both_reductions(ratios):
     """Sums and means, several batches before a step, batches of different sizes."""
     for reduction in ("mean", "sum"):

@@ -156,7 +156,7 @@ class RowValues(Check):
         turn = count % PROBE_EVERY
         if turn <= 1:
             for state in step.states:
-                state.probed = turn == 0
+                state.probed = turn == 0 or state.cancels
                 for entry in state.entries:
                     entry.strength = None
 
@@ -287,6 +287,13 @@ def _verdict(
     residuals, strengths = values[: len(compared)], values[len(compared) :]
     if len(compared) < len(scales):
         scales = [scales[i] for i in compared]
+    if len(strengths) == len(compared):
+        most = sum(scales)
+        for i, strength in zip(compared, strengths, strict=True):
+            # In these nearly everything cancels, and nothing else tells how much of it is rounding.
+            state = step.states[i]
+            state.cancels = strength > most
+            state.probed = state.probed or state.cancels
     if strengths:
         each = strengths * len(compared) if len(strengths) == 1 else strengths
         scales = [

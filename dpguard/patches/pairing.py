@@ -29,6 +29,7 @@ _detach = torch._C.TensorBase.detach
 _autograd = _compat.autograd()
 _signs = Signs()
 _ENOUGH_FOR_A_MEAN = 64
+_DRAWS = 16
 
 Registry: TypeAlias = "weakref.WeakValueDictionary[int, Pairing]"
 """Pairings by the identity of Opacus's object."""
@@ -491,23 +492,49 @@ class Pairing:
         """How large the rows of one call would be, added up, if nothing cancelled in them.
 
         Rows are linear in the backprops. With random signs on these, the square of a row's norm
-        has as its mean the sum of the squares of the products that the row is made of. Samplers
-        that are not Opacus's own are not asked twice, and a few numbers are no mean.
+        has as its mean the sum of the squares of the products that the row is made of. For a few
+        numbers the mean is taken over several draws. Samplers that are not Opacus's own are not
+        asked twice.
         """
-        activations, backprops = arranged
+        _, backprops = arranged
         if not record.batch or not _compat.rows_are_fresh(self.hooks, record.module):
             return {}
         if backprops.is_meta:
             return {}  # no numbers, as where shapes or memory are only estimated
+        found = self._drawn(record, arranged, wanted)
+        few = {
+            parameter: min(_DRAWS, -(-_ENOUGH_FOR_A_MEAN // numbers))
+            for parameter, (_, numbers) in found.items()
+            if 0 < numbers < _ENOUGH_FOR_A_MEAN and _terms(record, parameter, backprops) > 1
+        }
+        strengths = {parameter: strength for parameter, (strength, _) in found.items()}
+        for draw in range(1, max(few.values(), default=0)):
+            again = [parameter for parameter, draws in few.items() if draw < draws]
+            for parameter, (strength, _) in self._drawn(record, arranged, again).items():
+                strengths[parameter] = strengths[parameter] + strength
+        for parameter, draws in few.items():
+            strengths[parameter] = strengths[parameter] / draws
+        return strengths
+
+    def _drawn(
+        self,
+        record: Record,
+        arranged: tuple[list[Any], torch.Tensor],
+        wanted: list[torch.nn.Parameter],
+    ) -> dict[torch.nn.Parameter, tuple[torch.Tensor, int]]:
+        """The sum of the norms of rows with random signs, and of how many numbers it is."""
+        activations, backprops = arranged
         mixed = activations, backprops * _signs.like(backprops)
         return {
-            parameter: torch.linalg.vector_norm(
-                rows.reshape(rows.shape[0], -1),
-                dim=1,
-                dtype=torch.promote_types(rows.dtype, torch.float32),
-            ).sum()
+            parameter: (
+                torch.linalg.vector_norm(
+                    rows.reshape(rows.shape[0], -1),
+                    dim=1,
+                    dtype=torch.promote_types(rows.dtype, torch.float32),
+                ).sum(),
+                rows.numel(),
+            )
             for parameter, rows, _ in self._sampled(record, mixed, wanted)
-            if rows.numel() >= _ENOUGH_FOR_A_MEAN
         }
 
     def condemn(self, record: Record, cause: str) -> None:

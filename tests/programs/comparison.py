@@ -16,6 +16,9 @@ from programs.guarded import CLIP, EXPECTED_BATCH, guarded
 from programs.operations import ACCUMULATES, Input
 from programs.plain import Plain
 
+CANCELLED = {torch.float32: 2e-2, torch.float64: 1e-3}
+"""Least scale of a row; times the tolerance it is three roundings of a number of order one."""
+
 
 def check(design, program):
     """Run a program guarded and plain, and compare all that was seen; a guard is installed."""
@@ -240,8 +243,11 @@ class Comparison:
     # -- numbers -------------------------------------------------------------------------------
 
     def check_rows(self, rows, groups):
-        # What cancels out exactly (a bias before a norm) is compared on the scale of the others.
-        least = 1e-3 + 0.1 * max((g.scale for mine in groups.values() for g in mine), default=0.0)
+        # What cancels out exactly (a bias before a norm) is compared on the scale of the others, or
+        # of its own terms, which are of order one.
+        least = CANCELLED[self.design.dtype] + 0.1 * max(
+            (g.scale for mine in groups.values() for g in mine), default=0.0
+        )
         for name, mine in rows.items():
             expected = [len(group.rows) for group in groups[name]]
             counts = [len(tensor) for tensor in mine]
