@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from dpguard import diagnosis
-from dpguard.ledger import UNKNOWN, Entry, Ledger
+from dpguard.ledger import Ledger
+from dpguard.row_state import UNKNOWN, Entry
 
 __all__ = ["EVEN", "Alignment", "align", "join_blocks"]
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import dpguard
 from dpguard import _compat
-from dpguard.ledger import GraphTask
+from dpguard.graph_task import GraphTask
 from dpguard.patches import layers
 from dpguard.patches.layers import Roster
 

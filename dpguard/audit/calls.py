@@ -15,7 +15,8 @@ import torch
 from dpguard import diagnosis
 from dpguard.audit.check import Failure
 from dpguard.deliveries import Deliveries, Delivery
-from dpguard.ledger import UNKNOWN, Ledger
+from dpguard.ledger import Ledger
+from dpguard.row_state import UNKNOWN
 
 if TYPE_CHECKING:
     from dpguard.patches.records import Record

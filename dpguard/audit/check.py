@@ -11,8 +11,8 @@ import torch
 from dpguard.events import CheckCount, StepAudit
 
 if TYPE_CHECKING:
-    from dpguard.ledger import ParameterState
     from dpguard.patches.lean import Clipping, Rows
+    from dpguard.row_state import ParameterState
 
 __all__ = ["Check", "Failure", "Failures", "Step"]
 

@@ -12,8 +12,9 @@ import torch
 
 from dpguard import diagnosis
 from dpguard.audit.check import Failure
-from dpguard.ledger import Clipped, Ledger
+from dpguard.ledger import Ledger
 from dpguard.patches.lean import Rows
+from dpguard.row_state import Clipped
 
 __all__ = [
     "CHECKS",

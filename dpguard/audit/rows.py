@@ -40,8 +40,9 @@ from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.coverage import FINITE
 from dpguard.audit.survey import Survey
-from dpguard.ledger import Ledger, computed_in
+from dpguard.ledger import Ledger
 from dpguard.patches.lean import Clipping
+from dpguard.row_state import computed_in
 
 if TYPE_CHECKING:
     from dpguard.patches.lean import Rows

@@ -22,8 +22,9 @@ import torch
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Receiver, Step
-from dpguard.ledger import Ledger, ParameterState, sample_of
+from dpguard.ledger import Ledger
 from dpguard.patches.lean import Clipping
+from dpguard.row_state import ParameterState, sample_of
 
 __all__ = ["BUFFERS", "MOVES", "OWNED", "PRIVATE", "STATISTICS", "Update"]
 

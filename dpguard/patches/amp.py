@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from dpguard import _compat, diagnosis
-from dpguard.ledger import computed_in, note_precision
 from dpguard.patches.copies import MINE
 from dpguard.patches.facades import Family
 from dpguard.patches.wrapping import EagerWrapper
 from dpguard.patching import Transaction
+from dpguard.row_state import computed_in, note_precision
 from dpguard.verdicts import Verdicts
 
 __all__ = ["LossScale"]

@@ -22,11 +22,13 @@ import torch
 from dpguard import _callsite, _compat, diagnosis
 from dpguard._declare import declares_one_batch
 from dpguard._errors import DPGuardError, PerSampleGradientError, PrivacyViolation
-from dpguard.ledger import Clipped, GraphTask, parameters_of, sum_of_rows
+from dpguard.graph_task import GraphTask
+from dpguard.ledger import parameters_of
 from dpguard.patches.ghost_gradient import Carried
 from dpguard.patches.pairing import Pairing
 from dpguard.patches.pass_sums import PassSums
 from dpguard.patches.records import Record
+from dpguard.row_state import Clipped, sum_of_rows
 
 if TYPE_CHECKING:
     from dpguard.grouping import Grouping

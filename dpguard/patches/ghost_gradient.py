@@ -17,9 +17,10 @@ import wrapt
 
 from dpguard import _compat, diagnosis
 from dpguard._errors import PrivacyViolation
-from dpguard.ledger import Clipped, Ledger
+from dpguard.ledger import Ledger
 from dpguard.patches.wrapping import EagerWrapper
 from dpguard.patching import Transaction
+from dpguard.row_state import Clipped
 
 __all__ = ["Carried", "install"]
 

@@ -17,11 +17,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.signs import Signs
-from dpguard.ledger import GraphTask, Ledger, ParameterState, owned_rows
+from dpguard.graph_task import GraphTask
+from dpguard.ledger import Ledger
 from dpguard.patches import statistics
 from dpguard.patches.layers import LayerKind, Roster, outer_products, row_by_row
 from dpguard.patches.records import ForwardHook, Record, no_hook, plain_hook
 from dpguard.patches.replay import replay
+from dpguard.row_state import ParameterState, owned_rows
 
 __all__ = ["Pairing", "Registry", "is_paired", "is_whole"]
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpguard.ledger import computed_in
+from dpguard.row_state import computed_in
 
 __all__ = ["PassSums", "Sketched"]
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from dpguard import _compat
-from dpguard.ledger import note_precision
 from dpguard.patching import ABSENT
+from dpguard.row_state import note_precision
 
 __all__ = ["autocast_of", "outline", "replay"]
 
