@@ -30,6 +30,8 @@ needs_reshaping = pytest.mark.skipif(
     "grad_sample_mode" not in MAKE_PRIVATE, reason="this Opacus assigns the sum as it is"
 )
 """From 1.2 on the optimizer gives the sum of the rows the shape of the parameter."""
+ACCOUNTS_GRADIENTS_ALONE = _compat._release(_compat.opacus_version()) < (1, 6)
+"""With adaptive clipping the noise multiplier of the optimizer is not that of the whole step."""
 
 LEAN = bool(_compat.stock_mechanism("clip_and_accumulate"))
 """Whether a step is taken in one walk over the rows."""

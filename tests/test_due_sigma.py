@@ -8,7 +8,7 @@ import pytest
 import torch
 from opacus import GradSampleModule
 from opacus.accountants import RDPAccountant
-from releases import needs_ghost
+from releases import ACCOUNTS_GRADIENTS_ALONE, needs_ghost
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -16,8 +16,6 @@ import dpguard
 from dpguard import _compat, diagnosis
 
 SIGMA, BATCH, COUNT_STD = 0.9, 12, 1.0
-OLD = _compat._release(_compat.opacus_version()) < (1, 6)
-"""The optimizer's noise multiplier is that of the gradients alone."""
 
 needs_adaclip = pytest.mark.skipif(
     _compat.adaptive_optimizer_class() is None, reason="this Opacus has no adaptive clipping"
@@ -116,11 +114,13 @@ def test_the_accountant_is_told_what_was_asked_for(kind, mode):
         assert training.delivered == [pytest.approx(expected, rel=0.05)] * 3
         ((sigma, _, steps),) = training.accountant.history
         assert (sigma, steps) == (pytest.approx(SIGMA, rel=1e-12), 3)
-        assert training.optimizer.noise_multiplier == pytest.approx(expected if OLD else SIGMA)
+        assert training.optimizer.noise_multiplier == pytest.approx(
+            expected if ACCOUNTS_GRADIENTS_ALONE else SIGMA
+        )
         assert guard.last_step.checks["accounting.sigma"].passed == 1
         assert guard.violations == ()
         told = [i.kind for i in guard.interventions if i.kind == diagnosis.DUE_SIGMA]
-        assert told == [diagnosis.DUE_SIGMA] * OLD
+        assert told == [diagnosis.DUE_SIGMA] * ACCOUNTS_GRADIENTS_ALONE
         due = guard._runtime.accounting.epsilon(training.optimizer, 1e-5)
         assert due == pytest.approx(training.accountant.get_epsilon(1e-5))
 
@@ -132,9 +132,9 @@ def test_observe_leaves_it_and_says_so(kind):
         training = kind()
         training.step()
         ((sigma, _, _),) = training.accountant.history
-        assert sigma == pytest.approx(raised(training.std) if OLD else SIGMA)
+        assert sigma == pytest.approx(raised(training.std) if ACCOUNTS_GRADIENTS_ALONE else SIGMA)
         found = [v.cause for v in guard.violations]
-        assert found == [diagnosis.ACCOUNTED_SIGMA] * OLD
+        assert found == [diagnosis.ACCOUNTED_SIGMA] * ACCOUNTS_GRADIENTS_ALONE
 
 
 @needs_adaclip
@@ -145,8 +145,12 @@ def test_a_schedule_goes_on_from_the_multiplier_that_is_in_force(guard):
     training.optimizer.noise_multiplier *= 0.5
     training.step()
     multiplier = training.optimizer.noise_multiplier
-    assert multiplier == pytest.approx(0.5 * (raised(COUNT_STD) if OLD else SIGMA))
-    due = (multiplier**-2 + (2 * COUNT_STD) ** -2) ** -0.5 if OLD else multiplier
+    assert multiplier == pytest.approx(
+        0.5 * (raised(COUNT_STD) if ACCOUNTS_GRADIENTS_ALONE else SIGMA)
+    )
+    due = (
+        (multiplier**-2 + (2 * COUNT_STD) ** -2) ** -0.5 if ACCOUNTS_GRADIENTS_ALONE else multiplier
+    )
     assert [h[0] for h in training.accountant.history] == [
         pytest.approx(SIGMA),
         pytest.approx(due),
@@ -164,5 +168,7 @@ def test_uninstalled_it_is_as_it_was():
         training.step()
     assert not [name for name in vars(training.optimizer) if "dpguard" in name]
     training.step()
-    assert training.accountant.history[-1][0] == pytest.approx(raised(COUNT_STD) if OLD else SIGMA)
+    assert training.accountant.history[-1][0] == pytest.approx(
+        raised(COUNT_STD) if ACCOUNTS_GRADIENTS_ALONE else SIGMA
+    )
     assert math.isfinite(training.optimizer.noise_multiplier)
