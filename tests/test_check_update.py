@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -126,6 +127,22 @@ def test_an_update_by_hand_without_a_step_is_refused(change, guard):
         training.backward()
     assert causes(guard) == {diagnosis.RAW_UPDATE}
     training.steps(2)
+
+
+def test_an_update_by_hand_in_another_thread(guard):
+    """The step of one thread is not refused for what another thread did to its model."""
+    mine, others = Training(), Training()
+
+    def train():
+        others.backward()
+        in_place(others.model)
+        others.called.zero_grad()
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    mine.steps(3)
+    assert guard.violations == ()
 
 
 @pytest.mark.parametrize("change", BY_HAND, ids=lambda f: f.__name__)

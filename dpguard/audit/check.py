@@ -77,6 +77,8 @@ class Step:
     interventions: int = 0
     ran: dict[str, int] = field(default_factory=dict)
     failed: dict[str, set[str]] = field(default_factory=dict)
+    is_early: bool = False
+    """Nothing of the physical batch at hand has entered the sums yet."""
     refused: bool = False
     """It was refused before anything was applied, and nothing of it is left."""
     awaited: int = 1

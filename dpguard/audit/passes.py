@@ -59,15 +59,12 @@ def _verdict(
     def receive(values: list[float]) -> list[Failure]:
         count = len(names)
         differences, scales = values[:count], values[count:]
+        bounds = [limit * max(scale, _LEAST) for limit, scale in zip(limits, scales, strict=True)]
         wrong = [
-            (name, difference, limit * max(scale, _LEAST))
-            for name, difference, scale, limit in zip(
-                names, differences, scales, limits, strict=True
-            )
+            (name, difference, bound)
+            for name, difference, bound in zip(names, differences, bounds, strict=True)
             # What is not finite is another check's.
-            if math.isfinite(scale)
-            and math.isfinite(difference)
-            and difference > limit * max(scale, _LEAST)
+            if math.isfinite(bound) and math.isfinite(difference) and difference > bound
         ]
         if not wrong:
             return []

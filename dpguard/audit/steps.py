@@ -78,8 +78,6 @@ class StepAuditor:
         self._whole: dict[tuple[str, ...], int] = {}
         self._overdue: DPGuardError | None = None
         self._went: tuple[tuple[Any, ...], dict[str, CheckCount]] | None = None
-        self.is_early = False
-        """Whether nothing of the physical batch at hand has entered the sums yet."""
         self.steps = 0
         """Number of logical steps that were taken, over all optimizers."""
         self.last_step: StepAudit | None = None
@@ -94,8 +92,8 @@ class StepAuditor:
             PerSampleGradientError: rows are missing or cannot be right.
         """
         self._drain()
-        self.is_early = True
         step = self._current(optimizer)
+        step.is_early = True
         step.physical += 1
         parameters = [p for p in optimizer.params if p.requires_grad]
         step.parameters = parameters
@@ -103,14 +101,14 @@ class StepAuditor:
         dead = self._ledger.settle(parameters)
         self._say_dead(step, dead)
         if not parameters:
-            self.is_early = False
+            step.is_early = False
             return
         if _compat.clips_rows(optimizer):
             self._cover_rows(step, parameters, dead)
         else:
             self._cover_sums(step, parameters)
         self._run("begin", optimizer)
-        self.is_early = False
+        step.is_early = False
 
     def _cover_rows(
         self, step: Step, parameters: Sequence[torch.nn.Parameter], dead: Sequence[Dead]
@@ -146,6 +144,10 @@ class StepAuditor:
             step.run(structure.FINITE)
             flags = finite_flags([total for _, total in seen.sums])
             step.collect((structure.FINITE,), flags, functools.partial(finiteness, names))
+
+    def is_early(self, optimizer: Any) -> bool:
+        """Whether nothing of the physical batch at hand has entered the sums yet."""
+        return self._current(optimizer).is_early
 
     def rows_of(self, optimizer: Any) -> Rows | None:
         """The rows of the physical batch at hand, if nothing is wrong with them."""
@@ -220,7 +222,6 @@ class StepAuditor:
 
     def abandon(self, optimizer: Any) -> None:
         """The step raised: forget what was gathered for it, keep its number."""
-        self.is_early = False
         step = self._steps.get(optimizer)
         if step is not None:
             self._begin(optimizer, step.number)
@@ -367,7 +368,7 @@ class StepAuditor:
         """The audit of a step that is refused: it will have no end of its own."""
         # What is found of it later is told; it is no reason to refuse the step that comes instead,
         # unless earlier physical batches stay in the sums.
-        step.refused = step.physical <= 1 or not self.is_early
+        step.refused = step.physical <= 1 or not step.is_early
         self._cover(step)
         self._end(step)
 

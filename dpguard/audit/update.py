@@ -14,6 +14,7 @@ refused once it is proved.
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -51,6 +52,13 @@ class _Watched:
         self.moves_done = False
 
 
+class _Mine(threading.local):
+    """What was measured when gradients were cleared, in the thread that trains the model."""
+
+    def __init__(self) -> None:
+        self.pending: list[tuple[Receiver, torch.Tensor]] = []
+
+
 class Update(Check):
     """Looks at the parameters and the model that one optimizer trains.
 
@@ -62,9 +70,9 @@ class Update(Check):
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        ledger.before_clearing = self._clearing
+        ledger.before_clearing = self._compare
         self._optimizers: weakref.WeakKeyDictionary[Any, _Watched] = weakref.WeakKeyDictionary()
-        self._pending: list[tuple[Receiver, torch.Tensor]] = []
+        self._mine = _Mine()
         self._named: set[tuple[str, str]] = set()
 
     # -- changes by hand ---------------------------------------------------------------------------
@@ -81,17 +89,14 @@ class Update(Check):
 
     def cleared(self, step: Step, optimizer: Any) -> Failures:
         """Gradients are about to be cleared; what was found then is told."""
-        if self._pending:
+        if self._mine.pending:
             self._tell(step)
         return ()
-
-    def _clearing(self, parameters: Iterable[torch.Tensor]) -> None:
-        self._compare(parameters)
 
     def _look(self, step: Step) -> None:
         step.run(PRIVATE)
         self._compare(step.parameters)
-        if self._pending:
+        if self._mine.pending:
             self._tell(step)
 
     def _compare(self, parameters: Iterable[torch.Tensor]) -> None:
@@ -138,10 +143,10 @@ class Update(Check):
         columns = (dots, torch._foreach_norm(deltas), torch._foreach_norm(grads))
         figures = torch.stack([figure.to(wide) for column in columns for figure in column])
         sizes = [value.numel() for value in values]
-        self._pending.append((_judge(tuple(names), sizes), figures))
+        self._mine.pending.append((_judge(tuple(names), sizes), figures))
 
     def _tell(self, step: Step) -> None:
-        pending, self._pending = self._pending, []
+        pending, self._mine.pending = self._mine.pending, []
         for receive, figures in pending:
             step.collect((PRIVATE,), figures, receive)
 

@@ -294,7 +294,7 @@ class OptimizerPatch:
         try:
             function(instance, *args, **kwargs)
         except DPGuardError:
-            if not self._auditor.is_early:
+            if not self._auditor.is_early(instance):
                 _void(instance)
             raise
         except Exception as error:  # noqa: BLE001 - the host goes on without this part
