@@ -317,7 +317,7 @@ def test_one_percent_in_sequences(model):
             mine[int((norms - norms.mean()).abs().argmin())] *= 1.01
 
         training.tamper = tamper
-        with dpguard.install(mode="observe") as guard:
+        with dpguard.install(mode="observe", oracle_every=0) as guard:
             training.step()
             assert [v.parameters for v in guard.violations] == [(name,)], name
 
