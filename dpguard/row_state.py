@@ -353,12 +353,12 @@ class ParameterState:
             strength: see :attr:`Entry.strength`.
         """
         call = (opened, now, captured)
-        if self._continues(parameter, call, order):
-            entry, mine = self.entries[0], parameter.grad_sample  # type: ignore[attr-defined]
-            parameter.grad_sample = entry.added(mine, rows)  # type: ignore[attr-defined]
-            entry.strengthen(strength)
-            entry.terms += terms
-            self.summands = max(self.summands, entry.terms)
+        continued = self.continued(parameter, call, order)
+        if continued is not None:
+            mine = parameter.grad_sample  # type: ignore[attr-defined]
+            parameter.grad_sample = continued.added(mine, rows)  # type: ignore[attr-defined]
+            continued.strengthen(strength)
+            self.count(continued, terms)
             return
         if getattr(parameter, "grad_sample", None) is None:
             self.entries, self.captured = [], captured
@@ -388,24 +388,30 @@ class ParameterState:
             tensors[i] = entry.joined(tensors[i], rows, opened, now, order)
             entry.strengthen(strength)
         entry.latest = call
-        entry.terms += terms
-        self.summands = max(self.summands, entry.terms)
+        self.count(entry, terms)
         self.publish(parameter, tensors)
 
-    def _continues(
+    def count(self, entry: Entry, terms: int) -> None:
+        """Each element of the rows of ``entry`` is the sum of so many products more."""
+        entry.terms += terms
+        self.summands = max(self.summands, entry.terms)
+
+    def continued(
         self, parameter: torch.Tensor, call: tuple[int, int, bool], order: torch.Tensor | None
-    ) -> bool:
-        """Whether all rows are of one group and the last of them came from just such a call.
+    ) -> Entry | None:
+        """The one group of all rows, if the last of them came from just such a call.
 
         As with a recurrent layer, which is called once for each time step.
         """
         if len(self.entries) != 1:
-            return False
+            return None
         entry = self.entries[0]
         if entry.latest != call or entry.order is not order:
-            return False
+            return None
         rows = entry._rows()
-        return rows is not None and rows is getattr(parameter, "grad_sample", None)
+        if rows is None or rows is not getattr(parameter, "grad_sample", None):
+            return None
+        return entry
 
     def _join(self, tensors: list[torch.Tensor], spanned: list[int]) -> None:
         """All entries that a call was open across are one group; changes ``tensors``."""

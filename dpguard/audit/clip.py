@@ -38,7 +38,8 @@ from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.sensitivity import Unproved, sensitivity
 from dpguard.audit.signs import CERTAIN, Signs
-from dpguard.patches.lean import Clipping, Rows, flat, row_norms
+from dpguard.patches.lean import Clipping, Rows, row_norms
+from dpguard.patches.sums import flat
 
 __all__ = ["BOUND", "SKETCH_EVERY", "SUM", "Clip"]
 
@@ -108,14 +109,14 @@ class Clip(Check):
 
     def _bound(self, step: Step, optimizer: Any, clipping: Clipping) -> None:
         bound = optimizer.max_grad_norm
-        parts = [*torch._foreach_norm(clipping.sums), clipping.factors @ clipping.totals]
+        parts = [*torch._foreach_norm(clipping.blocks), clipping.factors @ clipping.totals]
         if isinstance(bound, torch.Tensor):
             parts.append(bound.reshape(()))
         count = sum(clipping.rows.sizes)
         slack = self._slack(count, clipping.rows)
         step.run(BOUND)
         step.collect(
-            (BOUND,), torch.stack(parts), _judge_bound(len(clipping.sums), count, bound, slack)
+            (BOUND,), torch.stack(parts), _judge_bound(len(clipping.blocks), count, bound, slack)
         )
 
     def _slack(self, count: int, rows: Rows) -> float:

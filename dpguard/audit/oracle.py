@@ -30,7 +30,8 @@ from dpguard import diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.rows import factors
 from dpguard.ledger import Ledger
-from dpguard.patches.lean import Clipping, Rows, flat
+from dpguard.patches.lean import Clipping, Rows
+from dpguard.patches.sums import flat
 
 if TYPE_CHECKING:
     from dpguard.patches.outputs import Draw, Outputs

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from dpguard.patches.lean import Look, Rows, flat, parts, row_norms, row_shares
+from dpguard.patches.lean import Look, Rows, row_norms, row_shares
+from dpguard.patches.sums import Weights, parts, sums_of
 
 __all__ = ["Survey"]
 
@@ -41,17 +42,7 @@ class Survey:
     @torch.no_grad()
     def look(self, look: Look) -> None:
         """Show what autograd should have put into each ``p.grad``."""
-        shares = self.shares.split(self.rows.sizes)
         parameters = self.rows.parameters
+        weights = Weights(parameters, self.shares)
         for part in parts(parameters):
-            pairs = zip(parameters[part], self.rows.pieces[part], strict=True)
-            look(part.start, [_mean(parameter, mine, shares) for parameter, mine in pairs])
-
-
-def _mean(
-    parameter: torch.nn.Parameter, pieces: Sequence[torch.Tensor], shares: Sequence[torch.Tensor]
-) -> torch.Tensor:
-    total = torch.zeros(parameter.numel(), dtype=parameter.dtype, device=parameter.device)
-    for piece, share in zip(pieces, shares, strict=True):
-        total += share.to(parameter.dtype) @ flat(piece).to(parameter.dtype)
-    return total.view(parameter.shape)
+            look(part.start, sums_of(parameters[part], self.rows.pieces[part], weights).first)

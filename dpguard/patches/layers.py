@@ -10,7 +10,7 @@ import torch
 
 from dpguard import _compat
 
-__all__ = ["LayerKind", "Roster", "outer_products", "row_by_row"]
+__all__ = ["LayerKind", "Roster", "add_products", "outer_products", "row_by_row"]
 
 
 class LayerKind:
@@ -86,7 +86,7 @@ def outer_products(
         Parameters and their rows; those of a bias are the backprops themselves. ``None`` if rows
         are something else than products of two vectors.
     """
-    if backprops.dim() != 2 or inputs.dim() != 2 or inputs.dtype is not backprops.dtype:  # noqa: PLR2004
+    if not _are_vectors(inputs, backprops):
         return None
     own = module._parameters
     weight, bias = own.get("weight"), own.get("bias")
@@ -99,6 +99,39 @@ def outer_products(
         else:
             return None
     return found
+
+
+def add_products(
+    rows: torch.Tensor, module: Any, parameter: torch.Tensor, inputs: Any, backprops: torch.Tensor
+) -> bool:
+    """Add what :func:`outer_products` computes to the first rows of ``parameter``, in place.
+
+    In one walk over the rows: each product is added before it is rounded, where Opacus first makes
+    a tensor of the products, so that what is added up may differ in its last bit.
+
+    Returns:
+        Whether it was done; nothing has changed if not.
+    """
+    count, own = backprops.shape[0], module._parameters
+    if (
+        not _are_vectors(inputs, backprops)
+        or rows.dtype is not backprops.dtype
+        or rows.shape[0] < count
+    ):
+        return False
+    first = rows if rows.shape[0] == count else rows[:count]
+    if parameter is own.get("weight"):
+        first.addcmul_(backprops.unsqueeze(2), inputs.unsqueeze(1))
+    elif parameter is own.get("bias"):
+        first.add_(backprops)
+    else:
+        return False
+    return True
+
+
+def _are_vectors(inputs: Any, backprops: torch.Tensor) -> bool:
+    """Whether a call had one vector per sample, of one precision, in and out."""
+    return backprops.dim() == 2 and inputs.dim() == 2 and inputs.dtype is backprops.dtype  # noqa: PLR2004
 
 
 def row_by_row(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,13 +5,11 @@ it needs them, and counts the batches anew for each parameter, so a step takes t
 the number of parameters. What is here computes the same in one walk, and while the rows are at
 hand also their mean, which the audit compares with the gradient of the batch.
 
-Bits are those of Opacus on a CPU: the same kernels of torch are given the same numbers. On a GPU
-clipped sum and mean come from one product with two rows, which may round in another way.
+Bits are those of Opacus on a CPU, see :mod:`dpguard.patches.sums`.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dpguard import _compat
+from dpguard.patches.sums import Weights, flat, parts, sums_of
 
 __all__ = [
     "WIDE",
@@ -101,6 +100,7 @@ class Clipping(NamedTuple):
         factors: clip factors, of shape ``(B,)``.
         shares: weight of each row in the means, of shape ``(B,)``.
         sums: for each parameter what was added to the clipped sum.
+        blocks: the same in as few tensors as it was computed in.
     """
 
     rows: Rows
@@ -109,13 +109,7 @@ class Clipping(NamedTuple):
     factors: torch.Tensor
     shares: torch.Tensor
     sums: list[torch.Tensor]
-
-
-def flat(piece: torch.Tensor) -> torch.Tensor:
-    """Rows of shape ``(B, *p.shape)`` as a matrix ``(B, p.numel())``."""
-    if piece.dim() == 2:  # noqa: PLR2004
-        return piece
-    return piece.flatten(1) if piece.dim() > 1 else piece.unsqueeze(1)
+    blocks: list[torch.Tensor]
 
 
 def is_zero(piece: torch.Tensor) -> bool:
@@ -202,27 +196,23 @@ def clip_and_accumulate(
         totals = blank(rows, totals)
     factors = (optimizer.max_grad_norm / (totals + 1e-6)).clamp(max=1.0)
     shares = row_shares(rows, factors, mean=optimizer.loss_reduction == "mean")
-    weights, further = factors.view(1, 1, -1), None if look is None else shares
-    if further is not None and factors.device.type != "cpu":
-        # One read of the rows. On a CPU it would round in another way than Opacus's own function.
-        weights, further = torch.stack((factors, shares)).unsqueeze(0), None
+    weights = Weights(rows.parameters, factors, None if look is None else shares)
     sums: list[torch.Tensor] = []
+    blocks: list[torch.Tensor] = []
     for part in parts(rows.parameters):
-        means: list[torch.Tensor] = []
-        for parameter, mine in zip(rows.parameters[part], rows.pieces[part], strict=True):
-            total, mean = _sums(parameter, mine, weights, further)
-            sums.append(total)
+        found = sums_of(rows.parameters[part], rows.pieces[part], weights)
+        sums += found.first
+        blocks += found.blocks
+        for parameter, total in zip(rows.parameters[part], found.first, strict=True):
             held: Any = parameter
             if held.summed_grad is None:
                 held.summed_grad = total
             else:
                 held.summed_grad += total
             mark(held.grad_sample)
-            if mean is not None:
-                means.append(mean)
         if look is not None:
-            look(part.start, means)
-    return Clipping(rows, norms, totals, factors, shares, sums)
+            look(part.start, found.second)
+    return Clipping(rows, norms, totals, factors, shares, sums, blocks)
 
 
 def row_shares(rows: Rows, like: torch.Tensor, *, mean: bool) -> torch.Tensor:
@@ -233,63 +223,6 @@ def row_shares(rows: Rows, like: torch.Tensor, *, mean: bool) -> torch.Tensor:
         return torch.full_like(like, 1.0 / max(1, rows.sizes[0]))
     return torch.cat([like.new_full((size,), 1.0 / max(1, size)) for size in rows.sizes])
 
-
-def _sums(
-    parameter: torch.nn.Parameter,
-    pieces: Sequence[torch.Tensor],
-    weights: torch.Tensor,
-    shares: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weighted sums of one parameter's rows, in the parameter's precision.
-
-    Args:
-        parameter: of shape ``S``.
-        pieces: its rows, of shape ``(B_k, *S)`` for each accumulated batch.
-        weights: clip factors of all rows, of shape ``(1, 1, B)``; and weights for another sum, in
-            the shape ``(1, 2, B)``.
-        shares: weights for another sum, of shape ``(B,)``, if it is wanted and not in ``weights``.
-
-    Returns:
-        Two tensors of shape ``S``, or one and ``None``; the first shares no memory with the second
-        where that would keep much of it.
-    """
-    dtype, shape = parameter.dtype, parameter.shape
-    rows = flat(pieces[0] if len(pieces) == 1 else torch.cat(list(pieces)))
-    if rows.dtype is not dtype:
-        # Rows in lower precision are summed in that of the parameter, as Opacus does.
-        rows = rows.to(dtype)
-    if weights.dtype is not dtype:
-        weights = weights.to(dtype)
-    # What torch.einsum("i,i...", factors, rows) comes to, without its way there.
-    product = torch.bmm(weights, rows.unsqueeze(0))
-    if product.shape[1] == 1:
-        if shares is None:
-            return product.view(shape), None
-        shares = shares if shares.dtype is dtype else shares.to(dtype)
-        return product.view(shape), shares.matmul(rows).view(shape)
-    clipped, plain = product[0].unbind(0)
-    if clipped.numel() > _SMALL:
-        clipped = clipped.clone()
-    return clipped.view(shape), plain.view(shape)
-
-
-_SMALL = 1 << 14
-"""A sum with fewer elements may keep the memory of a mean with as many."""
-
-
-def parts(parameters: Sequence[torch.nn.Parameter]) -> list[slice]:
-    """Parameters that are dealt with at a time, few enough that copies take little memory."""
-    starts, room = [0], _AT_ONCE
-    for i, parameter in enumerate(parameters):
-        size = parameter.numel()
-        if size > room and i > starts[-1]:
-            starts.append(i)
-            room = _AT_ONCE
-        room -= size
-    return [slice(a, b) for a, b in itertools.pairwise([*starts, len(parameters)])]
-
-
-_AT_ONCE = 1 << 15
 
 Look = Callable[[int, list[torch.Tensor]], None]
 """Is given the index of a parameter, and one tensor for it and for each of some that follow."""

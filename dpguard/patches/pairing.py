@@ -20,7 +20,13 @@ from dpguard.audit.signs import Signs
 from dpguard.graph_task import GraphTask
 from dpguard.ledger import Ledger
 from dpguard.patches import statistics
-from dpguard.patches.layers import LayerKind, Roster, outer_products, row_by_row
+from dpguard.patches.layers import (
+    LayerKind,
+    Roster,
+    add_products,
+    outer_products,
+    row_by_row,
+)
 from dpguard.patches.records import ForwardHook, Record, no_hook, plain_hook
 from dpguard.patches.replay import replay
 from dpguard.row_state import ParameterState, owned_rows
@@ -462,6 +468,9 @@ class Pairing:
         strengths = {}
         if ledger.state(wanted[0]).probed:
             strengths = self._strengths(record, arranged, wanted)
+        if record.kind.is_cell_layer and record.kind.is_outer and people is None:
+            call = opened, now
+            wanted = self._continue_products(record, task, arranged, wanted, call, strengths)
         for parameter, rows, lenders in self._sampled(record, arranged, wanted):
             if people is not None:
                 rows = people.summed(rows if record.order is None else rows[record.order])  # noqa: PLW2901
@@ -484,6 +493,39 @@ class Pairing:
                 continue
             if state.waiting > 1:
                 raise ValueError(diagnosis.OPACUS_NO_ACCUMULATION)
+
+    def _continue_products(
+        self,
+        record: Record,
+        task: GraphTask,
+        arranged: tuple[list[Any], torch.Tensor],
+        wanted: list[torch.nn.Parameter],
+        segments: tuple[int, int],
+        strengths: dict[torch.nn.Parameter, torch.Tensor],
+    ) -> list[torch.nn.Parameter]:
+        """Add products of two vectors to the rows of earlier calls without making them tensors.
+
+        Returns:
+            Parameters for which that cannot be done.
+        """
+        left, published = [], task.published
+        for parameter in wanted:
+            state = self.ledger.state(parameter)
+            entry = state.continued(parameter, (*segments, task.captures(parameter)), record.order)
+            rows = parameter.grad_sample if entry is not None else None  # type: ignore[attr-defined]
+            if (
+                entry is None
+                or not entry.owned
+                or not add_products(rows, record.module, parameter, arranged[0][0], arranged[1])
+            ):
+                left.append(parameter)
+                continue
+            entry.strengthen(strengths.get(parameter))
+            state.count(entry, 1)
+            published.add(id(parameter))
+        if len(left) < len(wanted):
+            self.ledger.close()
+        return left
 
     def _strengths(
         self,

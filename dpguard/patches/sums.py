@@ -1,0 +1,181 @@
+"""Weighted sums of rows: clipped, and as they are, in as few calls as will do.
+
+A product with two rows of weights gives both sums at once. Rows of parameters that are small are
+put next to each other first: with a parameter of its own each, calls would cost more than numbers.
+
+Bits are those of Opacus on the CPUs that this was tried on: an element of a product of one or two
+rows with a matrix is summed up in the same order wherever it lies. On a GPU it may round in another
+way.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["Sums", "Weights", "flat", "parts", "sums_of"]
+
+
+class Weights:
+    """Weights of one or two sums over the same rows.
+
+    Args:
+        parameters: all whose rows are added up.
+        first: of shape ``(B,)``.
+        second: likewise, if there is another sum.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[torch.nn.Parameter],
+        first: torch.Tensor,
+        second: torch.Tensor | None = None,
+    ) -> None:
+        both = first.unsqueeze(0) if second is None else torch.stack((first, second))
+        most, all_rows = _COPIED[both.is_cpu], sum(p.numel() for p in parameters)
+        self.room = min(most // max(1, both.shape[1]), all_rows // _OF_ALL)
+        """Elements of a row that may be copied."""
+        self._cast = {both.dtype: both}
+        self._dtype = both.dtype
+
+    def of(self, dtype: torch.dtype) -> torch.Tensor:
+        """All of them in this precision, of shape ``(1, B)`` or ``(2, B)``."""
+        found = self._cast.get(dtype)
+        if found is None:
+            found = self._cast[dtype] = self._cast[self._dtype].to(dtype)
+        return found
+
+
+class Sums(NamedTuple):
+    """Sums of the rows of some parameters.
+
+    Attributes:
+        first: for each parameter, in its shape and precision.
+        second: likewise, with the other weights, if there are any.
+        blocks: what is in ``first``, as fewer tensors.
+    """
+
+    first: list[torch.Tensor]
+    second: list[torch.Tensor]
+    blocks: list[torch.Tensor]
+
+
+def flat(piece: torch.Tensor) -> torch.Tensor:
+    """Rows of shape ``(B, *p.shape)`` as a matrix ``(B, p.numel())``."""
+    if piece.dim() == 2:  # noqa: PLR2004
+        return piece
+    return piece.flatten(1) if piece.dim() > 1 else piece.unsqueeze(1)
+
+
+def sums_of(
+    parameters: Sequence[torch.nn.Parameter],
+    pieces: Sequence[Sequence[torch.Tensor]],
+    weights: Weights,
+) -> Sums:
+    """Add up the rows of each parameter.
+
+    Args:
+        parameters: of shapes ``S``, on one device.
+        pieces: for each its rows, of shape ``(B_k, *S)`` for each accumulated batch.
+        weights: of each row.
+
+    Returns:
+        Sums that share no memory with each other where that would keep much of it.
+    """
+    first: list[torch.Tensor | None] = [None] * len(parameters)
+    second: list[torch.Tensor | None] = [None] * len(parameters)
+    blocks: list[torch.Tensor] = []
+    for which in _small(parameters, pieces, weights.room):
+        mine = weights.of(parameters[which[0]].dtype)
+        blocks.append(_sum_together(which, parameters, pieces, mine, first, second))
+    for i, parameter in enumerate(parameters):
+        if first[i] is None:
+            total, second[i] = _sum_alone(parameter, pieces[i], weights.of(parameter.dtype))
+            first[i] = total
+            blocks.append(total)
+    return Sums(first, [total for total in second if total is not None], blocks)  # type: ignore[arg-type]
+
+
+def _small(
+    parameters: Sequence[torch.nn.Parameter], pieces: Sequence[Sequence[torch.Tensor]], most: int
+) -> list[list[int]]:
+    """Which parameters are summed together: so few that their copies take little memory."""
+    kind, room = parameters[0].dtype, 0
+    found: list[list[int]] = []
+    for i, parameter in enumerate(parameters):
+        size = parameter.numel()
+        if size <= most and parameter.dtype is kind is pieces[i][0].dtype:
+            if size > room:
+                found.append([])
+                room = most
+            room -= size
+            found[-1].append(i)
+    return [which for which in found if len(which) > 1]
+
+
+_COPIED = {True: 1 << 13, False: 1 << 17}
+"""Elements that are copied at a time, on a CPU or on a device that is slow to be called,"""
+_OF_ALL = 64
+"""and this part of all rows at most."""
+
+
+def _sum_together(
+    which: Sequence[int],
+    parameters: Sequence[torch.nn.Parameter],
+    pieces: Sequence[Sequence[torch.Tensor]],
+    weights: torch.Tensor,
+    *found: list[torch.Tensor | None],
+) -> torch.Tensor:
+    """Put the sums of several parameters into ``found``; the first of them are returned whole."""
+    batches = zip(*(pieces[i] for i in which), strict=True)
+    matrices = [torch.cat([flat(piece) for piece in batch], dim=1) for batch in batches]
+    product = torch.mm(weights, matrices[0] if len(matrices) == 1 else torch.cat(matrices))
+    rows = [product[0].clone(), product[1]] if len(weights) > 1 else [product[0]]
+    sizes = [parameters[i].numel() for i in which]
+    for row, sums in zip(rows, found, strict=False):
+        # As tensors with versions of their own: a change of one is not one of all.
+        for i, total in zip(which, torch.unsafe_split_with_sizes(row, sizes), strict=True):
+            shape = parameters[i].shape
+            sums[i] = total if len(shape) == 1 else total.view(shape)
+    return rows[0]
+
+
+def _sum_alone(
+    parameter: torch.nn.Parameter, pieces: Sequence[torch.Tensor], weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The sums of one parameter."""
+    dtype, shape = parameter.dtype, parameter.shape
+    rows = flat(pieces[0] if len(pieces) == 1 else torch.cat(list(pieces)))
+    if rows.dtype is not dtype:
+        # Rows in lower precision are summed in that of the parameter, as Opacus does.
+        rows = rows.to(dtype)
+    if len(weights) == 1 or rows.is_cpu:
+        # What torch.einsum("i,i...", factors, rows) comes to, without its way there.
+        total = torch.bmm(weights[:1].unsqueeze(0), rows.unsqueeze(0)).view(shape)
+        return total, None if len(weights) == 1 else weights[1].matmul(rows).view(shape)
+    total, other = torch.mm(weights, rows).unbind(0)  # in one read of the rows
+    if total.numel() > _SMALL:
+        total = total.clone()
+    return total.view(shape), other.view(shape)
+
+
+_SMALL = 1 << 14
+"""A sum with fewer elements may keep the memory of a mean with as many."""
+
+
+def parts(parameters: Sequence[torch.nn.Parameter]) -> list[slice]:
+    """Parameters that are dealt with at a time, few enough that copies take little memory."""
+    starts, room = [0], _AT_ONCE
+    for i, parameter in enumerate(parameters):
+        size = parameter.numel()
+        if size > room and i > starts[-1]:
+            starts.append(i)
+            room = _AT_ONCE
+        room -= size
+    return [slice(a, b) for a, b in itertools.pairwise([*starts, len(parameters)])]
+
+
+_AT_ONCE = 1 << 15
