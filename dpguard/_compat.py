@@ -574,21 +574,35 @@ def rows_are_fresh(hooks: Any, module: torch.nn.Module) -> bool:
     return _sampler(hooks, module).__module__.startswith("opacus.")
 
 
-_OUTER = {
-    "opacus.grad_sample.linear": "compute_linear_grad_sample",
-    "opacus.grad_sample.dp_rnn": "compute_rnn_linear_grad_sample",
+_KNOWN_SAMPLERS = {
+    ("opacus.grad_sample.linear", "compute_linear_grad_sample"): "linear",
+    ("opacus.grad_sample.dp_rnn", "compute_rnn_linear_grad_sample"): "linear",
+    ("opacus.grad_sample.conv", "compute_conv_grad_sample"): "convolution",
 }
 
 
-def makes_outer_products(sampler: Any) -> bool:
-    """Whether it is Opacus's own sampler of linear layers.
+def known_sampler(sampler: Any) -> str | None:
+    """What Opacus's own sampler computes, if it is one that we can compute as well."""
+    if _release(opacus_version()) < _LEAN_SINCE:
+        return None
+    name = getattr(sampler, "__module__", None), getattr(sampler, "__qualname__", None)
+    return _KNOWN_SAMPLERS.get(name)  # type: ignore[arg-type]
 
-    Where each sample has one vector, it multiplies each element of a backprop with each of an
-    input.
+
+def unfolded(layer: Any, inputs: Any) -> Any:
+    """The patches that a two-dimensional convolution sees, of shape ``(B, C * kernel, positions)``.
+
+    As Opacus's sampler makes them.
     """
-    name = _OUTER.get(getattr(sampler, "__module__", None) or "")
-    known = name is not None and _release(opacus_version()) >= _LEAN_SINCE
-    return known and getattr(sampler, "__qualname__", None) == name
+    from opacus.utils.tensor_utils import unfold2d
+
+    return unfold2d(
+        inputs,
+        kernel_size=layer.kernel_size,
+        padding=layer.padding,
+        stride=layer.stride,
+        dilation=layer.dilation,
+    )
 
 
 def reads_memory(hooks: Any, module: torch.nn.Module) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,10 +35,12 @@ _SAMPLED = 256
 _detach = torch._C.TensorBase.detach
 
 
-def owned_rows(rows: torch.Tensor, lenders: Iterable[Any]) -> torch.Tensor:
+def owned_rows(rows: torch.Tensor, lenders: Sequence[Any]) -> torch.Tensor:
     """``rows``, or a copy if they overlap each other or share memory with one of ``lenders``."""
     if 0 in rows.stride():
         return _copied(rows)
+    if not lenders:
+        return rows
     memory = rows.untyped_storage().data_ptr()
     for lender in lenders:
         if isinstance(lender, torch.Tensor) and lender.untyped_storage().data_ptr() == memory:
@@ -330,7 +332,7 @@ class ParameterState:
         now: int,
         *,
         captured: bool,
-        lenders: Iterable[Any],
+        lenders: Sequence[Any],
         order: torch.Tensor | None,
         terms: int = 1,
         strength: torch.Tensor | None = None,
@@ -361,7 +363,12 @@ class ParameterState:
             self.count(continued, terms)
             return
         if getattr(parameter, "grad_sample", None) is None:
-            self.entries, self.captured = [], captured
+            rows = owned_rows(rows, lenders)
+            entry = self._entry(rows, call, order, strength)
+            self.entries, self.captured = [entry], captured
+            self.count(entry, terms)
+            self.publish(parameter, [rows])
+            return
         tensors = self.sync(parameter)
         if captured is not self.captured:
             if captured and tensors:
@@ -373,9 +380,7 @@ class ParameterState:
         ]
         if not spanned:
             rows = owned_rows(rows, lenders)
-            entry = Entry(rows, opened, now, owned=True)
-            entry.order = order
-            entry.strength = strength
+            entry = self._entry(rows, call, order, strength)
             at = len(self.entries)
             while at and self.entries[at - 1].first > opened:
                 at -= 1  # a declared block may be backpropagated after later ones
@@ -390,6 +395,20 @@ class ParameterState:
         entry.latest = call
         self.count(entry, terms)
         self.publish(parameter, tensors)
+
+    def _entry(
+        self,
+        rows: torch.Tensor,
+        call: tuple[int, int, bool],
+        order: torch.Tensor | None,
+        strength: torch.Tensor | None,
+    ) -> Entry:
+        """The entry of a call that no other belongs to."""
+        entry = Entry(rows, max(self.epoch, call[0]), call[1], owned=True)
+        entry.latest = call
+        entry.order = order
+        entry.strength = strength
+        return entry
 
     def count(self, entry: Entry, terms: int) -> None:
         """Each element of the rows of ``entry`` is the sum of so many products more."""

@@ -101,7 +101,10 @@ def untouched(mode="repair"):
 
 
 def assert_untouched(run, equal=torch.equal):
-    """``run()`` gives the same tensors, bit by bit, with and without a guard, and no event."""
+    """``run()`` gives the same tensors, bit by bit, with and without a guard, and no event.
+
+    ``equal_to_rounding`` takes the place of ``equal`` where a recurrent layer takes part.
+    """
     with dpguard.install(mode="off"):
         plain = run()
     with untouched():

@@ -102,7 +102,7 @@ def test_right_programs_stay_untouched(mode):
     def run(made):
         alone = guarded(*made).run()
         with dpguard.install(mode="repair") as guard:
-            check_same(alone, guarded(*made).run())
+            check_same(made[0], alone, guarded(*made).run())
         assert guard.interventions == ()
         assert guard.violations == ()
         assert guard.internal_errors == ()

@@ -32,7 +32,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import SWALR, AveragedModel
 from torch.utils.checkpoint import checkpoint
-from truth import assert_rows_equal, rows_of
+from truth import assert_rows_equal, equal_to_rounding, rows_of
 
 
 def inner(called):
@@ -123,6 +123,15 @@ NEWER = {
 """What Opacus replays with functorch, has a sampler of since 1.5, or could not do at first."""
 if FUNCTORCH:
     LAYERS.update(NEWER)
+
+
+def _equal(name):
+    """How to compare: sums over the time steps of a recurrent layer are rounded less often."""
+    return (
+        equal_to_rounding
+        if {"lstm", "gru", "rnn", "recurrent"} & set(name.split("_"))
+        else torch.equal
+    )
 
 
 def case_of(name):
@@ -274,7 +283,7 @@ def test_programs(name, how):
     # At first Opacus took the rows of a tied weight for those of several batches.
     refused = (name in REPEATED and how.startswith("ghost")) or (name == "tied" and not FUNCTORCH)
     if not refused:
-        assert_untouched(lambda: trained(case, how))
+        assert_untouched(lambda: trained(case, how), _equal(name))
     with untouched():
         assert_true(case, how)
 
@@ -311,7 +320,7 @@ def test_truncated_backpropagation_through_time(how):
             seen += [p.detach().clone() for p in model.parameters()]
         return seen
 
-    assert_untouched(run)
+    assert_untouched(run, equal_to_rounding)
 
 
 def test_a_step_with_a_closure():

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from dpguard import _compat
+from dpguard.patches.products import Products, matrix_products, unfolded_products
 
-__all__ = ["LayerKind", "Roster", "add_products", "outer_products", "row_by_row"]
+__all__ = ["LayerKind", "Roster", "row_by_row"]
 
 
 class LayerKind:
@@ -22,7 +23,8 @@ class LayerKind:
         sampler: computes the rows, ``sampler(module, activations, backprops)``.
         is_fresh: the sampler keeps no reference to the rows that it returns.
         is_cell_layer: a layer of one of Opacus's recurrent cells.
-        is_outer: rows are products of two vectors, see :func:`outer_products`.
+        products: what the sampler computes as well, in fewer calls; ``None`` if there is no such
+            function.
         reads_memory: the sampler is right only if inputs lie in memory row by row.
     """
 
@@ -31,8 +33,8 @@ class LayerKind:
         "_dimension",
         "is_cell_layer",
         "is_fresh",
-        "is_outer",
         "is_replayed",
+        "products",
         "reads_memory",
         "registered",
         "sampler",
@@ -44,7 +46,9 @@ class LayerKind:
         self.sampler: Callable[..., Any] = _compat.grad_sampler(hooks, module)
         self.is_fresh = _compat.rows_are_fresh(hooks, module)
         self.is_cell_layer = _compat.is_rnn_linear(module)
-        self.is_outer = not self.is_replayed and _compat.makes_outer_products(self.registered)
+        self.products: Products | None = None
+        if not self.is_replayed:
+            self.products = _PRODUCTS.get(_compat.known_sampler(self.registered))
         self.reads_memory = _compat.reads_memory(hooks, module)
         self._batch_first = batch_first
         self._dimension: int | None = None
@@ -71,69 +75,6 @@ class LayerKind:
         return self._dimension
 
 
-def outer_products(
-    module: Any, inputs: Any, backprops: torch.Tensor, wanted: Sequence[torch.nn.Parameter]
-) -> list[tuple[torch.nn.Parameter, torch.Tensor]] | None:
-    """What Opacus's sampler of linear layers computes, without its way through ``torch.einsum``.
-
-    Args:
-        module: a layer with a weight and maybe a bias.
-        inputs: of shape ``(B, inputs)`` for an answer.
-        backprops: of shape ``(B, outputs)`` for an answer.
-        wanted: of which parameters rows are wanted.
-
-    Returns:
-        Parameters and their rows; those of a bias are the backprops themselves. ``None`` if rows
-        are something else than products of two vectors.
-    """
-    if not _are_vectors(inputs, backprops):
-        return None
-    own = module._parameters
-    weight, bias = own.get("weight"), own.get("bias")
-    found = []
-    for parameter in wanted:
-        if parameter is weight:
-            found.append((parameter, backprops.unsqueeze(2).mul(inputs.unsqueeze(1))))
-        elif parameter is bias:
-            found.append((parameter, backprops))
-        else:
-            return None
-    return found
-
-
-def add_products(
-    rows: torch.Tensor, module: Any, parameter: torch.Tensor, inputs: Any, backprops: torch.Tensor
-) -> bool:
-    """Add what :func:`outer_products` computes to the first rows of ``parameter``, in place.
-
-    In one walk over the rows: each product is added before it is rounded, where Opacus first makes
-    a tensor of the products, so that what is added up may differ in its last bit.
-
-    Returns:
-        Whether it was done; nothing has changed if not.
-    """
-    count, own = backprops.shape[0], module._parameters
-    if (
-        not _are_vectors(inputs, backprops)
-        or rows.dtype is not backprops.dtype
-        or rows.shape[0] < count
-    ):
-        return False
-    first = rows if rows.shape[0] == count else rows[:count]
-    if parameter is own.get("weight"):
-        first.addcmul_(backprops.unsqueeze(2), inputs.unsqueeze(1))
-    elif parameter is own.get("bias"):
-        first.add_(backprops)
-    else:
-        return False
-    return True
-
-
-def _are_vectors(inputs: Any, backprops: torch.Tensor) -> bool:
-    """Whether a call had one vector per sample, of one precision, in and out."""
-    return backprops.dim() == 2 and inputs.dim() == 2 and inputs.dtype is backprops.dtype  # noqa: PLR2004
-
-
 def row_by_row(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` with its elements in memory in their order: itself if they are already.
 
@@ -146,6 +87,12 @@ def row_by_row(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.clone(memory_format=torch.contiguous_format)
         expected *= size
     return tensor
+
+
+_PRODUCTS: dict[str | None, Products] = {
+    "linear": matrix_products,
+    "convolution": unfolded_products,
+}
 
 
 class Roster:

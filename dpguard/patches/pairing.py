@@ -20,13 +20,8 @@ from dpguard.audit.signs import Signs
 from dpguard.graph_task import GraphTask
 from dpguard.ledger import Ledger
 from dpguard.patches import statistics
-from dpguard.patches.layers import (
-    LayerKind,
-    Roster,
-    add_products,
-    outer_products,
-    row_by_row,
-)
+from dpguard.patches.layers import LayerKind, Roster, row_by_row
+from dpguard.patches.products import add_products
 from dpguard.patches.records import ForwardHook, Record, no_hook, plain_hook
 from dpguard.patches.replay import replay
 from dpguard.row_state import ParameterState, owned_rows
@@ -422,12 +417,12 @@ class Pairing:
             yield from ((p, p.new_zeros((0, *p.shape)), []) for p in wanted)
             return
         activations, backprops = arranged
-        if kind.is_outer:
-            outer = outer_products(module, activations[0], backprops, wanted)
-            if outer is not None:
+        if kind.products is not None:
+            products = kind.products(module, activations[0], backprops, wanted)
+            if products is not None:
                 # With a mean loss, the backprops are a product of our own.
                 lent = [] if self.loss_reduction == "mean" else [backprops]
-                for parameter, rows in outer:
+                for parameter, rows in products:
                     if rows.shape[0] < batch:
                         yield parameter, _padded(rows, batch), []
                     else:
@@ -468,9 +463,8 @@ class Pairing:
         strengths = {}
         if ledger.state(wanted[0]).probed:
             strengths = self._strengths(record, arranged, wanted)
-        if record.kind.is_cell_layer and record.kind.is_outer and people is None:
-            call = opened, now
-            wanted = self._continue_products(record, task, arranged, wanted, call, strengths)
+        if record.kind.is_cell_layer and record.kind.products is not None and people is None:
+            wanted = self._continue_products(record, task, arranged, wanted, strengths)
         for parameter, rows, lenders in self._sampled(record, arranged, wanted):
             if people is not None:
                 rows = people.summed(rows if record.order is None else rows[record.order])  # noqa: PLW2901
@@ -500,7 +494,6 @@ class Pairing:
         task: GraphTask,
         arranged: tuple[list[Any], torch.Tensor],
         wanted: list[torch.nn.Parameter],
-        segments: tuple[int, int],
         strengths: dict[torch.nn.Parameter, torch.Tensor],
     ) -> list[torch.nn.Parameter]:
         """Add products of two vectors to the rows of earlier calls without making them tensors.
@@ -508,15 +501,17 @@ class Pairing:
         Returns:
             Parameters for which that cannot be done.
         """
-        left, published = [], task.published
+        left, published, ledger = [], task.published, self.ledger
+        module, inputs, backprops = record.module, arranged[0][0], arranged[1]
         for parameter in wanted:
-            state = self.ledger.state(parameter)
-            entry = state.continued(parameter, (*segments, task.captures(parameter)), record.order)
-            rows = parameter.grad_sample if entry is not None else None  # type: ignore[attr-defined]
+            state = ledger.state(parameter)
+            call = record.segment, ledger.segment, task.captures(parameter)
+            entry = state.continued(parameter, call, record.order)
+            rows: Any = parameter.grad_sample if entry is not None else None  # type: ignore[attr-defined]
             if (
                 entry is None
                 or not entry.owned
-                or not add_products(rows, record.module, parameter, arranged[0][0], arranged[1])
+                or not add_products(rows, module, parameter, inputs, backprops)
             ):
                 left.append(parameter)
                 continue
@@ -524,7 +519,7 @@ class Pairing:
             state.count(entry, 1)
             published.add(id(parameter))
         if len(left) < len(wanted):
-            self.ledger.close()
+            ledger.close()
         return left
 
     def _strengths(

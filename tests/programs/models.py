@@ -173,6 +173,7 @@ BLOCKS = {
     "sequence": {**_pointwise(FEATURES), **_sequential(batch_first=True)},
     "time_first": {**_pointwise(FEATURES), **_sequential(batch_first=False)},
 }
+RECURRENT = tuple(kind for kind in _sequential(batch_first=True) if "attention" not in kind)
 NEVER_EMPTY = {
     "packed_lstm",
     "packed_gru",

@@ -1,0 +1,110 @@
+"""Rows that are products of backprops and inputs: what Opacus's samplers compute, in fewer calls.
+
+The same kernels of torch are given the same numbers, so bits are those of Opacus, but for
+:func:`add_products`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from dpguard import _compat
+
+__all__ = ["Products", "add_products", "matrix_products", "unfolded_products"]
+
+Rows: TypeAlias = "list[tuple[torch.nn.Parameter, torch.Tensor]]"
+Products: TypeAlias = Callable[
+    [Any, Any, torch.Tensor, Sequence[torch.nn.Parameter]], "Rows | None"
+]
+"""From a layer, its input, its backprops and the parameters wanted to these and their rows.
+
+``None`` if the rows of such a call are to be computed by Opacus's sampler. Rows of a bias may be
+the backprops themselves."""
+
+
+def matrix_products(
+    module: Any, inputs: Any, backprops: torch.Tensor, wanted: Sequence[torch.nn.Parameter]
+) -> Rows | None:
+    """Linear layers, for inputs of shape ``(B, inputs)`` or ``(B, T, inputs)``."""
+    if not _are_alike(inputs, backprops) or backprops.dim() > 3:  # noqa: PLR2004
+        return None
+    if backprops.dim() == 2:  # noqa: PLR2004
+        weight = lambda: backprops.unsqueeze(2).mul(inputs.unsqueeze(1))  # noqa: E731
+        return _rows(module, wanted, weight, lambda: backprops)
+    weight = lambda: torch.bmm(backprops.transpose(1, 2), inputs)  # noqa: E731
+    return _rows(module, wanted, weight, lambda: backprops.sum(1))
+
+
+def unfolded_products(
+    module: Any, inputs: Any, backprops: torch.Tensor, wanted: Sequence[torch.nn.Parameter]
+) -> Rows | None:
+    """Convolutions in two dimensions without groups, for inputs of shape ``(B, C, H, W)``."""
+    if module.groups != 1 or not _are_alike(inputs, backprops) or backprops.dim() != 4:  # noqa: PLR2004
+        return None
+    flat = backprops.flatten(2)
+
+    def weight() -> torch.Tensor:
+        patches = _compat.unfolded(module, inputs)
+        return torch.bmm(flat, patches.transpose(1, 2)).view(len(flat), *module.weight.shape)
+
+    return _rows(module, wanted, weight, lambda: flat.sum(2))
+
+
+def _rows(
+    module: Any,
+    wanted: Sequence[torch.nn.Parameter],
+    of_weight: Callable[[], torch.Tensor],
+    of_bias: Callable[[], torch.Tensor],
+) -> Rows | None:
+    """The rows of those that are wanted, if the layer has no other parameters."""
+    own = module._parameters
+    weight, bias = own.get("weight"), own.get("bias")
+    found: Rows = []
+    for parameter in wanted:
+        if parameter is weight:
+            found.append((parameter, of_weight()))
+        elif parameter is bias:
+            found.append((parameter, of_bias()))
+        else:
+            return None
+    return found
+
+
+def add_products(
+    rows: torch.Tensor, module: Any, parameter: torch.Tensor, inputs: Any, backprops: torch.Tensor
+) -> bool:
+    """Add the rows of a call of a linear layer to the first rows of ``parameter``, in place.
+
+    In one walk over the rows: each product is added before it is rounded, where Opacus first makes
+    a tensor of the products, so that what is added up may differ in its last bit.
+
+    Returns:
+        Whether it was done; nothing has changed if not.
+    """
+    count, own = backprops.shape[0], module._parameters
+    if (
+        not _are_alike(inputs, backprops)
+        or backprops.dim() != 2  # noqa: PLR2004
+        or rows.dtype is not backprops.dtype
+        or rows.shape[0] < count
+    ):
+        return False
+    first = rows if rows.shape[0] == count else rows[:count]
+    if parameter is own.get("weight"):
+        first.addcmul_(backprops.unsqueeze(2), inputs.unsqueeze(1))
+    elif parameter is own.get("bias"):
+        first.add_(backprops)
+    else:
+        return False
+    return True
+
+
+def _are_alike(inputs: Any, backprops: torch.Tensor) -> bool:
+    """Whether inputs and backprops have the same precision and number of dimensions, two or more.
+
+    Others are left to Opacus, which converts or flattens them.
+    """
+    return inputs.dim() == backprops.dim() > 1 and inputs.dtype is backprops.dtype
