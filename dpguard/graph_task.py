@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,7 +31,7 @@ def _number(value: int) -> torch.Tensor:
 class GraphTask:
     """What one run of the autograd engine does, asked once per parameter."""
 
-    __slots__ = ("_roles", "id", "keeps_graph", "owners", "published")
+    __slots__ = ("_roles", "id", "keeps_graph", "owners", "published", "waiting")
 
     def __init__(self, task_id: int) -> None:
         self.id = task_id
@@ -39,6 +39,8 @@ class GraphTask:
         self.published: set[int] = set()
         self.owners: set[int] = set()
         """Identities of the models of which a call was met in this backward."""
+        self.waiting: dict[tuple[int, int], Any] = {}
+        """Calls whose rows are computed together, by the identities of the model and the layer."""
         self._roles: dict[int, int] = {}
 
     def times(self, tensor: torch.Tensor, factor: int) -> torch.Tensor:
@@ -64,3 +66,9 @@ class GraphTask:
     def captures(self, parameter: torch.Tensor) -> bool:
         """Whether a parameter that is reached has its gradient returned, ``p.grad`` left alone."""
         return self._roles[id(parameter)] > 1
+
+    def forget(self, parameters: set[int]) -> None:
+        """The backward has failed, and gradients are cleared or used: nothing is to come of it."""
+        for key, steps in list(self.waiting.items()):
+            if not parameters.isdisjoint(map(id, steps.wanted)):
+                del self.waiting[key]

@@ -245,6 +245,7 @@ class Ledger:
         parameters = list(parameters)
         if self.before_clearing is not None:
             self.before_clearing(parameters)
+        self._forget_failed(parameters)
         for parameter in parameters:
             state = self._parameters.get(id(parameter))
             if state is not None:
@@ -274,6 +275,7 @@ class Ledger:
         Args:
             parameters: the parameters of the optimizer; calls of other modules stay open.
         """
+        self._forget_failed(parameters)
         dead = self._take_dead({id(p) for p in parameters})
         self.segment += 1
         self._closed = False
@@ -282,6 +284,12 @@ class Ledger:
             if state is not None:
                 state.epoch = self.segment
         return self._attribute(dead)
+
+    def _forget_failed(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Backwards that have not come to their end keep nothing for these parameters."""
+        for task in list(self._tasks.values()):
+            if task.waiting:
+                task.forget({id(p) for p in parameters})
 
     def _take_dead(self, wanted: set[int]) -> dict[CallKey, Tally]:
         dead: dict[CallKey, Tally] = {}

@@ -332,7 +332,7 @@ class ParameterState:
         now: int,
         *,
         captured: bool,
-        lenders: Sequence[Any],
+        lenders: Sequence[Any] = (),
         order: torch.Tensor | None,
         terms: int = 1,
         strength: torch.Tensor | None = None,

@@ -21,9 +21,9 @@ from dpguard.graph_task import GraphTask
 from dpguard.ledger import Ledger
 from dpguard.patches import statistics
 from dpguard.patches.layers import LayerKind, Roster, row_by_row
-from dpguard.patches.products import add_products
 from dpguard.patches.records import ForwardHook, Record, no_hook, plain_hook
 from dpguard.patches.replay import replay
+from dpguard.patches.time_steps import TimeSteps, may_wait
 from dpguard.row_state import ParameterState, owned_rows
 
 __all__ = ["Pairing", "Registry", "is_paired", "is_whole"]
@@ -454,6 +454,8 @@ class Pairing:
         wanted: list[torch.nn.Parameter],
     ) -> None:
         """Publish the rows of one call."""
+        if record.kind.is_cell_layer and self._wait(record, task, arranged, wanted):
+            return
         ledger, opened, order = self.ledger, record.segment, record.order
         now, people = ledger.segment, record.people
         block = people is not None and people.joins
@@ -463,64 +465,81 @@ class Pairing:
         strengths = {}
         if ledger.state(wanted[0]).probed:
             strengths = self._strengths(record, arranged, wanted)
-        if record.kind.is_cell_layer and record.kind.products is not None and people is None:
-            wanted = self._continue_products(record, task, arranged, wanted, strengths)
         for parameter, rows, lenders in self._sampled(record, arranged, wanted):
             if people is not None:
                 rows = people.summed(rows if record.order is None else rows[record.order])  # noqa: PLW2901
                 order = None
-            state, captured = ledger.state(parameter), task.captures(parameter)
-            state.add(
+            task.published.add(id(parameter))
+            ledger.close()
+            self._add(
+                ledger.state(parameter),
                 parameter,
                 rows,
-                opened,
-                now,
-                captured=captured,
+                (opened, now, task.captures(parameter)),
                 lenders=lenders,
                 order=order,
                 terms=_terms(record, parameter, arranged[1]),
                 strength=strengths.get(parameter) if strengths else None,
             )
-            ledger.close()
-            task.published.add(id(parameter))
-            if block or len(state.entries) == 1 or _compat.allows_accumulation(self.hooks):
-                continue
-            if state.waiting > 1:
-                raise ValueError(diagnosis.OPACUS_NO_ACCUMULATION)
 
-    def _continue_products(
+    def _wait(
         self,
         record: Record,
         task: GraphTask,
         arranged: tuple[list[Any], torch.Tensor],
         wanted: list[torch.nn.Parameter],
-        strengths: dict[torch.nn.Parameter, torch.Tensor],
-    ) -> list[torch.nn.Parameter]:
-        """Add products of two vectors to the rows of earlier calls without making them tensors.
+    ) -> bool:
+        """Have a time step wait for others, whose rows are computed together; whether it does."""
+        key = id(self), id(record.module)
+        inputs, backprops = arranged[0][0], arranged[1]
+        steps: TimeSteps | None = task.waiting.get(key)
+        if steps is None or not (steps.goes_on(record, wanted) and steps.add(inputs, backprops)):
+            if steps is not None:
+                self._catch_up(task, key)
+            if not may_wait(record, inputs, backprops, wanted):
+                return False
+            steps = task.waiting[key] = TimeSteps(record, self.ledger.segment, wanted)
+            steps.add(inputs, backprops)
+            task.published.update(map(id, wanted))
+        self.ledger.close()
+        if self.ledger.state(wanted[0]).probed:
+            steps.strengthen(self._strengths(record, arranged, wanted))
+        if steps.is_full or record.tally.fired >= record.tally.opened:
+            self._catch_up(task, key)
+        return True
 
-        Returns:
-            Parameters for which that cannot be done.
-        """
-        left, published, ledger = [], task.published, self.ledger
-        module, inputs, backprops = record.module, arranged[0][0], arranged[1]
-        for parameter in wanted:
-            state = ledger.state(parameter)
-            call = record.segment, ledger.segment, task.captures(parameter)
-            entry = state.continued(parameter, call, record.order)
-            rows: Any = parameter.grad_sample if entry is not None else None  # type: ignore[attr-defined]
-            if (
-                entry is None
-                or not entry.owned
-                or not add_products(rows, module, parameter, inputs, backprops)
-            ):
-                left.append(parameter)
-                continue
-            entry.strengthen(strengths.get(parameter))
-            state.count(entry, 1)
-            published.add(id(parameter))
-        if len(left) < len(wanted):
-            ledger.close()
-        return left
+    def _catch_up(self, task: GraphTask, key: tuple[int, int] | None = None) -> None:
+        """Compute the rows of time steps that wait: of one layer, or of all of this model."""
+        for mine in [key] if key is not None else [k for k in task.waiting if k[0] == id(self)]:
+            steps: TimeSteps = task.waiting.pop(mine)
+            order, count = steps.record.order, len(steps.inputs)
+            for parameter, rows in steps.rows():
+                state, captured = self.ledger.state(parameter), task.captures(parameter)
+                call = steps.record.segment, steps.now, captured
+                entry = state.continued(parameter, call, order)
+                strength = (steps.strengths or {}).get(parameter)
+                if entry is not None and entry.owned and rows.added_to(parameter.grad_sample):  # type: ignore[attr-defined]
+                    entry.strengthen(strength)
+                    state.count(entry, count)
+                else:
+                    made, details = rows.made(), {"order": order, "strength": strength}
+                    self._add(state, parameter, made, call, terms=count, **details)
+
+    def _add(
+        self,
+        state: ParameterState,
+        parameter: torch.nn.Parameter,
+        rows: torch.Tensor,
+        call: tuple[int, int, bool],
+        **details: Any,
+    ) -> None:
+        """Publish rows of a call, see :meth:`ParameterState.add`."""
+        opened, now, captured = call
+        state.add(parameter, rows, opened, now, captured=captured, **details)
+        if len(state.entries) == 1 or opened in self.ledger.blocks:
+            return
+        if state.waiting > 1 and not _compat.allows_accumulation(self.hooks):
+            raise ValueError(diagnosis.OPACUS_NO_ACCUMULATION)
 
     def _strengths(
         self,
@@ -587,6 +606,7 @@ class Pairing:
 
     def _on_backward_end(self, task: GraphTask) -> None:
         """Notice parameters that this backward gave a gradient but no rows."""
+        self._catch_up(task)
         self.ledger.end_task(task)
         self._condemn_bypassed(task)
         if self.orders:

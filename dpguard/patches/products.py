@@ -1,7 +1,6 @@
 """Rows that are products of backprops and inputs: what Opacus's samplers compute, in fewer calls.
 
-The same kernels of torch are given the same numbers, so bits are those of Opacus, but for
-:func:`add_products`.
+The same kernels of torch are given the same numbers, so bits are those of Opacus.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import torch
 
 from dpguard import _compat
 
-__all__ = ["Products", "add_products", "matrix_products", "unfolded_products"]
+__all__ = ["Products", "matrix_products", "unfolded_products"]
 
 Rows: TypeAlias = "list[tuple[torch.nn.Parameter, torch.Tensor]]"
 Products: TypeAlias = Callable[
@@ -71,35 +70,6 @@ def _rows(
         else:
             return None
     return found
-
-
-def add_products(
-    rows: torch.Tensor, module: Any, parameter: torch.Tensor, inputs: Any, backprops: torch.Tensor
-) -> bool:
-    """Add the rows of a call of a linear layer to the first rows of ``parameter``, in place.
-
-    In one walk over the rows: each product is added before it is rounded, where Opacus first makes
-    a tensor of the products, so that what is added up may differ in its last bit.
-
-    Returns:
-        Whether it was done; nothing has changed if not.
-    """
-    count, own = backprops.shape[0], module._parameters
-    if (
-        not _are_alike(inputs, backprops)
-        or backprops.dim() != 2  # noqa: PLR2004
-        or rows.dtype is not backprops.dtype
-        or rows.shape[0] < count
-    ):
-        return False
-    first = rows if rows.shape[0] == count else rows[:count]
-    if parameter is own.get("weight"):
-        first.addcmul_(backprops.unsqueeze(2), inputs.unsqueeze(1))
-    elif parameter is own.get("bias"):
-        first.add_(backprops)
-    else:
-        return False
-    return True
 
 
 def _are_alike(inputs: Any, backprops: torch.Tensor) -> bool:
