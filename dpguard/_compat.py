@@ -897,6 +897,15 @@ def clip_rule(optimizer: Any) -> str | None:
     return _KNOWN_RULES.get(_method(optimizer, read[0]).__qualname__)
 
 
+def clip_code(optimizer: Any) -> Any:
+    """What tells one ``clip_and_accumulate`` from another: its code, if it is written in Python.
+
+    A function that is made anew in each step is the same rule as long as its code is.
+    """
+    method = _method(optimizer, "clip_and_accumulate")
+    return getattr(method, "__code__", method)
+
+
 def is_distributed() -> bool:
     """Whether this process trains together with others."""
     distributed = _torch().distributed

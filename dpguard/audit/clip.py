@@ -7,7 +7,7 @@ rows, and that at most ``B C``, in each audited step.
 with ``sum_i c_i <row_i, v>``. A sum that is off by ``d`` shows as ``|<d, v>|``, about ``|d|``.
 Where our own code clips that is done in the first and every ``SKETCH_EVERY``-th audited step,
 where Opacus's does (per layer, adaptive) in each. Rules of the user's own are measured by what they
-have to keep, their sensitivity, as often: see :mod:`dpguard.audit.sensitivity`.
+have to keep, their sensitivity, as often, and when they replace another: see :mod:`dpguard.audit.sensitivity`.
 
 The bound of the sketch. Let ``u`` be the unit roundoff, ``n`` the size of the parameter, ``B`` the
 number of rows, ``A = sum_i c_i |row_i|`` and ``G = (sum_i (c_i |row_i|)**2)**.5``. Roundings are
@@ -81,6 +81,8 @@ class Clip(Check):
     def __init__(self) -> None:
         self._mine = _Mine()
         self._turns: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._rules: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        """The rule of the user's own by which each optimizer has clipped last."""
         self._said: weakref.WeakSet[Any] = weakref.WeakSet()
         self._slacks: dict[tuple[Any, ...], float] = {}
 
@@ -169,10 +171,18 @@ class Clip(Check):
             return self._measure(step, optimizer, rows)
         return ()
 
+    def _is_new(self, optimizer: Any) -> bool:
+        """Whether the rule is not the one that was found to be sound."""
+        rule = _compat.clip_code(optimizer)
+        return self._rules.get(optimizer) is not rule
+
     def _measure(self, step: Step, optimizer: Any, rows: Rows) -> Failures:
         """How much one person can change by the rule that is about to be used."""
-        if not self._is_turn(optimizer) or step.clip is None:
+        if step.clip is None or not (self._is_turn(optimizer) or self._is_new(optimizer)):
             return ()
+        rule = _compat.clip_code(optimizer)
+        # One that is refused is measured again in the next step.
+        self._rules.pop(optimizer, None)
         generator = self._mine.signs.generator(rows.parameters[0].device)
         try:
             figure = sensitivity(optimizer, step.clip, rows, generator)
@@ -182,10 +192,14 @@ class Clip(Check):
         count = sum(rows.sizes)
         limit = 1 + ALLOWED + CERTAIN * _roundoff(parameter.dtype, parameter.device) * count
         names, own_noise = step.names, not _compat.is_opacus_method(optimizer, "add_noise")
+        reference = weakref.ref(optimizer)
         step.run(SUM)
 
         def receive(values: list[float]) -> Failures:
             if values[0] <= limit:
+                clips = reference()
+                if clips is not None:
+                    self._rules[clips] = rule
                 return ()
             if own_noise or not math.isfinite(values[0]):
                 # The noise may be made for another bound than max_grad_norm.
@@ -198,6 +212,7 @@ class Clip(Check):
 
     def _unproved(self, step: Step, optimizer: Any) -> Failures:
         step.ran.pop(SUM, None)
+        self._rules[optimizer] = _compat.clip_code(optimizer)  # until its next turn
         if optimizer in self._said:
             return ()
         self._said.add(optimizer)
