@@ -959,6 +959,13 @@ def _has_own_mechanism(optimizer: Any, cls: Any) -> bool:
     return True
 
 
+def plain_number(found: Any) -> float | None:
+    """A number, also from a tensor without dimensions that the host can read without waiting."""
+    if isinstance(found, _torch().Tensor):
+        return float(found) if found.is_cpu and found.numel() == 1 else None
+    return float(found) if isinstance(found, (int, float)) else None
+
+
 def noise_std(optimizer: Any) -> float | torch.Tensor | None:
     """Standard deviation of the noise that ``add_noise`` should put on the clipped sum.
 
@@ -971,8 +978,8 @@ def noise_std(optimizer: Any) -> float | torch.Tensor | None:
     rule, of_one_rank = _noise_of(cls)
     if _has_own_mechanism(optimizer, cls):
         return None
-    multiplier = optimizer.noise_multiplier
-    if rule == "parts" or not isinstance(multiplier, (int, float)) or not multiplier > 0:
+    multiplier = plain_number(optimizer.noise_multiplier)
+    if rule == "parts" or multiplier is None or not multiplier > 0:
         return None
     if of_one_rank and getattr(optimizer, "rank", 0) != 0:
         return 0.0
