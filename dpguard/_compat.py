@@ -902,7 +902,12 @@ def clip_code(optimizer: Any) -> Any:
 
     A function that is made anew in each step is the same rule as long as its code is.
     """
-    method = _method(optimizer, "clip_and_accumulate")
+    return code_of(optimizer, "clip_and_accumulate")
+
+
+def code_of(owner: Any, name: str) -> Any:
+    """The code of a method, or the method if it is not written in Python."""
+    method = _method(owner, name)
     return getattr(method, "__code__", method)
 
 

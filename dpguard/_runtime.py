@@ -107,7 +107,7 @@ class Runtime:
             People(self.ledger, self._deliveries, self._calls),
             RowValues(self.ledger),
             PassValues(self.ledger),
-            Clip(),
+            Clip(self.ledger),
             Noise(self.ledger),
             Update(self.ledger),
             self.accounting,
@@ -188,6 +188,7 @@ class Runtime:
             self._transaction,
             self.ledger,
             self._ghost_pairing_of,
+            _weakly(self.report_internal),
             repairs=self.settings.mode.changes_the_host,
         )
         self.optimizer.install(self._transaction)
