@@ -669,6 +669,12 @@ def register_global_step_hook(hook: Callable[[Any, Any, Any], None]) -> Any:
     return module.register_optimizer_step_pre_hook(hook)
 
 
+def register_global_after_step_hook(hook: Callable[[Any, Any, Any], None]) -> Any:
+    """Have torch call ``hook`` after the step of every optimizer; returns a handle."""
+    module = importlib.import_module("torch.optim.optimizer")
+    return module.register_optimizer_step_post_hook(hook)
+
+
 def grad_scaler_class() -> Any:
     """``torch.amp.GradScaler``, the base of all gradient scalers."""
     return _torch().amp.GradScaler

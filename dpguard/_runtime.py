@@ -16,6 +16,7 @@ from typing import Any
 from dpguard import _compat
 from dpguard._settings import Settings
 from dpguard.audit.accounting import Accounting
+from dpguard.audit.applied import Applied
 from dpguard.audit.calls import Calls
 from dpguard.audit.check import Check
 from dpguard.audit.clip import Clip
@@ -110,6 +111,7 @@ class Runtime:
             Clip(self.ledger),
             Noise(self.ledger),
             Update(self.ledger),
+            Applied(),
             self.accounting,
         ]
         if self.outputs is not None:

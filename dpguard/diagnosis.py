@@ -72,6 +72,7 @@ NEEDS_CLOSURE = "needs_closure"
 NOT_COPYABLE = "not_copyable"
 FOREIGN_STEP = "foreign_step"
 RAW_UPDATE = "raw_update"
+NOISE_TAKEN_OUT = "noise_taken_out"
 BATCH_STATISTICS = "batch_statistics"
 BUFFERS_CHANGE = "buffers_change"
 NOT_OWNED = "not_owned"
@@ -414,6 +415,13 @@ _DIAGNOSES = {
         "the batch, which is neither clipped nor noised",
         "let only optimizer.step() of the DP optimizer change them, and do nothing with p.grad "
         "between backward and step",
+        Severity.CRITICAL,
+    ),
+    NOISE_TAKEN_OUT: Diagnosis(
+        "after the noise had been added, something put a gradient without noise in the place of "
+        "the noised one, and the update was to be made from that",
+        "change p.grad in hooks and in scale_grad() only by what is computed from the noised p.grad "
+        "itself; do not keep gradients from before optimizer.step()",
         Severity.CRITICAL,
     ),
     BATCH_STATISTICS: Diagnosis(

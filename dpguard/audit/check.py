@@ -189,6 +189,10 @@ class Check:
         """Everything is done, step hooks included; the wrapped optimizer steps next."""
         return ()
 
+    def applied(self, step: Step, optimizer: Any) -> Failures:
+        """The wrapped optimizer has stepped; ``step`` is the next one, of the same parameters."""
+        return ()
+
     def cleared(self, step: Step, optimizer: Any) -> Failures:
         """Gradients are about to be cleared."""
         return ()
