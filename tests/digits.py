@@ -1,4 +1,4 @@
-"""A real training with differential privacy, of handwritten digits, and its faults-to-be."""
+"""A real training with differential privacy, of handwritten digits."""
 
 from __future__ import annotations
 
@@ -50,6 +50,10 @@ def digits(dtype=torch.float32):
 # -- clipping of the user's own ----------------------------------------------------------------------
 
 
+def weighted(factors, rows, dtype):
+    return torch.einsum("i,i...", factors.to(dtype), rows.to(dtype))
+
+
 def rows_of(p):
     return torch.cat(p.grad_sample) if isinstance(p.grad_sample, list) else p.grad_sample
 
@@ -66,7 +70,7 @@ def automatic(optimizer):
     """Automatic clipping: each person's row is normalised to C (Bu et al. 2022)."""
     factors = optimizer.max_grad_norm / (norms_of(optimizer.params) + 0.01)
     for p in optimizer.params:
-        add(p, torch.einsum("i,i...", factors.to(p.dtype), rows_of(p).to(p.dtype)))
+        add(p, weighted(factors, rows_of(p), p.dtype))
 
 
 # -- training ----------------------------------------------------------------------------------------
@@ -85,6 +89,7 @@ class Training:
         before_step: what the user does between backward and step, called with this training.
         batches: where batches are taken from.
         steps: number of logical steps that were taken.
+        before: the parameters before the last step that was begun.
     """
 
     def __init__(self, kind="flat", *, dtype=torch.float32, autocast=False, model=Net):
@@ -133,6 +138,7 @@ class Training:
                     self.optimizer.zero_grad()
                     self.backward(x, y)
                     self.before_step(self)
+                    self.before = self.values()
                     self.optimizer.step()
                     self.steps += not self.optimizer._is_last_step_skipped
                     if self.steps == last:

@@ -87,7 +87,9 @@ def test_noise_that_is_taken_out_is_refused(mode, fault, kind):
         training = Training(kind)
         training.run(3)
         fault(training)
-        with pytest.raises(dpguard.PrivacyViolation, match=r"update\.private.*Remedy: change p\.grad"):
+        with pytest.raises(
+            dpguard.PrivacyViolation, match=r"update\.private.*Remedy: change p\.grad"
+        ):
             training.run(5)
         assert training.steps - 3 <= FAULTS[fault]
         assert {(v.check, v.cause) for v in guard.violations} == {

@@ -169,9 +169,13 @@ class Applied(Check):
             off.append((grad - multiple * other).norm().double())
             lengths.append(grad.norm().double())
             noise = std.to(grad.device) if isinstance(std, torch.Tensor) else std
-            noises.append((multiple.abs() * noise * math.sqrt(grad.numel() - 1)).double().reshape(()))
+            noises.append(
+                (multiple.abs() * noise * math.sqrt(grad.numel() - 1)).double().reshape(())
+            )
         device = off[0].device
-        columns = [torch.stack([x.to(device) for x in each]).norm() for each in (off, lengths, noises)]
+        columns = [
+            torch.stack([x.to(device) for x in each]).norm() for each in (off, lengths, noises)
+        ]
         unit = max(_compat.unit_roundoff(grads[i].dtype) for i in chosen)
         limit = max(_OFF, _ROUNDINGS * unit)
         names = tuple(step.names[i] for i in chosen) if len(step.names) == len(grads) else ()
@@ -187,7 +191,5 @@ class Applied(Check):
 
 def _is_plain(grad: Any) -> bool:
     return (
-        isinstance(grad, torch.Tensor)
-        and grad.layout is torch.strided
-        and grad.is_floating_point()
+        isinstance(grad, torch.Tensor) and grad.layout is torch.strided and grad.is_floating_point()
     )

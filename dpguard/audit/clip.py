@@ -167,9 +167,11 @@ class Clip(Check):
         """Rows are about to be clipped by code that is not ours."""
         self._mine.before = None
         rows = Rows.of(step.parameters) if step.audited else None
-        if rows is None or not _are_of_one_type(rows) or _compat.clips_in_hooks(optimizer):
+        if rows is None or _compat.clips_in_hooks(optimizer):
             return ()
         rule = _compat.clip_rule(optimizer)
+        if rule is not None and not _are_of_one_type(rows):
+            return ()
         with torch.no_grad():
             norms = row_norms(rows).t()
             sums = [getattr(p, "summed_grad", None) for p in rows.parameters]
@@ -205,7 +207,12 @@ class Clip(Check):
             return self._unproved(step, optimizer, rule)
         parameter = rows.parameters[0]
         count = sum(rows.sizes)
-        limit = 1 + ALLOWED + CERTAIN * _roundoff(parameter.dtype, parameter.device) * count
+        own, low = (
+            _roundoff(kind, parameter.device) for kind in (parameter.dtype, rows.pieces[0][0].dtype)
+        )
+        limit = 1 + ALLOWED + CERTAIN * own * count
+        if low > own:
+            limit += CERTAIN * low * (math.sqrt(count) + 1)
         self._hold_to(step, optimizer, (optimizer, rule), figure, limit)
         return ()
 

@@ -131,7 +131,9 @@ class People(Check):
             step.run(ROWS, count=1)
             self._use(logical, used)
             if not declared:
-                self._note_rates(step, logical, [d for d in private if d in used or d.fits_any(sizes)])
+                self._note_rates(
+                    step, logical, [d for d in private if d in used or d.fits_any(sizes)]
+                )
             if declared and private:
                 self._deliveries.use(logical.reader, private[-1])
             return None
@@ -142,9 +144,7 @@ class People(Check):
         logical.draws = None
         return None if private else self._by_others(step, logical, sizes, notes)
 
-    def _note_rates(
-        self, step: Step, logical: _Logical, candidates: Sequence[Delivery]
-    ) -> None:
+    def _note_rates(self, step: Step, logical: _Logical, candidates: Sequence[Delivery]) -> None:
         """With which rates the batches were drawn, one of which each of the step's may be."""
         rates = {delivery.rate for delivery in candidates}
         if rates == {None}:
