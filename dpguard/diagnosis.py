@@ -420,8 +420,8 @@ _DIAGNOSES = {
     NOISE_TAKEN_OUT: Diagnosis(
         "after the noise had been added, something put a gradient without noise in the place of "
         "the noised one, and the update was to be made from that",
-        "change p.grad in hooks and in scale_grad() only by what is computed from the noised p.grad "
-        "itself; do not keep gradients from before optimizer.step()",
+        "change p.grad in hooks and in scale_grad() only by what is computed from the noised "
+        "p.grad itself; do not keep gradients from before optimizer.step()",
         Severity.CRITICAL,
     ),
     BATCH_STATISTICS: Diagnosis(
@@ -466,8 +466,9 @@ _DIAGNOSES = {
     ),
     CLIP_SENSITIVITY: Diagnosis(
         "the clip_and_accumulate in use (in ghost clipping get_clipping_coef, or the max_grad_norm "
-        "of the model) lets one person move the clipped sum by more than max_grad_norm, for which the noise is made: it clips the gradient of the batch or of "
-        "groups of rows, or not all parameters together, or to another bound",
+        "of the model) lets one person move the clipped sum by more than max_grad_norm, for which "
+        "the noise is made: it clips the gradient of the batch or of groups of rows, or not all "
+        "parameters together, or to another bound",
         "clip each person's row by itself, so that its norm over all parameters is at most "
         "optimizer.max_grad_norm, and only then add rows up; rows of one person are to be added "
         "up before, not by the clipping",

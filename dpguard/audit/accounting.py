@@ -5,8 +5,9 @@ first seen on the optimizer, and missed when the hook is gone. What was observed
 of a history of its own, from which the accountant's own class computes the epsilon that is due.
 
 The rate in force is that with which the batch of the step was drawn, if it is known whence it came,
-else one with which the samplers draw that the accountant's engine has made. Opacus accounts one over the number of batches of an epoch, which it rounds down, so up to ``q / (1 - q)``
-for a rate of ``q``.
+else one with which the samplers draw that the accountant's engine has made. Opacus accounts one
+over the number of batches of an epoch, which it rounds down, so up to ``q / (1 - q)`` for a rate of
+``q``.
 """
 
 from __future__ import annotations

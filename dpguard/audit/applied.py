@@ -80,7 +80,7 @@ class Applied(Check):
         """Note the gradients with their noise."""
         state = self._of(optimizer)
         std = _compat.noise_std(optimizer)
-        grads = [p.grad for p in step.parameters]
+        grads: list[Any] = [p.grad for p in step.parameters]
         if std is not None and all(map(_is_plain, grads)):
             state.std = std  # of 0, on ranks that add no noise, nothing is proved below
             state.grads = [(weakref.ref(grad), grad._version) for grad in grads]
@@ -121,13 +121,9 @@ class Applied(Check):
         grads = [p.grad for p in step.parameters]
         if state.std is None or len(grads) != len(state.grads):
             return ()
-        together = _compat.is_distributed()
-        changed = [
-            i
-            for i, (grad, (known, version)) in enumerate(zip(grads, state.grads, strict=True))
-            # Dividing by the batch size is one change in place; ranks are added up in others.
-            if known() is not grad or not (together or 0 <= grad._version - version <= 1)
-        ]
+        exact = not _compat.is_distributed()
+        pairs = enumerate(zip(grads, state.grads, strict=True))
+        changed = [i for i, (grad, noised) in pairs if _is_changed(grad, *noised, exact=exact)]
         now = [(id(grads[i]), getattr(grads[i], "_version", -1)) for i in changed]
         if not changed or now == state.told:
             return ()
@@ -187,6 +183,18 @@ class Applied(Check):
             return [Failure(PRIVATE, diagnosis.NOISE_TAKEN_OUT, names, figure=far, bound=noise)]
 
         step.collect((PRIVATE,), torch.stack(columns), receive)
+
+
+def _is_changed(grad: Any, noised: weakref.ref[torch.Tensor], version: int, *, exact: bool) -> bool:
+    """Whether a gradient is not the noised one any more; one that is gone changes nothing.
+
+    Dividing by the batch size is one change in place. Where ranks are added up there are more,
+    which are not counted then.
+    """
+    if grad is None:
+        return False
+    changes: int = grad._version - version
+    return noised() is not grad or (exact and not 0 <= changes <= 1)
 
 
 def _is_plain(grad: Any) -> bool:

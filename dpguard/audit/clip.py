@@ -7,7 +7,8 @@ rows, and that at most ``B C``, in each audited step.
 with ``sum_i c_i <row_i, v>``. A sum that is off by ``d`` shows as ``|<d, v>|``, about ``|d|``.
 Where our own code clips that is done in the first and every ``SKETCH_EVERY``-th audited step,
 where Opacus's does (per layer, adaptive) in each. Rules of the user's own are measured by what they
-have to keep, their sensitivity, as often, and in their first ``TRIALS`` steps: see :mod:`dpguard.audit.sensitivity`.
+have to keep, their sensitivity, as often, and in their first ``TRIALS`` steps: see
+:mod:`dpguard.audit.sensitivity`.
 
 In ghost clipping there are no rows. There the sum is compared with ``B C`` in each step, and the
 rule by which the model computes the factors is measured like one of the user's own, on norms that
@@ -34,7 +35,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -45,7 +46,10 @@ from dpguard.audit.signs import CERTAIN, Signs
 from dpguard.ledger import Ledger
 from dpguard.patches.lean import Clipping, Rows, flat, row_norms
 
-__all__ = ["BOUND", "SKETCH_EVERY", "SUM", "Clip"]
+if TYPE_CHECKING:
+    from dpguard.patches.ghost_clip import Factors
+
+__all__ = ["BOUND", "SKETCH_EVERY", "SUM", "TRIALS", "Clip"]
 
 BOUND = "clip.bound"
 SUM = "clip.sum"
@@ -262,10 +266,16 @@ class Clip(Check):
         """Clipped sums of ghost clipping are there, and what is known of their factors."""
         if _compat.clips_rows(optimizer) or not self._ledger.factors:
             return ()
-        every = list(self._ledger.factors)
-        mine = [found for found in every if found.optimizer() is optimizer]
+        wanted = set(map(id, step.parameters))
+        mine: list[Factors] = []
+        others: list[Factors] = []
+        for found in self._ledger.factors:
+            hooks = found.hooks()
+            if hooks is not None:
+                is_mine = any(id(p) in wanted for p in hooks.trainable_parameters)
+                (mine if is_mine else others).append(found)
         self._ledger.factors.clear()
-        self._ledger.factors.extend(f for f in every if f.optimizer() not in (optimizer, None))
+        self._ledger.factors.extend(others)
         if not step.audited or not mine:
             return ()
         self._bound_of_batches(step, optimizer, mine)
@@ -280,7 +290,7 @@ class Clip(Check):
         return failures
 
     @torch.no_grad()
-    def _bound_of_batches(self, step: Step, optimizer: Any, mine: Sequence[Any]) -> None:
+    def _bound_of_batches(self, step: Step, optimizer: Any, mine: Sequence[Factors]) -> None:
         """The clipped sum of all batches is at most as long as their people times the bound."""
         sums = [p.grad for p in step.parameters if p.grad is not None]
         bounds = [found.bound for found in mine]

@@ -29,17 +29,15 @@ class Factors:
     """What is known of the factors of one batch.
 
     Attributes:
-        optimizer: takes the clipped sum.
         hooks: has computed the factors.
         people: number of factors.
-        bound: the clip bound that the noise is made for.
+        bound: the clip bound that the noise will be made for.
         dtype: precision of the factors.
         rule: what tells this rule from others.
         sensitivity: if the rule was tried, by how many bounds one person can move its sum.
         unproved: it was to be tried, and could not.
     """
 
-    optimizer: weakref.ref[Any]
     hooks: weakref.ref[Any]
     people: int
     bound: Any
@@ -50,13 +48,16 @@ class Factors:
 
 
 @contextlib.contextmanager
-def watch(loss: Any, ledger: Ledger, guarded: Callable[..., None]) -> Iterator[None]:
+def watch(
+    loss: Any, ledger: Ledger, guarded: Callable[..., None], *, repairs: bool
+) -> Iterator[None]:
     """Note the factors that are asked for while the two backwards of ``loss`` run.
 
     Args:
         loss: of Opacus's ghost clipping.
         ledger: where they are noted.
         guarded: runs a part of ours, whose own errors do not reach the host.
+        repairs: whether bounds that differ are brought in line (``repair``, ``strict``).
     """
     hooks, optimizer = loss.module, loss.optimizer
     own = vars(hooks)
@@ -70,19 +71,20 @@ def watch(loss: Any, ledger: Ledger, guarded: Callable[..., None]) -> Iterator[N
         if own.get(_RULE) is call:
             _restore(own, before)
         tried: list[Any] = []
-        rule = _rule_of(hooks, optimizer)
+        # Whoever repairs has the noise follow the bound that is clipped to.
+        bound = hooks.max_grad_norm if repairs else optimizer.max_grad_norm
+        rule = _compat.code_of(hooks, _RULE), hooks.max_grad_norm == bound
         type(hooks).get_norm_sample(hooks)  # norms are settled before any are made up
         if ledger.tries_clipping is not None and ledger.tries_clipping(hooks, rule):
-            guarded(lambda: tried.append(_try(hooks, optimizer, original)))
+            guarded(lambda: tried.append(_try(hooks, bound, original)))
         factors = original(*args, **kwargs)
         if isinstance(factors, torch.Tensor) and factors.dim() == 1:
             found = tried[0] if tried else None
             ledger.factors.append(
                 Factors(
-                    weakref.ref(optimizer),
                     weakref.ref(hooks),
                     len(factors),
-                    optimizer.max_grad_norm,
+                    bound,
                     factors.dtype,
                     rule,
                     found if isinstance(found, torch.Tensor) else None,
@@ -106,20 +108,14 @@ def _restore(own: dict[str, Any], before: Any) -> None:
         own[_RULE] = before
 
 
-def _rule_of(hooks: Any, optimizer: Any) -> Any:
-    """What tells one rule from another, the bounds it may not have in common with the noise, too."""
-    return _compat.code_of(hooks, _RULE), hooks.max_grad_norm == optimizer.max_grad_norm
-
-
 @torch.no_grad()
-def _try(hooks: Any, optimizer: Any, rule: Callable[[], Any]) -> Any:
+def _try(hooks: Any, bound: Any, rule: Callable[[], Any]) -> Any:
     """By how many bounds one person can move the sum at worst; ``Unproved`` if it cannot be told.
 
     The rows of the others may all point in one direction. Then what changes of their factors adds
     up, and the person's own row comes on top.
     """
     parameters = [p for p in hooks.trainable_parameters if hasattr(p, "_norm_sample")]
-    bound = optimizer.max_grad_norm
     if not parameters or _compat.is_distributed() or not isinstance(bound, (int, float)):
         return None
     held = [p._norm_sample for p in parameters]

@@ -195,7 +195,7 @@ class _Wrappers:
         if pairing is None:
             return wrapped(*args, **kwargs)
         pairing.adapts = _compat.adapts_bound(instance)
-        with ghost_clip.watch(instance, self._ledger, self._guarded):
+        with ghost_clip.watch(instance, self._ledger, self._guarded, repairs=self._repairs):
             return pairing.run(instance.loss_per_sample, lambda: wrapped(*args, **kwargs))
 
     def _guarded(self, function: Callable[[], None]) -> None:
