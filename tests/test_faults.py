@@ -17,7 +17,14 @@ import opacus.optimizers.optimizer
 import pytest
 import torch
 from digits import BATCH, BOUND, PEOPLE, SIGMA, Training, add, norms_of, rows_of, weighted
-from releases import LEAN, MIXED, needs_adaptive, needs_ghost, needs_reshaping
+from releases import (
+    ACCOUNTS_GRADIENTS_ALONE,
+    LEAN,
+    MIXED,
+    needs_adaptive,
+    needs_ghost,
+    needs_reshaping,
+)
 from torch.utils.data import DataLoader
 
 import dpguard
@@ -360,6 +367,8 @@ def test_a_fault_in_the_middle(name, kind, mode, monkeypatch):
     """After three healthy steps."""
     if kind == "automatic" and name[0] in "345" and not LEAN:
         pytest.skip("this Opacus draws noise in another way")
+    if mode == "observe":
+        _skip_what_opacus_gets_wrong(kind)
     assert_found(FAULTS[name], lambda: Training(kind), mode, 3, monkeypatch)
 
 
@@ -384,6 +393,11 @@ def _precision(name):
     if name == "autocast" and not MIXED:
         pytest.skip("this Opacus cannot clip such rows")
     return {"double": {"dtype": torch.float64}, "autocast": {"autocast": True}}[name]
+
+
+def _skip_what_opacus_gets_wrong(kind):
+    if kind == "adaptive" and ACCOUNTS_GRADIENTS_ALONE:
+        pytest.skip("this Opacus accounts a larger noise multiplier than is due")
 
 
 # -- without faults --------------------------------------------------------------------------------
@@ -414,6 +428,7 @@ def assert_healthy(training, steps, mode, log_dir):
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=m) for k, m in KINDS.items()])
 def test_a_healthy_run(kind, mode, tmp_path):
     """Of the same length: nothing is said, and each check that finds a fault above has passed."""
+    _skip_what_opacus_gets_wrong(kind)
     passed = assert_healthy(lambda: Training(kind), 3 + STEPS_OF_A_RUN, mode, tmp_path)
     expected = {fault.check for fault in FAULTS.values() if kind in fault.kinds}
     assert expected <= passed
@@ -432,6 +447,7 @@ def test_a_healthy_run_in_another_precision(precision, mode, tmp_path):
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=m) for k, m in KINDS.items()])
 def test_a_long_healthy_run(kind, mode, tmp_path):
     """What is looked at every so often, and tests over the whole run, say nothing either."""
+    _skip_what_opacus_gets_wrong(kind)
     assert_healthy(lambda: Training(kind), 400, mode, tmp_path)
 
 

@@ -73,7 +73,7 @@ def watch(
         tried: list[Any] = []
         # Whoever repairs has the noise follow the bound that is clipped to.
         bound = hooks.max_grad_norm if repairs else optimizer.max_grad_norm
-        rule = _compat.code_of(hooks, _RULE), hooks.max_grad_norm == bound
+        rule = _compat.code_of(hooks, _RULE), _same(hooks.max_grad_norm, bound)
         type(hooks).get_norm_sample(hooks)  # norms are settled before any are made up
         if ledger.tries_clipping is not None and ledger.tries_clipping(hooks, rule):
             guarded(lambda: tried.append(_try(hooks, bound, original)))
@@ -106,6 +106,14 @@ def _restore(own: dict[str, Any], before: Any) -> None:
         del own[_RULE]
     else:
         own[_RULE] = before
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two bounds are equal, without asking a device for a value."""
+    numbers = (int, float)
+    return one is other or (
+        isinstance(one, numbers) and isinstance(other, numbers) and one == other
+    )
 
 
 @torch.no_grad()
