@@ -31,7 +31,7 @@ def _number(value: int) -> torch.Tensor:
 class GraphTask:
     """What one run of the autograd engine does, asked once per parameter."""
 
-    __slots__ = ("_roles", "id", "keeps_graph", "owners", "published")
+    __slots__ = ("_roles", "id", "keeps_graph", "owners", "published", "terms")
 
     def __init__(self, task_id: int) -> None:
         self.id = task_id
@@ -39,6 +39,8 @@ class GraphTask:
         self.published: set[int] = set()
         self.owners: set[int] = set()
         """Identities of the models of which a call was met in this backward."""
+        self.terms: dict[int, int] = {}
+        """Where rows are not computed here: of how many products those of a parameter are sums."""
         self._roles: dict[int, int] = {}
 
     def times(self, tensor: torch.Tensor, factor: int) -> torch.Tensor:

@@ -298,7 +298,7 @@ def test_one_row_that_is_off_by_one_percent(model, name):
         mine[int((norms - norms.mean()).abs().argmin())] *= 1.01
 
     training.tamper = tamper
-    with dpguard.install(mode="observe") as guard:
+    with dpguard.install(mode="repair") as guard:
         training.step()
         assert [
             (v.check, v.cause, v.parameters) for v in guard.violations if v.check == CONSERVATION
@@ -317,7 +317,7 @@ def test_one_percent_in_sequences(model):
             mine[int((norms - norms.mean()).abs().argmin())] *= 1.01
 
         training.tamper = tamper
-        with dpguard.install(mode="observe", oracle_every=0) as guard:
+        with dpguard.install(mode="repair", oracle_every=0) as guard:
             training.step()
             assert [v.parameters for v in guard.violations] == [(name,)], name
 
@@ -329,7 +329,7 @@ def test_a_small_fault_that_comes_late_is_found_in_a_probed_step():
     def tamper(parameters):
         parameters["1.bias"].grad_sample[7] *= 1.3
 
-    with dpguard.install(mode="observe") as guard:
+    with dpguard.install(mode="repair") as guard:
         training.step()
         training.tamper = tamper
         for _ in range(PROBE_EVERY):
@@ -446,6 +446,21 @@ def test_the_number_of_products(guard):
     training.step()
     cell = next(m for m in training.model.modules() if type(m).__name__ == "RNNLinear").weight
     assert guard._runtime.ledger.summands_of(cell) == 16
+
+
+def test_the_number_of_products_where_opacus_computes_the_rows():
+    """In ``observe`` it is the same, and the calls of one backward are added up."""
+    seen = []
+    for mode in ("repair", "observe"):
+        with dpguard.install(mode=mode) as guard:
+            for name in ("cnn", "dplstm", "transformer"):
+                training = bench(name)
+                for _ in range(2):
+                    training.step()
+                ledger = guard._runtime.ledger
+                seen.append([ledger.summands_of(p) for p in training.model.parameters()])
+    assert seen[:3] == seen[3:]
+    assert max(map(max, seen)) > 1
 
 
 @pytest.mark.skipif(not MIXED, reason="this Opacus clips rows in their own precision")
