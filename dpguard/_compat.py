@@ -683,6 +683,12 @@ def register_global_step_hook(hook: Callable[[Any, Any, Any], None]) -> Any:
     return module.register_optimizer_step_pre_hook(hook)
 
 
+def register_global_after_step_hook(hook: Callable[[Any, Any, Any], None]) -> Any:
+    """Have torch call ``hook`` after the step of every optimizer; returns a handle."""
+    module = importlib.import_module("torch.optim.optimizer")
+    return module.register_optimizer_step_post_hook(hook)
+
+
 def grad_scaler_class() -> Any:
     """``torch.amp.GradScaler``, the base of all gradient scalers."""
     return _torch().amp.GradScaler
@@ -911,6 +917,20 @@ def clip_rule(optimizer: Any) -> str | None:
     return _KNOWN_RULES.get(_method(optimizer, read[0]).__qualname__)
 
 
+def clip_code(optimizer: Any) -> Any:
+    """What tells one ``clip_and_accumulate`` from another: its code, if it is written in Python.
+
+    A function that is made anew in each step is the same rule as long as its code is.
+    """
+    return code_of(optimizer, "clip_and_accumulate")
+
+
+def code_of(owner: Any, name: str) -> Any:
+    """The code of a method, or the method if it is not written in Python."""
+    method = _method(owner, name)
+    return getattr(method, "__code__", method)
+
+
 def is_distributed() -> bool:
     """Whether this process trains together with others."""
     distributed = _torch().distributed
@@ -964,6 +984,13 @@ def _has_own_mechanism(optimizer: Any, cls: Any) -> bool:
     return True
 
 
+def plain_number(found: Any) -> float | None:
+    """A number, also from a tensor without dimensions that the host can read without waiting."""
+    if isinstance(found, _torch().Tensor):
+        return float(found) if found.is_cpu and found.numel() == 1 else None
+    return float(found) if isinstance(found, (int, float)) else None
+
+
 def noise_std(optimizer: Any) -> float | torch.Tensor | None:
     """Standard deviation of the noise that ``add_noise`` should put on the clipped sum.
 
@@ -976,8 +1003,8 @@ def noise_std(optimizer: Any) -> float | torch.Tensor | None:
     rule, of_one_rank = _noise_of(cls)
     if _has_own_mechanism(optimizer, cls):
         return None
-    multiplier = optimizer.noise_multiplier
-    if rule == "parts" or not isinstance(multiplier, (int, float)) or not multiplier > 0:
+    multiplier = plain_number(optimizer.noise_multiplier)
+    if rule == "parts" or multiplier is None or not multiplier > 0:
         return None
     if of_one_rank and getattr(optimizer, "rank", 0) != 0:
         return 0.0

@@ -16,6 +16,7 @@ from typing import Any
 from dpguard import _compat
 from dpguard._settings import Settings
 from dpguard.audit.accounting import Accounting
+from dpguard.audit.applied import Applied
 from dpguard.audit.calls import Calls
 from dpguard.audit.check import Check
 from dpguard.audit.clip import Clip
@@ -107,9 +108,10 @@ class Runtime:
             People(self.ledger, self._deliveries, self._calls),
             RowValues(self.ledger),
             PassValues(self.ledger),
-            Clip(),
+            Clip(self.ledger),
             Noise(self.ledger),
             Update(self.ledger),
+            Applied(),
             self.accounting,
         ]
         if self.outputs is not None:
@@ -188,6 +190,7 @@ class Runtime:
             self._transaction,
             self.ledger,
             self._ghost_pairing_of,
+            _weakly(self.report_internal),
             repairs=self.settings.mode.changes_the_host,
         )
         self.optimizer.install(self._transaction)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Iteration:
         fills: whether an empty batch is filled with random numbers.
         dataset: identity of the data set.
         splitter: the optimizer that ``BatchMemoryManager`` signals to, if it is its loader.
+        sampler: draws it by Poisson sampling, if that is so.
         drawn: batches whose indices were drawn and that were not delivered yet, by their number.
         logical: how many logical batches were drawn before the one at hand.
         finished: whether it has delivered its last batch.
@@ -49,7 +50,7 @@ class Iteration:
 
     __slots__ = (
         "counts", "dataset", "drawn", "fills", "finished", "lag", "logical", "number", "readers",
-        "said", "splitter", "sure",
+        "said", "sampler", "splitter", "sure",
     )  # fmt: skip
     _numbers = itertools.count()
 
@@ -61,6 +62,7 @@ class Iteration:
         counts: bool,
         fills: bool,
         splitter: Any = None,
+        sampler: Any = None,
     ) -> None:
         self.number = next(self._numbers)
         self.readers = readers
@@ -68,6 +70,7 @@ class Iteration:
         self.counts = counts
         self.fills = fills
         self.splitter = weakref.ref(splitter) if splitter is not None else None
+        self.sampler = weakref.ref(sampler) if sampler is not None else None
         self.drawn: dict[int, Delivery] = {}
         self.logical = 0
         self.finished = False
@@ -82,27 +85,39 @@ class Delivery:
     Attributes:
         iteration: what delivered it, or :data:`DECLARED`.
         people: how many people are in it; ``None`` if that cannot be known.
+        rate: the sample rate with which it was drawn by Poisson sampling, if it was.
         rows: how many rows they have; more than people only where an empty batch is filled with
             random numbers.
         serial: number of the delivery in this process; ``None`` while it waits in a worker.
         skip: the signal that ``BatchMemoryManager`` gave for it, if it did.
         logical: the logical batch of its iteration that it is a part of.
+        used: whether a step has taken it.
     """
 
-    __slots__ = ("iteration", "logical", "people", "rows", "serial", "skip", "tensors")
+    __slots__ = (
+        "iteration", "logical", "people", "rate", "rows", "serial", "skip", "tensors", "used",
+    )  # fmt: skip
 
-    def __init__(self, iteration: Any, people: int | None, rows: int | None) -> None:
+    def __init__(
+        self, iteration: Any, people: int | None, rows: int | None, rate: float | None = None
+    ) -> None:
         self.iteration = iteration
         self.people = people
+        self.rate = rate
         self.rows = rows
         self.serial: int | None = None
         self.skip: bool | None = None
         self.logical = 0
+        self.used = False
         self.tensors: Sequence[weakref.ref[torch.Tensor]] = ()
 
     def fits(self, rows: int) -> bool:
         """Whether so many rows can be its people."""
         return rows in (self.rows, self.people)
+
+    def fits_any(self, sizes: Iterable[int]) -> bool:
+        """Whether one of several numbers of rows can be its people."""
+        return any(map(self.fits, sizes))
 
     @property
     def batch(self) -> tuple[int, int]:
@@ -126,6 +141,8 @@ class Reader:
         fresh: no batch was used yet, so that nothing is known of how they are used.
         lost: batches had to be forgotten, so that one that is missed here proves nothing.
         declared_until: serial of the last declared batch that was used.
+        last: the private batch that was used last.
+        dataset: the data set of the loader that ``make_private`` returned for the optimizer.
     """
 
     def __init__(self) -> None:
@@ -133,6 +150,8 @@ class Reader:
         self.fresh = True
         self.lost = False
         self.declared_until = 0
+        self.last: Delivery | None = None
+        self.dataset: Callable[[], Any] = lambda: None
 
     def add(self, delivery: Delivery) -> None:
         """A batch was delivered."""
@@ -146,6 +165,7 @@ class Reader:
         self.pending.clear()
         self.lost = False
         self.fresh = True
+        self.last = None
 
 
 class Deliveries:
@@ -241,7 +261,9 @@ class Deliveries:
         serial = used.serial or 0
         if used.iteration is DECLARED:
             reader.declared_until = serial
+            reader.last = None
             return
+        reader.last, used.used = used, True
         for queue in (reader.pending, self.untied.pending):
             while queue and (queue[0].serial or 0) <= serial:
                 queue.popleft()
@@ -263,6 +285,10 @@ class Deliveries:
         """A step has taken what it could: what waits now makes the next one unclear."""
         readers = (self.untied, *self._readers.values())
         self.unclear = any(reader.pending for reader in readers)
+
+    def was_used(self, serial: int | None) -> bool:
+        """Whether a step has taken this private batch, one of the last few."""
+        return any(delivery.serial == serial and delivery.used for delivery in self._recent)
 
     def origin(self, inputs: Iterable[Any]) -> int | None:
         """Serial of the private batch in whose memory the inputs of a call lie, if they do."""

@@ -62,6 +62,7 @@ ACCOUNTED_RATE = "accounted_rate"
 ACCOUNTED_RATE_HIGH = "accounted_rate_too_high"
 HISTORY_CHANGED = "history_changed"
 NOT_POISSON = "not_poisson"
+LOADER_BYPASSED = "loader_bypassed"
 STEP_HOOK = "step_hook"
 STEP_HOOK_REPLACED = "step_hook_replaced"
 LEFT_OVER_SUM = "left_over_sum"
@@ -71,6 +72,7 @@ NEEDS_CLOSURE = "needs_closure"
 NOT_COPYABLE = "not_copyable"
 FOREIGN_STEP = "foreign_step"
 RAW_UPDATE = "raw_update"
+NOISE_TAKEN_OUT = "noise_taken_out"
 BATCH_STATISTICS = "batch_statistics"
 BUFFERS_CHANGE = "buffers_change"
 NOT_OWNED = "not_owned"
@@ -98,6 +100,8 @@ BATCHES_JOINED = "batches_joined"
 BATCHES_OF_TWO = "batches_of_two_loaders"
 BATCHES_UNCOUNTED = "batches_uncounted"
 BATCH_IN_ROUNDS = "batch_in_rounds"
+BATCH_REUSED = "batch_reused"
+BATCH_UNDELIVERED = "batch_undelivered"
 BATCHES_MERGED = "logical_batches_merged"
 GROUPS_MISFIT = "groups_misfit"
 GROUPS_DIFFER = "groups_differ"
@@ -361,6 +365,12 @@ _DIAGNOSES = {
         "batches, GaussianAccountant.get_epsilon(delta, poisson=False))",
         Severity.WARNING,
     ),
+    LOADER_BYPASSED: Diagnosis(
+        "the batch came from another loader of the same data than the one that make_private "
+        "returned, so it was not drawn by the Poisson sampling that the accountant assumes",
+        "iterate over the loader that make_private returned",
+        Severity.WARNING,
+    ),
     STEP_HOOK: Diagnosis(
         "a second step hook was attached; Opacus has room for one and would forget the first, "
         "which is usually the accountant",
@@ -407,6 +417,13 @@ _DIAGNOSES = {
         "between backward and step",
         Severity.CRITICAL,
     ),
+    NOISE_TAKEN_OUT: Diagnosis(
+        "after the noise had been added, something put a gradient without noise in the place of "
+        "the noised one, and the update was to be made from that",
+        "change p.grad in hooks and in scale_grad() only by what is computed from the noised "
+        "p.grad itself; do not keep gradients from before optimizer.step()",
+        Severity.CRITICAL,
+    ),
     BATCH_STATISTICS: Diagnosis(
         "a layer normalised by statistics of the batch in training mode, so each sample's gradient "
         "depends on all other samples and clipping it does not bound what one person changes",
@@ -448,9 +465,10 @@ _DIAGNOSES = {
         Severity.CRITICAL,
     ),
     CLIP_SENSITIVITY: Diagnosis(
-        "the clip_and_accumulate in use lets one person move the clipped sum by more than "
-        "max_grad_norm, for which the noise is made: it clips the gradient of the batch or of "
-        "groups of rows, or not all parameters together, or to another bound",
+        "the clip_and_accumulate in use (in ghost clipping get_clipping_coef, or the max_grad_norm "
+        "of the model) lets one person move the clipped sum by more than max_grad_norm, for which "
+        "the noise is made: it clips the gradient of the batch or of groups of rows, or not all "
+        "parameters together, or to another bound",
         "clip each person's row by itself, so that its norm over all parameters is at most "
         "optimizer.max_grad_norm, and only then add rows up; rows of one person are to be added "
         "up before, not by the clipping",
@@ -612,6 +630,21 @@ _DIAGNOSES = {
         "parts of one batch were backpropagated one after the other: the update is divided by the "
         "number of parts, and the accountant is told of as many batches",
         "let BatchMemoryManager split the batch",
+        Severity.WARNING,
+    ),
+    BATCH_REUSED: Diagnosis(
+        "a batch that an earlier step has used was used again, but the accountant takes each step "
+        "for one on a batch that was drawn anew, so it reports less than was spent",
+        "draw a new batch for each step: loop over the loader that make_private returned and call "
+        "optimizer.step() once for each of its batches",
+        Severity.CRITICAL,
+    ),
+    BATCH_UNDELIVERED: Diagnosis(
+        "steps were taken, after those on batches of the private loader, on batches that no data "
+        "loader has delivered; if they had been used before, the accountant, which takes each step "
+        "for one on a batch that was drawn anew, reports less than was spent",
+        "draw a new batch for each step: loop over the loader that make_private returned and call "
+        "optimizer.step() once for each of its batches",
         Severity.WARNING,
     ),
     BATCHES_MERGED: Diagnosis(

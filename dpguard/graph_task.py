@@ -31,7 +31,7 @@ def _number(value: int) -> torch.Tensor:
 class GraphTask:
     """What one run of the autograd engine does, asked once per parameter."""
 
-    __slots__ = ("_roles", "id", "keeps_graph", "owners", "published", "waiting")
+    __slots__ = ("_roles", "id", "keeps_graph", "owners", "published", "terms", "waiting")
 
     def __init__(self, task_id: int) -> None:
         self.id = task_id
@@ -41,6 +41,8 @@ class GraphTask:
         """Identities of the models of which a call was met in this backward."""
         self.waiting: dict[tuple[int, int], Any] = {}
         """Calls whose rows are computed together, by the identities of the model and the layer."""
+        self.terms: dict[int, int] = {}
+        """Where rows are not computed here: of how many products those of a parameter are sums."""
         self._roles: dict[int, int] = {}
 
     def times(self, tensor: torch.Tensor, factor: int) -> torch.Tensor:

@@ -106,6 +106,10 @@ class Ledger:
         self._parameters: dict[int, ParameterState] = {}
         self._cuts: dict[str, _Cut] = {}
         self._passes: deque[Any] = deque(maxlen=_PASSES_KEPT)
+        self.factors: deque[Any] = deque(maxlen=_PASSES_KEPT)
+        """What is known of the clip factors of batches of ghost clipping that no step has taken."""
+        self.tries_clipping: Callable[[Any, Any], bool] | None = None
+        """Asked, with hooks of ghost clipping and their rule, whether the rule is to be tried."""
 
     # -- forward ---------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from models import CNN, MLP, Recurrent
 from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer, DPPerLayerOptimizer
 from opacus.utils.batch_memory_manager import BatchMemoryManager
-from releases import needs_adaptive, needs_reshaping
+from releases import MIXED, needs_adaptive, needs_ghost, needs_reshaping
 from test_audit import private
 from torch import nn
 
@@ -590,3 +590,174 @@ def test_copies_of_an_optimizer_are_watched_by_themselves(guard):
     assert other is not training.optimizer
     training.step()
     assert guard.violations == ()
+
+
+# -- ghost clipping ------------------------------------------------------------------------------------
+
+
+def ghost_training():
+    from digits import Training as Digits
+
+    return Digits("ghost")
+
+
+def stock_factors(norms, bound):
+    return (bound / (norms + 1e-6)).clamp(max=1)
+
+
+def normalising_factors(norms, bound):
+    return bound / (norms + 0.01)
+
+
+def half_factors(norms, bound):
+    return (bound / 2 / (norms + 1e-6)).clamp(max=1)
+
+
+def one_factor_for_all(norms, bound):
+    return (bound / norms.mean()).clamp(max=1).expand_as(norms)
+
+
+def factors_of_pairs(norms, bound):
+    means = torch.cat([pair.mean().expand_as(pair) for pair in norms.split(2)])
+    return (bound / means).clamp(max=1)
+
+
+def no_factors(norms, _bound):
+    return torch.ones_like(norms)
+
+
+def too_large_by_a_hundredth(norms, bound):
+    return (1.01 * bound / norms).clamp(max=1)
+
+
+def use(training, factors, how):
+    """Put a rule for clip factors on the model, or on a class of the user's."""
+    model = training.model
+
+    def get_clipping_coef(self):
+        return factors(self.get_norm_sample(), self.max_grad_norm)
+
+    if how == "instance":
+        model.get_clipping_coef = lambda: get_clipping_coef(model)
+    else:
+        model.__class__ = type(
+            "Mine", (type(model),), {"get_clipping_coef": get_clipping_coef, "__module__": __name__}
+        )
+
+
+@needs_ghost
+@pytest.mark.parametrize("how", ["instance", "class"])
+@pytest.mark.parametrize("factors", [stock_factors, normalising_factors, half_factors])
+def test_sound_clip_factors_of_the_users_own(factors, how):
+    """They are proved, nothing is said, and trying them changes no bit."""
+    ends = []
+    for mode in ("off", "strict"):
+        with dpguard.install(mode=mode) as guard:
+            training = ghost_training()
+            use(training, factors, how)
+            training.run(1)
+            if mode == "strict":
+                assert passed(guard, SUM) == passed(guard, BOUND) == 10
+            training.run(4)
+            ends.append(
+                [*training.values(), torch.rand(2), training.model.per_sample_gradient_norms]
+            )
+            if mode == "strict":
+                assert guard.violations == ()
+    assert all(map(torch.equal, *ends))
+
+
+@needs_ghost
+@pytest.mark.parametrize("how", ["instance", "class"])
+@pytest.mark.parametrize("mode", ["repair", "observe"])
+@pytest.mark.parametrize(
+    "factors", [one_factor_for_all, factors_of_pairs, no_factors, too_large_by_a_hundredth]
+)
+def test_clip_factors_that_are_not_sound(factors, how, mode):
+    """Refused before the parameters change, step after step; ``observe`` says it."""
+    with dpguard.install(mode=mode) as guard:
+        training = ghost_training()
+        training.run(2)
+        use(training, factors, how)
+        if mode == "observe":
+            training.run(3)
+        else:
+            for _ in range(2):
+                with pytest.raises(dpguard.PrivacyViolation, match="max_grad_norm"):
+                    training.run(3)
+                assert all(map(torch.equal, training.before, training.raw.parameters()))
+        causes = {v.cause for v in guard.violations}
+        assert diagnosis.CLIP_SENSITIVITY in causes
+        assert causes <= {diagnosis.CLIP_SENSITIVITY, diagnosis.CLIP_EXCEEDED}
+
+
+@needs_ghost
+def test_a_model_that_clips_to_another_bound_than_the_noise_is_made_for():
+    """In ``observe`` it is told; otherwise it is brought in line."""
+    with dpguard.install(mode="observe") as guard:
+        training = ghost_training()
+        training.run(2)
+        training.model.max_grad_norm *= 3
+        training.run(1)
+        assert {v.cause for v in guard.violations} == {diagnosis.CLIP_SENSITIVITY}
+    with dpguard.install(mode="repair") as guard:
+        training = ghost_training()
+        training.model.max_grad_norm *= 3
+        training.run(5)
+        assert guard.violations == ()
+
+
+@needs_ghost
+def test_clip_factors_that_cannot_be_tried_are_said_once(guard):
+    """And the training goes on."""
+    training = ghost_training()
+
+    def only_known_norms(norms, bound):
+        if norms.max() > 50 * bound:
+            raise ValueError("not my norms")
+        return stock_factors(norms, bound)
+
+    use(training, only_known_norms, "instance")
+    training.run(5)
+    assert [v.cause for v in guard.violations] == [diagnosis.CLIP_UNPROVED]
+    assert passed(guard, BOUND) == 10
+
+
+def test_a_rule_that_replaces_another_is_measured(guard):
+    """Not only when it is its turn; and a refused one is refused again."""
+    training = Training()
+    training.steps(3)
+    training.optimizer.clip_and_accumulate = lambda: automatic(training.optimizer)
+    training.steps(4)
+    assert guard.violations == ()
+    training.optimizer.clip_and_accumulate = lambda: no_clipping(training.optimizer)
+    for _ in range(3):
+        with pytest.raises(dpguard.PrivacyViolation, match="max_grad_norm"):
+            training.step()
+    del training.optimizer.clip_and_accumulate
+    training.steps(2)
+    assert len(guard.violations) >= 3
+
+
+@pytest.mark.skipif(not MIXED, reason="this Opacus cannot clip such rows")
+@pytest.mark.parametrize(("rule", "sound"), [(automatic, True), (no_clipping, False)])
+def test_a_rule_of_the_users_own_on_rows_in_half_precision(guard, rule, sound):
+    """It is measured with the precision that the rows have."""
+    training = Training()
+
+    def own():
+        for p in training.optimizer.params:
+            p.grad_sample = p.grad_sample.to(p.dtype)
+        rule(training.optimizer)
+
+    training.optimizer.clip_and_accumulate = own
+    training.backward()
+    for p in training.model.parameters():
+        p.grad_sample = p.grad_sample.to(torch.bfloat16)
+    if sound:
+        training.optimizer.step()
+        assert passed(guard, SUM) == 5
+        assert guard.violations == ()
+    else:
+        with pytest.raises(dpguard.PrivacyViolation, match="max_grad_norm"):
+            training.optimizer.step()

@@ -221,15 +221,80 @@ def test_fetching_ahead(guard, poisson):
     assert passed(guard) == 1
 
 
-def test_batches_kept_in_a_list(guard):
-    """Used once in order they are compared; used again nothing is known of them."""
-    private = Private()
+@pytest.mark.parametrize("poisson", [True, False])
+def test_batches_kept_in_a_list(guard, poisson):
+    """Used once in order they are compared; used again only where they were not Poisson's.
+
+    Of shuffled batches nothing is known then; those of Poisson sampling are accounted as drawn anew.
+    """
+    private = Private(poisson=poisson)
     batches = list(private.loader)
     private.train(loader=batches)
     assert passed(guard) == 1
-    private.train(loader=batches)
+    if poisson:
+        with pytest.raises(dpguard.PrivacyViolation, match="used again"):
+            private.train(loader=batches)
+    else:
+        private.train(loader=batches)
+        assert violations(guard) == ()
+        assert guard.last_step.checks[ROWS].not_run
+
+
+def again(private, copied=lambda x: x):
+    """Three steps on each batch."""
+    for x, y in private.loader:
+        for _ in range(3):
+            private.step(plain(private, copied(x), y))
+
+
+@pytest.mark.parametrize("mode", [None, pytest.param("ghost", marks=needs_ghost)])
+def test_several_steps_on_one_batch_are_refused(guard, mode):
+    """Before the parameters change, and so is each further step on it; a new batch trains on."""
+    private = Private(mode=mode)
+    x, y = next(iter(private.loader))
+    for _ in range(2):  # from the second on it is asked where batches come from
+        private.step(plain(private, x, y))
+    before = [p.detach().clone() for p in private.model.parameters()]
+    for _ in range(2):
+        with pytest.raises(dpguard.PrivacyViolation, match="used again"):
+            private.step(plain(private, x, y))
+    assert all(map(torch.equal, before, private.model.parameters()))
+    assert causes(guard) == [diagnosis.BATCH_REUSED] * 2
+    assert guard.violations[-1].check == BATCHES
+    private.train()
+    assert causes(guard) == [diagnosis.BATCH_REUSED] * 2
+
+
+@pytest.mark.parametrize("mode", ["repair", "observe"])
+def test_several_steps_on_copies_of_one_batch_are_said_once(mode):
+    """As on a device: that it is the same batch cannot be proved."""
+    with dpguard.install(mode=mode) as guard:
+        again(Private(), torch.clone)
+        assert causes(guard) == [diagnosis.BATCH_UNDELIVERED]
+        assert guard.violations[0].severity.value == "WARNING"
+
+
+def test_several_steps_on_everybody_are_fine(guard):
+    """With a sample rate of 1 a batch that is drawn anew is the same."""
+    again(Private(batch=PEOPLE))
     assert violations(guard) == ()
-    assert guard.last_step.checks[ROWS].not_run
+
+
+def test_a_step_that_was_refused_is_tried_again(guard):
+    """Its batch has released nothing."""
+    private = Private()
+    x, y = next(iter(private.loader))
+    for number in range(4):
+        private.optimizer.zero_grad()
+        plain(private, x, y).backward()
+        for p in private.model.parameters():
+            p.grad_sample = None if number < 3 else p.grad_sample
+        if number < 3:
+            with pytest.raises(dpguard.PerSampleGradientError):
+                private.optimizer.step()
+        else:
+            private.optimizer.step()
+    assert {v.check for v in guard.violations} == {"coverage.present"}
 
 
 class Dictionaries(Dataset):

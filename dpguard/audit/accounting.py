@@ -4,9 +4,10 @@ An accountant is known by the step hook that it made. It is followed from the mo
 first seen on the optimizer, and missed when the hook is gone. What was observed is kept in the form
 of a history of its own, from which the accountant's own class computes the epsilon that is due.
 
-The rate in force is that with which the samplers draw that the accountant's engine has made; Opacus
-accounts one over the number of batches of an epoch, which it rounds down, so up to ``q / (1 - q)``
-for a rate of ``q``.
+The rate in force is that with which the batch of the step was drawn, if it is known whence it came,
+else one with which the samplers draw that the accountant's engine has made. Opacus accounts one
+over the number of batches of an epoch, which it rounds down, so up to ``q / (1 - q)`` for a rate of
+``q``.
 """
 
 from __future__ import annotations
@@ -61,7 +62,6 @@ class _Book:
 
     Attributes:
         seen: its history when it was last looked at.
-        steps: the number of steps in it.
         observed: what its history should be.
         rates: the rates with which samplers of its engine have drawn batches.
         is_poisson: whether all its loaders draw by Poisson sampling; ``None`` if none was seen.
@@ -70,7 +70,6 @@ class _Book:
     """
 
     seen: _Seen | None = None
-    steps: int = 0
     observed: list[_Entry] = field(default_factory=list)
     rates: set[float] = field(default_factory=set)
     is_poisson: bool | None = None
@@ -83,17 +82,18 @@ class _Book:
         if self.seen == now:
             return False
         known, self.seen = self.seen is not None, now
-        former, self.steps = self.steps, sum(entry[2] for entry in history)
-        if known and self.steps < former:
-            return True
-        self.observed = [_entry(found) for found in history]
+        entries = [_entry(found) for found in history]
+        if known:
+            has = _merged(entries)
+            if any(has.get(key, 0) < steps for key, steps in _merged(self.observed).items()):
+                return True
+        self.observed = entries
         return False
 
     def note(self, history: Sequence[Any], sigma: float | None, rate: float) -> int | None:
         """Take in a step; how many the history says there were, ``None`` if it makes no sense."""
         added = None if self.seen is None else self.seen.steps_until(history)
         self.seen = _Seen.of(history)
-        self.steps = sum(entry[2] for entry in history) if added is None else self.steps + added
         if sigma is None and added == 1:
             sigma = float(history[-1][0])
         if sigma is not None:
@@ -194,7 +194,8 @@ class Accounting(Check):
                 accountant = reference()
                 history = None if accountant is None else _compat.history_of(accountant)
                 if history is not None and book.seen is not None:
-                    gone = book.look(history) or _merged(history) != _merged(book.observed)
+                    entries = [_entry(found) for found in history]
+                    gone = book.look(history) or _merged(entries) != _merged(book.observed)
                     if gone:
                         found += [(state.number, failure) for failure in _say_gone(book)]
         return found
@@ -255,7 +256,7 @@ class Accounting(Check):
         rate = base * iterations
         step.run(STEPS, SIGMA, RATE, count=1)
         added = book.note(history, sigma, rate)
-        drawn = self._drawn(book)
+        drawn = step.rates or self._drawn(book)
         told = (sigma, rate, base, frozenset(drawn))
         failures: list[Failure] = []
         if added != 1:
@@ -269,11 +270,12 @@ class Accounting(Check):
             book.said.add(diagnosis.HISTORY_CHANGED)  # that they differ at the end is clear then
         if book.is_poisson is not None:
             step.run(SAMPLING, count=1)
-            if not book.is_poisson:
-                failure = Failure(SAMPLING, diagnosis.NOT_POISSON)
+            cause = diagnosis.LOADER_BYPASSED if step.bypasses else diagnosis.NOT_POISSON
+            if step.bypasses or not book.is_poisson:
+                failure = Failure(SAMPLING, cause)
                 step.fail(failure)
-                if diagnosis.NOT_POISSON not in book.said:
-                    book.said.add(diagnosis.NOT_POISSON)
+                if cause not in book.said:
+                    book.said.add(cause)
                     failures.append(failure)
         return failures
 
@@ -322,7 +324,7 @@ def _rounded(rate: float) -> float:
 
 
 def _number(found: Any) -> float | None:
-    return float(found) if isinstance(found, (int, float)) else None
+    return _compat.plain_number(found)
 
 
 def _entry(found: Any) -> _Entry:

@@ -59,6 +59,10 @@ class Step:
         states: what the ledger knows of them.
         rows: their rows, if they are as they should be; none in ghost clipping.
         physical: number of physical batches so far, this one included.
+        rates: the sample rates with which the batches that are in it may have been drawn, as far
+            as it is known.
+        bypasses: a batch in it is of the data set, but not from the loader, that ``make_private``
+            was given for the training.
         ran: for each check that was run, on how many parameters (or other things) it was.
         failed: for each check that failed, on which.
     """
@@ -75,6 +79,8 @@ class Step:
     """How many rows of the loss each row is the sum of; ``None`` if that differs, or if rows of
     several losses were concatenated."""
     interventions: int = 0
+    rates: set[float] = field(default_factory=set)
+    bypasses: bool = False
     ran: dict[str, int] = field(default_factory=dict)
     failed: dict[str, set[str]] = field(default_factory=dict)
     is_early: bool = False
@@ -181,6 +187,10 @@ class Check:
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
         """Everything is done, step hooks included; the wrapped optimizer steps next."""
+        return ()
+
+    def applied(self, step: Step, optimizer: Any) -> Failures:
+        """The wrapped optimizer has stepped; ``step`` is the next one, of the same parameters."""
         return ()
 
     def cleared(self, step: Step, optimizer: Any) -> Failures:

@@ -7,7 +7,12 @@ rows, and that at most ``B C``, in each audited step.
 with ``sum_i c_i <row_i, v>``. A sum that is off by ``d`` shows as ``|<d, v>|``, about ``|d|``.
 Where our own code clips that is done in the first and every ``SKETCH_EVERY``-th audited step,
 where Opacus's does (per layer, adaptive) in each. Rules of the user's own are measured by what they
-have to keep, their sensitivity, as often: see :mod:`dpguard.audit.sensitivity`.
+have to keep, their sensitivity, as often, and in their first ``TRIALS`` steps: see
+:mod:`dpguard.audit.sensitivity`.
+
+In ghost clipping there are no rows. There the sum is compared with ``B C`` in each step, and the
+rule by which the model computes the factors is measured like one of the user's own, on norms that
+are made up.
 
 The bound of the sketch. Let ``u`` be the unit roundoff, ``n`` the size of the parameter, ``B`` the
 number of rows, ``A = sum_i c_i |row_i|`` and ``G = (sum_i (c_i |row_i|)**2)**.5``. Roundings are
@@ -30,7 +35,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,14 +43,20 @@ from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.sensitivity import Unproved, sensitivity
 from dpguard.audit.signs import CERTAIN, Signs
+from dpguard.ledger import Ledger
 from dpguard.patches.lean import Clipping, Rows, row_norms
 from dpguard.patches.sums import flat
 
-__all__ = ["BOUND", "SKETCH_EVERY", "SUM", "Clip"]
+if TYPE_CHECKING:
+    from dpguard.patches.ghost_clip import Factors
+
+__all__ = ["BOUND", "SKETCH_EVERY", "SUM", "TRIALS", "Clip"]
 
 BOUND = "clip.bound"
 SUM = "clip.sum"
 SKETCH_EVERY = 50
+TRIALS = 3
+"""So often in a row a rule of the user's own is measured before it is left until its turn."""
 _VANISHED = 1e-14
 """A row may be as long as that and have a norm of zero: squares below 1e-38 vanish, of a billion
 elements at most. No clip bound is near it."""
@@ -75,13 +86,22 @@ class _Mine(threading.local):
 
 
 class Clip(Check):
-    """Compares, per physical batch, what was clipped with what should have been."""
+    """Compares, per physical batch, what was clipped with what should have been.
+
+    Args:
+        ledger: has what is known of clip factors of ghost clipping.
+    """
 
     names = (BOUND, SUM)
 
-    def __init__(self) -> None:
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        ledger.tries_clipping = self._is_due
         self._mine = _Mine()
         self._turns: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._rules: weakref.WeakKeyDictionary[Any, tuple[Any, int]] = weakref.WeakKeyDictionary()
+        """By which rule each optimizer, or model in ghost clipping, has clipped last, and how often
+        that has passed."""
         self._said: weakref.WeakSet[Any] = weakref.WeakSet()
         self._slacks: dict[tuple[Any, ...], float] = {}
 
@@ -152,9 +172,11 @@ class Clip(Check):
         """Rows are about to be clipped by code that is not ours."""
         self._mine.before = None
         rows = Rows.of(step.parameters) if step.audited else None
-        if rows is None or not _are_of_one_type(rows) or _compat.clips_in_hooks(optimizer):
+        if rows is None or _compat.clips_in_hooks(optimizer):
             return ()
         rule = _compat.clip_rule(optimizer)
+        if rule is not None and not _are_of_one_type(rows):
+            return ()
         with torch.no_grad():
             norms = row_norms(rows).t()
             sums = [getattr(p, "summed_grad", None) for p in rows.parameters]
@@ -170,39 +192,138 @@ class Clip(Check):
             return self._measure(step, optimizer, rows)
         return ()
 
+    def _is_due(self, owner: Any, rule: Any) -> bool:
+        """Whether a rule is to be measured: now and then, and while it has not passed as often.
+
+        A person who is drawn may be the only one of a group of rows that are clipped together.
+        """
+        known, passed = self._rules.get(owner, (None, 0))
+        return self._is_turn(owner) or known != rule or passed < TRIALS
+
     def _measure(self, step: Step, optimizer: Any, rows: Rows) -> Failures:
         """How much one person can change by the rule that is about to be used."""
-        if not self._is_turn(optimizer) or step.clip is None:
+        rule = _compat.clip_code(optimizer)
+        if step.clip is None or not self._is_due(optimizer, rule):
             return ()
         generator = self._mine.signs.generator(rows.parameters[0].device)
         try:
             figure = sensitivity(optimizer, step.clip, rows, generator)
         except Unproved:
-            return self._unproved(step, optimizer)
+            return self._unproved(step, optimizer, rule)
         parameter = rows.parameters[0]
         count = sum(rows.sizes)
-        limit = 1 + ALLOWED + CERTAIN * _roundoff(parameter.dtype, parameter.device) * count
+        own, low = (
+            _roundoff(kind, parameter.device) for kind in (parameter.dtype, rows.pieces[0][0].dtype)
+        )
+        limit = 1 + ALLOWED + CERTAIN * own * count
+        if low > own:
+            limit += CERTAIN * low * (math.sqrt(count) + 1)
+        self._hold_to(step, optimizer, (optimizer, rule), figure, limit)
+        return ()
+
+    def _hold_to(
+        self,
+        step: Step,
+        optimizer: Any,
+        measured: tuple[Any, Any],
+        figure: torch.Tensor,
+        limit: float,
+    ) -> None:
+        """Compare the sensitivity of a rule, ``measured``, and of whom it is, with its limit."""
         names, own_noise = step.names, not _compat.is_opacus_method(optimizer, "add_noise")
+        owner, rule = weakref.ref(measured[0]), measured[1]
         step.run(SUM)
 
         def receive(values: list[float]) -> Failures:
+            whose = owner()
             if values[0] <= limit:
+                if whose is not None:
+                    known, passed = self._rules.get(whose, (None, 0))
+                    self._rules[whose] = rule, passed + 1 if known == rule else 1
                 return ()
+            if whose is not None:
+                self._rules.pop(whose, None)  # what is refused is measured in the next step again
             if own_noise or not math.isfinite(values[0]):
                 # The noise may be made for another bound than max_grad_norm.
-                return self._unproved(step, optimizer)
+                return self._unproved(step, whose, rule)
             cause = diagnosis.CLIP_SENSITIVITY
             return [Failure(SUM, cause, names, figure=values[0], bound=limit)]
 
         step.collect((SUM,), figure.reshape(1), receive)
-        return ()
 
-    def _unproved(self, step: Step, optimizer: Any) -> Failures:
+    def _unproved(self, step: Step, owner: Any, rule: Any) -> Failures:
         step.ran.pop(SUM, None)
-        if optimizer in self._said:
+        if owner is None:
             return ()
-        self._said.add(optimizer)
+        self._rules[owner] = rule, TRIALS  # until its next turn
+        if owner in self._said:
+            return ()
+        self._said.add(owner)
         return [Failure(SUM, diagnosis.CLIP_UNPROVED, only_said=True)]
+
+    # -- ghost clipping --------------------------------------------------------------------------
+
+    def begin(self, step: Step, optimizer: Any) -> Failures:
+        """Clipped sums of ghost clipping are there, and what is known of their factors."""
+        if _compat.clips_rows(optimizer) or not self._ledger.factors:
+            return ()
+        wanted = set(map(id, step.parameters))
+        mine: list[Factors] = []
+        others: list[Factors] = []
+        for found in self._ledger.factors:
+            hooks = found.hooks()
+            if hooks is not None:
+                is_mine = any(id(p) in wanted for p in hooks.trainable_parameters)
+                (mine if is_mine else others).append(found)
+        self._ledger.factors.clear()
+        self._ledger.factors.extend(others)
+        if not step.audited or not mine:
+            return ()
+        self._bound_of_batches(step, optimizer, mine)
+        failures: list[Failure] = []
+        for found in mine:
+            hooks = found.hooks()
+            if found.sensitivity is not None and hooks is not None:
+                limit = 1 + ALLOWED + CERTAIN * _compat.unit_roundoff(found.dtype)
+                self._hold_to(step, optimizer, (hooks, found.rule), found.sensitivity, limit)
+            elif found.unproved:
+                failures += self._unproved(step, hooks, found.rule)
+        return failures
+
+    @torch.no_grad()
+    def _bound_of_batches(self, step: Step, optimizer: Any, mine: Sequence[Factors]) -> None:
+        """The clipped sum of all batches is at most as long as their people times the bound."""
+        sums = [p.grad for p in step.parameters if p.grad is not None]
+        bounds = [found.bound for found in mine]
+        if (
+            not sums
+            or any(total.layout is not torch.strided for total in sums)
+            or not all(isinstance(bound, (int, float)) for bound in bounds)
+            or not _compat.is_opacus_method(optimizer, "add_noise")
+        ):
+            return
+        people = sum(found.people for found in mine)
+        most = sum(found.people * found.bound for found in mine)
+        kinds = {*(p.dtype for p in step.parameters), *(found.dtype for found in mine)}
+        own = max(_roundoff(kind, sums[0].device) for kind in kinds)
+        size = math.sqrt(sum(total.numel() for total in sums))
+        unit = _roundoff(torch.float32, sums[0].device)
+        slack = CERTAIN * (own * (math.sqrt(people) + 1) + unit * size)
+        wide = [torch.promote_types(total.dtype, torch.float32) for total in sums]
+        parts = [
+            torch.linalg.vector_norm(t, dtype=w).to(sums[0].device)
+            for t, w in zip(sums, wide, strict=True)
+        ]
+        total = torch.stack(parts).norm()
+        step.run(BOUND)
+
+        def receive(values: list[float]) -> Failures:
+            limit = most * (1 + slack)
+            if values[0] <= limit or not math.isfinite(values[0]):
+                return ()
+            return [Failure(BOUND, diagnosis.CLIP_EXCEEDED, figure=values[0], bound=limit)]
+
+        step.collect((BOUND,), total.reshape(1), receive)
 
     @torch.no_grad()
     def _compare(self, step: Step, optimizer: Any, before: _Before) -> None:

@@ -7,6 +7,9 @@ What is known of the batch decides how much a deviation proves:
   than people, two batches in the same rows, or more batches than the accountant is told of make
   the guarantee false. Fewer rows may be a choice (samples left out), unless the calls show that
   people were added up;
+* it comes from nowhere, after a batch of the former kind: a batch that was used before, in whose
+  memory the inputs of the model lie, makes the guarantee false, for the accountant takes each step
+  for one on a batch that was drawn anew. Where that cannot be seen, it is said after some steps;
 * it comes from another loader: that may be for evaluation. Only where each step has had exactly
   one of its batches, and several rows for each of its people, it is said.
 
@@ -50,6 +53,9 @@ class _Logical:
         split: whether they were drawn as one and split by ``BatchMemoryManager``.
         others: how many batches loaders of unknown purpose had delivered by its last step.
         streak: for how many steps these loaders have made it look wrong.
+        undelivered: how many steps there were on batches that nobody had delivered.
+        waits: whether the last step was one of them.
+        reused: whether the last step was refused because its batch had been used before.
         said: what is said once.
     """
 
@@ -59,6 +65,9 @@ class _Logical:
     split: bool = False
     others: int = 0
     streak: int = 0
+    undelivered: int = 0
+    waits: bool = False
+    reused: bool = False
     said: set[str] = field(default_factory=set)
 
     def restart(self) -> None:
@@ -96,9 +105,12 @@ class People(Check):
         found = self._compare(step, logical, sizes, notes)
         logical.others = self._deliveries.others
         self._calls.rest()
+        if logical.waits:
+            self._calls.watch()  # whence the next batch comes
         if found is not None:
             logical.draws = None
-            self._deliveries.forget(logical.reader)
+            if not logical.waits:
+                self._deliveries.forget(logical.reader)
             return [found] if _is_new(found, logical) else ()
         return ()
 
@@ -118,6 +130,10 @@ class People(Check):
         if used is not None:
             step.run(ROWS, count=1)
             self._use(logical, used)
+            if not declared:
+                self._note_rates(
+                    step, logical, [d for d in private if d in used or d.fits_any(sizes)]
+                )
             if declared and private:
                 self._deliveries.use(logical.reader, private[-1])
             return None
@@ -126,7 +142,16 @@ class People(Check):
         if private and not self._deliveries.lost(logical.reader):
             return self._by_private(step, logical, sizes, private=private, notes=notes)
         logical.draws = None
-        return None if private else self._by_others(step, logical, sizes)
+        return None if private else self._by_others(step, logical, sizes, notes)
+
+    def _note_rates(self, step: Step, logical: _Logical, candidates: Sequence[Delivery]) -> None:
+        """With which rates the batches were drawn, one of which each of the step's may be."""
+        rates = {delivery.rate for delivery in candidates}
+        if rates == {None}:
+            dataset = logical.reader.dataset()
+            step.bypasses |= {d.iteration.dataset for d in candidates} == {id(dataset)}
+        elif None not in rates:
+            step.rates.update(rate for rate in rates if rate is not None)
 
     def _by_private(
         self,
@@ -158,6 +183,7 @@ class People(Check):
         return None
 
     def _use(self, logical: _Logical, used: Sequence[Delivery]) -> None:
+        logical.waits = logical.reused = False
         for delivery in used:
             self._deliveries.use(logical.reader, delivery)
         if not used or used[0].iteration is DECLARED:
@@ -182,15 +208,40 @@ class People(Check):
             return _failure(diagnosis.TIME_FIRST, sizes, private)
         return _failure(diagnosis.ROWS_LEFT_OUT, sizes, private)
 
-    def _by_others(self, step: Step, logical: _Logical, sizes: Sequence[int]) -> Failure | None:
+    def _by_nobody(
+        self, logical: _Logical, sizes: Sequence[int], notes: Sequence[Note]
+    ) -> Failure | None:
+        """No loader has delivered anything since the last step, which had a private batch.
+
+        Where that was drawn by Poisson sampling, another step on it is not what is accounted.
+        """
+        last = logical.reader.last
+        if last is None or last.rate is None or last.rate >= 1:
+            return None
+        logical.waits = True
+        logical.undelivered += 1
+        logical.reused = any(self._deliveries.was_used(note.origin) for note in notes)
+        if logical.reused:
+            return _failure(diagnosis.BATCH_REUSED, sizes, [last], check=BATCHES)
+        if logical.undelivered < _WEAK_STEPS:
+            return None
+        return _failure(diagnosis.BATCH_UNDELIVERED, sizes, [last], check=BATCHES)
+
+    def _by_others(
+        self, step: Step, logical: _Logical, sizes: Sequence[int], notes: Sequence[Note]
+    ) -> Failure | None:
         """Loaders of unknown purpose: their batches prove little."""
         last = self._deliveries.other
         delivered = self._deliveries.others - logical.others
         if last is None or not delivered:
-            return None
+            return self._by_nobody(logical, sizes, notes)
+        logical.waits = False
         if len(sizes) == 1 and last.fits(sizes[0]):
             logical.streak = 0
             step.run(ROWS, count=1)
+            dataset = logical.reader.dataset()
+            if dataset is not None and delivered == 1:
+                step.bypasses |= last.iteration.dataset == id(dataset)
             return None
         people = _people(last)
         several = len(sizes) == 1 and people > 0 and sizes[0] % people == 0
@@ -214,8 +265,11 @@ class People(Check):
         return [found] if _is_new(found, logical) else ()
 
     def forget(self, optimizer: Any) -> None:
-        """The batches of a refused step are not used again."""
-        self._of(optimizer).restart()
+        """The batches of a refused step are not waited for; they may be used again."""
+        logical = self._of(optimizer)
+        logical.restart()
+        if not logical.reused:
+            logical.reader.last = None
 
     def _of(self, optimizer: Any) -> _Logical:
         found = self._logical.get(optimizer)

@@ -18,7 +18,8 @@ with mean zero, and Azuma's inequality bounds their sum). Operands or results of
   the first and in every ``PROBE_EVERY``-th audited step the pairing probes it: the rows that come
   of backprops with random signs have norms of about ``sqrt(sum of x**2)``, and the larger of their
   sum and ``S`` is used. In the steps between it is the norm of the gradients of all parameters,
-  which is larger, so a small fault is found in the next step that is probed.
+  which is larger, so a small fault is found in the next step that is probed. Where Opacus computes
+  the rows (``observe``) nothing is probed, and a small fault in such rows is not found.
 
 Finiteness is read off the norms, which clipping needs anyway.
 """

@@ -26,7 +26,7 @@ from dpguard import _compat
 from dpguard.patches.lean import Rows
 from dpguard.patching import ABSENT
 
-__all__ = ["Unproved", "sensitivity"]
+__all__ = ["Unproved", "as_it_was", "person_and_others", "sensitivity"]
 
 _OTHERS = 10.0
 """Norm of the other people's rows over ``C``: so large that a sound rule has to clip them."""
@@ -62,7 +62,7 @@ def sensitivity(
     person = secrets.randbelow(sum(rows.sizes))
     bound = optimizer.max_grad_norm
     made_up = _made_up(rows, bound, person, generator)
-    with _as_it_was(optimizer, rows.parameters) as rewind:
+    with as_it_was(optimizer, rows.parameters, rows.parameters[0].device) as rewind:
         try:
             everyone = _clipped(clip, rows, made_up)
         except Exception as error:  # whatever the user's code may raise at rows of ours
@@ -101,6 +101,16 @@ def _made_up(
             start += len(piece)
         found.append(pieces)
     return found
+
+
+def person_and_others(
+    count: int, bound: float, *, device: torch.device
+) -> tuple[int, torch.Tensor]:
+    """Somebody, and made-up norms of all rows, of which theirs is by far the largest."""
+    person = secrets.randbelow(count)
+    norms = torch.full((count,), bound * _OTHERS, dtype=torch.float64, device=device)
+    norms[person] *= _LARGE * count**0.5
+    return person, norms
 
 
 def _removed(mine: list[torch.Tensor], person: int) -> list[torch.Tensor]:
@@ -148,13 +158,15 @@ def _clipped(
 
 
 @contextlib.contextmanager
-def _as_it_was(optimizer: Any, parameters: Any) -> Iterator[Callable[[], None]]:
+def as_it_was(
+    optimizer: Any, parameters: Any, device: torch.device
+) -> Iterator[Callable[[], None]]:
     """Put back at the end, and whenever the function that is given is called, what has changed."""
     own = optimizer.__dict__
     attributes = {name: (value, _copy(value)) for name, value in own.items()}
     fields = [(p, {name: _field(p, name) for name in _OURS}) for p in parameters]
-    device = parameters[0].device
-    generators = [optimizer.generator] if optimizer.generator is not None else []
+    own_generator = own.get("generator")
+    generators = [own_generator] if isinstance(own_generator, torch.Generator) else []
     states = [generator.get_state() for generator in generators]
     streams = torch.get_rng_state(), _compat.device_stream(device), random.getstate()
 

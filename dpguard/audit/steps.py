@@ -36,6 +36,7 @@ _HOOKS = (
     "noise_drawn",
     "after_noise",
     "before_update",
+    "applied",
     "cleared",
     "forget",
     "flush",
@@ -209,6 +210,14 @@ class StepAuditor:
                 step.awaited -= 1
                 self._finish(step)
         self._collector.drain()
+
+    def after_update(self, optimizer: Any) -> None:
+        """The wrapped optimizer has stepped."""
+        if self._hooks["applied"]:
+            step = self._current(optimizer)
+            if not step.parameters:
+                step.parameters = [p for p in optimizer.params if p.requires_grad]
+            self._run("applied", optimizer)
 
     def before_clear(self, optimizer: Any) -> None:
         """Gradients are about to be cleared.

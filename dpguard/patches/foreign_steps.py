@@ -26,20 +26,34 @@ class ForeignSteps:
         verdicts: where refusals are said.
         holds_dp: whether an object is a DP optimizer or a wrapper round one.
         ledger: knows what ghost clipping has left in gradients.
+        applied: is given a DP optimizer when the one that it wraps has stepped.
     """
 
-    def __init__(self, verdicts: Verdicts, holds_dp: Callable[[Any], bool], ledger: Ledger) -> None:
+    def __init__(
+        self,
+        verdicts: Verdicts,
+        holds_dp: Callable[[Any], bool],
+        ledger: Ledger,
+        applied: Callable[[Any], None],
+    ) -> None:
         self._verdicts = verdicts
+        self._applied = applied
         self._ledger = ledger
         self._holds_dp = holds_dp
         self._granted: dict[int, weakref.ref[Any]] = {}
+        self._under_way: dict[int, weakref.ref[Any]] = {}
+        """For what a DP optimizer wraps, while it may step, the DP optimizer."""
 
     def install(self, transaction: Transaction) -> None:
-        """Register torch's global hook."""
-        handle = _compat.register_global_step_hook(self._before)
+        """Register torch's global hooks."""
+        handles = (
+            _compat.register_global_step_hook(self._before),
+            _compat.register_global_after_step_hook(self._after),
+        )
 
         def remove() -> None:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
         transaction.on_undo("torch.optim global step hooks", remove)
 
@@ -48,10 +62,18 @@ class ForeignSteps:
         inner = instance.original_optimizer
         if isinstance(inner, _compat.torch_optimizer_class()):  # others do not ask
             self._granted[id(inner)] = weakref.ref(inner)
+            self._under_way[id(inner)] = weakref.ref(instance)
 
     def revoke(self, instance: Any) -> None:
         """Its gradients are cleared: a step that was granted and not taken is granted no more."""
         self._granted.pop(id(instance.original_optimizer), None)
+        self._under_way.pop(id(instance.original_optimizer), None)
+
+    def _after(self, optimizer: Any, _args: Any, _kwargs: Any) -> None:
+        reference = self._under_way.pop(id(optimizer), None)
+        instance = None if reference is None else reference()
+        if instance is not None and getattr(instance, "original_optimizer", None) is optimizer:
+            self._applied(instance)
 
     def _before(self, optimizer: Any, _args: Any, _kwargs: Any) -> None:
         granted = self._granted.pop(id(optimizer), None)

@@ -16,8 +16,9 @@ import torch
 import wrapt
 
 from dpguard import _compat, diagnosis
-from dpguard._errors import PrivacyViolation
+from dpguard._errors import DPGuardError, PrivacyViolation
 from dpguard.ledger import Ledger
+from dpguard.patches import ghost_clip
 from dpguard.patches.wrapping import EagerWrapper
 from dpguard.patching import Transaction
 from dpguard.row_state import Clipped
@@ -170,8 +171,16 @@ def _unreduced(criterion: Any) -> Iterator[None]:
 class _Wrappers:
     """What is called in the place of Opacus's methods."""
 
-    def __init__(self, ledger: Ledger, pairing_of: Callable[[Any], Any], *, repairs: bool) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        pairing_of: Callable[[Any], Any],
+        report: Callable[[str, Exception], None],
+        *,
+        repairs: bool,
+    ) -> None:
         self._ledger = ledger
+        self._report = report
         self._pairing_of = pairing_of
         self._repairs = repairs
 
@@ -186,7 +195,18 @@ class _Wrappers:
         if pairing is None:
             return wrapped(*args, **kwargs)
         pairing.adapts = _compat.adapts_bound(instance)
-        return pairing.run(instance.loss_per_sample, lambda: wrapped(*args, **kwargs))
+        with ghost_clip.watch(instance, self._ledger, self._guarded, repairs=self._repairs):
+            return pairing.run(instance.loss_per_sample, lambda: wrapped(*args, **kwargs))
+
+    def _guarded(self, function: Callable[[], None]) -> None:
+        """An error of our own does not reach the host, and switches trials off."""
+        try:
+            function()
+        except DPGuardError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the host goes on without this part
+            self._ledger.tries_clipping = None
+            self._report("ghost_clip", error)
 
     def criterion(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         pairing = self._pairing_of(instance.module)
@@ -216,6 +236,7 @@ def install(
     transaction: Transaction,
     ledger: Ledger,
     pairing_of: Callable[[Any], Any],
+    report: Callable[[str, Exception], None],
     *,
     repairs: bool,
 ) -> None:
@@ -225,9 +246,10 @@ def install(
         transaction: remembers how to undo it.
         ledger: where it is noted what is in ``p.grad``.
         pairing_of: from Opacus's hooks object to its ghost pairing, ``None`` if it has none.
+        report: is given the name of a part and the error that has switched it off.
         repairs: whether anything of the host may be changed.
     """
-    wrappers = _Wrappers(ledger, pairing_of, repairs=repairs)
+    wrappers = _Wrappers(ledger, pairing_of, report, repairs=repairs)
     for owner in _compat.ghost_loss_classes():
         _wrap(transaction, owner, "backward", wrappers.backward)
     for owner in _compat.ghost_criterion_classes():

@@ -123,6 +123,10 @@ class LoadingPatch:
         sampler = getattr(loader, "batch_sampler", None)
         if sampler is not None and _is_key(sampler):
             self._ties.setdefault(sampler, weakref.WeakSet()).add(optimizer)
+        if isinstance(sampler, _compat.uniform_samplers()):
+            dataset = loader.dataset
+            if type(dataset).__weakrefoffset__:
+                self._deliveries.reader(optimizer).dataset = weakref.ref(dataset)
 
     def _drawn(self, iterator: Any, index: Any) -> None:
         number = _compat.drawn_number(iterator)
@@ -131,7 +135,9 @@ class LoadingPatch:
             iteration = self._iterations[iterator] = self._begin(iterator)
         people = len(index) if iteration.counts and hasattr(index, "__len__") else None
         rows = 1 if people == 0 and iteration.fills else people
-        delivery = iteration.drawn[number] = Delivery(iteration, people, rows)
+        drawn_by = iteration.sampler() if iteration.sampler is not None else None
+        rate = None if drawn_by is None else float(drawn_by.sample_rate)
+        delivery = iteration.drawn[number] = Delivery(iteration, people, rows, rate)
         splitter = iteration.splitter() if iteration.splitter is not None else None
         if splitter is not None:
             signals = _compat.skip_signals(splitter)
@@ -155,7 +161,7 @@ class LoadingPatch:
     def _begin(self, iterator: Any) -> Iteration:
         """A pass begins: find out whose batches these are."""
         optimizers: list[Any] = []
-        uniform, splitter = False, None
+        uniform, splitter = None, None
         splitting = _compat.splitting_sampler()
         for sampler in _chain(iterator._index_sampler):
             if splitting is not None and isinstance(sampler, splitting):
@@ -163,9 +169,10 @@ class LoadingPatch:
                 optimizers.append(splitter)
             if _is_key(sampler):
                 optimizers.extend(self._ties.get(sampler, ()))
-            uniform = uniform or isinstance(sampler, _compat.uniform_samplers())
+            if isinstance(sampler, _compat.uniform_samplers()):
+                uniform = sampler
         readers = [self._deliveries.reader(o) for o in {id(o): o for o in optimizers}.values()]
-        if uniform and not readers:
+        if uniform is not None and not readers:
             readers = [self._deliveries.untied]
         return Iteration(
             readers,
@@ -173,6 +180,7 @@ class LoadingPatch:
             counts=_compat.counts_people(iterator),
             fills=_compat.rows_for_nobody(iterator),
             splitter=splitter,
+            sampler=uniform,
         )
 
 

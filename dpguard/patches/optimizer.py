@@ -56,7 +56,12 @@ class OptimizerPatch:
         self._family = Family()
         self._facades = Facades(verdicts, self._family)
         self._protocol = Protocol(verdicts, self._adopt, self._family.holds_dp)
-        self._foreign = ForeignSteps(verdicts, self._family.holds_dp, ledger)
+        self._foreign = ForeignSteps(
+            verdicts,
+            self._family.holds_dp,
+            ledger,
+            functools.partial(self._audit, auditor.after_update),
+        )
         self._hooks = StepHooks(verdicts, self._family.owner)
         self._bounds = Bounds(verdicts, self._family.owner)
         self._scale = LossScale(verdicts, self._family)

@@ -334,6 +334,7 @@ class Pairing:
             record.tally.fired += 1
         if not record.hook.computes:
             task.published.update(id(p) for p in wanted)
+            self._note_terms(task, record, backprops, wanted)
             return
         if record.activations is None:
             self.condemn(record, diagnosis.GRAPH_FREED)
@@ -345,6 +346,25 @@ class Pairing:
         self._take(record, task, arranged, wanted)
         if not task.keeps_graph:
             record.activations = record.outline = None
+
+    def _note_terms(
+        self,
+        task: GraphTask,
+        record: Record,
+        backprops: torch.Tensor,
+        wanted: list[torch.nn.Parameter],
+    ) -> None:
+        """Of how many products the rows are that Opacus computes, of all calls in this backward."""
+        module = record.module
+        dimension = self.kind_of(module).batch_dimension(module)
+        if backprops.dim() <= dimension:
+            return
+        backprops = backprops.movedim(dimension, 0)
+        for parameter in wanted:
+            terms = task.terms.get(id(parameter), 0) + _terms(module, parameter, backprops)
+            task.terms[id(parameter)] = terms
+            state = self.ledger.state(parameter)
+            state.summands = max(state.summands, terms)
 
     def _enter(self, task: GraphTask) -> None:
         """The first call of this model is met in a backward."""
@@ -478,7 +498,7 @@ class Pairing:
                 (opened, now, task.captures(parameter)),
                 lenders=lenders,
                 order=order,
-                terms=_terms(record, parameter, arranged[1]),
+                terms=_terms(record.module, parameter, arranged[1]),
                 strength=strengths.get(parameter) if strengths else None,
             )
 
@@ -563,7 +583,7 @@ class Pairing:
         few = {
             parameter: min(_DRAWS, -(-_ENOUGH_FOR_A_MEAN // numbers))
             for parameter, (_, numbers) in found.items()
-            if 0 < numbers < _ENOUGH_FOR_A_MEAN and _terms(record, parameter, backprops) > 1
+            if 0 < numbers < _ENOUGH_FOR_A_MEAN and _terms(record.module, parameter, backprops) > 1
         }
         strengths = {parameter: strength for parameter, (strength, _) in found.items()}
         for draw in range(1, max(few.values(), default=0)):
@@ -628,15 +648,15 @@ def _unreplayable(record: Record) -> str | None:
     return diagnosis.STRUCTURED_OUTPUT if record.structured else None
 
 
-def _terms(record: Record, parameter: torch.Tensor, backprops: torch.Tensor) -> int:
+def _terms(module: torch.nn.Module, parameter: torch.Tensor, backprops: torch.Tensor) -> int:
     """Of how many products an element of this call's rows is the sum, at most.
 
     Each is a product with one of the row's backprops, of which each output feature has its own.
     """
     own, shape = parameter.shape, backprops.shape[1:]
-    if not record.batch or (len(shape) == 1 and own[:1] == shape):
+    if not len(backprops) or (len(shape) == 1 and own[:1] == shape):
         return 1
-    if isinstance(record.module, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
+    if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
         features = own[1]
     else:
         features = own[0] if len(own) and own[0] in shape else 1

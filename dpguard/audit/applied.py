@@ -1,0 +1,203 @@
+"""What is applied has the noise in it: nobody puts back what was there before.
+
+Between the noise and the update a gradient may be changed in any way that looks at nothing but the
+noised gradient. That it was changed is seen in every step, by its identity and version. A change
+proves nothing; a gradient that is a multiple of the clipped sum, or of the gradient of the batch,
+does, for no function of the noised one takes the noise out of it.
+
+Let ``a`` be the multiple, of each parameter, that comes closest, ``n`` the number of elements and
+``s`` the standard deviation of the noise. A multiple of the noised gradient is off by at least
+``|a| s n**.5 / 2``, except with a probability of ``exp(-0.31 n)``: the norm of the noise is that of
+``n`` independent values, ``n`` at least :data:`_ENOUGH`. Where that is ``10 t`` times the gradient
+or more, one that is off by less than ``t``, some roundings, has none of the noise.
+
+The gradient of the batch is only at hand once a change was seen; so one that is put back is found
+in the second step.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dpguard import _compat, diagnosis
+from dpguard.audit.check import Check, Failure, Failures, Step
+from dpguard.audit.update import PRIVATE
+from dpguard.patches.lean import Clipping
+
+__all__ = ["Applied"]
+
+_OFF = 1e-4
+_ROUNDINGS = 8.0
+_ENOUGH = 200
+
+
+@dataclass
+class _Noised:
+    """What one optimizer has noised in the step at hand.
+
+    Attributes:
+        std: standard deviation of the noise, ``None`` if nothing is to be looked at.
+        grads: the noised gradients, and their versions.
+        suspect: whether gradients were changed after the noise, in this step or an earlier one.
+        raw: the gradients of the batch, and its number of rows, if they are kept.
+        told: the gradients as they were when they were last compared.
+    """
+
+    std: Any = None
+    grads: list[tuple[weakref.ref[torch.Tensor], int]] = field(default_factory=list)
+    suspect: bool = False
+    raw: tuple[list[Any], int] | None = None
+    told: list[tuple[int, int]] = field(default_factory=list)
+
+    def clear(self) -> None:
+        self.std, self.raw, self.grads, self.told = None, None, [], []
+
+
+class Applied(Check):
+    """Compares gradients that were changed after the noise with what they were made of."""
+
+    def __init__(self) -> None:
+        self._noised: weakref.WeakKeyDictionary[Any, _Noised] = weakref.WeakKeyDictionary()
+
+    def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:
+        """``p.grad`` still is the gradient of the batch."""
+        state = self._of(optimizer)
+        if state.suspect and step.parameters:
+            rows = getattr(step.parameters[0], "grad_sample", None)
+            pieces = rows if isinstance(rows, list) else [rows]
+            count = sum(len(piece) for piece in pieces if isinstance(piece, torch.Tensor))
+            mean = optimizer.loss_reduction == "mean"
+            state.raw = [p.grad for p in step.parameters], count if mean else 1
+        return ()
+
+    def after_noise(self, step: Step, optimizer: Any) -> Failures:
+        """Note the gradients with their noise."""
+        state = self._of(optimizer)
+        std = _compat.noise_std(optimizer)
+        grads: list[Any] = [p.grad for p in step.parameters]
+        if std is not None and all(map(_is_plain, grads)):
+            state.std = std  # of 0, on ranks that add no noise, nothing is proved below
+            state.grads = [(weakref.ref(grad), grad._version) for grad in grads]
+        else:
+            state.std = None
+        return ()
+
+    def before_update(self, step: Step, optimizer: Any) -> Failures:
+        """The step hooks have run."""
+        return self._look(step, optimizer)
+
+    def applied(self, step: Step, optimizer: Any) -> Failures:
+        """The wrapped optimizer has stepped, its own hooks have run."""
+        self._look(step, optimizer)
+        self._of(optimizer).clear()
+        return ()
+
+    def cleared(self, step: Step, optimizer: Any) -> Failures:
+        """Nothing is kept."""
+        self._of(optimizer).clear()
+        return ()
+
+    def forget(self, optimizer: Any) -> None:
+        """The step was refused."""
+        self._of(optimizer).clear()
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _of(self, optimizer: Any) -> _Noised:
+        found = self._noised.get(optimizer)
+        if found is None:
+            found = self._noised[optimizer] = _Noised()
+        return found
+
+    @torch.no_grad()
+    def _look(self, step: Step, optimizer: Any) -> Failures:
+        state = self._of(optimizer)
+        grads = [p.grad for p in step.parameters]
+        if state.std is None or len(grads) != len(state.grads):
+            return ()
+        exact = not _compat.is_distributed()
+        pairs = enumerate(zip(grads, state.grads, strict=True))
+        changed = [i for i, (grad, noised) in pairs if _is_changed(grad, *noised, exact=exact)]
+        now = [(id(grads[i]), getattr(grads[i], "_version", -1)) for i in changed]
+        if not changed or now == state.told:
+            return ()
+        state.suspect, state.told = True, now
+        sums = [getattr(p, "summed_grad", None) for p in step.parameters]
+        raw, count = state.raw or ([], 1)
+        self._compare(step, changed, (grads, sums), state.std)
+        if len(raw) == len(grads):
+            self._compare(step, changed, (grads, raw), state.std / max(1, count))
+        return ()
+
+    def _compare(
+        self,
+        step: Step,
+        changed: Sequence[int],
+        tensors: tuple[Sequence[Any], Sequence[Any]],
+        std: Any,
+    ) -> None:
+        """Measure how far gradients are from multiples of what has no noise in it."""
+        grads, bare = tensors
+        chosen = [
+            i
+            for i in changed
+            if _is_plain(grads[i])
+            and _is_plain(bare[i])
+            and grads[i].numel() == bare[i].numel()
+            and grads[i].device == bare[i].device
+        ]
+        size = sum(grads[i].numel() - 1 for i in chosen)
+        if size < _ENOUGH:
+            return
+        off: list[torch.Tensor] = []
+        lengths: list[torch.Tensor] = []
+        noises: list[torch.Tensor] = []
+        for i in chosen:
+            wide = torch.promote_types(grads[i].dtype, torch.float32)
+            grad, other = grads[i].reshape(-1).to(wide), bare[i].reshape(-1).to(wide)
+            multiple = torch.nan_to_num((grad @ other) / (other @ other))
+            off.append((grad - multiple * other).norm().double())
+            lengths.append(grad.norm().double())
+            noise = std.to(grad.device) if isinstance(std, torch.Tensor) else std
+            noises.append(
+                (multiple.abs() * noise * math.sqrt(grad.numel() - 1)).double().reshape(())
+            )
+        device = off[0].device
+        columns = [
+            torch.stack([x.to(device) for x in each]).norm() for each in (off, lengths, noises)
+        ]
+        unit = max(_compat.unit_roundoff(grads[i].dtype) for i in chosen)
+        limit = max(_OFF, _ROUNDINGS * unit)
+        names = tuple(step.names[i] for i in chosen) if len(step.names) == len(grads) else ()
+
+        def receive(values: list[float]) -> Failures:
+            far, length, noise = values
+            if not (length > 0 and far <= limit * length and noise >= 10 * limit * length):
+                return ()
+            return [Failure(PRIVATE, diagnosis.NOISE_TAKEN_OUT, names, figure=far, bound=noise)]
+
+        step.collect((PRIVATE,), torch.stack(columns), receive)
+
+
+def _is_changed(grad: Any, noised: weakref.ref[torch.Tensor], version: int, *, exact: bool) -> bool:
+    """Whether a gradient is not the noised one any more; one that is gone changes nothing.
+
+    Dividing by the batch size is one change in place. Where ranks are added up there are more,
+    which are not counted then.
+    """
+    if grad is None:
+        return False
+    changes: int = grad._version - version
+    return noised() is not grad or (exact and not 0 <= changes <= 1)
+
+
+def _is_plain(grad: Any) -> bool:
+    return (
+        isinstance(grad, torch.Tensor) and grad.layout is torch.strided and grad.is_floating_point()
+    )

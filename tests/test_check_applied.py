@@ -1,0 +1,205 @@
+"""What is applied has the noise in it; what is computed from the noised gradient alone is fine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from digits import Training
+from releases import needs_adaptive, needs_ghost, needs_reshaping
+
+import dpguard
+from dpguard import diagnosis
+from dpguard.audit.update import PRIVATE
+
+pytestmark = needs_reshaping
+KINDS = [
+    "flat",
+    "per_layer",
+    pytest.param("adaptive", marks=needs_adaptive),
+    pytest.param("ghost", marks=needs_ghost),
+    "split",
+]
+
+
+def raw_in_a_step_hook(training):
+    """The gradient of the batch is kept before the step and put back after the noise."""
+    kept = keep_raw(training)
+
+    def put_back(optimizer):
+        for p in optimizer.params:
+            p.grad = kept[p]
+
+    training.optimizer.attach_step_hook(put_back)
+
+
+def raw_in_a_hook_of_the_inner_optimizer(training):
+    kept = keep_raw(training)
+
+    def put_back(optimizer, _args, _kwargs):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad.copy_(3 * kept[p])
+
+    training.optimizer.original_optimizer.register_step_pre_hook(put_back)
+
+
+def keep_raw(training):
+    kept = {}
+    training.before_step = lambda t: kept.update((p, p.grad.clone()) for p in t.raw.parameters())
+    return kept
+
+
+def sum_in_a_step_hook(training):
+    """The clipped sum is taken, which has no noise."""
+
+    def put_back(optimizer):
+        for p in optimizer.params:
+            p.grad = p.summed_grad / optimizer.expected_batch_size
+
+    training.optimizer.attach_step_hook(put_back)
+
+
+def sum_in_scale_grad(training):
+    optimizer = training.optimizer
+
+    def scale_grad():
+        for p in optimizer.params:
+            p.grad = p.summed_grad / optimizer.expected_batch_size
+
+    optimizer.scale_grad = scale_grad
+
+
+FAULTS = {
+    raw_in_a_step_hook: 1,
+    raw_in_a_hook_of_the_inner_optimizer: 2,
+    sum_in_a_step_hook: 0,
+    sum_in_scale_grad: 0,
+}
+"""And in which step after the first with it at the latest it is refused."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+def test_noise_that_is_taken_out_is_refused(mode, fault, kind):
+    """Before the parameters change where it is seen then, else in the next step."""
+    with dpguard.install(mode=mode) as guard:
+        training = Training(kind)
+        training.run(3)
+        fault(training)
+        with pytest.raises(
+            dpguard.PrivacyViolation, match=r"update\.private.*Remedy: change p\.grad"
+        ):
+            training.run(5)
+        assert training.steps - 3 <= FAULTS[fault]
+        assert {(v.check, v.cause) for v in guard.violations} == {
+            (PRIVATE, diagnosis.NOISE_TAKEN_OUT)
+        }
+
+
+def test_observe_says_it():
+    """And training goes on."""
+    with dpguard.install(mode="observe") as guard:
+        training = Training()
+        sum_in_scale_grad(training)
+        training.run(3)
+        assert {v.cause for v in guard.violations} == {diagnosis.NOISE_TAKEN_OUT}
+        assert guard.violations[0].severity.value == "CRITICAL"
+
+
+# -- what may be done with noised gradients ----------------------------------------------------------
+
+
+def scaled(grads, _memory):
+    return [3 * g for g in grads]
+
+
+def in_place(grads, _memory):
+    return [g.mul_(0.1) for g in grads]
+
+
+def clipped(grads, _memory):
+    norm = torch.stack([g.norm() for g in grads]).norm()
+    return [g * (0.01 / norm).clamp(max=1) for g in grads]
+
+
+def signs(grads, _memory):
+    return [g.sign() for g in grads]
+
+
+def averaged(grads, memory):
+    for i, g in enumerate(grads):
+        memory[i] = 0.9 * memory.get(i, 0) + g
+    return [memory[i].clone() for i in range(len(grads))]
+
+
+def sparse(grads, _memory):
+    return [g * (g.abs() > g.abs().median()) for g in grads]
+
+
+def centred(grads, _memory):
+    return [g - g.mean() for g in grads]
+
+
+def cleared(grads, _memory):
+    return [torch.zeros_like(g) for g in grads]
+
+
+def in_half_precision(grads, _memory):
+    return [g.bfloat16().float() for g in grads]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "change",
+    [scaled, in_place, clipped, signs, averaged, sparse, centred, cleared, in_half_precision],
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize("where", ["step hook", "inner hook"])
+def test_what_is_computed_from_noised_gradients_is_fine(where, change, kind):
+    """Privacy is closed under it, and nothing is said."""
+    with dpguard.install(mode="strict") as guard:
+        training, memory = Training(kind), {}
+
+        def hook(*_):
+            parameters = list(training.raw.parameters())
+            found = change([p.grad for p in parameters], memory)
+            for p, grad in zip(parameters, found, strict=True):
+                p.grad = grad
+
+        if where == "step hook":
+            training.optimizer.attach_step_hook(hook)
+        else:
+            training.optimizer.original_optimizer.register_step_pre_hook(hook)
+        training.run(8)
+        guard.flush()
+        assert {v.cause for v in guard.violations} == set()
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1e-6])
+def test_without_noise_to_speak_of_nothing_is_said(sigma):
+    """Then a noised gradient is a multiple of the clipped sum."""
+    with dpguard.install(mode="repair") as guard:
+        training = Training()
+        training.optimizer.noise_multiplier = sigma
+        training.optimizer.attach_step_hook(
+            lambda o: [setattr(p, "grad", 2 * p.grad) for p in o.params]
+        )
+        training.run(5)
+        assert guard.violations == ()
+
+
+def test_nothing_is_kept():
+    """Between steps no gradient is held."""
+    with dpguard.install(mode="repair") as guard:
+        training = Training()
+        raw_in_a_step_hook(training)
+        training.run(1)
+        training.optimizer.zero_grad(set_to_none=True)
+        (applied,) = {
+            check
+            for check, _ in guard._runtime.auditor._hooks["applied"]
+            if type(check).__name__ == "Applied"
+        }
+        state = applied._noised[training.optimizer]
+        assert (state.raw, state.grads, state.std) == (None, [], None)
