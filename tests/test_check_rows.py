@@ -15,6 +15,7 @@ from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from releases import DOUBLE_EMBEDDING, MIXED, needs_reshaping
 from torch import nn
+from truth import equal_to_rounding
 
 import dpguard
 from dpguard import diagnosis
