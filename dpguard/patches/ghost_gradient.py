@@ -177,16 +177,20 @@ class _Wrappers:
 
     def get_norm_sample(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         pairing = self._pairing_of(instance)
-        if pairing is not None:
-            pairing.settle()
-        return wrapped(*args, **kwargs)
+        if pairing is None:
+            return wrapped(*args, **kwargs)
+        pairing.settle()
+        norms = wrapped(*args, **kwargs)
+        pairing.on_norms(norms)
+        return norms
 
     def backward(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         pairing = self._pairing_of(instance.module)
         if pairing is None:
             return wrapped(*args, **kwargs)
         pairing.adapts = _compat.adapts_bound(instance)
-        return pairing.run(instance.loss_per_sample, lambda: wrapped(*args, **kwargs))
+        reduction = instance.loss_reduction
+        return pairing.run(instance.loss_per_sample, reduction, lambda: wrapped(*args, **kwargs))
 
     def criterion(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         pairing = self._pairing_of(instance.module)

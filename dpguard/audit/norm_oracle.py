@@ -1,0 +1,200 @@
+"""The row oracle in ghost clipping: norms are those of one person's gradient.
+
+There are no rows, only the norms of which clip factors are made. Every so often one person of one
+batch is drawn, and the gradient of that person's loss alone computed once more on the live graph,
+between Opacus's two backwards (:mod:`dpguard.patches.norm_draws`); here its norms are compared with
+those. A norm of somebody else, of a wrong norm sampler, or of rows in another order than the losses
+lets a person add more than the clip bound, while all calls together still add up
+(:mod:`dpguard.audit.passes`).
+
+Only where all losses together have the gradient that autograd has put into ``p.grad``: unless they
+have, a hook that changes gradients, or a part that came another way, is at work, and nothing is
+said of that parameter.
+
+The bound is that of :mod:`dpguard.audit.oracle`: norms differ by no more than the rows do that they
+are of. One that is made without rows is the root of a sum in which much may cancel, so its square
+has an error of its own, ``q = (LAMBDA * sqrt(n) * u + 4 u') * (|a|**2 + T) * |b|**2``: inputs ``a``
+and backprops ``b`` of ``T`` positions each, ``n = T**2`` plus the features of both, ``u`` of the
+arithmetic and ``u'`` of operands; then the norm is off by at most ``sqrt(q)``, and by ``q`` divided
+by the sum of both norms. What is too small for its square to be told from zero is no difference.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from dpguard import _compat, diagnosis
+from dpguard.audit.check import Check, Failure, Failures, Step
+from dpguard.audit.oracle import CERTAIN, ORACLE, TIMES, failure
+from dpguard.audit.rows import LAMBDA
+from dpguard.ledger import Ledger
+
+if TYPE_CHECKING:
+    from dpguard.patches.norm_draws import NormDraw, Part
+
+__all__ = ["NormOracle"]
+
+
+class NormOracle(Check):
+    """Compares the norms of one person with those of that person's own gradient.
+
+    Args:
+        ledger: draws people, where it is given what does.
+        every: how often, in logical steps.
+    """
+
+    def __init__(self, ledger: Ledger, every: int) -> None:
+        self._ledger = ledger
+        self._every = every
+
+    def begin(self, step: Step, optimizer: Any) -> Failures:
+        """Send what was found since the last step to the host."""
+        if _compat.clips_rows(optimizer):
+            return ()
+        with torch.no_grad():
+            for draw in self._ledger.norm_draws.take(step.parameters):
+                self._compare(step, draw)
+        return ()
+
+    def before_update(self, step: Step, optimizer: Any) -> Failures:
+        """Have a person drawn for the next step, if it is time."""
+        if (step.number + 1) % self._every == 0:
+            self._ledger.norm_draws.arm(step.parameters)
+        return ()
+
+    def forget(self, optimizer: Any) -> None:
+        """The step will be repeated."""
+        self._ledger.norm_draws.arm(optimizer.params)
+
+    def _compare(self, step: Step, draw: NormDraw) -> None:
+        compared = [
+            _Compared(self._ledger.name_of(p), id(p) in draw.counted, _factors(p, part, draw), part)
+            for part in draw.parts
+            if (p := part.parameter()) is not None
+        ]
+        if compared and draw.total is not None and draw.mixing is not None:
+            step.run(ORACLE, count=len(compared))
+            figures = [*(_figures(found.part) for found in compared), draw.total, draw.mixing]
+            receive = functools.partial(_verdict, step, draw.rows, compared)
+            step.collect((ORACLE,), torch.cat(figures), receive)
+
+
+class _Factors(NamedTuple):
+    """What norms are multiplied by in a bound.
+
+    Attributes:
+        alone: for one person.
+        together: for all people.
+        least: the smallest bound.
+    """
+
+    alone: float
+    together: float
+    least: float
+
+
+class _Compared(NamedTuple):
+    """One parameter; ``counted`` says whether its norms are a part of the total."""
+
+    name: str
+    counted: bool
+    factors: _Factors
+    part: Part
+
+
+def _factors(parameter: torch.nn.Parameter, part: Part, draw: NormDraw) -> _Factors:
+    kinds = {parameter.dtype, *part.kinds, *draw.kinds}
+    wide = [_compat.at_least_single(kind) for kind in kinds]
+    unit = max(map(_compat.unit_roundoff, wide))
+    device, convolves = parameter.device, parameter.dim() > 2  # noqa: PLR2004
+    low = max(_compat.operand_roundoff(kind, device, convolves=convolves) for kind in kinds)
+    plain = LAMBDA * math.sqrt(draw.widest) * unit
+    tiny = max(torch.finfo(kind).tiny for kind in wide)
+    return _Factors(
+        plain + 4 * low,
+        plain * math.sqrt(draw.rows) + 4 * low,
+        math.sqrt(tiny * max(1, parameter.numel())),
+    )
+
+
+_EACH = 6
+
+
+def _figures(part: Part) -> torch.Tensor:
+    """Six figures of one parameter, as :func:`_verdict` reads them."""
+    square = part.figures.new_zeros(1) if part.square is None else part.square.double().reshape(1)
+    return torch.cat([part.figures, part.norms, square])  # type: ignore[list-item]
+
+
+def _verdict(
+    step: Step, rows: int, compared: Sequence[_Compared], values: list[float]
+) -> Sequence[Failure]:
+    """What to make of the figures: six of each parameter, and four of all."""
+    *by_parameter, totals, total, mixed, scattered = values
+    if not all(map(math.isfinite, values)):
+        return []  # that is another check's, and not for the log to tell
+    per = [by_parameter[i : i + _EACH] for i in range(0, len(by_parameter), _EACH)]
+    own = [max(mine, given) for mine, _, _, _, given, _ in per]
+    of_all = math.hypot(*own)
+    most = max(totals, rows * of_all)
+    known = [
+        i
+        for i, (_, short, _, size, _, _) in enumerate(per)
+        if short <= compared[i].factors.together * (size + most) + compared[i].factors.least
+    ]
+    if not known:
+        step.ran.pop(ORACLE, None)
+        return []
+    step.ran[ORACLE] = len(known)
+    worst = max(found.factors.together for found in compared)
+    scale = min(totals, rows * math.hypot(*(mine for mine, *_ in per)))
+    if math.hypot(*(whole for _, _, whole, _, _, _ in per)) <= TIMES * worst * scale:
+        return []  # gradients that cancel add up to anything
+    found: dict[str, list[tuple[str, float, float]]] = {}
+    bounds = {}
+    for i in known:
+        mine, _, _, _, given, square = per[i]
+        factors = compared[i].factors
+        bound = bounds[i] = (
+            2 * factors.alone * (own[i] + of_all) + factors.least + _of(square, mine + given)
+        )
+        if abs(mine - given) > bound:
+            cause = _cause(abs(mine - given), own[i], bound, mixed=mixed, scattered=scattered)
+            found.setdefault(cause, []).append((compared[i].name, abs(mine - given), bound))
+    if not found:
+        found = _left_out(compared, per, bounds, total)
+    return [failure(cause, which) for cause, which in found.items()]
+
+
+def _of(square: float, both: float) -> float:
+    """By how much two norms differ at most, if their squares differ by ``square`` at most."""
+    root = math.sqrt(square)
+    return min(root, square / both) if both else root
+
+
+def _cause(wrong: float, own: float, bound: float, *, mixed: float, scattered: float) -> str:
+    if wrong <= max(CERTAIN * own, TIMES * bound):
+        return diagnosis.NORM_INEXACT
+    if scattered:
+        return diagnosis.ROW_OF_ANOTHER
+    return diagnosis.NORMS_REORDERED if mixed else diagnosis.NORM_OF_ANOTHER
+
+
+def _left_out(
+    compared: Sequence[_Compared], per: list[list[float]], bounds: dict[int, float], total: float
+) -> dict[str, list[tuple[str, float, float]]]:
+    """Parameters that the norm of the person should have been made of as well."""
+    due = math.hypot(*(per[i][0] for i in bounds))
+    factor = max(compared[i].factors.alone for i in bounds)
+    bound = math.hypot(*bounds.values()) + 2 * factor * due
+    if due - total <= bound:
+        return {}
+    cause = _cause(due - total, due, bound, mixed=0.0, scattered=0.0)
+    names = [compared[i].name for i in bounds if not compared[i].counted]
+    names = names or [compared[i].name for i in bounds]
+    return {cause: [(name, due - total, bound) for name in names]}
