@@ -406,22 +406,14 @@ class GhostPairing(Pairing):
     def _on_backward_end(self, task: GraphTask) -> None:
         if not self.computes:
             super()._on_backward_end(task)
-            self._look_at_draw()
             return
         self.ledger.end_task(task)
         self._condemn_bypassed(task)
         if self._stage is Stage.NORMS and not self.ledger.is_running(self):
             with torch.no_grad():
                 self.ledger.note_pass(self._sums.compare())
-        self._look_at_draw()
         if self._stage is Stage.OUTSIDE:
             self._show_norms()
-
-    def _look_at_draw(self) -> None:
-        """The first backward is over and its graph still there."""
-        draw = self._draw
-        if draw is not None and not self.ledger.is_running(self):
-            draw.attempt(draw.look)
 
     def _show_norms(self) -> None:
         """Leave norms where Opacus leaves them: whoever calls backward may look at them."""

@@ -126,6 +126,7 @@ class NormDraw:
         self._mixed: list[torch.Tensor] = []
         self._before = before
         """What was in ``p.grad`` before the backward."""
+        self._watch_losses(losses)
 
     def give_up(self) -> None:
         """Nothing can be said of this batch."""
@@ -139,11 +140,31 @@ class NormDraw:
     def _close(self) -> None:
         """From here on the batch is none of our business."""
         self._pairing = self._losses = None
+        self._handle.remove()
         self._before.clear()
         self._calls.clear()
         self._layers.clear()
 
     # -- while the first backward runs ---------------------------------------------------------
+
+    def _watch_losses(self, losses: torch.Tensor) -> None:
+        """Learn which run of the engine is the first backward, and have a look at its end.
+
+        Not at the end of any in which calls are met: a reentrant checkpoint runs it once more.
+        """
+        seen = weakref.WeakMethod(self._on_losses)  # the node must not keep what keeps the node
+
+        def on_losses(_gradients: Any) -> None:
+            method = seen()
+            if method is not None:
+                method()
+
+        self._handle = losses.grad_fn.register_prehook(on_losses)  # type: ignore[union-attr]
+
+    def _on_losses(self) -> None:
+        self._handle.remove()
+        if self._losses is not None:
+            _compat.autograd().on_backward_end(lambda: self.attempt(self.look))
 
     def meet(self, record: Record, backprops: torch.Tensor) -> None:
         """The backprop of a call has come."""
