@@ -12,11 +12,13 @@ have, a hook that changes gradients, or a part that came another way, is at work
 said of that parameter.
 
 The bound is that of :mod:`dpguard.audit.oracle`: norms differ by no more than the rows do that they
-are of. One that is made without rows is the root of a sum in which much may cancel, so its square
-has an error of its own, ``q = (LAMBDA * sqrt(n) * u + 4 u') * (|a|**2 + T) * |b|**2``: inputs ``a``
-and backprops ``b`` of ``T`` positions each, ``n = T**2`` plus the features of both, ``u`` of the
-arithmetic and ``u'`` of operands; then the norm is off by at most ``sqrt(q)``, and by ``q`` divided
-by the sum of both norms. What is too small for its square to be told from zero is no difference.
+are of. Where the products of a row cancel, that is relative to what is multiplied, inputs ``a`` and
+backprops ``b`` of ``T`` positions: ``scale**2 = (|a|**2 + T) * |b|**2`` of that person. A norm that
+is made without rows is the root of a sum over pairs of positions, so its square has an error of its
+own, ``q = (LAMBDA * sqrt(n) * u + 4 u') * scale**2``: ``n = T**2`` plus the features of both, ``u``
+of the arithmetic and ``u'`` of operands; then the norm is off by at most ``sqrt(q)``, and by ``q``
+divided by the sum of both norms. What is too small for its square to be told from zero is no
+difference.
 """
 
 from __future__ import annotations
@@ -122,59 +124,75 @@ def _factors(parameter: torch.nn.Parameter, part: Part, draw: NormDraw) -> _Fact
     )
 
 
-_EACH = 6
+class _Found(NamedTuple):
+    """The figures of one parameter, see :class:`dpguard.patches.norm_draws.Part`."""
+
+    mine: float
+    short: float
+    whole: float
+    all_given: float
+    given: float
+    scale: float
+    square: float
+
+    @property
+    def own(self) -> float:
+        """The larger of both norms."""
+        return max(self.mine, self.given)
 
 
 def _figures(part: Part) -> torch.Tensor:
-    """Six figures of one parameter, as :func:`_verdict` reads them."""
-    square = part.figures.new_zeros(1) if part.square is None else part.square.double().reshape(1)
-    return torch.cat([part.figures, part.norms, square])  # type: ignore[list-item]
+    """The numbers of a :class:`_Found`."""
+    none = part.figures.new_zeros(())
+    further = [none if one is None else one.double() for one in (part.scale, part.square)]
+    return torch.cat([part.figures, part.norms, torch.stack(further)])  # type: ignore[list-item]
 
 
 def _verdict(
     step: Step, rows: int, compared: Sequence[_Compared], values: list[float]
 ) -> Sequence[Failure]:
-    """What to make of the figures: six of each parameter, and four of all."""
+    """What to make of the figures: those of each parameter, and four of all."""
     *by_parameter, totals, total, mixed, scattered = values
     if not all(map(math.isfinite, values)):
         return []  # that is another check's, and not for the log to tell
-    per = [by_parameter[i : i + _EACH] for i in range(0, len(by_parameter), _EACH)]
-    own = [max(mine, given) for mine, _, _, _, given, _ in per]
-    of_all = math.hypot(*own)
+    count = len(_Found._fields)
+    per = [_Found(*by_parameter[i : i + count]) for i in range(0, len(by_parameter), count)]
+    of_all = math.hypot(*(one.own for one in per))
     most = max(totals, rows * of_all)
     known = [
         i
-        for i, (_, short, _, size, _, _) in enumerate(per)
-        if short <= compared[i].factors.together * (size + most) + compared[i].factors.least
+        for i, one in enumerate(per)
+        if one.short
+        <= compared[i].factors.together * (one.all_given + most + rows * one.scale)
+        + compared[i].factors.least
     ]
     if not known:
         step.ran.pop(ORACLE, None)
         return []
     step.ran[ORACLE] = len(known)
     worst = max(found.factors.together for found in compared)
-    scale = min(totals, rows * math.hypot(*(mine for mine, *_ in per)))
-    if math.hypot(*(whole for _, _, whole, _, _, _ in per)) <= TIMES * worst * scale:
+    scale = min(totals, rows * math.hypot(*(one.mine for one in per)))
+    if math.hypot(*(one.whole for one in per)) <= TIMES * worst * scale:
         return []  # gradients that cancel add up to anything
     found: dict[str, list[tuple[str, float, float]]] = {}
     bounds = {}
     for i in known:
-        mine, _, _, _, given, square = per[i]
-        factors = compared[i].factors
-        bound = bounds[i] = (
-            2 * factors.alone * (own[i] + of_all) + factors.least + _of(square, mine + given)
-        )
-        if abs(mine - given) > bound:
-            cause = _cause(abs(mine - given), own[i], bound, mixed=mixed, scattered=scattered)
-            found.setdefault(cause, []).append((compared[i].name, abs(mine - given), bound))
+        bound = bounds[i] = _bound(per[i], compared[i].factors, of_all)
+        wrong = abs(per[i].mine - per[i].given)
+        if wrong > bound:
+            cause = _cause(wrong, per[i].own, bound, mixed=mixed, scattered=scattered)
+            found.setdefault(cause, []).append((compared[i].name, wrong, bound))
     if not found:
         found = _left_out(compared, per, bounds, total)
     return [failure(cause, which) for cause, which in found.items()]
 
 
-def _of(square: float, both: float) -> float:
-    """By how much two norms differ at most, if their squares differ by ``square`` at most."""
-    root = math.sqrt(square)
-    return min(root, square / both) if both else root
+def _bound(one: _Found, factors: _Factors, of_all: float) -> float:
+    """By how much two norms of the same gradient differ at most."""
+    of_square, both = math.sqrt(one.square), one.mine + one.given
+    if both:
+        of_square = min(of_square, one.square / both)
+    return 2 * factors.alone * (one.own + of_all + one.scale) + factors.least + of_square
 
 
 def _cause(wrong: float, own: float, bound: float, *, mixed: float, scattered: float) -> str:
@@ -186,10 +204,10 @@ def _cause(wrong: float, own: float, bound: float, *, mixed: float, scattered: f
 
 
 def _left_out(
-    compared: Sequence[_Compared], per: list[list[float]], bounds: dict[int, float], total: float
+    compared: Sequence[_Compared], per: list[_Found], bounds: dict[int, float], total: float
 ) -> dict[str, list[tuple[str, float, float]]]:
     """Parameters that the norm of the person should have been made of as well."""
-    due = math.hypot(*(per[i][0] for i in bounds))
+    due = math.hypot(*(per[i].mine for i in bounds))
     factor = max(compared[i].factors.alone for i in bounds)
     bound = math.hypot(*bounds.values()) + 2 * factor * due
     if due - total <= bound:

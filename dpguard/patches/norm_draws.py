@@ -49,15 +49,17 @@ class Part:
         figures: norm of the person's gradient; how far ``p.grad`` is off the gradient of all
             losses, and the norm of that, both as of their sum.
         kinds: precisions of what its layer was given.
+        scale: norm that the person's gradient would have if nothing cancelled in it.
+        square: what rounding may add to the square of a norm that is not that of a row.
         norms: sum of all people's norms of which clip factors are made, and the person's.
-        square: of that norm, what rounding may add to its square.
     """
 
     parameter: weakref.ref[torch.nn.Parameter]
     figures: torch.Tensor
     kinds: set[torch.dtype]
+    scale: torch.Tensor | None
+    square: torch.Tensor | None
     norms: torch.Tensor | None = None
-    square: torch.Tensor | None = None
 
 
 @dataclass
@@ -65,11 +67,12 @@ class _Layer:
     """What is known of the layers of one parameter from their calls.
 
     Attributes:
-        square: what rounding may add to the square of a norm that is not taken of rows.
+        scale, square: as in :class:`Part`.
         is_known: whether it is known how that norm was made.
     """
 
     kinds: set[torch.dtype]
+    scale: torch.Tensor | None = None
     square: torch.Tensor | None = None
     is_known: bool = True
 
@@ -183,15 +186,17 @@ class NormDraw:
             self._calls[id(node)] = _Call(node, record.index, dimension)
         inputs = record.activations or ()
         kinds = {t.dtype for t in (*inputs, backprops) if _is_float(t)}
-        square: torch.Tensor | None = None
         is_ghost = people is None and _compat.norm_sampler(pairing.hooks, module) is not None
-        if is_ghost and backprops.dim() > dimension:
-            if backprops.shape[dimension] != self.rows:
-                return  # refused by others
-            square = self._square(inputs, backprops, dimension)
+        scale: torch.Tensor | None = None
+        square: torch.Tensor | None = None
+        if backprops.dim() > dimension and backprops.shape[dimension] == self.rows:
+            row = self._row if people is None else None
+            scale, square = self._strength(inputs, backprops, dimension, row)
         for parameter in record.trained:
             layer = self._layers.setdefault(id(parameter), _Layer(set()))
             layer.kinds |= kinds
+            if scale is not None:
+                layer.scale = scale if layer.scale is None else layer.scale + scale
             if not is_ghost:
                 continue
             if square is None:
@@ -200,33 +205,33 @@ class NormDraw:
                 layer.square = square if layer.square is None else layer.square + square
 
     @torch.no_grad()
-    def _square(
-        self, inputs: Iterable[Any], backprops: torch.Tensor, dimension: int
-    ) -> torch.Tensor | None:
-        """What rounding may add to the square of the person's norm, if it is made without rows.
+    def _strength(
+        self, inputs: Iterable[Any], backprops: torch.Tensor, dimension: int, row: int | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """How large the gradient of one row would be if nothing cancelled in it; of all if not one.
 
-        Such a norm is the root of a sum over pairs of positions, in which much may cancel: the
-        error is relative to the norms of inputs and backprops, and not to what is left. Squares
-        may be too small for the precision, too.
+        And what rounding may add to the square of its norm, if that is made without rows: such a
+        norm is the root of a sum over pairs of positions, in which much may cancel, and of squares
+        that may be too small for the precision. In ``observe`` there are no inputs.
         """
-        mine = backprops.narrow(dimension, self._row, 1)
         kind, wide = backprops.dtype, _compat.at_least_single(backprops.dtype)
         features = backprops.shape[-1]
-        positions = max(1, mine.numel() // max(1, features))
+        mine = backprops if row is None else backprops.narrow(dimension, row, 1)
         size = torch.linalg.vector_norm(mine, dtype=wide).square() / self._weight**2
-        with_input = size.new_full((), float(positions))
+        positions = max(1, mine.numel() // max(1, features))
+        along = size.new_full((), float(positions))
         first = next(iter(inputs), None)
+        if first is None and positions > 1:
+            return None, None
         if isinstance(first, torch.Tensor) and first.is_floating_point():
-            own = first.narrow(dimension, self._row, 1)
-            with_input = with_input + torch.linalg.vector_norm(own, dtype=wide).square()
-            features += first.shape[-1]
-        elif first is None and positions > 1:
-            return None  # in `observe` inputs are Opacus's
+            if row is not None and first.dim() > dimension and len(first) == len(backprops):
+                first = first.narrow(dimension, row, 1)
+            along = along + torch.linalg.vector_norm(first, dtype=wide).square()
+            features += first.shape[-1] if first.dim() else 1
         roundings = math.sqrt(positions**2 + features) * _compat.unit_roundoff(wide)
         low = _compat.operand_roundoff(kind, backprops.device, convolves=False)
         least = torch.finfo(kind).tiny * mine.numel()
-        square: torch.Tensor = with_input * (size * (LAMBDA * roundings + 4 * low) + least)
-        return square
+        return (along * size).sqrt(), along * (size * (LAMBDA * roundings + 4 * low) + least)
 
     # -- after it ------------------------------------------------------------------------------
 
@@ -311,7 +316,8 @@ class NormDraw:
             weakref.ref(parameter),
             torch.stack([figure.double() for figure in figures]),
             layer.kinds,
-            square=layer.square,
+            layer.scale,
+            layer.square,
         )
 
     # -- between the backwards -----------------------------------------------------------------
