@@ -14,7 +14,7 @@ from models import CNN, MLP, Functorch, InPlaceCNN, Recurrent
 from opacus import PrivacyEngine
 from opacus.layers import DPMultiheadAttention
 from opacus.utils.batch_memory_manager import BatchMemoryManager
-from releases import BATCH_FIRST_ATTENTION, GHOST
+from releases import BATCH_FIRST_ATTENTION, DOUBLE_EMBEDDING, GHOST, MIXED
 from shuffled import violations
 from test_check_noise import adaptive_engine
 from torch import nn
@@ -157,8 +157,6 @@ HEALTHY = {
     "frozen": Frozen,
     **({"language": Language} if BATCH_FIRST_ATTENTION else {}),
 }
-SINGLE = {"tokens", "language"}
-"""Opacus has no rows in double precision of embeddings, before some release."""
 
 
 class Squares(nn.Module):
@@ -241,8 +239,11 @@ def not_run(guard):
 @pytest.mark.parametrize("kind", HEALTHY)
 def test_healthy_models_pass(guard, kind, mode, dtype, reduction):
     """Each parameter that takes part is compared in each step, and nothing is found."""
-    if dtype is torch.bfloat16 and kind in {"recurrent", "functorch"}:
+    embeds = kind in {"tokens", "language"}
+    if dtype is torch.bfloat16 and (kind in {"recurrent", "functorch"} or not MIXED):
         pytest.skip("this Opacus cannot train it in half precision")
+    if dtype is not torch.float32 and embeds and not DOUBLE_EMBEDDING:
+        pytest.skip("this Opacus has rows of embeddings in single precision only")
     torch.manual_seed(2)
     model = HEALTHY[kind]().to(dtype)
     training = Training(model, mode, sigma=0.5, reduction=reduction)
@@ -944,7 +945,7 @@ def test_nothing_is_left_of_it():
         return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     points = []
-    for every in (0, 1):
+    for every in (0, 0, 1):  # what other tests have left goes meanwhile
         with dpguard.install(mode="repair", oracle_every=every):
             training = Training(CNN())
             training.step()
@@ -955,7 +956,7 @@ def test_nothing_is_left_of_it():
             training.optimizer.step()
             points.append(alive() - before)
         del training, loss
-    assert points[0] == points[1]
+    assert points[1] == points[2]
 
 
 def test_what_the_log_says(tmp_path):
