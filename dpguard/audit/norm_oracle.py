@@ -18,7 +18,9 @@ is made without rows is the root of a sum over pairs of positions, so its square
 own, ``q = (LAMBDA * sqrt(n) * u + 4 u') * scale**2``: ``n = T**2`` plus the features of both, ``u``
 of the arithmetic and ``u'`` of operands; then the norm is off by at most ``sqrt(q)``, and by ``q``
 divided by the sum of both norms. What is too small for its square to be told from zero is no
-difference.
+difference; and one that is little more than the bound is none unless the norm of all parameters is
+off by more than its own rounding: where nearly everything cancels on the way to a parameter (the
+bias of attention keys), what is left of it is rounding, and bounds no contribution.
 """
 
 from __future__ import annotations
@@ -179,8 +181,11 @@ def _verdict(
     for i in known:
         bound = bounds[i] = _bound(per[i], compared[i].factors, of_all)
         wrong = abs(per[i].mine - per[i].given)
-        if wrong > bound:
-            cause = _cause(wrong, per[i].own, bound, mixed=mixed, scattered=scattered)
+        cause = _cause(wrong, per[i].own, bound, mixed=mixed, scattered=scattered)
+        # A little is nothing unless the norm of which the parameter is a part is off by it as well.
+        least = 2 * compared[i].factors.alone * of_all
+        matters = wrong * (per[i].mine + per[i].given) > 2 * of_all * least
+        if wrong > bound and (matters or cause != diagnosis.NORM_INEXACT):
             found.setdefault(cause, []).append((compared[i].name, wrong, bound))
     if not found:
         found = _left_out(compared, per, bounds, total)

@@ -224,7 +224,7 @@ class NormDraw:
         if first is None and positions > 1:
             return None, None
         if isinstance(first, torch.Tensor) and first.is_floating_point():
-            if row is not None and first.dim() > dimension and len(first) == len(backprops):
+            if first.dim() > dimension and first.shape[dimension] == self.rows and row is not None:
                 first = first.narrow(dimension, row, 1)
             along = along + torch.linalg.vector_norm(first, dtype=wide).square()
             features += first.shape[-1] if first.dim() else 1
