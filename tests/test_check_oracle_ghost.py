@@ -25,6 +25,8 @@ from truth import rows_of
 
 import dpguard
 from dpguard import _compat, diagnosis, vjp
+from dpguard.audit import norm_oracle
+from dpguard.audit.check import Step
 from dpguard.audit.oracle import ORACLE
 from dpguard.patches import norm_draws
 
@@ -759,21 +761,48 @@ def test_packed_sequences(guard):
     not_run(guard)
 
 
+@pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_layers_inside_of_checkpoints(guard, reentrant):
-    """Also if the same layer is called with the same inputs outside of it."""
+def test_layers_inside_of_checkpoints(guard, reentrant, first):
+    """Also if they are called with the same inputs outside of it, so that both parts are alike."""
 
     class Both(Between):
         def forward(self, x):
             x = x.requires_grad_()
+            before = None if first else super().forward(x)
             inside = checkpoint(super().forward, x, use_reentrant=reentrant)
-            return super().forward(x) + inside
+            return inside + (super().forward(x) if first else before)
 
     training = Training(Both())
     for _ in range(4):
         training.step()
         assert found(guard) == []
     assert violations(guard) == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (1.0, set()),
+        (1.00001, {diagnosis.NORM_INEXACT}),  # the norm of all is off by more than it is rounded
+        (1.1, {diagnosis.NORM_OF_ANOTHER}),
+    ],
+)
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_what_little_differences_matter(given, said, size):
+    """What is left of a gradient in which all cancels is rounding; far off is wrong all the same."""
+    factors = norm_oracle._Factors(1e-6, 1e-6, 0.0)
+    compared = [norm_oracle._Compared(name, True, factors, None) for name in ("small", "large")]
+    other = (1.0, 0.0, 4.0, 4.0, 1.0, 0.0, 0.0)
+    if size < 1 and given == 1.00001:
+        given = 1.01  # more than the bound, and nothing beside the other
+        said = set()
+    small = (size, 0.0, size, 4 * size, given * size, 0.0, 0.0)
+    values = [*small, *other, 4.0, 2.0, 0.0, 0.0]
+    step = Step(0, audited=True, optimizer="")
+    failures = norm_oracle._verdict(step, 4, compared, values)
+    assert {(f.cause, f.parameters) for f in failures} == {(cause, ("small",)) for cause in said}
+    assert abs(given - 1) * size > 2e-6 * (2 + size) or not given > 1
 
 
 def test_a_hook_that_changes_gradients(guard):
