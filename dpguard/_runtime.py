@@ -21,6 +21,7 @@ from dpguard.audit.calls import Calls
 from dpguard.audit.check import Check
 from dpguard.audit.clip import Clip
 from dpguard.audit.noise import Noise
+from dpguard.audit.norm_oracle import NormOracle
 from dpguard.audit.oracle import RowOracle
 from dpguard.audit.passes import PassValues
 from dpguard.audit.people import People, rows_at_hand
@@ -45,6 +46,7 @@ from dpguard.patches.attributes import AttributeForwarding
 from dpguard.patches.ghost import GhostPairing
 from dpguard.patches.grad_sample import GradSamplePatch
 from dpguard.patches.loading import LoadingPatch
+from dpguard.patches.norm_draws import NormDraws
 from dpguard.patches.optimizer import OptimizerPatch
 from dpguard.patches.outputs import Outputs
 from dpguard.patches.pairing import Pairing
@@ -80,7 +82,9 @@ class Runtime:
         emit = _weakly(self.emit)
         changes = settings.mode.changes_the_host
         report = _weakly(self.report_internal)
-        self.outputs = Outputs(report) if settings.oracle_every and _compat.nodes() else None
+        asks = bool(settings.oracle_every and _compat.nodes())
+        self.outputs = Outputs(report) if asks else None
+        self.ledger.norm_draws = NormDraws(report) if asks else None
         self.auditor = StepAuditor(self.ledger, settings, emit, self._checks(), report)
         kinds = ((Pairing, _compat.uses_stock_hooks), (GhostPairing, _compat.uses_ghost_hooks))
         self.grad_sample = GradSamplePatch(
@@ -115,7 +119,9 @@ class Runtime:
             self.accounting,
         ]
         if self.outputs is not None:
-            checks.append(RowOracle(self.ledger, self.outputs, self.settings.oracle_every))
+            every = self.settings.oracle_every
+            checks.append(RowOracle(self.ledger, self.outputs, every))
+            checks.append(NormOracle(self.ledger, every))
         return checks
 
     def _rows_at_hand(self, optimizer: Any) -> tuple[int, ...]:

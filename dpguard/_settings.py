@@ -64,8 +64,9 @@ class Settings:
         log_dir: directory of the audit log, or ``None`` for readable lines on stderr
             (``DPGUARD_LOG``).
         audit_every: audit every N-th logical step (``DPGUARD_AUDIT_EVERY``).
-        oracle_every: have one row of each parameter recomputed in every N-th logical step, the
-            first included; 0 for never (``DPGUARD_ORACLE_EVERY``).
+        oracle_every: have one row of each parameter, in ghost clipping one person's norms,
+            recomputed in every N-th logical step, the first included; 0 for never
+            (``DPGUARD_ORACLE_EVERY``).
         sensitive: write data-dependent figures to their own file (``DPGUARD_SENSITIVE``).
         run_id: name of the run, or ``None`` to have one made (``DPGUARD_RUN_ID``).
         key_file: file that holds the key for the HMAC of the log (``DPGUARD_KEY_FILE``).

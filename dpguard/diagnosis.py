@@ -42,6 +42,9 @@ NORMS_INCOMPLETE = "norms_miss_a_part"
 ROW_OF_ANOTHER = "row_of_another"
 ROW_INEXACT = "row_inexact"
 ROWS_REORDERED = "rows_reordered"
+NORM_OF_ANOTHER = "norm_of_another"
+NORM_INEXACT = "norm_inexact"
+NORMS_REORDERED = "norms_reordered"
 GRADIENT_HOOK = "gradient_hook"
 LOSS_REDUCTION = "loss_reduction"
 BATCHES_OVERLAP = "batches_overlap"
@@ -298,6 +301,30 @@ _DIAGNOSES = {
         "do not rely on row i being sample i of the batch. If the model sorts its inputs (by "
         "length), let all layers see the same order",
         Severity.WARNING,
+    ),
+    NORM_OF_ANOTHER: Diagnosis(
+        "the norm of which a person's clip factor is made is not the norm of that person's "
+        "gradient, computed once more from that person's loss alone, so what one person adds is "
+        "not bounded by the clip bound",
+        "check the norm sampler (or grad sampler) that is registered for the layer and what "
+        "changes p._norm_sample between the two backwards, let the model be wrapped for the "
+        "reduction of the loss, or use grad_sample_mode='hooks', which needs no norm samplers",
+        Severity.CRITICAL,
+    ),
+    NORM_INEXACT: Diagnosis(
+        "the norm of which a person's clip factor is made differs from that of the person's "
+        "gradient by more than rounding explains, though not by much",
+        "check the norm sampler (or grad sampler) that is registered for the layer, and whether "
+        "samples influence each other slightly on their way through the model (statistics over "
+        "the batch)",
+    ),
+    NORMS_REORDERED: Diagnosis(
+        "losses and rows of layers are in different orders, so the norms of one person make the "
+        "clip factor of another person's loss",
+        "keep the samples in one order from the inputs of every layer to the losses: undo a "
+        "permutation (a sort by length, a shuffle) before the criterion, or apply it to the batch "
+        "and its targets before the model",
+        Severity.CRITICAL,
     ),
     NOISE_MISSING: Diagnosis(
         "nothing was added to the clipped sum where noise is declared and accounted",

@@ -96,6 +96,8 @@ class Ledger:
         """Serial of the last private batch that a data loader has delivered."""
         self.watcher: Callable[[Any], None] | None = None
         """Is given the record of each call that is backpropagated, if somebody wants it."""
+        self.norm_draws: Any = None
+        """Draws people in ghost clipping, see :mod:`dpguard.patches.norm_draws`."""
         self.blocks: set[int] = set()
         """Segments of blocks that are declared to be other people than those in other blocks."""
         self.batches = Batches()

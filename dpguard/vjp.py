@@ -36,11 +36,13 @@ class Shares:
         leaves: leaf tensors with the gradients of one person and of all.
         ends: nodes at which to stop, with the index of the input and what has arrived there.
         widest: largest number of elements of any gradient on the way.
+        kinds: their precisions.
     """
 
     leaves: list[tuple[torch.Tensor, Pair]] = field(default_factory=list)
     ends: list[tuple[Any, int, Pair]] = field(default_factory=list)
     widest: int = 1
+    kinds: set[torch.dtype] = field(default_factory=set)
 
 
 def added(one: Pair | None, other: Pair) -> Pair:
@@ -54,6 +56,7 @@ def propagate(
     *,
     wanted: Callable[[torch.Tensor], bool],
     is_end: Callable[[Any], bool],
+    watch: Callable[[Any, list[Pair | None]], None] | None = None,
 ) -> Shares:
     """Evaluate ``root`` and the nodes above it that lead to what is wanted.
 
@@ -62,12 +65,13 @@ def propagate(
         gradients: for each of its inputs the gradients, or ``None`` if there is none.
         wanted: whether the gradient of this leaf tensor is asked for.
         is_end: whether to stop at this node, not evaluate it and say what has arrived.
+        watch: is given each node before it is evaluated, and what has arrived there.
 
     Raises:
         Unfit: a node on the way may not be evaluated.
         RuntimeError: a node could not be: its saved tensors are gone or there is no memory.
     """
-    return _Run(root, gradients, wanted, is_end).run()
+    return _Run(root, gradients, wanted, is_end, watch).run()
 
 
 class _Run:
@@ -77,6 +81,7 @@ class _Run:
         gradients: list[Pair | None],
         wanted: Callable[[torch.Tensor], bool],
         is_end: Callable[[Any], bool],
+        watch: Callable[[Any, list[Pair | None]], None] | None,
     ) -> None:
         nodes = _compat.nodes()
         if nodes is None:
@@ -85,6 +90,7 @@ class _Run:
         self._root = root
         self._wanted = wanted
         self._is_end = is_end
+        self._watch = watch
         self._device = next(pair[1].device for pair in gradients if pair is not None)
         self._waiting: dict[int, list[Pair | None]] = {id(root): gradients}
         self._ends: set[int] = set()
@@ -148,6 +154,9 @@ class _Run:
         for pair in arrived:
             if pair is not None:
                 self._shares.widest = max(self._shares.widest, math.prod(pair[1].shape))
+                self._shares.kinds.add(pair[1].dtype)
+        if self._watch is not None:
+            self._watch(node, arrived)
         pairs = arrived
         if not self._nodes.is_identity(node):
             if not self._nodes.is_plain(node):

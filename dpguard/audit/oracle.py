@@ -36,12 +36,12 @@ from dpguard.patches.sums import flat
 if TYPE_CHECKING:
     from dpguard.patches.outputs import Draw, Outputs
 
-__all__ = ["ORACLE", "RowOracle"]
+__all__ = ["CERTAIN", "ORACLE", "TIMES", "RowOracle", "failure"]
 
 ORACLE = "oracle.rows"
-_CERTAIN = 1e-3
+CERTAIN = 1e-3
 """A row is certainly another's if it is wrong by this part of itself,"""
-_TIMES = 16.0
+TIMES = 16.0
 """and by so many times the bound."""
 _ELSEWHERE = 3e-2
 """Her rows are in another place if they are, all together, as close to her share as that."""
@@ -190,7 +190,7 @@ def _verdict(
         step.ran[ORACLE] = len(known)
         sizes = [max(row, mine) for _, row, mine, *_ in per]
         whole = math.hypot(*sizes)
-        if math.hypot(*(each[4] for each in per)) <= _TIMES * max(together) * totals:
+        if math.hypot(*(each[4] for each in per)) <= TIMES * max(together) * totals:
             return []  # rows that cancel add up to anything
         found: dict[str, list[tuple[str, float, float]]] = {}
         for i in known:
@@ -198,16 +198,17 @@ def _verdict(
             bound = 2 * alone[i] * (own + whole)
             if wrong <= bound:
                 continue
-            certain = wrong > max(_CERTAIN * own, _TIMES * bound)
+            certain = wrong > max(CERTAIN * own, TIMES * bound)
             cause = diagnosis.ROW_OF_ANOTHER if certain else diagnosis.ROW_INEXACT
             if elsewhere <= _ELSEWHERE * whole:
                 cause = diagnosis.ROWS_REORDERED
             found.setdefault(cause, []).append((names[i], wrong, bound))
-        return [_failure(cause, which) for cause, which in found.items()]
+        return [failure(cause, which) for cause, which in found.items()]
 
     return receive
 
 
-def _failure(cause: str, found: list[tuple[str, float, float]]) -> Failure:
+def failure(cause: str, found: list[tuple[str, float, float]]) -> Failure:
+    """What has failed, with the figure that is furthest off of names, figures and bounds."""
     _, figure, bound = max(found, key=lambda one: one[1] / one[2])
     return Failure(ORACLE, cause, tuple(name for name, _, _ in found), figure=figure, bound=bound)

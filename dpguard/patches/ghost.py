@@ -25,6 +25,7 @@ from dpguard._errors import DPGuardError, PerSampleGradientError, PrivacyViolati
 from dpguard.graph_task import GraphTask
 from dpguard.ledger import parameters_of
 from dpguard.patches.ghost_gradient import Carried
+from dpguard.patches.norm_draws import NormDraw, NormDraws
 from dpguard.patches.pairing import Pairing
 from dpguard.patches.pass_sums import PassSums
 from dpguard.patches.records import Record
@@ -109,6 +110,8 @@ class GhostPairing(Pairing):
         """Parameters into which this backward accumulated, with the version of ``p.grad``."""
         self._watched: dict[int, tuple[weakref.ref[Any], Any]] = {}
         self._sums = PassSums()
+        self._draw: NormDraw | None = None
+        """A person of the batch that is being backpropagated, if one was drawn."""
 
     # -- attach and release --------------------------------------------------------------------
 
@@ -172,7 +175,7 @@ class GhostPairing(Pairing):
 
     # -- both backwards ------------------------------------------------------------------------
 
-    def run(self, losses: Any, backward: Callable[[], Any]) -> Any:
+    def run(self, losses: Any, reduction: str, backward: Callable[[], Any]) -> Any:
         """Run Opacus's two backwards so that nothing but clipped gradients can remain.
 
         Batches that were backpropagated before, and that no step has taken and nobody has
@@ -180,6 +183,7 @@ class GhostPairing(Pairing):
 
         Args:
             losses: one loss for each sample, of shape ``(B,)``.
+            reduction: whether the first backward is that of their mean or of their sum.
             backward: runs both backwards.
 
         Raises:
@@ -206,13 +210,14 @@ class GhostPairing(Pairing):
         self._sums.start_from(parameters)
         enabled = self.hooks.hooks_enabled
         self._stage = Stage.NORMS
+        self._draw = self._someone(losses, reduction)
         done = False
         try:
             result = backward()
             done = True
         finally:
             clipped, self._stage = self._stage is Stage.CLIPPED, Stage.OUTSIDE
-            fired = self._fired
+            fired, draw, self._draw = self._fired, self._draw, None
             if not done:
                 for record in fired:
                     self._reopen(record)
@@ -224,9 +229,18 @@ class GhostPairing(Pairing):
         if fired or not self.computes:
             self._last_backward = self.ledger.segment
             self._note(parameters, carried, clipped=clipped)
+            self._keep(draw)
         else:
             carried.give_back()  # a loss that reached no parameter is no batch
         return result
+
+    def _someone(self, losses: torch.Tensor, reduction: str) -> NormDraw | None:
+        draws: NormDraws | None = self.ledger.norm_draws
+        return draws.draw(self, losses, reduction) if draws is not None else None
+
+    def _keep(self, draw: NormDraw | None) -> None:
+        if draw is not None:
+            draw.keep(self)
 
     def _take_back(self, carried: Carried, *, hooks_enabled: bool) -> None:
         """A backward failed: what it has left in ``p.grad`` so far is not a clipped sum."""
@@ -275,6 +289,17 @@ class GhostPairing(Pairing):
         note.renew(grad)
 
     # -- first backward ------------------------------------------------------------------------
+
+    def on_backprops(self, record: Record, backprops: torch.Tensor) -> None:
+        """Compute norms or rows of one call; the person drawn is met here as well."""
+        if self._draw is not None:
+            self._draw.attempt(self._draw.meet, record, backprops)
+        super().on_backprops(record, backprops)
+
+    def on_norms(self, norms: Any) -> None:
+        """The norms are known of which clip factors will be made."""
+        if self._draw is not None:
+            self._draw.attempt(self._draw.judge, norms, self.hooks.trainable_parameters)
 
     def begin(self) -> None:
         """A first backward starts: what an earlier one left unfinished does not count."""

@@ -186,9 +186,12 @@ class _Wrappers:
 
     def get_norm_sample(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         pairing = self._pairing_of(instance)
-        if pairing is not None:
-            pairing.settle()
-        return wrapped(*args, **kwargs)
+        if pairing is None:
+            return wrapped(*args, **kwargs)
+        pairing.settle()
+        norms = wrapped(*args, **kwargs)
+        pairing.on_norms(norms)
+        return norms
 
     def backward(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         pairing = self._pairing_of(instance.module)
@@ -196,7 +199,9 @@ class _Wrappers:
             return wrapped(*args, **kwargs)
         pairing.adapts = _compat.adapts_bound(instance)
         with ghost_clip.watch(instance, self._ledger, self._guarded, repairs=self._repairs):
-            return pairing.run(instance.loss_per_sample, lambda: wrapped(*args, **kwargs))
+            return pairing.run(
+                instance.loss_per_sample, instance.loss_reduction, lambda: wrapped(*args, **kwargs)
+            )
 
     def _guarded(self, function: Callable[[], None]) -> None:
         """An error of our own does not reach the host, and switches trials off."""

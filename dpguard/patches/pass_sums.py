@@ -94,6 +94,7 @@ class PassSums:
     ) -> None:
         """A call of which rows of shape ``(B, *S)`` were computed; ``share`` is their weight."""
         inputs, backprops = arranged
+        self._of(parameter, backprops.dtype)  # that in which autograd makes the gradient
         mine = self._of(parameter, computed_in(rows))
         wide = _wide(rows)
         norms = torch.linalg.vector_norm(rows.reshape(len(rows), parameter.numel()), dim=1)

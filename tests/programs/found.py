@@ -35,6 +35,17 @@ FOUND = {
             Take(),
         ),
     ),
+    # The oracle took the end of the checkpoint's own backward for that of the whole first one.
+    "reentrant_checkpoint_with_the_same_input": (
+        Design(mode="ghost"),
+        (
+            Input(3),
+            Forward(-1),
+            Forward(0, through="reentrant"),
+            Backward((-1, -2)),
+            Take(),
+        ),
+    ),
     # Opacus hooks a module once for each place in which it stands; each hook added the rows.
     "module_in_two_places": (Design(shared=True), (Input(3), Forward(-1), Backward((-1,)), Take())),
     # In-place changes of an output that is a view drop the node that carried the record.
