@@ -235,6 +235,7 @@ class ParameterState:
         "kept",
         "model",
         "name",
+        "narrow",
         "paired",
         "probed",
         "reduction",
@@ -265,6 +266,8 @@ class ParameterState:
         """Whether the strength of rows is wanted."""
         self.cancels = False
         """Whether nearly everything cancels in its rows, so that it is wanted in each step."""
+        self.narrow = False
+        """Whether autograd may add its gradient up in no better precision than its own."""
         self.reduction: str | None = None
         """The reduction of the loss that the model was wrapped for."""
         self.version: int | None = None

@@ -482,3 +482,43 @@ def test_norms_of_rows_in_half_precision(guard):
             *(p.summed_grad.double().norm().item() for p in training.model.parameters())
         )
         assert total <= 1.0 + 1e-5
+
+
+# -- low precision ------------------------------------------------------------------------------------
+
+
+class _Positions(nn.Module):
+    """Embeddings and norms over many positions, all in one precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(5, 16), nn.LayerNorm(16)
+        self.body, self.groups = nn.Linear(16, 16), nn.GroupNorm(4, 16)
+
+    def forward(self, tokens):
+        found = torch.tanh(self.body(self.norm(self.embed(tokens))))
+        return self.groups(found.transpose(1, 2)).square().flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("mode", ["repair", "observe"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_sums_in_low_precision_are_no_faults(mode, dtype):
+    """Torch adds up gradients of norms and embeddings in the precision of their parameters."""
+    with dpguard.install(mode=mode, oracle_every=1) as guard:
+        torch.manual_seed(5)
+        model = _Positions().to(dtype)
+        called = GradSampleModule(model)
+        optimizer = DPOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.01),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            expected_batch_size=8,
+        )
+        for _ in range(3):
+            optimizer.zero_grad()
+            called(torch.randint(5, (8, 384))).mean().backward()
+            optimizer.step()
+        guard.flush()
+        assert guard.violations == ()
+        assert guard.internal_errors == ()
+        assert guard.last_step.checks["conservation"].passed == len(list(model.parameters()))

@@ -77,7 +77,7 @@ class NormOracle(Check):
 
     def _compare(self, step: Step, draw: NormDraw) -> None:
         compared = [
-            _Compared(self._ledger.name_of(p), id(p) in draw.counted, _factors(p, part, draw), part)
+            self._compared(p, part, draw)
             for part in draw.parts
             if (p := part.parameter()) is not None
         ]
@@ -86,6 +86,11 @@ class NormOracle(Check):
             figures = [*(_figures(found.part) for found in compared), draw.total, draw.mixing]
             receive = functools.partial(_verdict, step, draw.rows, compared)
             step.collect((ORACLE,), torch.cat(figures), receive)
+
+    def _compared(self, parameter: torch.nn.Parameter, part: Part, draw: NormDraw) -> _Compared:
+        state = self._ledger.state(parameter)
+        factors = _factors(parameter, part, draw, narrow=state.narrow)
+        return _Compared(state.name, id(parameter) in draw.counted, factors, part)
 
 
 class _Factors(NamedTuple):
@@ -111,10 +116,12 @@ class _Compared(NamedTuple):
     part: Part
 
 
-def _factors(parameter: torch.nn.Parameter, part: Part, draw: NormDraw) -> _Factors:
+def _factors(
+    parameter: torch.nn.Parameter, part: Part, draw: NormDraw, *, narrow: bool
+) -> _Factors:
     kinds = {parameter.dtype, *part.kinds, *draw.kinds}
     wide = [_compat.at_least_single(kind) for kind in kinds]
-    unit = max(map(_compat.unit_roundoff, wide))
+    unit = max(map(_compat.unit_roundoff, [*wide, parameter.dtype] if narrow else wide))
     device, convolves = parameter.device, parameter.dim() > 2  # noqa: PLR2004
     low = max(_compat.operand_roundoff(kind, device, convolves=convolves) for kind in kinds)
     plain = LAMBDA * math.sqrt(draw.widest) * unit

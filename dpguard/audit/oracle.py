@@ -103,10 +103,11 @@ class RowOracle(Check):
             piece = self._rows_of(draw, parameter, pieces) if shares is not None else None
             if shares is None or piece is None or piece.shape[0] != draw.rows:
                 continue
-            matrix = flat(piece)
+            narrow = self._ledger.state(parameter).narrow
             wide = torch.promote_types(parameter.dtype, torch.float32)
             mine, whole = (share.reshape(-1).to(wide) * draw.factor for share in shares[1])
-            found.append(_Compared(name, parameter, piece.dtype, matrix.to(wide), mine, whole))
+            matrix = flat(piece).to(wide)
+            found.append(_Compared(name, parameter, piece.dtype, narrow, matrix, mine, whole))
         return found
 
     def _rows_of(
@@ -127,6 +128,7 @@ class _Compared:
     """The rows of one parameter, and what they should be.
 
     Attributes:
+        narrow: see :class:`dpguard.row_state.ParameterState`.
         rows: of shape ``(B, p.numel())``, as the next two in single precision at least.
         mine: what the row of the person drawn should be.
         whole: what all rows together should be.
@@ -135,6 +137,7 @@ class _Compared:
     name: str
     parameter: torch.nn.Parameter
     dtype: torch.dtype
+    narrow: bool
     rows: torch.Tensor
     mine: torch.Tensor
     whole: torch.Tensor
@@ -171,8 +174,10 @@ def _verdict(
 ) -> Callable[[list[float]], Failures]:
     """What to make of the figures."""
     names = [found.name for found in compared]
-    alone = [factors(f.parameter, f.dtype, draw.widest)[0] for f in compared]
-    together = [factors(f.parameter, f.dtype, draw.widest * draw.rows)[0] for f in compared]
+    alone, together = (
+        [factors(f.parameter, f.dtype, count, narrow=f.narrow)[0] for f in compared]
+        for count in (draw.widest, draw.widest * draw.rows)
+    )
 
     def receive(values: list[float]) -> list[Failure]:
         *by_parameter, elsewhere, totals, finite = values

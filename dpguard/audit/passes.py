@@ -44,17 +44,17 @@ class PassValues(Check):
                 step.run(CONSERVATION, count=len(parameters))
                 known = tuple(names[id(p)] for p in parameters)
                 figures = found.figures.flatten()
-                step.collect((CONSERVATION,), figures, _verdict(known, found, parameters))
+                narrow = [self._ledger.state(p).narrow for p in parameters]
+                receive = _verdict(known, found, parameters, narrow)
+                step.collect((CONSERVATION,), figures, receive)
         return ()
 
 
 def _verdict(
-    names: tuple[str, ...], found: Sketched, parameters: list[Any]
+    names: tuple[str, ...], found: Sketched, parameters: list[Any], narrow: list[bool]
 ) -> Callable[[list[float]], list[Failure]]:
-    limits = [
-        _limit(parameter, dtype, summands)
-        for parameter, dtype, summands in zip(parameters, found.dtypes, found.summands, strict=True)
-    ]
+    each = zip(parameters, found.dtypes, found.summands, narrow, strict=True)
+    limits = [_limit(*one) for one in each]
 
     def receive(values: list[float]) -> list[Failure]:
         count = len(names)
@@ -76,9 +76,10 @@ def _verdict(
     return receive
 
 
-def _limit(parameter: Any, dtype: Any, summands: int) -> float:
+def _limit(parameter: Any, dtype: Any, summands: int, narrow: bool) -> float:
     """The factor of the bound, as for rows; in the scale here nothing cancels."""
-    plain = LAMBDA * math.sqrt(summands) * _compat.unit_roundoff(_compat.at_least_single(dtype))
+    kind = parameter.dtype if narrow else _compat.at_least_single(dtype)
+    plain = LAMBDA * math.sqrt(summands) * _compat.unit_roundoff(kind)
     low = max(
         _compat.operand_roundoff(kind, parameter.device, convolves=parameter.dim() > 2)  # noqa: PLR2004
         for kind in (dtype, parameter.dtype)

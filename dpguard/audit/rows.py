@@ -9,7 +9,9 @@ The bound. Each side is a sum of ``n`` products ``x``, and its rounding error is
 except with a probability that is negligible at ``LAMBDA = 8`` (Higham and Mary, *A new approach to
 probabilistic rounding error analysis*, SIAM J. Sci. Comput. 41, 2019: roundings are independent
 with mean zero, and Azuma's inequality bounds their sum). Operands or results of lower precision
-(TF32, bfloat16) add at most ``2 u`` each, however many there are. What measures partial sums:
+(TF32, bfloat16) add at most ``2 u`` each, however many there are, where products of matrices make
+the gradient; other layers (normalisation, embeddings) may add up in the precision of their
+parameters, whose ``u`` it is then. What measures partial sums:
 
 * A row that is one product (a linear layer without a sequence) has its own norm, so the sum ``S``
   of the norms of all rows, weighted as in the sum, bounds every partial sum.
@@ -212,31 +214,37 @@ class RowValues(Check):
         terms = [state.summands for state in step.states]
         kinds = [computed_in(mine[0]) for mine in rows.pieces]
         own = [parameter.dtype for parameter in step.parameters]
-        key = (terms, kinds, own, compared, step.parameters[0].device)
+        narrow = [state.narrow for state in step.states]
+        key = (terms, kinds, own, narrow, compared, step.parameters[0].device)
         known = self._limits
         if known is None or known[0] != key:
             tiny = float(torch.finfo(dtype).tiny)
-            made = [_factors(step.parameters[i], kinds[i], terms[i]) for i in compared]
+            made = [
+                _factors(step.parameters[i], kinds[i], terms[i], narrow=narrow[i]) for i in compared
+            ]
             plain, low, composed = zip(*made, strict=True)
             known = self._limits = key, _Limits(plain, low, composed, tiny)
         return known[1]
 
 
 def factors(
-    parameter: torch.nn.Parameter, rows_dtype: torch.dtype, summands: int
+    parameter: torch.nn.Parameter, rows_dtype: torch.dtype, summands: int, *, narrow: bool
 ) -> tuple[float, float]:
-    """What the norms of products, and of everything, are multiplied by in a bound."""
-    plain, low, _ = _factors(parameter, rows_dtype, max(1, summands))
+    """What the norms of products, and of everything, are multiplied by in a bound.
+
+    ``narrow`` is that of the :class:`dpguard.row_state.ParameterState`.
+    """
+    plain, low, _ = _factors(parameter, rows_dtype, max(1, summands), narrow=narrow)
     return plain + low, plain
 
 
 def _factors(
-    parameter: torch.nn.Parameter, rows_dtype: torch.dtype, terms: int
+    parameter: torch.nn.Parameter, rows_dtype: torch.dtype, terms: int, *, narrow: bool
 ) -> tuple[float, float, bool]:
     """The numbers of :class:`_Limits` for one parameter."""
     device = parameter.device
-    wide = _compat.at_least_single(parameter.dtype)
-    plain = LAMBDA * math.sqrt(terms) * _compat.unit_roundoff(wide)
+    kind = parameter.dtype if narrow else _compat.at_least_single(parameter.dtype)
+    plain = LAMBDA * math.sqrt(terms) * _compat.unit_roundoff(kind)
     low = max(
         _compat.operand_roundoff(parameter.dtype, device, convolves=parameter.dim() > 2),  # noqa: PLR2004
         _compat.operand_roundoff(rows_dtype, device, convolves=False),

@@ -273,6 +273,11 @@ class Pairing:
         for (name, _), state in zip(self._roster.named, self._states, strict=True):
             state.name, state.paired, state.model = name, self.computes, model
             state.reduction = self.loss_reduction
+        for module in self.hooks._module.modules():
+            if not _compat.multiplies_matrices(module):
+                for parameter in module._parameters.values():
+                    if parameter is not None:
+                        self.ledger.state(parameter).narrow = True
 
     def _note_values(self) -> None:
         """From here to the step the parameters should stay as they are."""

@@ -105,7 +105,8 @@ class PassSums:
         else:
             scale = scale * max(1, backprops.numel() // max(1, parameter.numel())) ** 0.5
         sketch = _sketch_of(parameter, rows).sum()
-        mine.add(sketch * share, (scale + norms.sum()) * share, max(1, len(rows)))
+        positions = backprops.numel() // max(1, backprops.shape[-1])
+        mine.add(sketch * share, (scale + norms.sum()) * share, max(1, len(rows), positions))
 
     def add_call(
         self,
