@@ -50,7 +50,7 @@ class _Noised:
     """
 
     std: Any = None
-    grads: list[tuple[weakref.ref[torch.Tensor], int]] = field(default_factory=list)
+    grads: list[tuple[torch.Tensor, int]] = field(default_factory=list)
     suspect: bool = False
     raw: tuple[list[Any], int] | None = None
     told: list[tuple[int, int]] = field(default_factory=list)
@@ -83,7 +83,7 @@ class Applied(Check):
         grads: list[Any] = [p.grad for p in step.parameters]
         if std is not None and all(map(_is_plain, grads)):
             state.std = std  # of 0, on ranks that add no noise, nothing is proved below
-            state.grads = [(weakref.ref(grad), grad._version) for grad in grads]
+            state.grads = [(grad, grad._version) for grad in grads]
         else:
             state.std = None
         return ()
@@ -115,12 +115,16 @@ class Applied(Check):
             found = self._noised[optimizer] = _Noised()
         return found
 
-    @torch.no_grad()
     def _look(self, step: Step, optimizer: Any) -> Failures:
         state = self._of(optimizer)
-        grads = [p.grad for p in step.parameters]
-        if state.std is None or len(grads) != len(state.grads):
+        if state.std is None or len(step.parameters) != len(state.grads):
             return ()
+        for parameter, (noised, version) in zip(step.parameters, state.grads, strict=True):
+            if parameter.grad is not noised or noised._version - version not in _SCALED:
+                break
+        else:
+            return ()  # nearly always
+        grads = [p.grad for p in step.parameters]
         exact = not _compat.is_distributed()
         pairs = enumerate(zip(grads, state.grads, strict=True))
         changed = [i for i, (grad, noised) in pairs if _is_changed(grad, *noised, exact=exact)]
@@ -135,6 +139,7 @@ class Applied(Check):
             self._compare(step, changed, (grads, raw), state.std / max(1, count))
         return ()
 
+    @torch.no_grad()
     def _compare(
         self,
         step: Step,
@@ -185,16 +190,18 @@ class Applied(Check):
         step.collect((PRIVATE,), torch.stack(columns), receive)
 
 
-def _is_changed(grad: Any, noised: weakref.ref[torch.Tensor], version: int, *, exact: bool) -> bool:
+_SCALED = (0, 1)
+"""Changes in place: dividing by the batch size is one."""
+
+
+def _is_changed(grad: Any, noised: torch.Tensor, version: int, *, exact: bool) -> bool:
     """Whether a gradient is not the noised one any more; one that is gone changes nothing.
 
-    Dividing by the batch size is one change in place. Where ranks are added up there are more,
-    which are not counted then.
+    Where ranks are added up there are more changes in place, which are not counted then.
     """
     if grad is None:
         return False
-    changes: int = grad._version - version
-    return noised() is not grad or (exact and not 0 <= changes <= 1)
+    return noised is not grad or (exact and grad._version - version not in _SCALED)
 
 
 def _is_plain(grad: Any) -> bool:
