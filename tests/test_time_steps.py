@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from truth import assert_rows_equal, rows_of
 
 import dpguard
 from dpguard import _compat
+from dpguard.patches.time_steps import TimeSteps
 
 pytestmark = pytest.mark.skipif(
     _compat._release(_compat.opacus_version()) < _compat._LEAN_SINCE,
@@ -230,3 +232,27 @@ def test_uninstalled_between_forward_and_backward():
         loss = called(x).mean()
     loss.backward()
     assert_rows_equal(called, rows_of(mean_loss, plain, [x]), torch.float64)
+
+
+def test_calls_that_are_not_alike_do_not_wait_together():
+    """Neither another shape or precision, nor other people or parameters."""
+    p = nn.Parameter(torch.zeros(2, 3))
+
+    def call(**differing):
+        return SimpleNamespace(
+            **{"segment": 1, "batch": 4, "order": None, "people": None, **differing}
+        )
+
+    steps = TimeSteps(call(), 1, [p])
+    given = torch.zeros(4, 3), torch.zeros(4, 2)
+    assert steps.add(*given)
+    assert steps.add(*given)
+    assert not steps.add(given[0].double(), given[1])
+    assert not steps.add(given[0], given[1].double())
+    assert not steps.add(given[0][:3], given[1][:3])
+    assert len(steps.inputs) == len(steps.backprops) == 2
+    assert steps.goes_on(call(), [p])
+    assert not steps.goes_on(call(), [p, p])
+    assert not steps.goes_on(call(), [nn.Parameter(p)])
+    for name, other in (("segment", 2), ("batch", 5), ("order", torch.arange(4)), ("people", 1)):
+        assert not steps.goes_on(call(**{name: other}), [p]), name

@@ -48,6 +48,7 @@ class TimeSteps:
         mine = self.record
         return (
             record.segment == mine.segment
+            and record.batch == mine.batch
             and record.order is mine.order
             and record.people is None
             and len(wanted) == len(self.wanted)
@@ -57,7 +58,8 @@ class TimeSteps:
     def add(self, inputs: torch.Tensor, backprops: torch.Tensor) -> bool:
         """Have a call wait if its tensors, of shape ``(B, features)``, are like those that do."""
         if self.inputs:
-            if backprops.shape != self.backprops[0].shape or inputs.shape != self.inputs[0].shape:
+            pairs = (inputs, self.inputs[0]), (backprops, self.backprops[0])
+            if any(new.shape != one.shape or new.dtype is not one.dtype for new, one in pairs):
                 return False
         else:
             one, other = backprops.shape[1], inputs.shape[1]
