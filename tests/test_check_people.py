@@ -265,6 +265,19 @@ def test_several_steps_on_one_batch_are_refused(guard, mode):
     assert causes(guard) == [diagnosis.BATCH_REUSED] * 2
 
 
+def test_two_steps_on_each_batch_are_refused(guard):
+    """At the second time: from the first on it is asked where all batches come from."""
+    private = Private()
+    steps = 0
+    with pytest.raises(dpguard.PrivacyViolation, match="used again"):  # noqa: PT012
+        for x, y in private.loader:
+            for _ in range(2):
+                private.step(plain(private, x, y))
+                steps += 1
+    assert steps == 3
+    assert causes(guard) == [diagnosis.BATCH_REUSED]
+
+
 @pytest.mark.parametrize("mode", ["repair", "observe"])
 def test_several_steps_on_copies_of_one_batch_are_said_once(mode):
     """As on a device: that it is the same batch cannot be proved."""

@@ -105,8 +105,8 @@ class People(Check):
         found = self._compare(step, logical, sizes, notes)
         logical.others = self._deliveries.others
         self._calls.rest()
-        if logical.waits:
-            self._calls.watch()  # whence the next batch comes
+        if logical.undelivered:
+            self._calls.watch()  # whence the next batches come: it has happened once
         if found is not None:
             logical.draws = None
             if not logical.waits:
