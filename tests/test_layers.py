@@ -11,7 +11,7 @@ from opacus import GradSampleModule
 from opacus.grad_sample import register_grad_sampler
 from opacus.layers.dp_rnn import RNNLinear
 from opacus.optimizers import DPOptimizer
-from releases import needs_functorch
+from releases import FUNCTORCH, needs_functorch
 from torch import nn
 from truth import equal_to_rounding
 
@@ -345,6 +345,8 @@ def test_rows_of_linear_layers_have_the_bits_of_opacus(kind, shape, reduction):
 )
 def test_rows_of_convolutions_have_the_bits_of_opacus(options, size, reduction):
     """Whatever the stride, padding or groups; the layer is called twice."""
+    if isinstance(options.get("padding"), str) and not FUNCTORCH:
+        pytest.skip("this Opacus knows no padding by name")
     torch.manual_seed(4)
     model = nn.Sequential(nn.Conv2d(4, 6, 3, **options), nn.Tanh())
     x = torch.randn(size, 4, 7, 6)
