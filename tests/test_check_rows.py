@@ -504,6 +504,8 @@ class _Positions(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_sums_in_low_precision_are_no_faults(mode, dtype):
     """Torch adds up gradients of norms and embeddings in the precision of their parameters."""
+    if dtype is not torch.float32 and not DOUBLE_EMBEDDING:
+        pytest.skip("this Opacus has rows of embeddings in single precision only")
     with dpguard.install(mode=mode, oracle_every=1) as guard:
         torch.manual_seed(5)
         model = _Positions().to(dtype)
