@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ABSENT", "Patch", "Transaction", "living"]
+__all__ = ["ABSENT", "Patch", "Transaction", "is_instance", "living"]
 
 ABSENT: Any = object()
 """Stands for an attribute that the owner itself did not have."""
@@ -38,6 +38,14 @@ def living(classes: Iterable[type]) -> list[Any]:
     """All objects of these classes that exist: those made before the guard need it as well."""
     wanted = _Verdicts(tuple(classes))
     return [found for found in gc.get_objects() if wanted[type(found)]]
+
+
+def is_instance(value: Any, classes: type | tuple[type, ...]) -> bool:
+    """``isinstance``, for what others hold: a weak proxy whose object is gone is of no class."""
+    try:
+        return isinstance(value, classes)
+    except ReferenceError:
+        return False
 
 
 @dataclass(frozen=True)

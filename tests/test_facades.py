@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import opacus
@@ -380,3 +381,28 @@ def test_an_optimizer_round_a_plain_one_is_left_alone(guard):
     del plain.noise_multiplier
     assert not hasattr(plain, "noise_multiplier")
     assert guard.interventions == ()
+
+
+def test_what_a_facade_holds_may_be_gone():
+    """A weak proxy whose object is gone, as Lightning's optimizers keep one, stands for nothing."""
+
+    class Trainer:
+        pass
+
+    trainer = Trainer()
+    model = GradSampleModule(nn.Linear(2, 2))
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        expected_batch_size=4,
+    )
+    optimizer._strategy = weakref.proxy(trainer)
+    del trainer
+    with dpguard.install(mode="repair") as guard:  # which meets all optimizers that exist
+        assert "state=active" in repr(guard)
+        optimizer.zero_grad()
+        model(torch.randn(4, 2)).sum().backward()
+        optimizer.step()
+        assert guard.last_step is not None
+        assert guard.internal_errors == ()

@@ -24,7 +24,7 @@ import wrapt
 from dpguard import _callsite, _compat, diagnosis
 from dpguard._errors import DPGuardError
 from dpguard.patches.copies import FORWARDED
-from dpguard.patching import ABSENT, Transaction
+from dpguard.patching import ABSENT, Transaction, is_instance
 from dpguard.verdicts import Verdicts
 
 __all__ = ["AttributeForwarding", "ForwardedAttribute"]
@@ -169,7 +169,7 @@ class AttributeForwarding:
             name
             for name, value in instance.__dict__.items()
             if name not in NAMES
-            and isinstance(value, _OWNABLE)
+            and is_instance(value, _OWNABLE)
             and id(value) not in shared
             and isinstance(_static(type(instance), name), (type(None), ForwardedAttribute))
             and _is_alias(inner, name, value)

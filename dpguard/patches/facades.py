@@ -15,7 +15,7 @@ from typing import Any
 
 from dpguard import _callsite, _compat, diagnosis
 from dpguard.patches.copies import MINE, slots_of
-from dpguard.patching import ABSENT, Transaction
+from dpguard.patching import ABSENT, Transaction, is_instance
 from dpguard.verdicts import Verdicts
 
 __all__ = ["Facades", "Family"]
@@ -104,7 +104,7 @@ class Family:
         optimizer = _compat.torch_optimizer_class()
         slots = {name: getattr(found, name, None) for name in slots_of(type(found))}
         things = (*own.items(), *slots.items())
-        held = [(k, v) for k, v in things if isinstance(v, optimizer) and v is not found]
+        held = [(k, v) for k, v in things if v is not found and is_instance(v, optimizer)]
         stands_for = self.is_dp if self.is_dp(found) else self.holds_dp
         dp = [(key, value) for key, value in held if stands_for(value)]
         if len(dp) != 1:

@@ -36,7 +36,8 @@ class Weights:
     ) -> None:
         both = first.unsqueeze(0) if second is None else torch.stack((first, second))
         most, all_rows = _COPIED[both.is_cpu], sum(p.numel() for p in parameters)
-        self.room = min(most // max(1, both.shape[1]), all_rows // _OF_ALL)
+        room = min(most // max(1, both.shape[1]), all_rows // _OF_ALL)
+        self.room = room if room >= _LEAST else 0
         """Elements of a row that may be copied."""
         self._cast = {both.dtype: both}
         self._dtype = both.dtype
@@ -119,7 +120,9 @@ def _small(
 _COPIED = {True: 1 << 13, False: 1 << 17}
 """Elements that are copied at a time, on a CPU or on a device that is slow to be called,"""
 _OF_ALL = 64
-"""and this part of all rows at most."""
+"""and this part of all rows at most;"""
+_LEAST = 64
+"""where that is less, there is little to be had."""
 
 
 def _sum_together(
