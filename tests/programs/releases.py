@@ -48,3 +48,6 @@ MODES = (
     *(["functorch"] if FUNCTORCH else []),
     *(["ghost", "fast"] if GHOST_CRITERION else []),
 )
+
+SUMS_BY_CONTRACT = hasattr(importlib.import_module(DPOptimizer.__module__), "contract")
+"""Opacus adds clipped rows up with opt_einsum, which for one number takes another kernel of torch."""
