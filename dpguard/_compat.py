@@ -574,7 +574,7 @@ def rows_are_fresh(hooks: Any, module: torch.nn.Module) -> bool:
     return _sampler(hooks, module).__module__.startswith("opacus.")
 
 
-_KNOWN_SAMPLERS = {
+_KNOWN_SAMPLERS: dict[tuple[Any, Any], str] = {
     ("opacus.grad_sample.linear", "compute_linear_grad_sample"): "linear",
     ("opacus.grad_sample.dp_rnn", "compute_rnn_linear_grad_sample"): "linear",
     ("opacus.grad_sample.conv", "compute_conv_grad_sample"): "convolution",
@@ -586,7 +586,7 @@ def known_sampler(sampler: Any) -> str | None:
     if _release(opacus_version()) < _LEAN_SINCE:
         return None
     name = getattr(sampler, "__module__", None), getattr(sampler, "__qualname__", None)
-    return _KNOWN_SAMPLERS.get(name)  # type: ignore[arg-type]
+    return _KNOWN_SAMPLERS.get(name)
 
 
 def unfolded(layer: Any, inputs: Any) -> Any:
@@ -928,16 +928,11 @@ def clip_rule(optimizer: Any) -> str | None:
     return _KNOWN_RULES.get(_method(optimizer, read[0]).__qualname__)
 
 
-def clip_code(optimizer: Any) -> Any:
-    """What tells one ``clip_and_accumulate`` from another: its code, if it is written in Python.
+def code_of(owner: Any, name: str) -> Any:
+    """What tells one rule from another: the code of a method, or the method if it has none.
 
     A function that is made anew in each step is the same rule as long as its code is.
     """
-    return code_of(optimizer, "clip_and_accumulate")
-
-
-def code_of(owner: Any, name: str) -> Any:
-    """The code of a method, or the method if it is not written in Python."""
     method = _method(owner, name)
     return getattr(method, "__code__", method)
 

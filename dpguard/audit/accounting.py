@@ -149,7 +149,7 @@ class Accounting(Check):
         state = self._states.get(optimizer)
         if state is None:
             state = self._states[optimizer] = _State()
-        state.sigma = _number(_compat.due_sigma(optimizer))
+        state.sigma = _compat.plain_number(_compat.due_sigma(optimizer))
         self._know(state, optimizer)
         failures: list[Failure] = []
         for reference, _, book in state.accountants:
@@ -165,7 +165,7 @@ class Accounting(Check):
         if state is None:
             state = self._states[optimizer] = _State()
         if state.sigma is None:  # the noise is not added where it can be seen
-            state.sigma = _number(_compat.due_sigma(optimizer))
+            state.sigma = _compat.plain_number(_compat.due_sigma(optimizer))
             self._know(state, optimizer)
         if not state.had or not step.parameters:
             return ()
@@ -321,10 +321,6 @@ def _misfits(
 def _rounded(rate: float) -> float:
     """The largest rate that Opacus accounts for one with which batches are drawn."""
     return rate / (1 - rate) * (1 + _EXACT) if rate < 1 else math.inf
-
-
-def _number(found: Any) -> float | None:
-    return _compat.plain_number(found)
 
 
 def _entry(found: Any) -> _Entry:

@@ -202,7 +202,7 @@ class Clip(Check):
 
     def _measure(self, step: Step, optimizer: Any, rows: Rows) -> Failures:
         """How much one person can change by the rule that is about to be used."""
-        rule = _compat.clip_code(optimizer)
+        rule = _compat.code_of(optimizer, "clip_and_accumulate")
         if step.clip is None or not self._is_due(optimizer, rule):
             return ()
         generator = self._mine.signs.generator(rows.parameters[0].device)
