@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from dpguard import _compat, diagnosis
-from dpguard.audit.check import Check, Failure, Failures, Step
+from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.patches.step_hooks import ACCOUNTED
 from dpguard.patching import ABSENT
 
@@ -118,8 +118,8 @@ class Accounting(Check):
     names = (STEPS, SIGMA, RATE, SAMPLING)
 
     def __init__(self) -> None:
-        self._states: weakref.WeakKeyDictionary[Any, _State] = weakref.WeakKeyDictionary()
-        self._books: weakref.WeakKeyDictionary[Any, _Book] = weakref.WeakKeyDictionary()
+        self._states = PerOwner(lambda _: _State())
+        self._books = PerOwner(lambda _: _Book())
         self._owners: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
         self._strays: set[float] = set()
 
@@ -127,7 +127,7 @@ class Accounting(Check):
 
     def prepared(self, accountant: Any, sampler: Any) -> None:
         """An engine has made a loader; without ``sampler``, one that does no Poisson sampling."""
-        book = self._book(accountant)
+        book = self._books.of(accountant)
         book.is_poisson = sampler is not None and book.is_poisson is not False
         if sampler is not None:
             self._owners[sampler] = weakref.ref(accountant)
@@ -140,15 +140,13 @@ class Accounting(Check):
         if owner is None:
             self._strays.add(rate)
         elif accountant is not None:
-            self._book(accountant).rates.add(rate)
+            self._books.of(accountant).rates.add(rate)
 
     # -- hooks of a check ------------------------------------------------------------------------
 
     def before_noise(self, step: Step, optimizer: Any) -> Failures:
         """The noise will be made with this sigma, and accounted right after."""
-        state = self._states.get(optimizer)
-        if state is None:
-            state = self._states[optimizer] = _State()
+        state = self._states.of(optimizer)
         state.sigma = _compat.plain_number(_compat.due_sigma(optimizer))
         self._know(state, optimizer)
         failures: list[Failure] = []
@@ -161,9 +159,7 @@ class Accounting(Check):
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
         """The step is about to be applied: every accountant has to have it."""
-        state = self._states.get(optimizer)
-        if state is None:
-            state = self._states[optimizer] = _State()
+        state = self._states.of(optimizer)
         if state.sigma is None:  # the noise is not added where it can be seen
             state.sigma = _compat.plain_number(_compat.due_sigma(optimizer))
             self._know(state, optimizer)
@@ -222,12 +218,6 @@ class Accounting(Check):
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _book(self, accountant: Any) -> _Book:
-        book = self._books.get(accountant)
-        if book is None:
-            book = self._books[accountant] = _Book()
-        return book
-
     def _know(self, state: _State, optimizer: Any) -> None:
         """The accountants that the step hook tells; if it tells none, those it told before."""
         hook = getattr(optimizer, "step_hook", None)
@@ -235,7 +225,7 @@ class Accounting(Check):
             state.hook = hook
             found = _compat.accountants_of(hook)
             if found:
-                state.accountants = [(weakref.ref(a), rate, self._book(a)) for a, rate in found]
+                state.accountants = [(weakref.ref(a), rate, self._books.of(a)) for a, rate in found]
         state.had = state.had or bool(state.accountants) or hasattr(optimizer, ACCOUNTED)
 
     def _compare(

@@ -18,7 +18,6 @@ in the second step.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 
 from dpguard import _compat, diagnosis
-from dpguard.audit.check import Check, Failure, Failures, Step
+from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.update import PRIVATE
 from dpguard.patches.lean import Clipping
 
@@ -63,11 +62,11 @@ class Applied(Check):
     """Compares gradients that were changed after the noise with what they were made of."""
 
     def __init__(self) -> None:
-        self._noised: weakref.WeakKeyDictionary[Any, _Noised] = weakref.WeakKeyDictionary()
+        self._noised = PerOwner(lambda _: _Noised())
 
     def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:
         """``p.grad`` still is the gradient of the batch."""
-        state = self._of(optimizer)
+        state = self._noised.of(optimizer)
         if state.suspect and step.parameters:
             rows = getattr(step.parameters[0], "grad_sample", None)
             pieces = rows if isinstance(rows, list) else [rows]
@@ -78,7 +77,7 @@ class Applied(Check):
 
     def after_noise(self, step: Step, optimizer: Any) -> Failures:
         """Note the gradients with their noise."""
-        state = self._of(optimizer)
+        state = self._noised.of(optimizer)
         std = _compat.noise_std(optimizer)
         grads: list[Any] = [p.grad for p in step.parameters]
         if std is not None and all(map(_is_plain, grads)):
@@ -95,28 +94,22 @@ class Applied(Check):
     def applied(self, step: Step, optimizer: Any) -> Failures:
         """The wrapped optimizer has stepped, its own hooks have run."""
         self._look(step, optimizer)
-        self._of(optimizer).clear()
+        self._noised.of(optimizer).clear()
         return ()
 
     def cleared(self, step: Step, optimizer: Any) -> Failures:
         """Nothing is kept."""
-        self._of(optimizer).clear()
+        self._noised.of(optimizer).clear()
         return ()
 
     def forget(self, optimizer: Any) -> None:
         """The step was refused."""
-        self._of(optimizer).clear()
+        self._noised.of(optimizer).clear()
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _of(self, optimizer: Any) -> _Noised:
-        found = self._noised.get(optimizer)
-        if found is None:
-            found = self._noised[optimizer] = _Noised()
-        return found
-
     def _look(self, step: Step, optimizer: Any) -> Failures:
-        state = self._of(optimizer)
+        state = self._noised.of(optimizer)
         if state.std is None or len(step.parameters) != len(state.grads):
             return ()
         for parameter, (noised, version) in zip(step.parameters, state.grads, strict=True):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
     from dpguard.patches.lean import Clipping, Rows
     from dpguard.row_state import ParameterState
 
-__all__ = ["Check", "Failure", "Failures", "Step"]
+__all__ = ["Check", "Failure", "Failures", "PerOwner", "Step"]
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,25 @@ class Step:
             return CheckCount(not_run=len(self.parameters))
         failed = len(self.failed.get(check, ()))
         return CheckCount(passed=max(0, ran - failed), failed=failed)
+
+
+class PerOwner(weakref.WeakKeyDictionary[Any, _T]):
+    """What a check knows of each optimizer, say, for as long as that lives.
+
+    Args:
+        make: what is known of one at first sight.
+    """
+
+    def __init__(self, make: Callable[[Any], _T]) -> None:
+        super().__init__()
+        self._make = make
+
+    def of(self, owner: Any) -> _T:
+        """What is known of ``owner``."""
+        found = self.get(owner)
+        if found is None:
+            found = self[owner] = self._make(owner)
+        return found
 
 
 class Check:

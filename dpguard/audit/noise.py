@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dpguard import _compat, diagnosis
-from dpguard.audit.check import Check, Failure, Failures, Step
+from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.gaussian import NoiseTest, NoiseVerdict
 from dpguard.ledger import Ledger
 from dpguard.patches.lean import WIDE
@@ -162,12 +162,12 @@ class Noise(Check):
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._states: weakref.WeakKeyDictionary[Any, _State] = weakref.WeakKeyDictionary()
+        self._states = PerOwner(lambda _: _State())
 
     def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:
         """Note how large the clipped sum can be: so much rounding can do."""
         if step.audited:
-            state = self._state(optimizer)
+            state = self._states.of(optimizer)
             bound = optimizer.max_grad_norm
             if clipping is None or not isinstance(bound, (int, float)):
                 state.bound = None
@@ -180,7 +180,7 @@ class Noise(Check):
     def before_noise(self, step: Step, optimizer: Any) -> Failures:
         """Keep the clipped sums at hand, and what is declared."""
         if step.audited:
-            state = self._state(optimizer)
+            state = self._states.of(optimizer)
             state.std = _compat.noise_std(optimizer)
             if state.std is not None:
                 state.sums = [getattr(p, "summed_grad", None) for p in step.parameters]
@@ -244,12 +244,6 @@ class Noise(Check):
         ]
 
     # -- inside -----------------------------------------------------------------------------------
-
-    def _state(self, optimizer: Any) -> _State:
-        state = self._states.get(optimizer)
-        if state is None:
-            state = self._states[optimizer] = _State()
-        return state
 
     def _arrange(self, state: _State, parameters: Sequence[Any], grads: Sequence[Any]) -> None:
         """Put the parameters into groups, anew if there are others or they have changed."""

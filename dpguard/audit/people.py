@@ -19,7 +19,6 @@ batches out, so a step may take any batch that was delivered and not used yet, i
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +27,7 @@ import torch
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.calls import Calls, Note
-from dpguard.audit.check import Check, Failure, Failures, Step
+from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.explain import explain, joined
 from dpguard.deliveries import DECLARED, Deliveries, Delivery, Reader
 from dpguard.events import Severity
@@ -90,7 +89,7 @@ class People(Check):
         self._ledger = ledger
         self._deliveries = deliveries
         self._calls = calls
-        self._logical: weakref.WeakKeyDictionary[Any, _Logical] = weakref.WeakKeyDictionary()
+        self._logical = PerOwner(lambda optimizer: _Logical(deliveries.steps(optimizer)))
 
     def begin(self, step: Step, optimizer: Any) -> Failures:
         """Tell whose rows these are."""
@@ -98,7 +97,7 @@ class People(Check):
         notes = self._calls.take(step.parameters)
         if sizes is None:
             return ()
-        logical = self._of(optimizer)
+        logical = self._logical.of(optimizer)
         logical.rounds = len(sizes)
         if notes and optimizer.loss_reduction == "mean":
             step.rows_per_person = _rows_per_person(notes)
@@ -252,7 +251,7 @@ class People(Check):
 
     def before_noise(self, step: Step, optimizer: Any) -> Failures:
         """Tell whether the accountant is told of all batches that are in the sum."""
-        logical = self._of(optimizer)
+        logical = self._logical.of(optimizer)
         draws, rounds, split = logical.draws, logical.rounds, logical.split
         logical.restart()
         if draws is None or not (draws or split):
@@ -266,16 +265,10 @@ class People(Check):
 
     def forget(self, optimizer: Any) -> None:
         """The batches of a refused step are not waited for; they may be used again."""
-        logical = self._of(optimizer)
+        logical = self._logical.of(optimizer)
         logical.restart()
         if not logical.reused:
             logical.reader.last = None
-
-    def _of(self, optimizer: Any) -> _Logical:
-        found = self._logical.get(optimizer)
-        if found is None:
-            found = self._logical[optimizer] = _Logical(self._deliveries.steps(optimizer))
-        return found
 
 
 def rows_at_hand(

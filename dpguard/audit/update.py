@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from dpguard import _compat, diagnosis
-from dpguard.audit.check import Check, Failure, Failures, Receiver, Step
+from dpguard.audit.check import Check, Failure, Failures, PerOwner, Receiver, Step
 from dpguard.ledger import Ledger
 from dpguard.patches.lean import Clipping
 from dpguard.row_state import ParameterState, sample_of
@@ -71,7 +71,7 @@ class Update(Check):
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         ledger.before_clearing = self._compare
-        self._optimizers: weakref.WeakKeyDictionary[Any, _Watched] = weakref.WeakKeyDictionary()
+        self._optimizers = PerOwner(lambda _: _Watched())
         self._mine = _Mine()
         self._named: set[tuple[str, str]] = set()
 
@@ -154,9 +154,7 @@ class Update(Check):
 
     def before_noise(self, step: Step, optimizer: Any) -> Failures:
         """The clipped sum is complete; nothing is accounted yet."""
-        watched = self._optimizers.get(optimizer)
-        if watched is None:
-            watched = self._optimizers[optimizer] = _Watched()
+        watched = self._optimizers.of(optimizer)
         if not _compat.clips_rows(optimizer):
             self._look(step)
         failures: list[Failure] = []
@@ -173,7 +171,7 @@ class Update(Check):
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
         """The next change of the parameters is the private one."""
-        watched = self._optimizers.get(optimizer) or _Watched()
+        watched = self._optimizers.of(optimizer)
         watched.steps += 1
         keeps = watched.steps < KEEP_FIRST or watched.steps % KEEP_EVERY == 0
         known = self._ledger.known
