@@ -95,6 +95,7 @@ def test_noise_that_is_taken_out_is_refused(mode, fault, kind):
         assert {(v.check, v.cause) for v in guard.violations} == {
             (PRIVATE, diagnosis.NOISE_TAKEN_OUT)
         }
+        assert all(violation.parameters for violation in guard.violations)
 
 
 def test_observe_says_it():

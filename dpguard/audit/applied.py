@@ -34,6 +34,8 @@ __all__ = ["Applied"]
 _OFF = 1e-4
 _ROUNDINGS = 8.0
 _ENOUGH = 200
+_SCALED = (0, 1)
+"""Changes in place that are none of what is looked for: dividing by the batch size is one."""
 
 
 @dataclass
@@ -42,14 +44,16 @@ class _Noised:
 
     Attributes:
         std: standard deviation of the noise, ``None`` if nothing is to be looked at.
-        grads: the noised gradients, and their versions.
+        names: of the parameters.
+        grads: the parameters, with their noised gradients and the versions of these.
         suspect: whether gradients were changed after the noise, in this step or an earlier one.
         raw: the gradients of the batch, and its number of rows, if they are kept.
         told: the gradients as they were when they were last compared.
     """
 
     std: Any = None
-    grads: list[tuple[torch.Tensor, int]] = field(default_factory=list)
+    names: tuple[str, ...] = ()
+    grads: list[tuple[torch.Tensor, torch.Tensor, int]] = field(default_factory=list)
     suspect: bool = False
     raw: tuple[list[Any], int] | None = None
     told: list[tuple[int, int]] = field(default_factory=list)
@@ -82,19 +86,24 @@ class Applied(Check):
         grads: list[Any] = [p.grad for p in step.parameters]
         if std is not None and all(map(_is_plain, grads)):
             state.std = std  # of 0, on ranks that add no noise, nothing is proved below
-            state.grads = [(grad, grad._version) for grad in grads]
+            state.names = step.names
+            state.grads = [
+                (p, grad, grad._version) for p, grad in zip(step.parameters, grads, strict=True)
+            ]
         else:
             state.std = None
         return ()
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
         """The step hooks have run."""
-        return self._look(step, optimizer)
+        self._look(step, self._noised.of(optimizer))
+        return ()
 
     def applied(self, step: Step, optimizer: Any) -> Failures:
         """The wrapped optimizer has stepped, its own hooks have run."""
-        self._look(step, optimizer)
-        self._noised.of(optimizer).clear()
+        state = self._noised.of(optimizer)
+        self._look(step, state)
+        state.clear()
         return ()
 
     def cleared(self, step: Step, optimizer: Any) -> Failures:
@@ -108,40 +117,40 @@ class Applied(Check):
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _look(self, step: Step, optimizer: Any) -> Failures:
-        state = self._noised.of(optimizer)
-        if state.std is None or len(step.parameters) != len(state.grads):
-            return ()
-        for parameter, (noised, version) in zip(step.parameters, state.grads, strict=True):
-            if parameter.grad is not noised or noised._version - version not in _SCALED:
-                break
-        else:
-            return ()  # nearly always
-        grads = [p.grad for p in step.parameters]
-        exact = not _compat.is_distributed()
-        pairs = enumerate(zip(grads, state.grads, strict=True))
-        changed = [i for i, (grad, noised) in pairs if _is_changed(grad, *noised, exact=exact)]
+    def _look(self, step: Step, state: _Noised) -> None:
+        if state.std is None:
+            return
+        changed = [
+            i
+            for i, (parameter, noised, version) in enumerate(state.grads)
+            if parameter.grad is not noised or noised._version - version not in _SCALED
+        ]
+        if not changed:
+            return  # nearly always
+        grads = [parameter.grad for parameter, _, _ in state.grads]
+        if _compat.is_distributed():  # ranks are added up by more changes in place
+            changed = [i for i in changed if grads[i] is not state.grads[i][1]]
+        changed = [i for i in changed if grads[i] is not None]
         now = [(id(grads[i]), getattr(grads[i], "_version", -1)) for i in changed]
         if not changed or now == state.told:
-            return ()
+            return
         state.suspect, state.told = True, now
-        sums = [getattr(p, "summed_grad", None) for p in step.parameters]
+        sums = [getattr(parameter, "summed_grad", None) for parameter, _, _ in state.grads]
         raw, count = state.raw or ([], 1)
-        self._compare(step, changed, (grads, sums), state.std)
+        self._compare(step, state.names, changed, (grads, sums, state.std))
         if len(raw) == len(grads):
-            self._compare(step, changed, (grads, raw), state.std / max(1, count))
-        return ()
+            self._compare(step, state.names, changed, (grads, raw, state.std / max(1, count)))
 
     @torch.no_grad()
     def _compare(
         self,
         step: Step,
+        names: tuple[str, ...],
         changed: Sequence[int],
-        tensors: tuple[Sequence[Any], Sequence[Any]],
-        std: Any,
+        compared: tuple[Sequence[Any], Sequence[Any], Any],
     ) -> None:
         """Measure how far gradients are from multiples of what has no noise in it."""
-        grads, bare = tensors
+        grads, bare, std = compared
         chosen = [
             i
             for i in changed
@@ -172,29 +181,15 @@ class Applied(Check):
         ]
         unit = max(_compat.unit_roundoff(grads[i].dtype) for i in chosen)
         limit = max(_OFF, _ROUNDINGS * unit)
-        names = tuple(step.names[i] for i in chosen) if len(step.names) == len(grads) else ()
+        who = tuple(names[i] for i in chosen) if len(names) == len(grads) else ()
 
         def receive(values: list[float]) -> Failures:
             far, length, noise = values
             if not (length > 0 and far <= limit * length and noise >= 10 * limit * length):
                 return ()
-            return [Failure(PRIVATE, diagnosis.NOISE_TAKEN_OUT, names, figure=far, bound=noise)]
+            return [Failure(PRIVATE, diagnosis.NOISE_TAKEN_OUT, who, figure=far, bound=noise)]
 
         step.collect((PRIVATE,), torch.stack(columns), receive)
-
-
-_SCALED = (0, 1)
-"""Changes in place: dividing by the batch size is one."""
-
-
-def _is_changed(grad: Any, noised: torch.Tensor, version: int, *, exact: bool) -> bool:
-    """Whether a gradient is not the noised one any more; one that is gone changes nothing.
-
-    Where ranks are added up there are more changes in place, which are not counted then.
-    """
-    if grad is None:
-        return False
-    return noised is not grad or (exact and grad._version - version not in _SCALED)
 
 
 def _is_plain(grad: Any) -> bool:

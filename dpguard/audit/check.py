@@ -212,7 +212,7 @@ class Check:
         return ()
 
     def applied(self, step: Step, optimizer: Any) -> Failures:
-        """The wrapped optimizer has stepped; ``step`` is the next one, of the same parameters."""
+        """The wrapped optimizer has stepped; ``step`` is the next one, which has not begun."""
         return ()
 
     def cleared(self, step: Step, optimizer: Any) -> Failures:

@@ -213,11 +213,7 @@ class StepAuditor:
 
     def after_update(self, optimizer: Any) -> None:
         """The wrapped optimizer has stepped."""
-        if self._hooks["applied"]:
-            step = self._current(optimizer)
-            if not step.parameters:
-                step.parameters = [p for p in optimizer.params if p.requires_grad]
-            self._run("applied", optimizer)
+        self._run("applied", optimizer)
 
     def before_clear(self, optimizer: Any) -> None:
         """Gradients are about to be cleared.
