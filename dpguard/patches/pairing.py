@@ -542,13 +542,13 @@ class Pairing:
                 state, captured = self.ledger.state(parameter), task.captures(parameter)
                 call = steps.record.segment, steps.now, captured
                 entry = state.continued(parameter, call, order)
-                strength = (steps.strengths or {}).get(parameter)
+                strength = steps.strengths.get(parameter)
                 if entry is not None and entry.owned and rows.added_to(parameter.grad_sample):  # type: ignore[attr-defined]
                     entry.strengthen(strength)
                     state.count(entry, count)
-                else:
-                    made, details = rows.made(), {"order": order, "strength": strength}
-                    self._add(state, parameter, made, call, terms=count, **details)
+                    continue
+                details = {"order": order, "terms": count, "strength": strength}
+                self._add(state, parameter, rows.made(), call, **details)
 
     def _add(
         self,

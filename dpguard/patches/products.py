@@ -31,10 +31,10 @@ def matrix_products(
     if not _are_alike(inputs, backprops) or backprops.dim() > 3:  # noqa: PLR2004
         return None
     if backprops.dim() == 2:  # noqa: PLR2004
-        weight = lambda: backprops.unsqueeze(2).mul(inputs.unsqueeze(1))  # noqa: E731
-        return _rows(module, wanted, weight, lambda: backprops)
-    weight = lambda: torch.bmm(backprops.transpose(1, 2), inputs)  # noqa: E731
-    return _rows(module, wanted, weight, lambda: backprops.sum(1))
+        of_one, each = backprops.unsqueeze(2), inputs.unsqueeze(1)
+        return _rows(module, wanted, lambda: of_one.mul(each), lambda: backprops)
+    turned = backprops.transpose(1, 2)
+    return _rows(module, wanted, lambda: torch.bmm(turned, inputs), lambda: backprops.sum(1))
 
 
 def unfolded_products(

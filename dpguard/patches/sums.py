@@ -39,15 +39,11 @@ class Weights:
         room = min(most // max(1, both.shape[1]), all_rows // _OF_ALL)
         self.room = room if room >= _LEAST else 0
         """Elements of a row that may be copied."""
-        self._cast = {both.dtype: both}
-        self._dtype = both.dtype
+        self._both = both
 
     def of(self, dtype: torch.dtype) -> torch.Tensor:
         """All of them in this precision, of shape ``(1, B)`` or ``(2, B)``."""
-        found = self._cast.get(dtype)
-        if found is None:
-            found = self._cast[dtype] = self._cast[self._dtype].to(dtype)
-        return found
+        return self._both.to(dtype)
 
 
 class Sums(NamedTuple):

@@ -40,7 +40,7 @@ class TimeSteps:
         self.inputs: list[torch.Tensor] = []
         self.backprops: list[torch.Tensor] = []
         self.room = 0
-        self.strengths: dict[torch.nn.Parameter, torch.Tensor] | None = None
+        self.strengths: dict[torch.nn.Parameter, torch.Tensor] = {}
         """Of the rows of each parameter, see :attr:`dpguard.row_state.Entry.strength`."""
 
     def goes_on(self, record: Record, wanted: list[torch.nn.Parameter]) -> bool:
@@ -71,8 +71,8 @@ class TimeSteps:
 
     def strengthen(self, strengths: dict[torch.nn.Parameter, torch.Tensor]) -> None:
         """The rows of the last call are of these strengths; what is not in it is not known."""
-        known = self.strengths
-        if known is not None:
+        if len(self.inputs) > 1:
+            known = self.strengths
             strengths = {p: known[p] + more for p, more in strengths.items() if p in known}
         self.strengths = strengths
 
