@@ -13,9 +13,9 @@ import pytest
 import torch
 from models import CNN, MLP, Functorch, InPlaceCNN, Recurrent, SimSiam
 from opacus import GradSampleModule, PrivacyEngine
-from opacus.layers import DPMultiheadAttention
 from opacus.optimizers import DPOptimizer
 from opacus.utils.batch_memory_manager import BatchMemoryManager
+from oracle_models import BATCH, Attention, Between, Unexpanded, inputs_of
 from programs.releases import MISTAKES_ATTENTION
 from releases import BATCH_FIRST_ATTENTION, DOUBLE_EMBEDDING, FULL_HOOKS, FUNCTORCH, MIXED
 from torch import nn
@@ -29,7 +29,6 @@ from dpguard.audit.oracle import ORACLE
 from dpguard.patches import outputs, records
 
 pytestmark = pytest.mark.skipif(_compat.nodes() is None, reason="this torch tells too little")
-BATCH = 6
 
 
 @pytest.fixture
@@ -38,53 +37,6 @@ def guard():
     with dpguard.install(mode="repair", oracle_every=1) as active:
         yield active
         assert active.internal_errors == ()
-
-
-class Attention(nn.Module):
-    """Self-attention with dropout, positions that are expanded to the batch, and a tied head."""
-
-    inputs = staticmethod(lambda b: torch.randint(9, (b, 4)))
-
-    def __init__(self, positions=4):
-        super().__init__()
-        self.words, self.positions = nn.Embedding(9, 8), nn.Embedding(positions, 8)
-        self.attention = DPMultiheadAttention(8, 2, batch_first=True, dropout=0.1)
-        self.norm = nn.LayerNorm(8)
-        self.head = nn.Linear(8, 9, bias=False)
-        self.head.weight = self.words.weight
-
-    def place(self, tokens):
-        return torch.arange(tokens.shape[1]).expand(tokens.shape)
-
-    def forward(self, tokens):
-        h = self.words(tokens) + self.positions(self.place(tokens))
-        mixed = self.attention(h, h, h, need_weights=False)[0]
-        return self.head(self.norm(h + F.dropout(mixed, 0.2, self.training)))
-
-
-class Unexpanded(Attention):
-    """Its positions are the same for all samples: what the layer sees has T rows and not B."""
-
-    inputs = staticmethod(lambda b: torch.randint(9, (b, b)))
-
-    def __init__(self):
-        super().__init__(BATCH)
-
-    def place(self, tokens):
-        return torch.arange(tokens.shape[1])
-
-
-class Between(nn.Module):
-    """Something between two layers."""
-
-    inputs = staticmethod(lambda b: torch.randn(b, 6))
-
-    def __init__(self, what):
-        super().__init__()
-        self.first, self.last, self.what = nn.Linear(6, 8), nn.Linear(8, 5), what
-
-    def forward(self, x):
-        return self.last(torch.tanh(self.what(self.first(x))))
 
 
 class Auxiliary(MLP):
@@ -117,10 +69,6 @@ def elbo(out):
 
 def squares(out):
     return (out - 0.3).square().mean()
-
-
-def inputs_of(model, batch=BATCH):
-    return model.inputs(batch) if hasattr(model, "inputs") else torch.randn(batch, *model.shape)
 
 
 class Training:

@@ -16,7 +16,6 @@ Only numbers are kept, on the device.
 from __future__ import annotations
 
 import math
-import random
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -28,6 +27,7 @@ import torch
 from dpguard import _compat
 from dpguard._errors import DPGuardError
 from dpguard.audit.rows import LAMBDA
+from dpguard.patches.draws import Draws
 from dpguard.vjp import Pair, Unfit, propagate
 
 if TYPE_CHECKING:
@@ -345,7 +345,7 @@ class NormDraw:
         return torch.stack([norms.double().sum(), norms[self._row].double()])
 
 
-class NormDraws:
+class NormDraws(Draws):
     """Draws people in ghost clipping.
 
     Args:
@@ -353,16 +353,14 @@ class NormDraws:
     """
 
     def __init__(self, report: Callable[[str, Exception], None]) -> None:
-        self._report = report
-        self._failed = False
-        self._random = random.Random()  # noqa: S311 - from the system's entropy; nobody else's stream
+        super().__init__(report)
         self._idle: weakref.WeakSet[GhostPairing] = weakref.WeakSet()
         """Models that are not to be looked at before the next time."""
         self._found: deque[NormDraw] = deque(maxlen=_KEPT)
 
     def draw(self, pairing: GhostPairing, losses: torch.Tensor, reduction: str) -> NormDraw | None:
         """Someone of a batch that is about to be backpropagated, if it is time."""
-        if self._failed or pairing in self._idle:
+        if self.failed or pairing in self._idle:
             return None
         made: list[NormDraw] = []
         self.attempt(self._draw, made, pairing, losses, reduction)
@@ -383,7 +381,7 @@ class NormDraws:
         if all(map(_is_plain, before.values())):
             rows = len(losses)
             weight = 1.0 / rows if reduction == "mean" else 1.0
-            row = self._random.randrange(rows)
+            row = self.random.randrange(rows)
             with torch.no_grad():
                 kept = {key: grad.clone() for key, grad in before.items()}
             made.append(NormDraw(self, pairing, losses, before=kept, row=row, weight=weight))
@@ -411,16 +409,9 @@ class NormDraws:
             if any(id(p) in wanted for p in pairing.hooks._module.parameters()):
                 self._idle.discard(pairing)
 
-    def attempt(self, function: Callable[..., None], *args: Any) -> None:
-        """Run a part of ours inside of a forward or backward of the host."""
-        if self._failed:
-            return
-        try:
-            function(*args)
-        except Exception as error:  # noqa: BLE001 - the host goes on without it
-            self._failed = True
-            self._found.clear()
-            self._report("oracle", error)
+    def give_up(self) -> None:
+        """What was found is not told."""
+        self._found.clear()
 
 
 def _is_float(value: Any) -> bool:

@@ -12,7 +12,6 @@ Nothing is patched: there is one forward hook more on the model itself, idle mos
 from __future__ import annotations
 
 import copy
-import random
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from dpguard import _compat
+from dpguard.patches.draws import Draws
 from dpguard.patches.pairing import Pairing
 from dpguard.patches.records import differentiable, no_hook
 from dpguard.vjp import Pair, Shares, Unfit, added, propagate
@@ -290,7 +290,7 @@ def _of_batch(found: list[torch.Tensor], rows: int) -> list[torch.Tensor]:
     ]
 
 
-class Outputs:
+class Outputs(Draws):
     """Looks at the outputs of all hooked models.
 
     Args:
@@ -298,9 +298,7 @@ class Outputs:
     """
 
     def __init__(self, report: Callable[[str, Exception], None]) -> None:
-        self._report = report
-        self._failed = False
-        self.random = random.Random()  # noqa: S311 - from the system's entropy; nobody else's stream
+        super().__init__(report)
         self.hooks: weakref.WeakSet[_OutputHook] = weakref.WeakSet()
         self.pending: weakref.WeakSet[_OutputHook] = weakref.WeakSet()
         """Those that have found something since the last step."""
@@ -318,23 +316,16 @@ class Outputs:
                 hook.remove()
                 self.hooks.discard(hook)
 
-    def attempt(self, function: Callable[..., None], *args: Any) -> None:
-        """Run a part of ours inside of a forward or backward of the host."""
-        if self._failed:
-            return
-        try:
-            function(*args)
-        except Exception as error:  # noqa: BLE001 - the host goes on without it
-            self._failed = True
-            for hook in list(self.hooks):
-                hook.give_up(hook.draw)
-            self._report("oracle", error)
+    def give_up(self) -> None:
+        """No draw is waited for any longer."""
+        for hook in list(self.hooks):
+            hook.give_up(hook.draw)
 
     def arm(self, parameters: Iterable[torch.Tensor]) -> None:
         """The next batch of the models of these parameters is to be looked at."""
         wanted = {id(p) for p in parameters}
         for hook in list(self.hooks):
-            if not self._failed and any(id(p) in wanted for p in hook.model.parameters()):
+            if not self.failed and any(id(p) in wanted for p in hook.model.parameters()):
                 hook.arm()
 
     def take(self, parameters: Iterable[torch.Tensor]) -> list[Draw]:
