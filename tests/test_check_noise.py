@@ -8,6 +8,7 @@ import random
 import opacus.optimizers.optimizer
 import pytest
 import torch
+from digits import ADAPTIVE
 from models import CNN, MLP
 from opacus import GradSampleModule, PrivacyEngine
 from opacus.optimizers import DistributedDPOptimizer, DPOptimizer, DPPerLayerOptimizer
@@ -216,16 +217,6 @@ def make_private(model, **options):
     options = {"noise_multiplier": 0.9, "max_grad_norm": 1.0} | options
     engine = options.pop("engine", PrivacyEngine)(accountant="rdp")
     return engine.make_private(module=model, optimizer=optimizer, data_loader=loader, **options)
-
-
-ADAPTIVE = {
-    "clipping": "adaptive",
-    "target_unclipped_quantile": 0.5,
-    "clipbound_learning_rate": 0.2,
-    "max_clipbound": 10.0,
-    "min_clipbound": 0.01,
-    "unclipped_num_std": 1.0,
-}
 
 
 def weaken(optimizer):
