@@ -3,8 +3,8 @@
 Ghost clipping has norms where hooks mode has rows, so there is nothing to add up and compare with
 the gradient of the batch. But each call's activations ``a`` and backprops ``b`` are at hand, and
 for a linear layer ``u' (sum of b a') w = sum of (b u) (a w)`` for any two vectors: one read of
-both, no rows. With random signs in ``u`` and ``w``, this is the product of the gradient with a
-random matrix of signs, and differs from that of ``p.grad`` if anything is missing or wrong.
+both, no rows. With random weights in ``u`` and ``w``, this is the product of the gradient with a
+random matrix, and differs from that of ``p.grad`` if anything is missing or wrong.
 """
 
 from __future__ import annotations
@@ -169,12 +169,12 @@ def _add_linear(
     module: Any, parameter: torch.nn.Parameter, first: torch.Tensor, backprops: torch.Tensor
 ) -> _Pair:
     wide = _wide(backprops)
-    across = backprops.to(wide) @ _signs(0, backprops.shape[-1], backprops, wide)
+    across = backprops.to(wide) @ _weights(0, backprops.shape[-1], backprops, wide)
     size = torch.linalg.vector_norm(backprops, dtype=wide)
     if parameter is not module.weight:
         return across.sum(), size * across.numel() ** 0.5
     inputs = first.to(wide)
-    along = inputs @ _signs(1, inputs.shape[-1], inputs, wide)
+    along = inputs @ _weights(1, inputs.shape[-1], inputs, wide)
     return (across * along).sum(), size * torch.linalg.vector_norm(inputs)
 
 
@@ -182,8 +182,8 @@ def _add_embedding(
     _module: Any, parameter: torch.nn.Parameter, first: torch.Tensor, backprops: torch.Tensor
 ) -> _Pair:
     wide = _wide(backprops)
-    along = backprops.to(wide) @ _signs(1, backprops.shape[-1], backprops, wide)
-    chosen = _signs(0, parameter.shape[0], backprops, wide)[first]
+    along = backprops.to(wide) @ _weights(1, backprops.shape[-1], backprops, wide)
+    chosen = _weights(0, parameter.shape[0], backprops, wide)[first]
     size = torch.linalg.vector_norm(backprops, dtype=wide)
     return (along * chosen).sum(), size * along.numel() ** 0.5
 
@@ -198,15 +198,15 @@ def _sketch_of(parameter: torch.nn.Parameter, found: torch.Tensor) -> torch.Tens
     batch = found.shape[: found.dim() - parameter.dim()]
     found = found.to(wide)
     if parameter.dim() != 2:  # noqa: PLR2004
-        return found.reshape(*batch, parameter.numel()) @ _signs(0, parameter.numel(), found, wide)
+        return found.reshape(*batch, parameter.numel()) @ _weights(0, parameter.numel(), found, wide)
     rows, columns = parameter.shape
-    return (found @ _signs(1, columns, found, wide)) @ _signs(0, rows, found, wide)
+    return (found @ _weights(1, columns, found, wide)) @ _weights(0, rows, found, wide)
 
 
 def _length(parameter: torch.Tensor) -> int:
     """How many numbers are added up, one after the other, in a sketch of a gradient of this shape.
 
-    However small the batch is; the vectors of signs are long where the parameter is large.
+    However small the batch is; the vectors of weights are long where the parameter is large.
     """
     return sum(parameter.shape) if parameter.dim() == 2 else parameter.numel()  # noqa: PLR2004
 
@@ -216,11 +216,16 @@ _seeded.manual_seed(int.from_bytes(os.urandom(8), "big") >> 1)
 _known: dict[tuple[int, int, torch.dtype, torch.device], torch.Tensor] = {}
 
 
-def _signs(side: int, count: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Random signs for one side of a matrix; always the same, from a generator of our own."""
+def _weights(side: int, count: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Random weights for one side of a matrix, of size 1/2 to 1 and either sign.
+
+    At most 1, so that a sketch rounds no worse than a sum; always the same, from a generator of our
+    own.
+    """
     key = (side, count, dtype, like.device)
     found = _known.get(key)
     if found is None:
-        bits = torch.randint(0, 2, (count,), generator=_seeded)
-        found = _known[key] = (2 * bits - 1).to(dtype).to(like.device, non_blocking=True)
+        drawn = 2 * torch.rand(count, generator=_seeded, dtype=torch.float64) - 1
+        weights = (drawn + drawn.sign()) / 2
+        found = _known[key] = weights.to(dtype).to(like.device, non_blocking=True)
     return found
