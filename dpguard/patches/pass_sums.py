@@ -198,7 +198,9 @@ def _sketch_of(parameter: torch.nn.Parameter, found: torch.Tensor) -> torch.Tens
     batch = found.shape[: found.dim() - parameter.dim()]
     found = found.to(wide)
     if parameter.dim() != 2:  # noqa: PLR2004
-        return found.reshape(*batch, parameter.numel()) @ _weights(0, parameter.numel(), found, wide)
+        return found.reshape(*batch, parameter.numel()) @ _weights(
+            0, parameter.numel(), found, wide
+        )
     rows, columns = parameter.shape
     return (found @ _weights(1, columns, found, wide)) @ _weights(0, rows, found, wide)
 
