@@ -11,6 +11,7 @@ from torch import nn
 
 import dpguard
 from dpguard.audit import passes
+from dpguard.audit.probes import Probes
 from dpguard.patches import pass_sums
 
 pytestmark = needs_ghost
@@ -141,11 +142,12 @@ def test_a_hook_on_the_gradient_is_refused(guard):
 
 def test_the_sketch_sees_what_adds_up_to_zero(monkeypatch):
     """As the gradients of a classifier do over its classes: with two, every other draw of signs."""
-    monkeypatch.setattr(pass_sums, "_seeded", torch.Generator().manual_seed(0))
-    monkeypatch.setattr(pass_sums, "_known", {})
+    monkeypatch.setattr("secrets.randbits", lambda _: 0)
+    monkeypatch.setattr(pass_sums, "_sides", (Probes(), Probes()))
     layer = nn.Linear(3, 2)
     for _ in range(40):
-        pass_sums._known.clear()
+        for side in pass_sums._sides:
+            side.forget()
         x, p = torch.randn(6, 3), torch.rand(6, 1)
         layer.weight.grad, layer.bias.grad = torch.zeros(2, 3), torch.zeros(2)
         sums = pass_sums.PassSums()
@@ -178,7 +180,7 @@ def test_one_person_and_wide_layers(monkeypatch, dtype, width):
     parameters = list(layer.parameters())
     ratios = []
     for _ in range(40):
-        monkeypatch.setattr(pass_sums, "_known", {})
+        monkeypatch.setattr(pass_sums, "_sides", (Probes(), Probes()))
         x, b = torch.randn(2, 1, width, dtype=dtype)
         layer.zero_grad()
         layer(x).backward(b)

@@ -3,7 +3,7 @@
 ``clip.bound`` compares norms: that of what was added is at most the sum of the norms of the clipped
 rows, and that at most ``B C``, in each audited step.
 
-``clip.sum`` compares values, through one vector ``v`` of random signs per parameter: ``<sum, v>``
+``clip.sum`` compares values, through one vector ``v`` of random weights per parameter: ``<sum, v>``
 with ``sum_i c_i <row_i, v>``. A sum that is off by ``d`` shows as ``|<d, v>|``, about ``|d|``.
 Where our own code clips that is done in the first and every ``SKETCH_EVERY``-th audited step,
 where Opacus's does (per layer, adaptive) in each. Rules of the user's own are measured by what they
@@ -16,9 +16,9 @@ are made up.
 
 The bound of the sketch. Let ``u`` be the unit roundoff, ``n`` the size of the parameter, ``B`` the
 number of rows, ``A = sum_i c_i |row_i|`` and ``G = (sum_i (c_i |row_i|)**2)**.5``. Roundings are
-taken as independent with mean zero (Higham and Mary 2019), the signs are so by construction;
-Azuma's inequality then bounds each sum of roundings by ``t = 9`` times the root of the sum of their
-squared bounds:
+taken as independent with mean zero (Higham and Mary 2019), the weights, of size at most 1, are so
+by construction; Azuma's inequality then bounds each sum of roundings by ``t = 9`` times the root of
+the sum of their squared bounds:
 
 * the sum itself, ``B`` additions per element, and its products: ``t u (B**.5 + 1) A``;
 * the sketches of the rows, ``n`` additions, with partial sums of at most ``t`` times the norm:
@@ -41,8 +41,8 @@ import torch
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
+from dpguard.audit.probes import CERTAIN, Probes
 from dpguard.audit.sensitivity import Unproved, sensitivity
-from dpguard.audit.signs import CERTAIN, Signs
 from dpguard.ledger import Ledger
 from dpguard.patches.lean import Clipping, Rows, row_norms
 from dpguard.patches.sums import flat
@@ -82,7 +82,7 @@ class _Mine(threading.local):
 
     def __init__(self) -> None:
         self.before: _Before | None = None
-        self.signs = Signs()
+        self.probes = Probes()
 
 
 class Clip(Check):
@@ -163,7 +163,7 @@ class Clip(Check):
         found, lengths = self._of_sums(rows.parameters, clipping.sums)
         deviations = found - (factors * sketches).sum(1)
         allowed = self._allowed(rows, norms, factors, sketches, lengths)
-        self._mine.signs.forget()
+        self._mine.probes.forget()
         self._judge(step, deviations, allowed)
 
     # -- other code clips ------------------------------------------------------------------------
@@ -205,7 +205,7 @@ class Clip(Check):
         rule = _compat.code_of(optimizer, "clip_and_accumulate")
         if step.clip is None or not self._is_due(optimizer, rule):
             return ()
-        generator = self._mine.signs.generator(rows.parameters[0].device)
+        generator = self._mine.probes.generator(rows.parameters[0].device)
         try:
             figure = sensitivity(optimizer, step.clip, rows, generator)
         except Unproved:
@@ -352,7 +352,7 @@ class Clip(Check):
         deviations = found - before.sum_sketches - (factors * before.row_sketches).sum(1)
         both = before.sums + lengths
         allowed = self._allowed(rows, norms, factors, before.row_sketches, both)
-        self._mine.signs.forget()
+        self._mine.probes.forget()
         self._judge(step, deviations, allowed)
 
     def _bound_of(
@@ -382,7 +382,7 @@ class Clip(Check):
             wide = torch.promote_types(mine[0].dtype, torch.float32)
             matrices = [flat(piece).to(wide) for piece in mine]
             found.append(
-                torch.cat([m @ self._mine.signs.of(m.shape[1], m.device, wide) for m in matrices])
+                torch.cat([m @ self._mine.probes.of(m.shape[1], m.device, wide) for m in matrices])
             )
         return torch.stack(found)
 
@@ -397,7 +397,7 @@ class Clip(Check):
                 sketches.append(torch.zeros((), dtype=wide, device=parameter.device))
             else:
                 row = total.flatten().to(wide)
-                sketches.append(row @ self._mine.signs.of(row.numel(), row.device, wide))
+                sketches.append(row @ self._mine.probes.of(row.numel(), row.device, wide))
         return torch.stack(sketches), _lengths(parameters, sums)
 
     def _allowed(

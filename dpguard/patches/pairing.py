@@ -16,7 +16,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from dpguard import _compat, diagnosis
-from dpguard.audit.signs import Signs
+from dpguard.audit.probes import Probes
 from dpguard.graph_task import GraphTask
 from dpguard.ledger import Ledger
 from dpguard.patches import statistics
@@ -30,7 +30,7 @@ __all__ = ["Pairing", "Registry", "is_paired", "is_whole"]
 
 _detach = torch._C.TensorBase.detach
 _autograd = _compat.autograd()
-_signs = Signs()
+_probes = Probes()
 _ENOUGH_FOR_A_MEAN = 64
 _DRAWS = 16
 
@@ -607,7 +607,7 @@ class Pairing:
     ) -> dict[torch.nn.Parameter, tuple[torch.Tensor, int]]:
         """The sum of the norms of rows with random signs, and of how many numbers it is."""
         activations, backprops = arranged
-        mixed = activations, backprops * _signs.like(backprops)
+        mixed = activations, backprops * _probes.signs_like(backprops)
         return {
             parameter: (
                 torch.linalg.vector_norm(

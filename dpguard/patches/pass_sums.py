@@ -9,7 +9,6 @@ random matrix, and differs from that of ``p.grad`` if anything is missing or wro
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpguard.audit.probes import Probes
 from dpguard.row_state import computed_in
 
 __all__ = ["PassSums", "Sketched"]
@@ -213,21 +213,9 @@ def _length(parameter: torch.Tensor) -> int:
     return sum(parameter.shape) if parameter.dim() == 2 else parameter.numel()  # noqa: PLR2004
 
 
-_seeded = torch.Generator()
-_seeded.manual_seed(int.from_bytes(os.urandom(8), "big") >> 1)
-_known: dict[tuple[int, int, torch.dtype, torch.device], torch.Tensor] = {}
+_sides = Probes(), Probes()
 
 
 def _weights(side: int, count: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Random weights for one side of a matrix, of size 1/2 to 1 and either sign.
-
-    At most 1, so that a sketch rounds no worse than a sum; always the same, from a generator of our
-    own.
-    """
-    key = (side, count, dtype, like.device)
-    found = _known.get(key)
-    if found is None:
-        drawn = 2 * torch.rand(count, generator=_seeded, dtype=torch.float64) - 1
-        weights = (drawn + drawn.sign()) / 2
-        found = _known[key] = weights.to(dtype).to(like.device, non_blocking=True)
-    return found
+    """Random weights for one side of a matrix, always the same."""
+    return _sides[side].of(count, like.device, dtype)
