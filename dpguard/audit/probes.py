@@ -1,4 +1,4 @@
-"""Random vectors to look at tensors through, from generators of our own: no stream of the host's."""
+"""Random vectors to look at tensors through, drawn from no stream of the host."""
 
 from __future__ import annotations
 
