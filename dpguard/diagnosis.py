@@ -64,6 +64,7 @@ ACCOUNTED_SIGMA_LOW = "accounted_sigma_too_low"
 ACCOUNTED_RATE = "accounted_rate"
 ACCOUNTED_RATE_HIGH = "accounted_rate_too_high"
 HISTORY_CHANGED = "history_changed"
+ACCOUNTANT_REPLACED = "accountant_replaced"
 NOT_POISSON = "not_poisson"
 LOADER_BYPASSED = "loader_bypassed"
 STEP_HOOK = "step_hook"
@@ -384,6 +385,11 @@ _DIAGNOSES = {
         "than was spent, unless what they were spent on is not released",
         "leave the history alone; a new training begins with a new PrivacyEngine",
         Severity.WARNING,
+    ),
+    ACCOUNTANT_REPLACED: Diagnosis(
+        "the engine was given another accountant after it had made the optimizer, whose steps "
+        "stand in the history of the first; engine.get_epsilon() reports without them",
+        "set engine.accountant before make_private(), or ask the accountant that has the steps",
     ),
     NOT_POISSON: Diagnosis(
         "batches are not drawn by Opacus's Poisson sampler, which the accountant assumes; its "

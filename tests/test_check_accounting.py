@@ -372,7 +372,13 @@ def history_cleared(training):
     accountant.step = step
 
 
+def engine_with_another(training):
+    training.epoch()
+    training.engine.accountant = type(training.engine.accountant)()
+
+
 FAULTS = {
+    "engine with another": (engine_with_another, STEPS, diagnosis.ACCOUNTANT_REPLACED),
     "detached at once": (detached_at_once, STEPS, diagnosis.NOT_ACCOUNTED),
     "none attached": (detached_by_attaching_none, STEPS, diagnosis.NOT_ACCOUNTED),
     "detached later": (detached_later, STEPS, diagnosis.NOT_ACCOUNTED),
@@ -390,6 +396,7 @@ FAULTS = {
 ASSIGNED = {"detached at once", "detached later", "gone with its engine"}
 """In ``strict`` the assignment itself is an error, before there is a step."""
 BOUNDED = {
+    diagnosis.ACCOUNTANT_REPLACED,
     diagnosis.ACCOUNTED_OFTEN,
     diagnosis.ACCOUNTED_RATE_HIGH,
     diagnosis.ACCOUNTED_SIGMA_LOW,

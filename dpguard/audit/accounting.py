@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -63,14 +63,16 @@ class _Book:
     Attributes:
         seen: its history when it was last looked at.
         observed: what its history should be.
+        engine: which it was the accountant of when a loader was made, weakly.
         rates: the rates with which samplers of its engine have drawn batches.
         is_poisson: whether all its loaders draw by Poisson sampling; ``None`` if none was seen.
-        said: that it is not, and that steps are gone, are said once.
+        said: that it is not, that steps are gone and that the engine has another are said once.
         fine: sigma, rate and what else a step was accounted with when that was found to be right.
     """
 
     seen: _Seen | None = None
     observed: list[_Entry] = field(default_factory=list)
+    engine: Callable[[], Any] = lambda: None
     rates: set[float] = field(default_factory=set)
     is_poisson: bool | None = None
     said: set[str] = field(default_factory=set)
@@ -125,9 +127,11 @@ class Accounting(Check):
 
     # -- told by the patch of samplers ------------------------------------------------------------
 
-    def prepared(self, accountant: Any, sampler: Any) -> None:
+    def prepared(self, engine: Any, sampler: Any) -> None:
         """An engine has made a loader; without ``sampler``, one that does no Poisson sampling."""
+        accountant = engine.accountant
         book = self._books.of(accountant)
+        book.engine = weakref.ref(engine)
         book.is_poisson = sampler is not None and book.is_poisson is not False
         if sampler is not None:
             self._owners[sampler] = weakref.ref(accountant)
@@ -173,6 +177,9 @@ class Accounting(Check):
             accountant = reference()
             if accountant is not None:
                 missed = False
+                engine = book.engine()
+                if engine is not None and engine.accountant is not accountant:
+                    failures += _once(step, Failure(STEPS, diagnosis.ACCOUNTANT_REPLACED), book)
                 history = _compat.history_of(accountant)
                 if history is not None:
                     failures += self._compare(step, state.sigma, (base, iterations), history, book)
@@ -262,16 +269,21 @@ class Accounting(Check):
             step.run(SAMPLING, count=1)
             cause = diagnosis.LOADER_BYPASSED if step.bypasses else diagnosis.NOT_POISSON
             if step.bypasses or not book.is_poisson:
-                failure = Failure(SAMPLING, cause)
-                step.fail(failure)
-                if cause not in book.said:
-                    book.said.add(cause)
-                    failures.append(failure)
+                failures += _once(step, Failure(SAMPLING, cause), book)
         return failures
 
     def _drawn(self, book: _Book) -> set[float]:
         """The rates with which batches of this accountant's training were drawn."""
         return book.rates or (self._strays if book.is_poisson is None else set())
+
+
+def _once(step: Step, failure: Failure, book: _Book) -> list[Failure]:
+    """Failed in this step, and said of this accountant if it was not yet."""
+    step.fail(failure)
+    if failure.cause in book.said:
+        return []
+    book.said.add(failure.cause)
+    return [failure]
 
 
 def _say_gone(book: _Book) -> list[Failure]:

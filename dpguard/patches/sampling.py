@@ -16,8 +16,8 @@ __all__ = ["Sampled", "install"]
 class Sampled(Protocol):
     """What is told."""
 
-    def prepared(self, accountant: Any, sampler: Any) -> None:
-        """An engine has prepared a loader for the training that it accounts.
+    def prepared(self, engine: Any, sampler: Any) -> None:
+        """An engine has prepared a loader for the training that its accountant accounts.
 
         ``sampler`` is ``None`` if its batches are not drawn by Poisson sampling.
         """
@@ -39,11 +39,10 @@ def install(transaction: Transaction, observer: Sampled) -> None:
 
     def prepare(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
         loader = wrapped(*args, **kwargs)
-        accountant = getattr(instance, "accountant", None)
-        if accountant is not None:
+        if getattr(instance, "accountant", None) is not None:
             sampler = getattr(loader, "batch_sampler", None)
             is_poisson = isinstance(sampler, tuple(_compat.poisson_samplers()))
-            observer.prepared(accountant, sampler if is_poisson else None)
+            observer.prepared(instance, sampler if is_poisson else None)
         return loader
 
     targets: list[tuple[Any, str, Any]] = [
