@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import gc
+import random
+import secrets
 
 import pytest
 import torch
 
 import dpguard
+from dpguard.audit.probes import Probes
+from dpguard.patches import pairing, pass_sums
 
 # The test process itself starts unguarded; tests install what they need.
 _imported = dpguard.active()
@@ -26,6 +30,20 @@ def _quick_install():
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _reproducible(monkeypatch):
+    """What is drawn in a test, by dpguard as well, only depends on the seed of the session.
+
+    pytest-randomly has just seeded ``random`` for this test.
+    """
+    drawn = random.Random(random.getrandbits(62))
+    torch.manual_seed(drawn.getrandbits(62))
+    monkeypatch.setattr(secrets, "randbits", drawn.getrandbits)
+    monkeypatch.setattr(secrets, "randbelow", drawn.randrange)
+    monkeypatch.setattr(pairing, "_probes", Probes())
+    monkeypatch.setattr(pass_sums, "_sides", (Probes(), Probes()))
 
 
 @pytest.fixture(autouse=True)

@@ -140,10 +140,8 @@ def test_a_hook_on_the_gradient_is_refused(guard):
         train(model, optimizer, criterion, loader)
 
 
-def test_the_sketch_sees_what_adds_up_to_zero(monkeypatch):
+def test_the_sketch_sees_what_adds_up_to_zero():
     """As the gradients of a classifier do over its classes: with two, every other draw of signs."""
-    monkeypatch.setattr("secrets.randbits", lambda _: 0)
-    monkeypatch.setattr(pass_sums, "_sides", (Probes(), Probes()))
     layer = nn.Linear(3, 2)
     for _ in range(40):
         for side in pass_sums._sides:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ class Draws:
     def __init__(self, report: Callable[[str, Exception], None]) -> None:
         self._report = report
         self.failed = False
-        self.random = random.Random()  # noqa: S311 - from the system's entropy; nobody else's stream
+        self.random = random.Random(secrets.randbits(62))  # noqa: S311 - nobody else's stream
 
     def give_up(self) -> None:
         """It has failed: nothing is waited for any longer."""
