@@ -456,9 +456,8 @@ def exchanged(norms):
 
 
 def always_draw(monkeypatch, row):
-    monkeypatch.setattr(
-        draws.random, "Random", lambda: types.SimpleNamespace(randrange=lambda _n: row)
-    )
+    drawing = types.SimpleNamespace(randrange=lambda _n: row)
+    monkeypatch.setattr(draws, "random", types.SimpleNamespace(Random=lambda _seed: drawing))
 
 
 def refused(guard, training, *, match, x=None):
