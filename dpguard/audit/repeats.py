@@ -1,5 +1,7 @@
 """Noise that was there before: steps are known by the norms of their noise, or by its first values.
 
+Or before with the other sign: that cancels from the sum of two steps. Norms have none, and lists of
+values are compared with the sign with which their first one is positive.
 How chance is bounded is said in :mod:`dpguard.audit.gaussian`.
 """
 
@@ -20,6 +22,7 @@ _REMEMBERED = 512
 """Between so many and twice as many steps back."""
 _NORM_DENSITY = 0.8
 _VALUE_DENSITY = 0.2821
+_EITHER_SIGN = math.log(2)
 _NARROWEST, _WIDEST = 2.0**-14, 2.0**-7
 
 
@@ -75,6 +78,7 @@ class Repeats:
 
         All of them if it is that of a whole step.
         """
+        new = new._replace(values=[_turned(some) for some in new.values])
         self._step += 1
         self._marks.append(new.mark)
         shared = self._shared(new) if len(new.values) > 1 else ()
@@ -121,6 +125,7 @@ class Repeats:
         slip = one.slip + other.slip
         chance = 0.0
         if self._by_values:
+            chance = len(one.values) * _EITHER_SIGN
             pairs: Iterator[tuple[float, float, float]] = (
                 (a * one.scale, b * other.scale, 3e-7)
                 for mine, theirs in zip(one.values, other.values, strict=False)
@@ -150,7 +155,7 @@ class Repeats:
         needed = self._needed(len(order) ** 2)
         found = set()
         for before, after in itertools.pairwise(order):
-            chance = 0.0
+            chance = _EITHER_SIGN
             for a, b in zip(scaled[before], scaled[after], strict=False):
                 reach = 2 * new.slip + 3e-7 * (abs(a) + abs(b))
                 if abs(a - b) > reach:
@@ -187,3 +192,7 @@ class Repeats:
                 self._staying = torch.where(row, self._staying + chances[k], 0)
                 found.update((self._staying <= needed).nonzero().flatten().tolist())
         return tuple(sorted(found))
+
+
+def _turned(values: Sequence[float]) -> Sequence[float]:
+    return [-value for value in values] if values[0] < 0 else values
