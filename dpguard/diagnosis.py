@@ -56,6 +56,7 @@ LOSSES_OVERLAP = "losses_overlap"
 NOISE_MISSING = "noise_missing"
 NOISE_SCALE = "noise_scale"
 NOISE_REPEATED = "noise_repeated"
+NOISE_DEPENDENT = "noise_dependent"
 NOISE_NOT_DUE = "noise_not_due"
 NOT_ACCOUNTED = "step_not_accounted"
 ACCOUNTED_OFTEN = "step_accounted_often"
@@ -342,6 +343,13 @@ _DIAGNOSES = {
     NOISE_REPEATED: Diagnosis(
         "the same noise was added twice, so it cancels from the difference of two sums",
         "seed the generator once, before the training, and give each optimizer its own",
+        Severity.CRITICAL,
+    ),
+    NOISE_DEPENDENT: Diagnosis(
+        "the noise of a step depends on that of the step before, while the accountant composes "
+        "steps whose noise is drawn independently",
+        "leave add_noise() to Opacus; a mechanism with correlated noise (DP-FTRL, matrix "
+        "factorisation) needs an accountant of its own",
         Severity.CRITICAL,
     ),
     NOISE_NOT_DUE: Diagnosis(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -477,6 +478,42 @@ def cached_for_one_parameter():
     return add_noise
 
 
+def other_sign_every_other_step():
+    """It cancels from the sum of two steps."""
+    odd = []
+
+    def add_noise(optimizer):
+        if not odd:
+            DPOptimizer.add_noise(optimizer)
+            odd.extend(p.grad - p.summed_grad for p in optimizer.params)
+        else:
+            for p, noise in zip(optimizer.params, odd, strict=True):
+                p.grad = p.summed_grad - noise
+            odd.clear()
+
+    return add_noise
+
+
+def depending(correlation):
+    """As large as declared in each step, with a part of the noise of the step before."""
+
+    def make():
+        last = {}
+
+        def add_noise(optimizer):
+            for p in optimizer.params:
+                noise = torch.normal(0.0, 0.5, p.shape, dtype=p.dtype)
+                if p in last:
+                    fresh = (1 - correlation**2) ** 0.5
+                    noise = correlation * last[p] + fresh * noise
+                last[p] = noise
+                p.grad = p.summed_grad + noise
+
+        return add_noise
+
+    return make
+
+
 def one_parameter_without(optimizer):
     DPOptimizer.add_noise(optimizer)
     optimizer.params[1].grad = optimizer.params[1].summed_grad.clone()
@@ -507,6 +544,9 @@ FAULTS = {
     "constant seed": (lambda: same_seed_each_step, diagnosis.NOISE_REPEATED, 1),
     "three seeds": (same_seed_now_and_then, diagnosis.NOISE_REPEATED, 3),
     "one seed for all parameters": (lambda: same_seed_each_parameter, diagnosis.NOISE_REPEATED, 0),
+    "other sign every other step": (other_sign_every_other_step, diagnosis.NOISE_REPEATED, 1),
+    "half of the last noise": (depending(0.5), diagnosis.NOISE_DEPENDENT, BATCH),
+    "minus half of the last noise": (depending(-0.5), diagnosis.NOISE_DEPENDENT, BATCH),
     "cached for one parameter": (cached_for_one_parameter, diagnosis.NOISE_REPEATED, BATCH),
 }
 
@@ -528,7 +568,8 @@ def test_a_fault_is_found(fault, where):
         guard.flush()
         assert causes(guard) == {cause}
         violation = guard.violations[0]
-        assert violation.check == (FRESH if cause == diagnosis.NOISE_REPEATED else SCALE)
+        fresh = cause in (diagnosis.NOISE_REPEATED, diagnosis.NOISE_DEPENDENT)
+        assert violation.check == (FRESH if fresh else SCALE)
         assert violation.severity.value == "CRITICAL"
         if fault == "one parameter without":
             assert violation.parameters == ("body.0.bias",)
@@ -546,7 +587,10 @@ def test_a_constant_is_no_noise():
         assert causes(guard) == {diagnosis.NOISE_REPEATED, diagnosis.NOISE_SCALE}
 
 
-@pytest.mark.parametrize("fault", ["constant seed", "three seeds", "cached for one parameter"])
+@pytest.mark.parametrize(
+    "fault",
+    ["constant seed", "three seeds", "other sign every other step", "cached for one parameter"],
+)
 def test_repetition_in_a_model_with_many_parameters(fault):
     """There a step is known by the norms of its noise instead of by values."""
     make, cause, latest = FAULTS[fault]
@@ -557,6 +601,17 @@ def test_repetition_in_a_model_with_many_parameters(fault):
         for _ in range(latest + 1):
             training.step()
         assert causes(guard) == {cause}
+
+
+def test_dependence_in_a_model_with_many_parameters():
+    """There values are sent in two steps on end from time to time."""
+    add_noise = depending(-0.5)()
+    with dpguard.install(mode="observe") as guard:
+        training = Training(model=CNN)
+        training.optimizer.add_noise = lambda: add_noise(training.optimizer)
+        for _ in range(6 * BATCH):
+            training.step()
+        assert causes(guard) == {diagnosis.NOISE_DEPENDENT}
 
 
 @pytest.mark.parametrize("mode", ["repair", "strict"])
@@ -748,6 +803,22 @@ def test_false_alarms_are_as_rare_as_stated():
     assert not any(found for found, _ in runs)
     assert sum(evidence >= math.log(100) for _, evidence in runs) < 16
     assert sum(evidence >= math.log(10) for _, evidence in runs) < 90
+
+
+def test_signs_of_independent_noise():
+    """As rare as stated, at levels that can be counted, also where the scale is wrong."""
+    torch.manual_seed(3)
+    reached = []
+    for run in range(400):
+        together, scale = gaussian._Together(), 1.0 + run % 3
+        signs = (scale * torch.randn(200, 2, 4)).sign().int().tolist()
+        largest = -math.inf
+        for before, after in itertools.pairwise(signs):
+            together.add_signs(before, after)
+            largest = max(largest, together.of_signs())
+        reached.append(largest)
+    assert sum(evidence >= math.log(100) for evidence in reached) < 14
+    assert sum(evidence >= math.log(10) for evidence in reached) < 66
 
 
 def test_limits_of_a_step_are_as_rare_as_stated(monkeypatch):

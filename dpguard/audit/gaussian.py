@@ -30,13 +30,21 @@ difference of two norms is at most 0.8, of two values 1/sqrt(4 pi), which bounds
 they agree. Two parameters with the same noise in one step are found by their first values, and one
 parameter whose noise stays by its norm, over some steps.
 
-False alarms: at most ``RUN_LEVEL + STEP_LEVEL + REPEAT_LEVEL + STREAK_LEVEL`` < 1e-6 over a whole
-run, for each optimizer (and each device and precision that its parameters are on).
+Noise that depends on that of the step before. Accountants compose steps whose noise is independent;
+noise that is a part of what was added before, with whichever sign, is not. The products of the
+signs that a value has in two steps on end are a martingale of steps +1 and -1 then, and the factor
+of the mean, with their sum and number for ``T`` and ``N``, has an expectation of at most 1 again.
+Signs, because they say nothing of the scale, which is tested above; only what is right in all else
+is judged. Dependence on what was two or more steps ago alone is not seen.
+
+False alarms: at most ``RUN_LEVEL + STEP_LEVEL + REPEAT_LEVEL + STREAK_LEVEL + SIGNS_LEVEL`` < 1e-6
+over a whole run, for each optimizer (and each device and precision that its parameters are on).
 
 Power: each of the ``N`` values with sigma off by 1 % is worth 1e-4 nats; 200 steps of a model with
 2,500 parameters give 50, with a standard deviation of 10, where about 19 are needed: it is found
 with a probability of more than 99 %. A sigma off by a factor of 1.5 is found in one step if there
-are some 300 values, one off by 1.1 if there are 4,500.
+are some 300 values, one off by 1.1 if there are 4,500. A correlation of 1/2 with the step before is
+found with some 500 products of signs, one of 1/10 with some 10,000.
 
 Rounding. The noised sum is rounded to its type, an error of at most ``eps/2 * |noised|`` per
 element; by the triangle inequality it moves ``sqrt(S)`` by at most ``eps/2 * |noised| / std`` in
@@ -52,6 +60,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import add, gt, lt, mul
+from typing import TypeAlias
 
 import torch
 
@@ -61,6 +70,7 @@ __all__ = ["BATCH", "NoiseTest", "NoiseVerdict"]
 
 RUN_LEVEL = 4e-7
 STEP_LEVEL = 4e-7
+SIGNS_LEVEL = 4e-8
 BATCH = 32
 """After so many steps the test over the run is evaluated."""
 SLACK = 2e-4
@@ -83,19 +93,24 @@ class NoiseVerdict:
         wrong: indices of those whose noise is not as declared; all of them if the error shows only
             in all together.
         repeated: indices of those whose noise was there before, or is on another of them as well.
+        dependent: indices of those on which it shows that noise depends on that of the step before.
         ratio: root mean square of the noise, in units of the declared standard deviation.
     """
 
     missing: tuple[int, ...] = ()
     wrong: tuple[int, ...] = ()
     repeated: tuple[int, ...] = ()
+    dependent: tuple[int, ...] = ()
     ratio: float = 1.0
 
     def __bool__(self) -> bool:
-        return bool(self.missing or self.wrong or self.repeated)
+        return bool(self.missing or self.wrong or self.repeated or self.dependent)
 
 
 NOTHING = NoiseVerdict()
+
+
+_Signs: TypeAlias = "list[list[int]]"
 
 
 @dataclass
@@ -108,6 +123,10 @@ class _Together:
     values: int = 0
     value: float = 0.0
     value_slip: float = 0.0
+    signs: int = 0
+    sign: int = 0
+    is_odd: bool = False
+    """Something else was wrong, which would show in the signs as well."""
 
     @property
     def ratio(self) -> float:
@@ -118,11 +137,22 @@ class _Together:
         self.value += sum(some) / std
         self.value_slip += math.sqrt(len(some)) * slip
 
+    def add_signs(self, before: _Signs, after: _Signs) -> None:
+        products = [
+            a * b
+            for one, other in zip(before, after, strict=True)
+            for a, b in zip(one, other, strict=True)
+        ]
+        self.signs += sum(map(abs, products))
+        self.sign += sum(products)
+
     def of_mean(self) -> float:
         """Logarithm of the factor against a mean of 0."""
-        kindest = max(0.0, abs(self.value) - self.value_slip - _BIAS * self.values)
-        share = _RHO / (self.values + _RHO)
-        return 0.5 * math.log(share) + kindest**2 / (2 * (self.values + _RHO))
+        return _of_sum(abs(self.value) - self.value_slip - _BIAS * self.values, self.values)
+
+    def of_signs(self) -> float:
+        """Logarithm of the factor against signs that do not depend on those before."""
+        return _of_sum(abs(self.sign), self.signs)
 
 
 class NoiseTest:
@@ -170,6 +200,8 @@ class NoiseTest:
         self._low: list[float] = []
         self._high: list[float] = []
         self._streaks: dict[int, tuple[int, int]] = {}
+        self._sampled = tuple(sampled)
+        self._signs: tuple[int, float, _Signs] = (-1, math.nan, [])
         self._repeats = Repeats(self.sizes, sampled, by_values=by_values, step=self._steps)
 
     def take(
@@ -197,14 +229,27 @@ class NoiseTest:
         verdict = self._gross(norms, total, std, slip)
         if verdict is not NOTHING:
             # Chance is judged by the declared distribution, which other noise does not have.
+            self._all.is_odd = True
             return verdict
         self._pending.append((norms, std, slip))
         for some in values:
             self._all.add_values(some, std, slip)
+        self._compare_signs(values, slip * std, mark)
         repeated = self._repeats.take(Print(norms, 1 / std, slip, values, mark))
+        self._all.is_odd = self._all.is_odd or bool(repeated)
         if len(self._pending) >= BATCH:
             verdict = self.evaluate()
         return dataclasses.replace(verdict, repeated=repeated) if repeated else verdict
+
+    def _compare_signs(self, values: Sequence[Sequence[float]], slip: float, mark: float) -> None:
+        """With those of the step before, unless that is one and the same release."""
+        if not values:
+            return
+        signs = [[(value > slip) - (value < -slip) for value in some] for some in values]
+        step, former_mark, former = self._signs
+        if step == self._steps - 1 and mark != former_mark:
+            self._all.add_signs(former, signs)
+        self._signs = self._steps, mark, signs
 
     # -- each step ------------------------------------------------------------------------------
 
@@ -285,9 +330,13 @@ class NoiseTest:
             guilty = (i for i, found in enumerate(evidence) if found >= bound)
             wrong = tuple(guilty) or tuple(range(len(self.sizes)))
             repeated = ()
-        if not (wrong or repeated):
+        self._all.is_odd = self._all.is_odd or bool(wrong or repeated)
+        dependent: tuple[int, ...] = ()
+        if not self._all.is_odd and self._all.of_signs() >= -math.log(SIGNS_LEVEL):
+            dependent = self._sampled
+        if not (wrong or repeated or dependent):
             return NOTHING
-        return NoiseVerdict(wrong=wrong, repeated=repeated, ratio=self._all.ratio)
+        return NoiseVerdict((), wrong, repeated, dependent, self._all.ratio)
 
     def _take_in(self) -> tuple[int, ...]:
         """Add what is pending; returns which parameters' noise has stayed the same in it."""
@@ -316,6 +365,11 @@ class NoiseTest:
         ]
         self._single = self._carried + _logsumexp(evidence) - math.log(len(evidence))
         return evidence
+
+
+def _of_sum(total: float, count: int) -> float:
+    """Logarithm of the factor of a sum of ``count`` terms of variance 1 against a mean of 0."""
+    return 0.5 * math.log(_RHO / (count + _RHO)) + max(0.0, total) ** 2 / (2 * (count + _RHO))
 
 
 def _kindest(root: float, slip: float, count: int) -> float:

@@ -35,6 +35,7 @@ FRESH = "noise.fresh"
 _FEW = 4
 """Up to so many parameters, a step is known by first values, which are sent each time then."""
 _VALUES_EVERY = 8
+"""Otherwise they are sent in two steps on end of so many."""
 _SAMPLED = 8
 _VALUES = 8
 _ENOUGH = 32
@@ -58,7 +59,7 @@ class _Group:
         parts: slices of them whose differences are in memory at the same time.
         sampled: of which of them first values are sent.
         often: whether these are sent in each step.
-        due: in how many steps they are sent again.
+        due: in how many steps they are sent again; one less than 0 in the second step on end.
     """
 
     dtype: torch.dtype
@@ -302,7 +303,7 @@ class Noise(Check):
         if silent:
             step.collect((SCALE,), torch.stack(scalars), functools.partial(_silent, group, names))
             return
-        group.due = _VALUES_EVERY - 1 if rich else group.due - 1
+        group.due = group.due - 1 if group.due >= 0 else _VALUES_EVERY - 2
         if mark is None or (bound is None and drawn is None):
             bound = None
             mark = torch.stack(_norms(_tensors(group, grads, sums)[0])).norm()
@@ -424,6 +425,7 @@ def _failures(verdict: NoiseVerdict, group: _Group, names: tuple[str, ...]) -> l
         (SCALE, diagnosis.NOISE_MISSING, verdict.missing),
         (SCALE, diagnosis.NOISE_SCALE, verdict.wrong),
         (FRESH, diagnosis.NOISE_REPEATED, verdict.repeated),
+        (FRESH, diagnosis.NOISE_DEPENDENT, verdict.dependent),
     )
     return [
         Failure(
