@@ -722,6 +722,7 @@ def test_the_counter_counts():
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("mode", ["repair", "observe", "strict"])
 def test_no_synchronisation_on_cuda(mode):
     """Guarded training synchronises host and device nowhere, by CUDA's own account."""
