@@ -250,7 +250,8 @@ _DIAGNOSES = {
     ),
     ROWS_NOT_FINITE: Diagnosis(
         "per-sample gradients are not finite",
-        "find the samples that make the loss overflow; one of them makes the whole update NaN",
+        "find the samples that make the loss overflow; where they are not counted as zero, one of "
+        "them makes the whole update NaN",
     ),
     NOT_CONSERVED: Diagnosis(
         "the per-sample gradients do not add up to the gradient that autograd computed for the "

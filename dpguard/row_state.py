@@ -100,16 +100,18 @@ class Clipped:
         rows: number of people of each of them.
         unclipped: a gradient that no clip factor met was added as well.
         hooked: that gradient came through the hooks, and so is of private data.
+        blanked: somebody's gradient was not finite, and counts as zero.
         spent: an optimizer has taken it already.
     """
 
-    __slots__ = ("_grad", "_version", "batches", "hooked", "rows", "spent", "unclipped")
+    __slots__ = ("_grad", "_version", "batches", "blanked", "hooked", "rows", "spent", "unclipped")
 
     def __init__(self, grad: torch.Tensor | None, rows: tuple[int, ...] = ()) -> None:
         self.rows = rows
         self.batches = len(rows)
         self.unclipped = False
         self.hooked = False
+        self.blanked = False
         self.spent = False
         self.renew(grad)
 

@@ -129,6 +129,23 @@ def test_batches_before_a_step_add_up(guard, reduction, wrap, ghost, sizes):
     assert is_ok(guard.last_step)
 
 
+def test_somebody_who_is_not_finite_in_one_of_several_batches(guard, reduction):
+    """The others of that batch, and those of the batches before and after, are clipped as ever."""
+    model = mlp()
+    called, optimizer, criterion = private(model, reduction=reduction)
+    batches = [batch(4, seed=i) for i in range(3)]
+    parts = [clipped(model, data, squares(reduction)) for data in batches]
+    without = tuple(x[1:] for x in batches[1])
+    parts[1] = clipped(model, without, squares(reduction))
+    batches[1][0][0] = torch.inf
+    for x, y in batches:
+        criterion(called(x), y).backward()
+    assert_gradients(model, summed(*parts))
+    optimizer.step()
+    guard.flush()
+    assert guard.last_step.checks["coverage.finite"].failed == len(list(model.parameters()))
+
+
 def test_the_update_and_the_accounting_are_those_of_hooks_mode(guard, reduction):
     """Same parameters, same number of iterations told to the accountant."""
     ends, told = [], []

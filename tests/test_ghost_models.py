@@ -14,6 +14,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 from truth import plain_copy, rows_of
 
+import dpguard
+
 pytest.importorskip("opacus.utils.fast_gradient_clipping_utils")
 C = 0.3
 CLOSE = {
@@ -31,6 +33,16 @@ class Losses(nn.Module):
 
     def forward(self, output):
         losses = output.square().flatten(1).mean(dim=1)
+        return losses if self.reduction == "none" else getattr(losses, self.reduction)()
+
+
+class Overflowing(Losses):
+    """The loss of the second sample is infinite."""
+
+    def forward(self, output):
+        scale = torch.ones(len(output), dtype=output.dtype)
+        scale[1] = torch.inf
+        losses = output.square().flatten(1).mean(dim=1) * scale
         return losses if self.reduction == "none" else getattr(losses, self.reduction)()
 
 
@@ -221,12 +233,12 @@ def make(kind):
     return kind().to(getattr(kind, "dtype", torch.float64))
 
 
-def private(model, *, reduction="mean", ghost=True, sigma=0.0, **options):
+def private(model, *, reduction="mean", ghost=True, sigma=0.0, losses=Losses, **options):
     data = torch.utils.data.TensorDataset(torch.zeros(8, 1))
     called, optimizer, criterion, _ = PrivacyEngine().make_private(
         module=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        criterion=Losses(reduction),
+        criterion=losses(reduction),
         data_loader=torch.utils.data.DataLoader(data, batch_size=4),
         noise_multiplier=sigma,
         max_grad_norm=C,
@@ -302,6 +314,58 @@ def test_norms_and_clipped_sums_equal_truth(guard, kind, ghost, reduction):
         optimizer.zero_grad()
         assert kept is not None
     assert violations(guard) == ()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("ghost", [True, False], ids=["ghost", "fast"])
+@pytest.mark.parametrize("what", ["input", "loss"])
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind is not Checkpointed])
+def test_who_is_not_finite_counts_as_zero(guard, kind, what, ghost, reduction):
+    """S17: the clipped sum is that of the others, and the step after is as ever."""
+    torch.manual_seed(1)
+    model = make(kind)
+    losses = Overflowing if what == "loss" else Losses
+    called, optimizer, criterion = private(model, reduction=reduction, ghost=ghost, losses=losses)
+    for step in range(2):
+        data = drawn(model, 4 + step, seed=step)
+        others = tuple(torch.cat((x[:1], x[2:])) for x in data)
+        _, clipped = truth(model, others, reduction)
+        if what == "input":
+            if not data[0].is_floating_point():
+                pytest.skip("tokens are finite")
+            data[0][1] = (torch.inf, torch.nan)[step]
+        backward(criterion, called(*data))
+        close = CLOSE[next(model.parameters()).dtype]
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, clipped[name], **close)
+        optimizer.step()
+        optimizer.zero_grad()
+        guard.flush()
+        assert guard.last_step.checks["coverage.finite"].failed
+    assert {v.check for v in violations(guard)} <= {"coverage.finite"}
+
+
+def test_who_is_not_finite_in_a_reentrant_checkpoint(guard):
+    """Its calls are recomputed out of sight: nothing is changed, and the verdict says so."""
+    model = make(Checkpointed)
+    called, optimizer, criterion = private(model, losses=Overflowing)
+    backward(criterion, called(*drawn(model, 4, seed=0)))
+    assert all(p.grad.isnan().all() for p in model.block.parameters())
+    optimizer.step()
+    guard.flush()
+    assert guard.last_step.checks["coverage.finite"].failed == len(list(model.parameters()))
+
+
+def test_nobody_is_blanked_in_observe():
+    """The update is Opacus's."""
+    with dpguard.install(mode="observe") as guard:
+        model = make(_with_inputs(MLP))
+        called, optimizer, criterion = private(model, losses=Overflowing)
+        backward(criterion, called(*drawn(model, 4, seed=0)))
+        assert all(p.grad.isnan().any() for p in model.parameters())
+        optimizer.step()
+        guard.flush()
+        assert guard.last_step.checks["coverage.finite"].failed
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

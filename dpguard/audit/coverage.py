@@ -49,12 +49,14 @@ class Coverage:
         names: the trainable parameters of the optimizer.
         rows: the rows, if they are as they should be.
         sums: in ghost clipping the clipped sums, with the parameter's name.
+        blanked: of these, the names of those from which what is not finite was taken out.
         failures: the structural checks that failed.
     """
 
     names: tuple[str, ...]
     rows: Rows | None = None
     sums: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    blanked: set[str] = field(default_factory=set)
     failures: list[Failure] = field(default_factory=list)
 
 
@@ -112,6 +114,8 @@ def examine_clipped(ledger: Ledger, parameters: Sequence[torch.nn.Parameter]) ->
             counts[name] = note.rows
             if parameter.grad is not None and not parameter.grad.is_sparse:
                 coverage.sums.append((name, parameter.grad))
+                if note.blanked:
+                    coverage.blanked.add(name)
     if counts:
         coverage.names = names
         if strangers:

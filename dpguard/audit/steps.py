@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Sequence
+from operator import and_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -144,7 +145,10 @@ class StepAuditor:
             names = tuple(name for name, _ in seen.sums)
             step.run(structure.FINITE)
             flags = finite_flags([total for _, total in seen.sums])
-            step.collect((structure.FINITE,), flags, functools.partial(finiteness, names))
+            was = [name not in seen.blanked for name in names]
+            step.collect(
+                (structure.FINITE,), flags, lambda found: finiteness(names, map(and_, found, was))
+            )
 
     def is_early(self, optimizer: Any) -> bool:
         """Whether nothing of the physical batch at hand has entered the sums yet."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import enum
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,7 @@ from dpguard._declare import declares_one_batch
 from dpguard._errors import DPGuardError, PerSampleGradientError, PrivacyViolation
 from dpguard.graph_task import GraphTask
 from dpguard.ledger import parameters_of
+from dpguard.patches.ghost_blank import Blanks
 from dpguard.patches.ghost_gradient import Carried
 from dpguard.patches.norm_draws import NormDraw, NormDraws
 from dpguard.patches.pairing import Pairing
@@ -112,6 +113,8 @@ class GhostPairing(Pairing):
         self._sums = PassSums()
         self._draw: NormDraw | None = None
         """A person of the batch that is being backpropagated, if one was drawn."""
+        self._blanks: Blanks | None = None
+        """Somebody of that batch whose gradient is not finite, if there is one."""
 
     # -- attach and release --------------------------------------------------------------------
 
@@ -215,6 +218,7 @@ class GhostPairing(Pairing):
         try:
             result = backward()
             done = True
+            blanked = self._blank()
         finally:
             clipped, self._stage = self._stage is Stage.CLIPPED, Stage.OUTSIDE
             fired, draw, self._draw = self._fired, self._draw, None
@@ -228,7 +232,7 @@ class GhostPairing(Pairing):
             record.activations = record.outline = None
         if fired or not self.computes:
             self._last_backward = self.ledger.segment
-            self._note(parameters, carried, clipped=clipped)
+            self._note(parameters, carried, blanked, clipped=clipped)
             self._keep(draw)
         else:
             carried.give_back()  # a loss that reached no parameter is no batch
@@ -251,7 +255,16 @@ class GhostPairing(Pairing):
             # Opacus leaves them disabled, and then goes on with the norms of an old batch.
             self.hooks.enable_hooks()
 
-    def _note(self, parameters: list[Any], carried: Carried, *, clipped: bool) -> None:
+    def _blank(self) -> frozenset[int]:
+        """Take somebody's gradient that is not finite out; identities of parameters that had it."""
+        blanks, self._blanks = self._blanks, None
+        if blanks is None or not blanks.put(self._fired):
+            return frozenset()
+        return blanks.parameters
+
+    def _note(
+        self, parameters: list[Any], carried: Carried, blanked: frozenset[int], *, clipped: bool
+    ) -> None:
         carried.add_to_gradients()
         for parameter in parameters:
             # A frozen one that waits with earlier batches took no part in this one.
@@ -260,6 +273,7 @@ class GhostPairing(Pairing):
                 rows = (*carried.rows_of(parameter), mine or 0)
                 note = Clipped(parameter.grad, rows if clipped else ())
                 note.unclipped = id(parameter) in carried.unclipped or not clipped
+                note.blanked = id(parameter) in carried.blanked or id(parameter) in blanked
                 state = self.ledger.state(parameter)
                 state.clipped = note
                 if state.version is None:  # Opacus clears gradients between its two backwards
@@ -300,6 +314,36 @@ class GhostPairing(Pairing):
         """The norms are known of which clip factors will be made."""
         if self._draw is not None:
             self._draw.attempt(self._draw.judge, norms, self.hooks.trainable_parameters)
+        if self.computes and self._stage is Stage.CLIPPED and self._blanks is None:
+            self._blanks = Blanks.of(norms, self.hooks.trainable_parameters)
+
+    def on_clipped_backprops(self, record: Record, backprops: torch.Tensor) -> None:
+        """One call in the second backward, of losses that are multiplied with clip factors."""
+        if self._blanks is not None:
+            self._blanks.meet(self, record, backprops)
+
+    def sums_of_others(
+        self, record: Record, backprops: torch.Tensor, broken: torch.Tensor
+    ) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor | None]]:
+        """What a call adds to the gradients of clipped losses, without the people in ``broken``.
+
+        Yields:
+            Each parameter of the call with its sum, ``None`` if it cannot be had.
+        """
+        task = GraphTask(0)
+        wanted = task.reached(record.trained)
+        if wanted and record.activations is None:
+            yield wanted[0], None
+            return
+        arranged = self._arranged(task, record, record.activations or [], backprops)
+        for parameter, rows, _ in self._sampled(record, arranged, wanted):
+            mine = rows if record.order is None else rows.index_select(0, record.order)
+            if len(mine) != len(broken):
+                yield parameter, None
+                return
+            left = mine.masked_fill(broken.view(-1, *[1] * (mine.dim() - 1)), 0)
+            wide = torch.promote_types(mine.dtype, torch.float32)
+            yield parameter, left.sum(0, dtype=wide) * self._share(record)
 
     def begin(self) -> None:
         """A first backward starts: what an earlier one left unfinished does not count."""
@@ -309,6 +353,7 @@ class GhostPairing(Pairing):
         self._reopened = set()
         self._received = {}
         self._fired = []
+        self._blanks = None
         self._sums.begin()
 
     def _enter_round(self, record: Record) -> None:

@@ -34,6 +34,7 @@ class Carried:
     Attributes:
         batches: how many batches there are.
         unclipped: identities of parameters whose sum has an unclipped gradient in it.
+        blanked: identities of those in which somebody's gradient was not finite.
     """
 
     def __init__(self, ledger: Ledger, parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -41,6 +42,7 @@ class Carried:
         self._held: list[tuple[torch.nn.Parameter, torch.Tensor, Clipped]] = []
         self._rows: dict[int, tuple[int, ...]] = {}
         self.unclipped: set[int] = set()
+        self.blanked: set[int] = set()
         for parameter in parameters:
             note, grad = _note_of(ledger, parameter), parameter.grad
             if note is None or not note.batches or note.spent:
@@ -55,6 +57,7 @@ class Carried:
         if not self._held:
             self._rows = {}
         self.unclipped.update(id(p) for p, _, note in self._held if note.unclipped)
+        self.blanked.update(id(p) for p, _, note in self._held if note.blanked)
         self._longest = max(self._rows.values(), key=len, default=())
         self.batches = len(self._longest)
 

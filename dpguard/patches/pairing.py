@@ -352,6 +352,9 @@ class Pairing:
         if not task.keeps_graph:
             record.activations = record.outline = None
 
+    def on_clipped_backprops(self, record: Record, backprops: torch.Tensor) -> None:
+        """A call is met in a backward for which Opacus has disabled its hooks."""
+
     def _note_terms(
         self,
         task: GraphTask,

@@ -104,8 +104,13 @@ class Record:
     def __call__(self, grad_outputs: tuple[torch.Tensor | None, ...]) -> None:
         """The backprop of this call has arrived."""
         backprops = grad_outputs[self.index]
-        if backprops is not None and self.hook.pairing.hooks.hooks_enabled:
-            self.hook.pairing.on_backprops(self, backprops)
+        if backprops is None:
+            return
+        pairing = self.hook.pairing
+        if pairing.hooks.hooks_enabled:
+            pairing.on_backprops(self, backprops)
+        else:
+            pairing.on_clipped_backprops(self, backprops)
 
 
 class Witness:
