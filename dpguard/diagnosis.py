@@ -58,6 +58,7 @@ NOISE_SCALE = "noise_scale"
 NOISE_REPEATED = "noise_repeated"
 NOISE_DEPENDENT = "noise_dependent"
 NOISE_NOT_DUE = "noise_not_due"
+NOISE_UNSEEN = "noise_unseen"
 NOT_ACCOUNTED = "step_not_accounted"
 ACCOUNTED_OFTEN = "step_accounted_often"
 ACCOUNTED_SIGMA = "accounted_sigma"
@@ -459,9 +460,15 @@ _DIAGNOSES = {
         "between backward and step",
         Severity.CRITICAL,
     ),
+    NOISE_UNSEEN: Diagnosis(
+        "noise is due, but add_noise() is not called, so nothing is known of what is added",
+        "have pre_step() call add_noise(), which may be your own; or see to it yourself that the "
+        "noise has the standard deviation noise_multiplier * max_grad_norm",
+        Severity.WARNING,
+    ),
     NOISE_TAKEN_OUT: Diagnosis(
-        "after the noise had been added, something put a gradient without noise in the place of "
-        "the noised one, and the update was to be made from that",
+        "the update was to be made from a gradient without noise: none was added, or something put "
+        "a gradient from before the noise in the place of the noised one",
         "change p.grad in hooks and in scale_grad() only by what is computed from the noised "
         "p.grad itself; do not keep gradients from before optimizer.step()",
         Severity.CRITICAL,

@@ -9,6 +9,8 @@ from releases import needs_adaptive, needs_ghost, needs_reshaping
 
 import dpguard
 from dpguard import diagnosis
+from dpguard.audit.applied import LOOK_EVERY
+from dpguard.audit.noise import SCALE
 from dpguard.audit.update import PRIVATE
 
 pytestmark = needs_reshaping
@@ -69,7 +71,19 @@ def sum_in_scale_grad(training):
     optimizer.scale_grad = scale_grad
 
 
+def sum_in_place_in_scale_grad(training):
+    """One change in place, as dividing by the batch size is."""
+    optimizer = training.optimizer
+
+    def scale_grad():
+        for p in optimizer.params:
+            p.grad.copy_(p.summed_grad.view_as(p) / optimizer.expected_batch_size)
+
+    optimizer.scale_grad = scale_grad
+
+
 FAULTS = {
+    sum_in_place_in_scale_grad: 0,
     raw_in_a_step_hook: 1,
     raw_in_a_hook_of_the_inner_optimizer: 2,
     sum_in_a_step_hook: 0,
@@ -96,6 +110,96 @@ def test_noise_that_is_taken_out_is_refused(mode, fault, kind):
             (PRIVATE, diagnosis.NOISE_TAKEN_OUT)
         }
         assert all(violation.parameters for violation in guard.violations)
+
+
+def sum_through_data(optimizer):
+    for p in optimizer.params:
+        p.grad.data.copy_(p.summed_grad.view_as(p) / optimizer.expected_batch_size)
+
+
+def rows_through_data(optimizer):
+    for p in optimizer.params:
+        p.grad.data = p.grad_sample.mean(0)
+
+
+@pytest.mark.parametrize("fault", [sum_through_data, rows_through_data])
+def test_what_no_version_shows_is_found_now_and_then(fault):
+    """At the latest in the 50th step."""
+    with dpguard.install(mode="repair") as guard:
+        training = Training()
+        training.run(3)
+        training.optimizer.attach_step_hook(fault)
+        with pytest.raises(dpguard.PrivacyViolation, match=r"update\.private"):
+            training.run(60)
+        assert training.steps <= LOOK_EVERY
+        assert {v.cause for v in guard.violations} == {diagnosis.NOISE_TAKEN_OUT}
+
+
+# -- a pre_step that never calls add_noise -----------------------------------------------------------
+
+
+def pre_step_of(make_gradient):
+    """A ``pre_step`` of the user's own, in a subclass."""
+
+    def pre_step(self, closure=None):
+        make_gradient(self)
+        self.step_hook(self)
+        self._is_last_step_skipped = False
+        return True
+
+    def inject(training):
+        cls = type(training.optimizer)
+        training.optimizer.__class__ = type("Mine", (cls,), {"pre_step": pre_step})
+
+    return inject
+
+
+def clipped_only(optimizer):
+    optimizer.clip_and_accumulate()
+    for p in optimizer.params:
+        p.grad = p.summed_grad.view_as(p).clone()
+    optimizer.scale_grad()
+
+
+def mean_of_rows(optimizer):
+    for p in optimizer.params:
+        p.grad = p.grad_sample.mean(0)
+
+
+def noise_of_its_own(optimizer):
+    optimizer.clip_and_accumulate()
+    std = optimizer.noise_multiplier * optimizer.max_grad_norm
+    for p in optimizer.params:
+        p.summed_grad.add_(torch.randn_like(p.summed_grad), alpha=std)
+        p.grad = p.summed_grad.view_as(p)
+    optimizer.scale_grad()
+
+
+@pytest.mark.parametrize("begin", [0, 3])
+@pytest.mark.parametrize("gradient", [clipped_only, mean_of_rows])
+def test_a_step_of_ones_own_without_noise_is_refused(gradient, begin):
+    """There is no noise to be measured: it is the gradient that gives it away."""
+    with dpguard.install(mode="repair") as guard:
+        training = Training()
+        training.run(begin)
+        pre_step_of(gradient)(training)
+        with pytest.raises(dpguard.PrivacyViolation, match=r"update\.private"):
+            training.run(2)
+        assert training.steps == begin
+        found = {(v.check, v.cause) for v in guard.violations}
+        assert found == {(PRIVATE, diagnosis.NOISE_TAKEN_OUT), (SCALE, diagnosis.NOISE_UNSEEN)}
+
+
+@pytest.mark.parametrize("mode", ["repair", "strict", "observe"])
+def test_noise_where_nobody_sees_it_is_said_once(mode):
+    """It may be right, so the step is taken."""
+    with dpguard.install(mode=mode) as guard:
+        training = Training()
+        pre_step_of(noise_of_its_own)(training)
+        training.run(5)
+        assert training.steps == 5
+        assert [v.cause for v in guard.violations] == [diagnosis.NOISE_UNSEEN]
+        assert guard.violations[0].severity.value == "WARNING"
 
 
 def test_observe_says_it():
@@ -190,11 +294,16 @@ def test_without_noise_to_speak_of_nothing_is_said(sigma):
         assert guard.violations == ()
 
 
+def doubled(optimizer):
+    for p in optimizer.params:
+        p.grad = 2 * p.grad
+
+
 def test_nothing_is_kept():
     """Between steps no gradient is held."""
     with dpguard.install(mode="repair") as guard:
         training = Training()
-        raw_in_a_step_hook(training)
+        training.optimizer.attach_step_hook(doubled)
         training.run(1)
         training.optimizer.zero_grad(set_to_none=True)
         (applied,) = {
@@ -203,4 +312,4 @@ def test_nothing_is_kept():
             if type(check).__name__ == "Applied"
         }
         state = applied._noised[training.optimizer]
-        assert (state.raw, state.grads, state.std) == (None, [], None)
+        assert (state.raw, state.grads, state.sums, state.std) == (None, [], [], None)

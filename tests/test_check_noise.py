@@ -697,18 +697,40 @@ def test_the_same_release_twice_is_no_new_one(guard):
     assert guard.violations == ()
 
 
-def test_a_sum_that_is_changed_in_place_is_not_judged(guard):
-    """Without the sum before noise nothing is known: not run, and not a failure."""
+@pytest.mark.parametrize(("std", "cause"), [(0.5, None), (1.0, "wrong"), (0.0, "missing")])
+def test_noise_that_is_added_to_the_sum_in_place(guard, std, cause):
+    """A copy of the sum is kept where the noise is not Opacus's; sigma is to be times C."""
 
     def add_noise():
         for p in training.optimizer.params:
-            p.grad = p.summed_grad.add_(torch.normal(0.0, 0.5, p.shape))
+            p.grad = p.summed_grad.add_(std * torch.randn(p.shape))
 
     training = Training()
     training.optimizer.add_noise = add_noise
-    training.step()
-    assert guard.violations == ()
-    assert guard.last_step.checks[SCALE].not_run == 4
+    if cause is None:
+        for _ in range(5):
+            training.step()
+        assert guard.violations == ()
+        assert guard.last_step.checks[SCALE].passed == 4
+        return
+    with pytest.raises(dpguard.PrivacyViolation, match=r"noise\.scale"):
+        training.step()
+    causes = {"wrong": diagnosis.NOISE_SCALE, "missing": diagnosis.NOISE_MISSING}
+    assert {v.cause for v in guard.violations} == {causes[cause]}
+
+
+def test_a_sum_that_is_multiplied_before_the_noise(guard):
+    """In place, by an ``add_noise`` that then calls Opacus's."""
+
+    def add_noise():
+        for p in training.optimizer.params:
+            p.summed_grad.mul_(10)
+        DPOptimizer.add_noise(training.optimizer)
+
+    training = Training()
+    training.optimizer.add_noise = add_noise
+    with pytest.raises(dpguard.PrivacyViolation, match=r"noise\.scale"):
+        training.step()
 
 
 def test_a_gradient_that_is_missing_is_left_out(guard):

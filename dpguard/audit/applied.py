@@ -12,7 +12,10 @@ Let ``a`` be the multiple, of each parameter, that comes closest, ``n`` the numb
 or more, one that is off by less than ``t``, some roundings, has none of the noise.
 
 The gradient of the batch is only at hand once a change was seen; so one that is put back is found
-in the second step.
+in the second step. A change through ``.data`` has no version: in the first steps and in every
+``LOOK_EVERY``-th all gradients are compared, changed or not. And so they are where ``add_noise``
+was not called, by a ``pre_step`` of the user's own: what is applied is then a multiple of what has
+no noise if none was added at all.
 """
 
 from __future__ import annotations
@@ -34,8 +37,8 @@ __all__ = ["Applied"]
 _OFF = 1e-4
 _ROUNDINGS = 8.0
 _ENOUGH = 200
-_SCALED = (0, 1)
-"""Changes in place that are none of what is looked for: dividing by the batch size is one."""
+LOOK_FIRST = 2
+LOOK_EVERY = 50
 
 
 @dataclass
@@ -46,6 +49,10 @@ class _Noised:
         std: standard deviation of the noise, ``None`` if nothing is to be looked at.
         names: of the parameters.
         grads: the parameters, with their noised gradients and the versions of these.
+        sums: the clipped sums, and their versions, before anybody could add noise to them.
+        seen: whether ``add_noise`` was called.
+        due: whether all gradients are compared in this step.
+        count: how many steps were noised.
         suspect: whether gradients were changed after the noise, in this step or an earlier one.
         raw: the gradients of the batch, and its number of rows, if they are kept.
         told: the gradients as they were when they were last compared.
@@ -54,12 +61,17 @@ class _Noised:
     std: Any = None
     names: tuple[str, ...] = ()
     grads: list[tuple[torch.Tensor, torch.Tensor, int]] = field(default_factory=list)
+    sums: list[tuple[Any, int]] = field(default_factory=list)
+    seen: bool = False
+    due: bool = False
+    count: int = 0
     suspect: bool = False
     raw: tuple[list[Any], int] | None = None
     told: list[tuple[int, int]] = field(default_factory=list)
 
     def clear(self) -> None:
-        self.std, self.raw, self.grads, self.told = None, None, [], []
+        self.std, self.raw, self.seen = None, None, False
+        self.grads, self.sums, self.told = [], [], []
 
 
 class Applied(Check):
@@ -71,7 +83,10 @@ class Applied(Check):
     def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:
         """``p.grad`` still is the gradient of the batch."""
         state = self._noised.of(optimizer)
-        if state.suspect and step.parameters:
+        if not _compat.is_opacus_method(optimizer, "pre_step"):
+            state.sums = _sums_of(step)
+        state.due = state.count < LOOK_FIRST or state.count % LOOK_EVERY == 0
+        if (state.suspect or state.due) and step.parameters:
             rows = getattr(step.parameters[0], "grad_sample", None)
             pieces = rows if isinstance(rows, list) else [rows]
             count = sum(len(piece) for piece in pieces if isinstance(piece, torch.Tensor))
@@ -79,9 +94,16 @@ class Applied(Check):
             state.raw = [p.grad for p in step.parameters], count if mean else 1
         return ()
 
+    def before_noise(self, step: Step, optimizer: Any) -> Failures:
+        """Note the clipped sums."""
+        self._noised.of(optimizer).sums = _sums_of(step)
+        return ()
+
     def after_noise(self, step: Step, optimizer: Any) -> Failures:
         """Note the gradients with their noise."""
         state = self._noised.of(optimizer)
+        state.seen = True
+        state.count += 1
         std = _compat.noise_std(optimizer)
         grads: list[Any] = [p.grad for p in step.parameters]
         if std is not None and all(map(_is_plain, grads)):
@@ -96,13 +118,17 @@ class Applied(Check):
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
         """The step hooks have run."""
-        self._look(step, self._noised.of(optimizer))
+        state = self._noised.of(optimizer)
+        if state.seen:
+            self._look(step, optimizer, state)
+        else:
+            self._look_unseen(step, optimizer, state)
         return ()
 
     def applied(self, step: Step, optimizer: Any) -> Failures:
         """The wrapped optimizer has stepped, its own hooks have run."""
         state = self._noised.of(optimizer)
-        self._look(step, state)
+        self._look(step, optimizer, state)
         state.clear()
         return ()
 
@@ -117,15 +143,33 @@ class Applied(Check):
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _look(self, step: Step, state: _Noised) -> None:
+    def _look_unseen(self, step: Step, optimizer: Any, state: _Noised) -> None:
+        """Nobody has called ``add_noise``: was there any noise?"""
+        std = _compat.noise_std(optimizer)
+        if std is None or not step.names or _compat.is_distributed():
+            return
+        grads: list[Any] = [p.grad for p in step.parameters]
+        everyone = range(len(grads))
+        if all(isinstance(grad, torch.Tensor) for grad in grads):
+            self._compare(step, step.names, everyone, (grads, _unchanged(state, grads), std))
+            sums = [_sum_of_rows(parameter) for parameter in step.parameters]
+            self._compare(step, step.names, everyone, (grads, sums, std))
+
+    def _look(self, step: Step, optimizer: Any, state: _Noised) -> None:
         if state.std is None:
             return
+        divides = optimizer.loss_reduction == "mean"
+        divides = divides and _compat.is_opacus_method(optimizer, "scale_grad")
+        scaled = (0, 1) if divides else (0,)  # dividing by the batch size is one change in place
         changed = [
             i
             for i, (parameter, noised, version) in enumerate(state.grads)
-            if parameter.grad is not noised or noised._version - version not in _SCALED
+            if parameter.grad is not noised or noised._version - version not in scaled
         ]
         if not changed:
+            if state.due and not _compat.is_distributed():
+                self._compare_all(step, state, list(range(len(state.grads))))
+                state.due = False
             return  # nearly always
         grads = [parameter.grad for parameter, _, _ in state.grads]
         if _compat.is_distributed():  # ranks are added up by more changes in place
@@ -135,9 +179,13 @@ class Applied(Check):
         if not changed or now == state.told:
             return
         state.suspect, state.told = True, now
-        sums = [getattr(parameter, "summed_grad", None) for parameter, _, _ in state.grads]
+        self._compare_all(step, state, changed)
+
+    def _compare_all(self, step: Step, state: _Noised, changed: Sequence[int]) -> None:
+        """Compare gradients with the clipped sums and, if it is kept, the gradient of the batch."""
+        grads = [parameter.grad for parameter, _, _ in state.grads]
         raw, count = state.raw or ([], 1)
-        self._compare(step, state.names, changed, (grads, sums, state.std))
+        self._compare(step, state.names, changed, (grads, _unchanged(state, grads), state.std))
         if len(raw) == len(grads):
             self._compare(step, state.names, changed, (grads, raw, state.std / max(1, count)))
 
@@ -190,6 +238,29 @@ class Applied(Check):
             return [Failure(PRIVATE, diagnosis.NOISE_TAKEN_OUT, who, figure=far, bound=noise)]
 
         step.collect((PRIVATE,), torch.stack(columns), receive)
+
+
+def _sums_of(step: Step) -> list[tuple[Any, int]]:
+    """The clipped sums, and the versions that they have now."""
+    sums = [getattr(parameter, "summed_grad", None) for parameter in step.parameters]
+    return [(total, getattr(total, "_version", -1)) for total in sums]
+
+
+def _unchanged(state: _Noised, grads: Sequence[Any]) -> list[Any]:
+    """The clipped sums; ``None`` where one has changed since, so that noise may be in it."""
+    if len(state.sums) != len(grads):
+        return [None] * len(grads)
+    return [
+        total if getattr(total, "_version", -1) == version else None
+        for total, version in state.sums
+    ]
+
+
+def _sum_of_rows(parameter: Any) -> torch.Tensor | None:
+    rows = getattr(parameter, "grad_sample", None)
+    pieces = rows if isinstance(rows, list) else [rows]
+    sums = [piece.sum(0) for piece in pieces if isinstance(piece, torch.Tensor) and len(piece)]
+    return torch.stack(sums).sum(0) if sums and len(sums) == len(pieces) else None
 
 
 def _is_plain(grad: Any) -> bool:

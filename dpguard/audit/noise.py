@@ -139,6 +139,8 @@ class _State:
     bound: float | None = 0.0
     mark: torch.Tensor | None = None
     drawn: _Drawn | None = None
+    seen: bool = False
+    said: bool = False
 
     def begin(self) -> None:
         self.sums = self.std = self.mark = self.drawn = None
@@ -180,11 +182,15 @@ class Noise(Check):
 
     def before_noise(self, step: Step, optimizer: Any) -> Failures:
         """Keep the clipped sums at hand, and what is declared."""
+        state = self._states.of(optimizer)
+        state.seen = True
         if step.audited:
-            state = self._states.of(optimizer)
             state.std = _compat.noise_std(optimizer)
             if state.std is not None:
                 state.sums = [getattr(p, "summed_grad", None) for p in step.parameters]
+                if not _compat.is_opacus_method(optimizer, "add_noise"):
+                    # It may add the noise to the sums in place.
+                    state.sums = [t.clone() if type(t) is _TENSOR else t for t in state.sums]
                 state.versions = [getattr(total, "_version", -1) for total in state.sums]
         return ()
 
@@ -206,8 +212,10 @@ class Noise(Check):
     def after_noise(self, step: Step, optimizer: Any) -> Failures:
         """Send what was added to the host, except where the sum before it is no longer there."""
         state = self._states.get(optimizer)
-        if state is None or state.sums is None:
-            self.forget(optimizer)
+        if state is None:
+            return ()
+        if state.sums is None:
+            state.begin()
             return ()
         sums, std, bound, mark = state.sums, state.std, state.bound, state.mark
         grads, drawn = [p.grad for p in step.parameters], state.drawn
@@ -229,11 +237,24 @@ class Noise(Check):
                 self._send(step, state.names, group, (grads, sums, drawn), (std, bound, mark))
         return ()
 
+    def before_update(self, step: Step, optimizer: Any) -> Failures:
+        """Say once if ``add_noise`` is not called, as by a ``pre_step`` of the user's own."""
+        state = self._states.of(optimizer)
+        seen, state.seen = state.seen, False
+        if seen or state.said or not step.parameters:
+            return ()
+        std = _compat.noise_std(optimizer)
+        if std is None or (isinstance(std, float) and not std):
+            return ()
+        state.said = True
+        return [Failure(SCALE, diagnosis.NOISE_UNSEEN, only_said=True)]
+
     def forget(self, optimizer: Any) -> None:
         """The sums of a step that is refused are not held any longer."""
         state = self._states.get(optimizer)
         if state is not None:
             state.begin()
+            state.seen = False
 
     def flush(self) -> Iterable[tuple[int, Failure]]:
         """What the steps say that were not enough for an evaluation."""
