@@ -78,6 +78,7 @@ NEEDS_CLOSURE = "needs_closure"
 NOT_COPYABLE = "not_copyable"
 FOREIGN_STEP = "foreign_step"
 RAW_UPDATE = "raw_update"
+FROZEN_LATE = "frozen_after_backward"
 NOISE_TAKEN_OUT = "noise_taken_out"
 BATCH_STATISTICS = "batch_statistics"
 BUFFERS_CHANGE = "buffers_change"
@@ -458,6 +459,13 @@ _DIAGNOSES = {
         "the batch, which is neither clipped nor noised",
         "let only optimizer.step() of the DP optimizer change them, and do nothing with p.grad "
         "between backward and step",
+        Severity.CRITICAL,
+    ),
+    FROZEN_LATE: Diagnosis(
+        "parameters were frozen between backward and step: the DP optimizer passes over them, but "
+        "the optimizer that it wraps would apply the gradient of the batch that they still have",
+        "freeze parameters before the forward or after zero_grad(), or set their grad to None when "
+        "you freeze them",
         Severity.CRITICAL,
     ),
     NOISE_UNSEEN: Diagnosis(

@@ -733,6 +733,40 @@ def test_a_sum_that_is_multiplied_before_the_noise(guard):
         training.step()
 
 
+def test_layers_that_are_frozen_in_the_middle(guard):
+    """A smaller parameter then has the place of one whose first values were kept."""
+
+    class Narrow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(6, 96), nn.Tanh(), nn.Linear(96, 3))
+
+        def forward(self, x):
+            return self.body(x)
+
+    training = Training(model=Narrow)
+    for _ in range(3):
+        training.step()
+    training.optimizer.zero_grad()
+    for p in training.model.body[0].parameters():
+        p.requires_grad_(False)
+    for _ in range(3):
+        training.step()
+    assert guard.violations == ()
+    assert guard.last_step.checks[SCALE].passed == 2
+    no_noise(training)
+    with pytest.raises(dpguard.PrivacyViolation, match=r"noise\.scale"):
+        training.step()
+
+
+def no_noise(training):
+    def add_noise():
+        for p in training.optimizer.params:
+            p.grad = p.summed_grad.clone()
+
+    training.optimizer.add_noise = add_noise
+
+
 def test_a_gradient_that_is_missing_is_left_out(guard):
     """The others are looked at."""
     training = Training()

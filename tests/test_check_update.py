@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 
+import digits
 import pytest
 import torch
 from models import MLP
@@ -597,3 +598,59 @@ def test_healthy_programs(guard, kind):
             optimizer.step()
     assert violations(guard) == []
     assert isinstance(model._module, MLP)
+
+
+# -- parameters that are frozen between backward and step --------------------------------------------
+
+
+def freeze_first(training, *, frees=False):
+    for p in training.model[0].parameters():
+        p.requires_grad_(False)
+        if frees:
+            p.grad = None
+
+
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+def test_a_gradient_of_what_was_frozen_after_the_backward_is_refused(mode):
+    """The DP optimizer passes over it, and the wrapped one does not ask what is frozen."""
+    with dpguard.install(mode=mode) as guard:
+        training = Training()
+        training.steps(3)
+        training.backward()
+        freeze_first(training)
+        before = [p.detach().clone() for p in training.model.parameters()]
+        with pytest.raises(dpguard.PrivacyViolation, match=r"2 parameter\(s\) that are frozen"):
+            training.optimizer.step()
+        assert all(map(torch.equal, before, training.model.parameters()))
+        (found,) = violations(guard)
+        assert (found.check, found.cause) == (PRIVATE, diagnosis.FROZEN_LATE)
+        assert found.parameters == ("0.weight", "0.bias")
+        training.steps(2)  # frozen before the forward
+        assert len(violations(guard)) == 1
+        assert torch.equal(before[0], training.model[0].weight)
+
+
+def test_freezing_that_leaves_no_gradient():
+    """Before the forward, or with the gradient removed, nothing of it is applied."""
+    with dpguard.install(mode="strict") as guard:
+        training = Training()
+        training.backward()
+        freeze_first(training, frees=True)
+        training.optimizer.step()
+        training.steps(2)
+        for p in training.model[0].parameters():
+            p.requires_grad_(True)
+        training.steps(2)
+        assert violations(guard) == []
+
+
+@needs_ghost
+def test_a_clipped_sum_of_what_was_frozen_after_the_backward_is_refused():
+    """In ghost clipping it is clipped, and has no noise."""
+    with dpguard.install(mode="repair") as guard:
+        training = digits.Training("ghost")
+        training.run(2)
+        training.before_step = lambda t: t.raw.first.requires_grad_(False)
+        with pytest.raises(dpguard.PrivacyViolation, match="that are frozen"):
+            training.run(1)
+        assert [v.cause for v in guard.violations] == [diagnosis.FROZEN_LATE]

@@ -120,7 +120,8 @@ class _Drawn:
         self.norms += _norms(noises)
         for i, count in self._wanted.items():
             if 0 <= i - start < len(noises):
-                self.values[i] = noises[i - start].as_strided((count,), (1,)).clone()
+                noise = noises[i - start]  # of another size if layers were frozen since
+                self.values[i] = noise.as_strided((min(count, noise.numel()),), (1,)).clone()
 
 
 @dataclass

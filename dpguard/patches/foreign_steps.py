@@ -57,6 +57,23 @@ class ForeignSteps:
 
         transaction.on_undo("torch.optim global step hooks", remove)
 
+    def before_step(self, instance: Any) -> None:
+        """What is frozen has no raw gradient: the wrapped optimizer does not ask what is frozen.
+
+        Raises:
+            PrivacyViolation: there is one.
+        """
+        parameters = [p for group in instance.param_groups for p in group["params"]]
+        late = [p for p in parameters if not p.requires_grad and self._is_raw(p)]
+        if late:
+            self._verdicts.refuse(
+                "update.private",
+                diagnosis.FROZEN_LATE,
+                f"{type(instance).__name__}.step() would update {len(late)} parameter(s) that are "
+                "frozen now from gradients that are not private.",
+                parameters=tuple(self._ledger.name_of(p) for p in late),
+            )
+
     def grant(self, instance: Any) -> None:
         """The next step of what ``instance`` wraps applies gradients that are private."""
         inner = instance.original_optimizer

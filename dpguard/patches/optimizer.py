@@ -252,6 +252,7 @@ class OptimizerPatch:
             if answer is None:
                 self._part("protocol", self._protocol.before_step, instance)
                 self._part("hooks", self._hooks.before_step, instance)
+                self._part("frozen", self._foreign.before_step, instance)
                 self._audit(self._before, instance)
                 with self._bounds.fixed(instance):
                     answer = self._mechanism.step(wrapped, instance, args, kwargs)
