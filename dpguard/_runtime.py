@@ -26,7 +26,9 @@ from dpguard.audit.oracle import RowOracle
 from dpguard.audit.passes import PassValues
 from dpguard.audit.people import People, rows_at_hand
 from dpguard.audit.rows import RowValues
+from dpguard.audit.scaling import Scaling
 from dpguard.audit.steps import StepAuditor
+from dpguard.audit.untouched import Untouched
 from dpguard.audit.update import Update
 from dpguard.deliveries import Deliveries
 from dpguard.events import (
@@ -112,8 +114,10 @@ class Runtime:
             People(self.ledger, self._deliveries, self._calls),
             RowValues(self.ledger),
             PassValues(self.ledger),
+            Untouched(),
             Clip(self.ledger),
             Noise(self.ledger),
+            Scaling(self.ledger),
             Update(self.ledger),
             Applied(),
             self.accounting,

@@ -59,6 +59,7 @@ NOISE_REPEATED = "noise_repeated"
 NOISE_DEPENDENT = "noise_dependent"
 NOISE_NOT_DUE = "noise_not_due"
 NOISE_UNSEEN = "noise_unseen"
+SCALED_BY_PEOPLE = "scaled_by_people"
 NOT_ACCOUNTED = "step_not_accounted"
 ACCOUNTED_OFTEN = "step_accounted_often"
 ACCOUNTED_SIGMA = "accounted_sigma"
@@ -88,6 +89,7 @@ CLIP_WRONG = "clipped_sum_wrong"
 CLIP_EXCEEDED = "clipped_sum_too_long"
 CLIP_SENSITIVITY = "clip_sensitivity"
 CLIP_UNPROVED = "clip_unproved"
+SUM_TOUCHED = "sum_touched"
 CLIP_BOUND = "clip_bound"
 DUE_SIGMA = "due_sigma"
 CLIP_BOUNDS_CONTRADICT = "clip_bounds_contradict"
@@ -468,6 +470,12 @@ _DIAGNOSES = {
         "you freeze them",
         Severity.CRITICAL,
     ),
+    SCALED_BY_PEOPLE: Diagnosis(
+        "expected_batch_size follows the number of people that were drawn, so the size of the "
+        "noise tells how many there were, which the accountant does not cover",
+        "leave expected_batch_size at what make_private has set, sample_rate * len(dataset)",
+        Severity.CRITICAL,
+    ),
     NOISE_UNSEEN: Diagnosis(
         "noise is due, but add_noise() is not called, so nothing is known of what is added",
         "have pre_step() call add_noise(), which may be your own; or see to it yourself that the "
@@ -529,6 +537,12 @@ _DIAGNOSES = {
         "clip each person's row by itself, so that its norm over all parameters is at most "
         "optimizer.max_grad_norm, and only then add rows up; rows of one person are to be added "
         "up before, not by the clipping",
+        Severity.CRITICAL,
+    ),
+    SUM_TOUCHED: Diagnosis(
+        "p.summed_grad was changed since the last clipping, so the sum that the noise is added to "
+        "holds what was not clipped, or longer than it was",
+        "leave p.summed_grad to the DP optimizer; scale the loss or the learning rate instead",
         Severity.CRITICAL,
     ),
     CLIP_UNPROVED: Diagnosis(

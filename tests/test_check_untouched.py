@@ -1,0 +1,114 @@
+"""Clipped sums that somebody changes between clipping and noise are refused, others are left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from digits import Training
+from releases import needs_reshaping
+
+import dpguard
+from dpguard import diagnosis
+from dpguard.audit.clip import SUM
+
+pytestmark = needs_reshaping
+
+
+def waiting(training):
+    return [p for p in training.optimizer.params if p.summed_grad is not None]
+
+
+def multiplied(training):
+    for p in waiting(training):
+        p.summed_grad.mul_(4)
+
+
+def rows_added(training):
+    for p in waiting(training):
+        p.summed_grad = p.summed_grad + p.grad_sample.sum(0)
+
+
+def negated(training):
+    for p in waiting(training):
+        p.summed_grad = -p.summed_grad
+
+
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+@pytest.mark.parametrize("change", [multiplied, rows_added, negated])
+def test_sums_changed_between_physical_batches(change, mode):
+    """Refused at the second time: until then nobody has kept what they were."""
+    with dpguard.install(mode=mode) as guard:
+        training = Training("split")
+        training.run(3)
+        training.before_step = change
+        with pytest.raises(dpguard.PrivacyViolation, match=r"clip\.sum.*Remedy: leave"):
+            training.run(3)
+        assert training.steps <= 4
+        assert {(v.check, v.cause) for v in guard.violations} == {(SUM, diagnosis.SUM_TOUCHED)}
+
+
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+def test_a_sum_that_no_clipping_has_made(mode):
+    """Rows that are there before the first clipping of a step are not clipped."""
+
+    def rows_first(training):
+        for p in training.optimizer.params:
+            p.summed_grad = p.grad_sample.sum(0)
+
+    with dpguard.install(mode=mode) as guard:
+        training = Training()
+        training.run(2)
+        training.before_step = rows_first
+        with pytest.raises(dpguard.PrivacyViolation, match=r"clip\.sum"):
+            training.run(1)
+        assert all(map(torch.equal, training.before, training.raw.parameters()))
+        assert {v.cause for v in guard.violations} == {diagnosis.SUM_TOUCHED}
+
+
+def shortened(training):
+    for p in waiting(training):
+        p.summed_grad.mul_(0.5)
+
+
+def emptied(training):
+    for p in waiting(training):
+        p.summed_grad.zero_()
+
+
+def begun_with_zeros(training):
+    for p in training.optimizer.params:
+        if p.summed_grad is None:
+            p.summed_grad = torch.zeros_like(p)
+
+
+@pytest.mark.parametrize("change", [shortened, emptied, begun_with_zeros])
+def test_changes_by_which_nobody_moves_more(change):
+    """One person moves a shorter sum by less."""
+    with dpguard.install(mode="strict") as guard:
+        training = Training("split")
+        training.before_step = change
+        training.run(6)
+        assert (guard.violations, guard.interventions) == ((), ())
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_step_that_failed_says_nothing_of_the_next(late):
+    """Whatever was in the sums when the user's code raised."""
+
+    class MineError(Exception):
+        pass
+
+    def fail(*_):
+        raise MineError
+
+    with dpguard.install(mode="strict") as guard:
+        training = Training()
+        training.run(2)
+        optimizer = training.optimizer
+        name = "add_noise" if late else "clip_and_accumulate"
+        setattr(optimizer, name, fail)
+        with pytest.raises(MineError):
+            training.run(1)
+        delattr(optimizer, name)
+        training.run(3)
+        assert diagnosis.SUM_TOUCHED not in {v.cause for v in guard.violations}
