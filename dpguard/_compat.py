@@ -1225,6 +1225,14 @@ def uniform_samplers() -> tuple[type, ...]:
     return tuple(_present(*(_attribute_of(module, name) for name in names)))
 
 
+def is_orderly(batch_sampler: Any) -> bool:
+    """Whether batches go through the data in order or shuffled, as those of torch's loaders do."""
+    module = _torch().utils.data
+    kinds = (module.SequentialSampler, module.RandomSampler, module.DistributedSampler)
+    sampler = getattr(batch_sampler, "sampler", None)
+    return type(batch_sampler) is module.BatchSampler and type(sampler) in kinds
+
+
 def splitting_sampler() -> Any:
     """The sampler by which ``BatchMemoryManager`` splits batches, or ``None``."""
     return _attribute_of("opacus.utils.batch_memory_manager", "BatchSplittingSampler")

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from dpguard.poisson import Drawn
+
 __all__ = ["DECLARED", "Deliveries", "Delivery", "Iteration", "Reader"]
 
 DECLARED = "declared"
@@ -42,6 +44,8 @@ class Iteration:
         sampler: draws it by Poisson sampling, if that is so.
         drawn: batches whose indices were drawn and that were not delivered yet, by their number.
         logical: how many logical batches were drawn before the one at hand.
+        parts: the indices of the logical batch at hand, if it is split.
+        orderly: it goes through the data in order or shuffled.
         finished: whether it has delivered its last batch.
         lag: how many batches are delivered ahead of the one that is used; ``None``: not known yet.
         sure: whether ``lag`` is more than a guess.
@@ -49,8 +53,8 @@ class Iteration:
     """
 
     __slots__ = (
-        "counts", "dataset", "drawn", "fills", "finished", "lag", "logical", "number", "readers",
-        "said", "sampler", "splitter", "sure",
+        "counts", "dataset", "drawn", "fills", "finished", "lag", "logical", "number", "orderly",
+        "parts", "readers", "said", "sampler", "splitter", "sure",
     )  # fmt: skip
     _numbers = itertools.count()
 
@@ -63,6 +67,7 @@ class Iteration:
         fills: bool,
         splitter: Any = None,
         sampler: Any = None,
+        orderly: bool = False,
     ) -> None:
         self.number = next(self._numbers)
         self.readers = readers
@@ -73,6 +78,8 @@ class Iteration:
         self.sampler = weakref.ref(sampler) if sampler is not None else None
         self.drawn: dict[int, Delivery] = {}
         self.logical = 0
+        self.parts: list[Any] = []
+        self.orderly = orderly
         self.finished = False
         self.lag: int | None = None
         self.sure = True
@@ -92,10 +99,13 @@ class Delivery:
         skip: the signal that ``BatchMemoryManager`` gave for it, if it did.
         logical: the logical batch of its iteration that it is a part of.
         used: whether a step has taken it.
+        drawn: what is known of how it was drawn, if it was by Poisson sampling; of the last of
+            several that were drawn as one.
     """
 
     __slots__ = (
-        "iteration", "logical", "people", "rate", "rows", "serial", "skip", "tensors", "used",
+        "drawn", "iteration", "logical", "people", "rate", "rows", "serial", "skip", "tensors",
+        "used",
     )  # fmt: skip
 
     def __init__(
@@ -109,6 +119,7 @@ class Delivery:
         self.skip: bool | None = None
         self.logical = 0
         self.used = False
+        self.drawn: Drawn | None = None
         self.tensors: Sequence[weakref.ref[torch.Tensor]] = ()
 
     def fits(self, rows: int) -> bool:

@@ -110,6 +110,9 @@ BATCHES_OF_TWO = "batches_of_two_loaders"
 BATCHES_UNCOUNTED = "batches_uncounted"
 BATCH_IN_ROUNDS = "batch_in_rounds"
 BATCH_REUSED = "batch_reused"
+BATCH_DRAWN_AGAIN = "batch_drawn_again"
+DRAWN_TWICE = "drawn_twice"
+DRAWN_TOO_MANY = "drawn_too_many"
 BATCH_UNDELIVERED = "batch_undelivered"
 BATCHES_MERGED = "logical_batches_merged"
 GROUPS_MISFIT = "groups_misfit"
@@ -412,8 +415,8 @@ _DIAGNOSES = {
         Severity.WARNING,
     ),
     LOADER_BYPASSED: Diagnosis(
-        "the batch came from another loader of the same data than the one that make_private "
-        "returned, so it was not drawn by the Poisson sampling that the accountant assumes",
+        "the batch came from another loader than the one that make_private returned, so it "
+        "was not drawn by the Poisson sampling that the accountant assumes",
         "iterate over the loader that make_private returned",
         Severity.WARNING,
     ),
@@ -702,6 +705,25 @@ _DIAGNOSES = {
         "number of parts, and the accountant is told of as many batches",
         "let BatchMemoryManager split the batch",
         Severity.WARNING,
+    ),
+    BATCH_DRAWN_AGAIN: Diagnosis(
+        "the sampler draws batches that it has drawn before, so who is in a step is not random, as "
+        "the accountant assumes",
+        "give the sampler no generator that is seeded again in each epoch, and seed nothing "
+        "between steps",
+        Severity.CRITICAL,
+    ),
+    DRAWN_TWICE: Diagnosis(
+        "the sampler has drawn somebody more than once into one batch, so that one person has "
+        "several rows that are clipped apart",
+        "draw with Opacus's samplers as they are",
+        Severity.CRITICAL,
+    ),
+    DRAWN_TOO_MANY: Diagnosis(
+        "more people are drawn than the sampler's sample_rate lets expect, and that is the rate "
+        "that is accounted",
+        "draw with Opacus's samplers as they are, from an unchanged source of random numbers",
+        Severity.CRITICAL,
     ),
     BATCH_REUSED: Diagnosis(
         "a batch that an earlier step has used was used again, but the accountant takes each step "

@@ -265,10 +265,13 @@ class Accounting(Check):
             book.fine = None if failures else told
         if failures:
             book.said.add(diagnosis.HISTORY_CHANGED)  # that they differ at the end is clear then
-        if book.is_poisson is not None:
+        # With all people in each step nothing is assumed of how they are drawn.
+        bypasses = step.bypasses or (step.unsampled and base < 1)
+        if book.is_poisson is not None or bypasses:
             step.run(SAMPLING, count=1)
-            cause = diagnosis.LOADER_BYPASSED if step.bypasses else diagnosis.NOT_POISSON
-            if step.bypasses or not book.is_poisson:
+            prepared = book.is_poisson is not None and (step.bypasses or book.is_poisson)
+            cause = diagnosis.LOADER_BYPASSED if bypasses and prepared else diagnosis.NOT_POISSON
+            if bypasses or not book.is_poisson:
                 failures += _once(step, Failure(SAMPLING, cause), book)
         return failures
 

@@ -66,6 +66,8 @@ class Step:
             as it is known.
         bypasses: a batch in it is of the data set, but not from the loader, that ``make_private``
             was given for the training.
+        unsampled: for some steps each has had one batch of a loader that goes through its data in
+            order or shuffled, and none that was drawn by Poisson sampling.
         ran: for each check that was run, on how many parameters (or other things) it was.
         failed: for each check that failed, on which.
     """
@@ -84,6 +86,7 @@ class Step:
     interventions: int = 0
     rates: set[float] = field(default_factory=set)
     bypasses: bool = False
+    unsampled: bool = False
     ran: dict[str, int] = field(default_factory=dict)
     failed: dict[str, set[str]] = field(default_factory=dict)
     is_early: bool = False

@@ -26,12 +26,14 @@ from typing import Any
 import torch
 
 from dpguard import _compat, diagnosis
+from dpguard.audit.accounting import RATE
 from dpguard.audit.calls import Calls, Note
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.explain import explain, joined
 from dpguard.deliveries import DECLARED, Deliveries, Delivery, Reader
 from dpguard.events import Severity
 from dpguard.ledger import Ledger
+from dpguard.poisson import Uses
 
 __all__ = ["BATCHES", "ROWS", "People", "rows_at_hand"]
 
@@ -56,6 +58,10 @@ class _Logical:
         waits: whether the last step was one of them.
         reused: whether the last step was refused because its batch had been used before.
         said: what is said once.
+        orderly: how many steps in a row have had the one batch of a loader that goes through its
+            data in order, or shuffled.
+        uses: the batches of Poisson sampling that its steps have used.
+        found: what is wrong with how the batches of the step were drawn.
     """
 
     reader: Reader
@@ -68,6 +74,9 @@ class _Logical:
     waits: bool = False
     reused: bool = False
     said: set[str] = field(default_factory=set)
+    orderly: int = 0
+    uses: Uses = field(default_factory=Uses)
+    found: list[Failure] = field(default_factory=list)
 
     def restart(self) -> None:
         """The next logical batch begins."""
@@ -104,14 +113,15 @@ class People(Check):
         found = self._compare(step, logical, sizes, notes)
         logical.others = self._deliveries.others
         self._calls.rest()
+        wrong, logical.found = logical.found, []
         if logical.undelivered:
             self._calls.watch()  # whence the next batches come: it has happened once
         if found is not None:
             logical.draws = None
             if not logical.waits:
                 self._deliveries.forget(logical.reader)
-            return [found] if _is_new(found, logical) else ()
-        return ()
+            return [*wrong, *([found] if _is_new(found, logical) else ())]
+        return wrong
 
     def _compare(
         self,
@@ -129,6 +139,7 @@ class People(Check):
         if used is not None:
             step.run(ROWS, count=1)
             self._use(logical, used)
+            logical.found += _drawn_wrong(logical.uses, used)
             if not declared:
                 self._note_rates(
                     step, logical, [d for d in private if d in used or d.fits_any(sizes)]
@@ -239,6 +250,8 @@ class People(Check):
             logical.streak = 0
             step.run(ROWS, count=1)
             dataset = logical.reader.dataset()
+            logical.orderly = logical.orderly + 1 if last.iteration.orderly else 0
+            step.unsampled = delivered == 1 and logical.orderly >= _WEAK_STEPS
             if dataset is not None and delivered == 1:
                 step.bypasses |= last.iteration.dataset == id(dataset)
             return None
@@ -298,6 +311,25 @@ def _rows_per_person(notes: Sequence[Note]) -> float | None:
         return None
     found = {note.rows / max(1, note.people.people_of(note.rows)) for note in notes}
     return found.pop() if len(found) == 1 else None
+
+
+def _drawn_wrong(uses: Uses, used: Sequence[Delivery]) -> list[Failure]:
+    """What is wrong with how these batches were drawn by Poisson sampling."""
+    found = []
+    for delivery in used:
+        drawn = delivery.drawn
+        if drawn is not None:
+            again = uses.use(drawn)
+            causes = [*drawn.causes, *([diagnosis.BATCH_DRAWN_AGAIN] if again else ())]
+            found += [Failure(_CHECKS[cause], cause) for cause in causes]
+    return found
+
+
+_CHECKS = {
+    diagnosis.DRAWN_TWICE: ROWS,
+    diagnosis.DRAWN_TOO_MANY: RATE,
+    diagnosis.BATCH_DRAWN_AGAIN: BATCHES,
+}
 
 
 def _people(batch: Delivery) -> int:

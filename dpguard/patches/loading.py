@@ -17,6 +17,7 @@ from dpguard import _compat
 from dpguard.deliveries import Deliveries, Delivery, Iteration
 from dpguard.ledger import Ledger
 from dpguard.patching import Transaction
+from dpguard.poisson import Rate
 
 __all__ = ["LoadingPatch"]
 
@@ -51,6 +52,7 @@ class LoadingPatch:
             weakref.WeakKeyDictionary()
         )
         self._engines: set[type] = set()
+        self._rates: weakref.WeakKeyDictionary[Any, Rate] = weakref.WeakKeyDictionary()
         self.tags: weakref.WeakKeyDictionary[Any, list[Delivery]] = weakref.WeakKeyDictionary()
         """For each optimizer with a splitting loader the batches its skip signals stand for."""
 
@@ -139,12 +141,28 @@ class LoadingPatch:
         rate = None if drawn_by is None else float(drawn_by.sample_rate)
         delivery = iteration.drawn[number] = Delivery(iteration, people, rows, rate)
         splitter = iteration.splitter() if iteration.splitter is not None else None
-        if splitter is not None:
+        if splitter is None:
+            self._note(delivery, drawn_by, index)
+        else:
             signals = _compat.skip_signals(splitter)
             if signals:
                 delivery.skip, delivery.logical = bool(signals[-1]), iteration.logical
                 iteration.logical += not delivery.skip
+                iteration.parts.extend(_numbers(index) if people else ())
+                if not delivery.skip:
+                    self._note(delivery, drawn_by, iteration.parts)
+                    iteration.parts = []
                 self.tags.setdefault(splitter, []).append(delivery)
+
+    def _note(self, delivery: Delivery, sampler: Any, indices: Any) -> None:
+        """What a whole batch of Poisson sampling tells of how it was drawn."""
+        count = getattr(sampler, "num_samples", None)
+        if delivery.people is None or delivery.rate is None or not isinstance(count, int):
+            return
+        if not _is_key(sampler):
+            return
+        rate = self._rates.setdefault(sampler, Rate())
+        delivery.drawn = rate.draw(indices, count, delivery.rate)
 
     def _delivered(self, iterator: Any, data: Any) -> None:
         iteration = self._iterations.get(iterator)
@@ -181,7 +199,12 @@ class LoadingPatch:
             fills=_compat.rows_for_nobody(iterator),
             splitter=splitter,
             sampler=uniform,
+            orderly=_compat.is_orderly(iterator._index_sampler),
         )
+
+
+def _numbers(indices: Any) -> Any:
+    return indices.tolist() if hasattr(indices, "tolist") else indices
 
 
 def _chain(sampler: Any) -> Iterator[Any]:

@@ -1,0 +1,174 @@
+"""Batches that Poisson sampling does not draw are refused; of those that it draws nothing is said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from digits import BATCH, BOUND, PEOPLE, Training, digits
+from opacus import GradSampleModule
+from opacus.accountants import RDPAccountant
+from opacus.data_loader import DPDataLoader
+from opacus.optimizers import DPOptimizer
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+from releases import needs_reshaping
+
+import dpguard
+from dpguard import diagnosis
+from dpguard.audit.accounting import RATE, SAMPLING
+from dpguard.audit.people import BATCHES, ROWS
+from dpguard.poisson import Rate, Uses
+
+pytestmark = needs_reshaping
+
+
+# -- the sampler is replaced by one that draws something else ----------------------------------------
+
+
+class SomeTwice(UniformWithReplacementSampler):
+    def __iter__(self):
+        for batch in super().__iter__():
+            yield batch + batch[:1]
+
+
+class ThreeTimesAsMany(UniformWithReplacementSampler):
+    def __iter__(self):
+        for _ in range(self.steps):
+            drawn = torch.rand(self.num_samples) < 3 * self.sample_rate
+            yield drawn.nonzero().flatten().tolist()
+
+
+class SomeMore(UniformWithReplacementSampler):
+    def __iter__(self):
+        for _ in range(self.steps):
+            drawn = torch.rand(self.num_samples) < 1.3 * self.sample_rate
+            yield drawn.nonzero().flatten().tolist()
+
+
+class TheSameEachEpoch(UniformWithReplacementSampler):
+    def __iter__(self):
+        self.generator = torch.Generator().manual_seed(7)
+        return super().__iter__()
+
+
+FAULTS = {
+    SomeTwice: (ROWS, diagnosis.DRAWN_TWICE, 1),
+    ThreeTimesAsMany: (RATE, diagnosis.DRAWN_TOO_MANY, 1),
+    SomeMore: (RATE, diagnosis.DRAWN_TOO_MANY, 60),
+    TheSameEachEpoch: (BATCHES, diagnosis.BATCH_DRAWN_AGAIN, PEOPLE // BATCH + 2),
+}
+
+
+@pytest.mark.parametrize("kind", ["flat", "split"])
+@pytest.mark.parametrize("sampler", FAULTS)
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+def test_another_way_to_draw_is_refused(mode, sampler, kind):
+    """Whole, and in physical batches."""
+    check, cause, within = FAULTS[sampler]
+    with dpguard.install(mode=mode) as guard:
+        training = Training(kind)
+        training.batches.batch_sampler.__class__ = sampler
+        with pytest.raises(dpguard.PrivacyViolation):
+            training.run(200)
+        assert training.steps < within
+        assert {(v.check, v.cause) for v in guard.violations} == {(check, cause)}
+
+
+def test_a_patched_source_of_random_numbers(monkeypatch):
+    """By whatever means more are drawn."""
+    plain = torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *size, **how: plain(*size, **how) / 2)
+    with dpguard.install(mode="repair") as guard:
+        training = Training()
+        with pytest.raises(dpguard.PrivacyViolation, match="more people are drawn"):
+            training.run(20)
+        assert {v.cause for v in guard.violations} == {diagnosis.DRAWN_TOO_MANY}
+
+
+# -- what the sampler draws --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "rate"), [(512, 1 / 16), (40, 0.1), (5000, 0.001), (100, 0.5)])
+def test_no_false_alarm(count, rate):
+    """In 3,000 batches, small ones that come again by chance included."""
+    sampler = UniformWithReplacementSampler(
+        num_samples=count, sample_rate=rate, steps=3000, generator=torch.Generator().manual_seed(1)
+    )
+    state, uses = Rate(), Uses()
+    for batch in sampler:
+        drawn = state.draw(batch, count, rate)
+        assert drawn.causes == ()
+        assert not uses.use(drawn)
+
+
+def test_samplers_that_leave_empty_batches_out():
+    """They have more people in the others, and do not draw more."""
+    generator, state = torch.Generator().manual_seed(1), Rate()
+    for _ in range(3000):
+        batch = (torch.rand(40, generator=generator) < 0.05).nonzero().flatten()
+        if len(batch):
+            assert state.draw(batch, 40, 0.05).causes == ()
+
+
+def test_several_trainings_with_one_seed():
+    """Each draws what the one before it has drawn, for another optimizer."""
+    with dpguard.install(mode="strict") as guard:
+        for _ in range(3):
+            training = by_hand(
+                DPDataLoader(
+                    digits(),
+                    sample_rate=BATCH / PEOPLE,
+                    generator=torch.Generator().manual_seed(3),
+                )
+            )
+            training.run(3)
+        assert guard.violations == ()
+
+
+# -- loaders that do not sample ----------------------------------------------------------------------
+
+
+def by_hand(loader, rate=BATCH / PEOPLE):
+    """A DP optimizer that ``make_private`` knows nothing of."""
+    training = Training()
+    training.model = GradSampleModule(type(training.raw)())
+    training.raw = training.model._module
+    training.optimizer = DPOptimizer(
+        torch.optim.SGD(training.raw.parameters(), lr=0.1),
+        noise_multiplier=1.0,
+        max_grad_norm=BOUND,
+        expected_batch_size=BATCH,
+    )
+    accountant = training.accountant = RDPAccountant()
+    training.optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(sample_rate=rate))
+    training.batches = loader
+    return training
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+def test_a_loader_that_shuffles_in_a_training_made_by_hand_is_said_once(mode, shuffle):
+    """Its accountant assumes Poisson sampling all the same."""
+    with dpguard.install(mode=mode) as guard:
+        loader = torch.utils.data.DataLoader(digits(), batch_size=BATCH, shuffle=shuffle)
+        by_hand(loader).run(10)
+        found = [(v.check, v.cause, v.severity.value) for v in guard.violations]
+        assert found == [(SAMPLING, diagnosis.NOT_POISSON, "WARNING")]
+
+
+def test_all_people_in_each_step():
+    """Nothing is assumed of how they are drawn then."""
+    with dpguard.install(mode="strict") as guard:
+        by_hand(torch.utils.data.DataLoader(digits(), batch_size=PEOPLE), rate=1.0).run(5)
+        assert guard.violations == ()
+
+
+def test_a_loader_of_other_data_instead_of_that_of_make_private():
+    """It is said once that nothing is drawn from the one that was prepared."""
+    with dpguard.install(mode="repair") as guard:
+        training = Training()
+        training.run(3)
+        twice = torch.utils.data.ConcatDataset([training.data, training.data])
+        training.batches = torch.utils.data.DataLoader(twice, batch_size=BATCH, shuffle=True)
+        training.run(10)
+        found = [(v.check, v.cause) for v in guard.violations]
+        assert found == [(SAMPLING, diagnosis.LOADER_BYPASSED)]
