@@ -997,8 +997,12 @@ def plain_number(found: Any) -> float | None:
     return float(found) if isinstance(found, (int, float)) else None
 
 
-def noise_std(optimizer: Any) -> float | torch.Tensor | None:
+def noise_std(optimizer: Any, *, of_all: bool = False) -> float | torch.Tensor | None:
     """Standard deviation of the noise that ``add_noise`` should put on the clipped sum.
+
+    Args:
+        optimizer: a DP optimizer.
+        of_all: on any rank, not on the one at hand.
 
     Returns:
         A number, or a tensor where the clip bound is one. 0 if this process is to add nothing,
@@ -1012,7 +1016,7 @@ def noise_std(optimizer: Any) -> float | torch.Tensor | None:
     multiplier = plain_number(optimizer.noise_multiplier)
     if rule == "parts" or multiplier is None or not multiplier > 0:
         return None
-    if of_one_rank and getattr(optimizer, "rank", 0) != 0:
+    if of_one_rank and not of_all and getattr(optimizer, "rank", 0) != 0:
         return 0.0
     if rule == "ghost":  # adaptive clipping, from 1.6 on
         multiplier = getattr(optimizer, "_adjusted_noise_multiplier", multiplier)

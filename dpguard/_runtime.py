@@ -20,6 +20,7 @@ from dpguard.audit.applied import Applied
 from dpguard.audit.calls import Calls
 from dpguard.audit.check import Check
 from dpguard.audit.clip import Clip
+from dpguard.audit.moved import Moved
 from dpguard.audit.noise import Noise
 from dpguard.audit.norm_oracle import NormOracle
 from dpguard.audit.oracle import RowOracle
@@ -120,6 +121,7 @@ class Runtime:
             Scaling(self.ledger),
             Update(self.ledger),
             Applied(),
+            Moved(),
             self.accounting,
         ]
         if self.outputs is not None:

@@ -81,6 +81,7 @@ FOREIGN_STEP = "foreign_step"
 RAW_UPDATE = "raw_update"
 FROZEN_LATE = "frozen_after_backward"
 NOISE_TAKEN_OUT = "noise_taken_out"
+MOVED_WITHOUT_NOISE = "moved_without_noise"
 BATCH_STATISTICS = "batch_statistics"
 BUFFERS_CHANGE = "buffers_change"
 NOT_OWNED = "not_owned"
@@ -490,6 +491,12 @@ _DIAGNOSES = {
         "a gradient from before the noise in the place of the noised one",
         "change p.grad in hooks and in scale_grad() only by what is computed from the noised "
         "p.grad itself; do not keep gradients from before optimizer.step()",
+        Severity.CRITICAL,
+    ),
+    MOVED_WITHOUT_NOISE: Diagnosis(
+        "between the noise and zero_grad() parameters have moved along what has no noise, the "
+        "clipped sum or the rows: by the wrapped optimizer, or by what came after it",
+        "let parameters be moved by the wrapped optimizer only, and that use nothing but p.grad",
         Severity.CRITICAL,
     ),
     BATCH_STATISTICS: Diagnosis(

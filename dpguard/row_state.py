@@ -92,6 +92,19 @@ def sample_of(tensor: torch.Tensor) -> torch.Tensor:
     return elements[:: max(1, elements.numel() // _SAMPLED)].clone()
 
 
+def sampled_rows(parameter: torch.Tensor) -> torch.Tensor | None:
+    """The elements of :func:`sample_of`, of the sum of all rows of ``parameter``."""
+    rows = getattr(parameter, "grad_sample", None)
+    pieces = rows if isinstance(rows, list) else [rows]
+    step = max(1, parameter.numel() // _SAMPLED)
+    sums = [
+        piece.reshape(len(piece), -1)[:, ::step].sum(0)
+        for piece in pieces
+        if isinstance(piece, torch.Tensor) and len(piece)
+    ]
+    return torch.stack(sums).sum(0) if sums and len(sums) == len(pieces) else None
+
+
 class Clipped:
     """What ghost clipping, or somebody who went round it, left in one ``p.grad``.
 

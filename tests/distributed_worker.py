@@ -213,6 +213,14 @@ def foreign():
     return {"refused": _refusal(training.inner.step)}
 
 
+def unreduced():
+    """The gradients stay where they are: only the first rank has noise in its own."""
+    training = _Training(DistributedDPOptimizer, 1.0)
+    training.dp.noise_multiplier = 1.0
+    training.dp.reduce_gradients = lambda: None
+    return {"refused": _refusal(training.step) or _refusal(training.step)}
+
+
 def _refusal(step):
     try:
         step()
@@ -227,7 +235,7 @@ def _main():
     distributed.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=int(world)
     )
-    scenarios = [flat, simple_per_layer, ghost, per_layer, foreign]
+    scenarios = [flat, simple_per_layer, ghost, per_layer, foreign, unreduced]
     found = {scenario.__name__: scenario() for scenario in scenarios}
     found["violations"] = [v.cause for v in guard.violations]
     found["internal"] = [str(error) for _, error in guard.internal_errors]

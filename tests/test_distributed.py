@@ -153,8 +153,18 @@ def test_what_clipping_in_hooks_cannot_follow_is_refused(ranks):
 
 def test_foreign_steps_are_refused_on_each_rank(ranks):
     """The wrapped optimizer's own step on raw gradients; and nothing else was wrong."""
-    for rank in ranks:
+    for number, rank in enumerate(ranks):
         assert rank["foreign"]["refused"].startswith("SGD.step() would update 2 parameter(s)")
         assert rank["internal"] == []
         expected = ["clip_bounds_contradict", "noise_drawn_before"] if rank["per_layer"] else []
-        assert rank["violations"] == [*expected, "foreign_step"]
+        # Of the clipped sum and of the gradient of the batch, which are multiples here.
+        unreduced = ["noise_taken_out"] * 2 if number else []
+        assert rank["violations"] == [*expected, "foreign_step", *unreduced]
+
+
+def test_gradients_that_are_not_reduced_are_refused_where_they_have_no_noise(ranks):
+    """The noise is made on the first rank, so the others would apply their sums as they are."""
+    first, *others = (rank["unreduced"]["refused"] for rank in ranks)
+    assert first is None
+    assert len(others) == len(ranks) - 1
+    assert all("from a gradient without noise" in refused for refused in others)

@@ -21,9 +21,9 @@ no noise if none was added at all.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -32,7 +32,7 @@ from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.update import PRIVATE
 from dpguard.patches.lean import Clipping
 
-__all__ = ["Applied"]
+__all__ = ["LOOK_EVERY", "LOOK_FIRST", "Applied", "sums_of", "unchanged", "without_noise"]
 
 _OFF = 1e-4
 _ROUNDINGS = 8.0
@@ -51,6 +51,7 @@ class _Noised:
         grads: the parameters, with their noised gradients and the versions of these.
         sums: the clipped sums, and their versions, before anybody could add noise to them.
         seen: whether ``add_noise`` was called.
+        elsewhere: the noise is made by another rank, and is there once gradients were reduced.
         due: whether all gradients are compared in this step.
         count: how many steps were noised.
         suspect: whether gradients were changed after the noise, in this step or an earlier one.
@@ -63,6 +64,7 @@ class _Noised:
     grads: list[tuple[torch.Tensor, torch.Tensor, int]] = field(default_factory=list)
     sums: list[tuple[Any, int]] = field(default_factory=list)
     seen: bool = False
+    elsewhere: bool = False
     due: bool = False
     count: int = 0
     suspect: bool = False
@@ -84,7 +86,7 @@ class Applied(Check):
         """``p.grad`` still is the gradient of the batch."""
         state = self._noised.of(optimizer)
         if not _compat.is_opacus_method(optimizer, "pre_step"):
-            state.sums = _sums_of(step)
+            state.sums = sums_of(step)
         state.due = state.count < LOOK_FIRST or state.count % LOOK_EVERY == 0
         if (state.suspect or state.due) and step.parameters:
             rows = getattr(step.parameters[0], "grad_sample", None)
@@ -96,7 +98,7 @@ class Applied(Check):
 
     def before_noise(self, step: Step, optimizer: Any) -> Failures:
         """Note the clipped sums."""
-        self._noised.of(optimizer).sums = _sums_of(step)
+        self._noised.of(optimizer).sums = sums_of(step)
         return ()
 
     def after_noise(self, step: Step, optimizer: Any) -> Failures:
@@ -105,9 +107,16 @@ class Applied(Check):
         state.seen = True
         state.count += 1
         std = _compat.noise_std(optimizer)
+        state.elsewhere = isinstance(std, float) and not std
+        if state.elsewhere:
+            std = _compat.noise_std(optimizer, of_all=True)
+            if state.due and all(isinstance(total, torch.Tensor) for total, _ in state.sums):
+                # There the gradient is the sum itself, into which the others are added in place.
+                copies = [total.clone() for total, _ in state.sums]
+                state.sums = [(total, total._version) for total in copies]
         grads: list[Any] = [p.grad for p in step.parameters]
         if std is not None and all(map(_is_plain, grads)):
-            state.std = std  # of 0, on ranks that add no noise, nothing is proved below
+            state.std = std
             state.names = step.names
             state.grads = [
                 (p, grad, grad._version) for p, grad in zip(step.parameters, grads, strict=True)
@@ -128,6 +137,8 @@ class Applied(Check):
     def applied(self, step: Step, optimizer: Any) -> Failures:
         """The wrapped optimizer has stepped, its own hooks have run."""
         state = self._noised.of(optimizer)
+        if state.elsewhere and state.due and not _compat.clips_in_hooks(optimizer):
+            self._compare_all(step, state, range(len(state.grads)))
         self._look(step, optimizer, state)
         state.clear()
         return ()
@@ -151,12 +162,12 @@ class Applied(Check):
         grads: list[Any] = [p.grad for p in step.parameters]
         everyone = range(len(grads))
         if all(isinstance(grad, torch.Tensor) for grad in grads):
-            self._compare(step, step.names, everyone, (grads, _unchanged(state, grads), std))
+            self._compare(step, step.names, everyone, (grads, unchanged(state.sums), std))
             sums = [_sum_of_rows(parameter) for parameter in step.parameters]
             self._compare(step, step.names, everyone, (grads, sums, std))
 
     def _look(self, step: Step, optimizer: Any, state: _Noised) -> None:
-        if state.std is None:
+        if state.std is None or state.elsewhere:
             return
         divides = optimizer.loss_reduction == "mean"
         divides = divides and _compat.is_opacus_method(optimizer, "scale_grad")
@@ -185,74 +196,99 @@ class Applied(Check):
         """Compare gradients with the clipped sums and, if it is kept, the gradient of the batch."""
         grads = [parameter.grad for parameter, _, _ in state.grads]
         raw, count = state.raw or ([], 1)
-        self._compare(step, state.names, changed, (grads, _unchanged(state, grads), state.std))
+        self._compare(step, state.names, changed, (grads, unchanged(state.sums), state.std))
         if len(raw) == len(grads):
             self._compare(step, state.names, changed, (grads, raw, state.std / max(1, count)))
 
-    @torch.no_grad()
     def _compare(
         self,
         step: Step,
         names: tuple[str, ...],
         changed: Sequence[int],
-        compared: tuple[Sequence[Any], Sequence[Any], Any],
+        compared: _Compared,
     ) -> None:
         """Measure how far gradients are from multiples of what has no noise in it."""
-        grads, bare, std = compared
-        chosen = [
-            i
-            for i in changed
-            if _is_plain(grads[i])
-            and _is_plain(bare[i])
-            and grads[i].numel() == bare[i].numel()
-            and grads[i].device == bare[i].device
-        ]
-        size = sum(grads[i].numel() - 1 for i in chosen)
-        if size < _ENOUGH:
+        found = without_noise(changed, compared, _OFF)
+        if found is None:
             return
-        off: list[torch.Tensor] = []
-        lengths: list[torch.Tensor] = []
-        noises: list[torch.Tensor] = []
-        for i in chosen:
-            wide = torch.promote_types(grads[i].dtype, torch.float32)
-            grad, other = grads[i].reshape(-1).to(wide), bare[i].reshape(-1).to(wide)
-            multiple = torch.nan_to_num((grad @ other) / (other @ other))
-            off.append((grad - multiple * other).norm().double())
-            lengths.append(grad.norm().double())
-            noise = std.to(grad.device) if isinstance(std, torch.Tensor) else std
-            noises.append(
-                (multiple.abs() * noise * math.sqrt(grad.numel() - 1)).double().reshape(())
-            )
-        device = off[0].device
-        columns = [
-            torch.stack([x.to(device) for x in each]).norm() for each in (off, lengths, noises)
-        ]
-        unit = max(_compat.unit_roundoff(grads[i].dtype) for i in chosen)
-        limit = max(_OFF, _ROUNDINGS * unit)
-        who = tuple(names[i] for i in chosen) if len(names) == len(grads) else ()
+        chosen, figures, verdict = found
+        who = tuple(names[i] for i in chosen) if len(names) == len(compared[0]) else ()
 
         def receive(values: list[float]) -> Failures:
-            far, length, noise = values
-            if not (length > 0 and far <= limit * length and noise >= 10 * limit * length):
+            if not verdict(values):
                 return ()
+            far, _, noise = values
             return [Failure(PRIVATE, diagnosis.NOISE_TAKEN_OUT, who, figure=far, bound=noise)]
 
-        step.collect((PRIVATE,), torch.stack(columns), receive)
+        step.collect((PRIVATE,), figures, receive)
 
 
-def _sums_of(step: Step) -> list[tuple[Any, int]]:
+_Compared: TypeAlias = "tuple[Sequence[Any], Sequence[Any], Any]"
+
+
+@torch.no_grad()
+def without_noise(
+    changed: Sequence[int], compared: _Compared, least: float
+) -> tuple[list[int], torch.Tensor, Callable[[list[float]], bool]] | None:
+    """What tells whether tensors are multiples of others that have no noise in them.
+
+    Args:
+        changed: which of them.
+        compared: the tensors, the others, and the standard deviation of the noise that is due on
+            the others.
+        least: how far a tensor may be off, relative to its length, at least.
+
+    Returns:
+        Which were compared, figures, and what to ask with their values. ``None`` if these are too
+        few elements to prove anything.
+    """
+    grads, bare, std = compared
+    if len(bare) != len(grads):
+        return None
+    chosen = [
+        i
+        for i in changed
+        if _is_plain(grads[i])
+        and _is_plain(bare[i])
+        and grads[i].numel() == bare[i].numel()
+        and grads[i].device == bare[i].device
+    ]
+    if sum(grads[i].numel() - 1 for i in chosen) < _ENOUGH:
+        return None
+    off: list[torch.Tensor] = []
+    lengths: list[torch.Tensor] = []
+    noises: list[torch.Tensor] = []
+    for i in chosen:
+        wide = torch.promote_types(grads[i].dtype, torch.float32)
+        grad, other = grads[i].reshape(-1).to(wide), bare[i].reshape(-1).to(wide)
+        multiple = torch.nan_to_num((grad @ other) / (other @ other))
+        off.append((grad - multiple * other).norm().double())
+        lengths.append(grad.norm().double())
+        noise = std.to(grad.device) if isinstance(std, torch.Tensor) else std
+        noises.append((multiple.abs() * noise * math.sqrt(grad.numel() - 1)).double().reshape(()))
+    device = off[0].device
+    columns = [torch.stack([x.to(device) for x in each]).norm() for each in (off, lengths, noises)]
+    unit = max(_compat.unit_roundoff(grads[i].dtype) for i in chosen)
+    limit = max(least, _ROUNDINGS * unit)
+
+    def verdict(values: list[float]) -> bool:
+        far, length, noise = values
+        return length > 0 and far <= limit * length and noise >= 10 * limit * length
+
+    return chosen, torch.stack(columns), verdict
+
+
+def sums_of(step: Step) -> list[tuple[Any, int]]:
     """The clipped sums, and the versions that they have now."""
     sums = [getattr(parameter, "summed_grad", None) for parameter in step.parameters]
     return [(total, getattr(total, "_version", -1)) for total in sums]
 
 
-def _unchanged(state: _Noised, grads: Sequence[Any]) -> list[Any]:
+def unchanged(sums: Sequence[tuple[Any, int]]) -> list[torch.Tensor | None]:
     """The clipped sums; ``None`` where one has changed since, so that noise may be in it."""
-    if len(state.sums) != len(grads):
-        return [None] * len(grads)
     return [
-        total if getattr(total, "_version", -1) == version else None
-        for total, version in state.sums
+        total if type(total) is torch.Tensor and total._version == version else None
+        for total, version in sums
     ]
 
 

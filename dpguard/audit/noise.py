@@ -242,7 +242,7 @@ class Noise(Check):
         """Say once if ``add_noise`` is not called, as by a ``pre_step`` of the user's own."""
         state = self._states.of(optimizer)
         seen, state.seen = state.seen, False
-        if seen or state.said or not step.parameters:
+        if seen or state.said or not step.parameters or _compat.clips_in_hooks(optimizer):
             return ()
         std = _compat.noise_std(optimizer)
         if std is None or (isinstance(std, float) and not std):

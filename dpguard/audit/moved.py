@@ -1,0 +1,140 @@
+"""What parameters have moved by has the noise in it, whoever moves them, and until when.
+
+A wrapped optimizer of the user's own may never look at ``p.grad``; a wrapper round ``step()`` or a
+hook may change parameters once more, or undo the private update for another. In the first steps and
+in every ``LOOK_EVERY``-th, and in each once parameters were seen to change between the update and
+the clearing of gradients, some of their values are kept: before the update, after it, and when
+gradients are cleared. A difference of any two that is a multiple of the clipped sum, or of the sum
+of the rows, has no noise in it; how that is bounded is said in :mod:`dpguard.audit.applied`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dpguard import _compat, diagnosis
+from dpguard.audit.applied import LOOK_EVERY, LOOK_FIRST, sums_of, unchanged, without_noise
+from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
+from dpguard.audit.update import PRIVATE
+from dpguard.row_state import sample_of, sampled_rows
+
+__all__ = ["Moved"]
+
+_OFF = 1e-2
+"""Parameters are larger than what they move by, and so are their roundings."""
+
+
+@dataclass
+class _Path:
+    """Where the parameters of one optimizer were.
+
+    Attributes:
+        names: of the parameters.
+        parameters: themselves.
+        places: samples of them, before the update and after it.
+        versions: of the parameters after the update.
+        sums: the clipped sums, and their versions, before anybody could add noise to them.
+        std: standard deviation of the noise.
+        count: how many steps were taken.
+        suspect: whether somebody moved parameters after an update.
+    """
+
+    names: tuple[str, ...] = ()
+    parameters: Sequence[torch.Tensor] = ()
+    places: list[list[torch.Tensor]] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    sums: list[tuple[Any, int]] = field(default_factory=list)
+    std: float | torch.Tensor | None = None
+    count: int = 0
+    suspect: bool = False
+
+    @property
+    def is_due(self) -> bool:
+        return self.suspect or self.count < LOOK_FIRST or self.count % LOOK_EVERY == 0
+
+    def end(self) -> None:
+        self.parameters, self.places, self.versions, self.sums = (), [], [], []
+
+
+class Moved(Check):
+    """Compares the ways of parameters with what has no noise."""
+
+    def __init__(self) -> None:
+        self._paths = PerOwner(lambda _: _Path())
+
+    def before_noise(self, step: Step, optimizer: Any) -> Failures:
+        """Note the clipped sums."""
+        path = self._paths.of(optimizer)
+        path.end()
+        if path.is_due:
+            path.sums = sums_of(step)
+        return ()
+
+    def before_update(self, step: Step, optimizer: Any) -> Failures:
+        """The wrapped optimizer steps next."""
+        path = self._paths.of(optimizer)
+        path.parameters, path.places, path.versions = (), [], []
+        due = path.is_due
+        path.count += 1
+        path.std = _compat.noise_std(optimizer)
+        if path.std is None or len(step.names) != len(step.parameters):
+            return ()
+        path.names, path.parameters = step.names, step.parameters
+        if due and not _compat.is_distributed():
+            path.places.append([sample_of(p.detach()) for p in step.parameters])
+        return ()
+
+    def applied(self, step: Step, optimizer: Any) -> Failures:
+        """The wrapped optimizer has stepped."""
+        path = self._paths.of(optimizer)
+        if path.places:
+            path.places.append([sample_of(p.detach()) for p in path.parameters])
+        path.versions = [p._version for p in path.parameters]
+        return ()
+
+    def cleared(self, step: Step, optimizer: Any) -> Failures:
+        """Gradients, rows and sums are about to be cleared."""
+        path = self._paths.of(optimizer)
+        if path.versions and path.versions != [p._version for p in path.parameters]:
+            path.suspect = True
+        if path.places:
+            self._compare(step, path)
+        path.end()
+        return ()
+
+    def forget(self, optimizer: Any) -> None:
+        """The step has raised."""
+        self._paths.of(optimizer).end()
+
+    @torch.no_grad()
+    def _compare(self, step: Step, path: _Path) -> None:
+        places = [*path.places, [sample_of(p.detach()) for p in path.parameters]]
+        sums = [None if total is None else sample_of(total) for total in unchanged(path.sums)]
+        if len(sums) != len(path.parameters):
+            sums = [None] * len(path.parameters)
+        rows = [sampled_rows(p) for p in path.parameters]
+        pairs = [(0, 1), (1, 2), (0, 2)] if len(places) > 2 else [(0, 1)]  # noqa: PLR2004
+        every = range(len(path.names))
+        for start, end in pairs:
+            if any(a.shape != b.shape for a, b in zip(places[start], places[end], strict=True)):
+                continue
+            moved = torch._foreach_sub(places[end], places[start])
+            for bare in (sums, rows):
+                found = without_noise(every, (list(moved), bare, path.std), _OFF)
+                if found is None:
+                    continue
+                who, figures, verdict = found
+                names = tuple(path.names[i] for i in who)
+
+                def receive(
+                    values: list[float], names: tuple[str, ...] = names, verdict: Any = verdict
+                ) -> Failures:
+                    if not verdict(values):
+                        return ()
+                    return [Failure(PRIVATE, diagnosis.MOVED_WITHOUT_NOISE, names)]
+
+                step.collect((PRIVATE,), figures, receive)
