@@ -1160,6 +1160,12 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return float(_torch().finfo(dtype).eps) / 2
 
 
+def underflow(dtype: torch.dtype) -> float:
+    """Distance of the smallest numbers in ``dtype``: an error no rounding makes relative."""
+    limits = _torch().finfo(dtype)
+    return float(limits.tiny) * float(limits.eps)
+
+
 def operand_roundoff(dtype: torch.dtype, device: torch.device, *, convolves: bool) -> float:
     """Relative error by which operands are rounded before they are multiplied, 0 if they are not.
 

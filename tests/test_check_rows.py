@@ -524,3 +524,51 @@ def test_sums_in_low_precision_are_no_faults(mode, dtype):
         assert guard.violations == ()
         assert guard.internal_errors == ()
         assert guard.last_step.checks["conservation"].passed == len(list(model.parameters()))
+
+
+class Halved(Training):
+    """Training under autocast to float16 without a scaler, of a loss that is small already."""
+
+    def __init__(self, make, inputs, *, size, **options):
+        super().__init__(make, inputs, **options)
+        self.size = size
+
+    def backward(self, *, batch=None):
+        with torch.autocast("cpu", torch.float16):
+            out = self.called(self.inputs(batch or self.batch))
+        y = torch.randint(out.shape[-1], (len(out),))
+        (
+            self.size * nn.functional.cross_entropy(out.float(), y, reduction=self.reduction)
+        ).backward()
+
+
+@pytest.mark.skipif(not MIXED, reason="rows of another precision")
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("size", [1e-3, 1e-4, 1e-5, 1e-6, 1e-7])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "transformer"])
+def test_what_is_lost_below_the_range_of_half_precision_is_no_fault(name, size, reduction):
+    """Gradients of less than 6e-5 are multiples of 6e-8 in float16, rows and their share alike."""
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        training = Halved(*MODELS[name], size=size, reduction=reduction)
+        for batch in (16, 16, 64, 1):
+            training.step(batch=batch)
+        guard.flush()
+        assert guard.violations == ()
+        assert guard.last_step.checks[CONSERVATION].passed
+        assert guard.internal_errors == ()
+
+
+@pytest.mark.skipif(not MIXED, reason="rows of another precision")
+@pytest.mark.parametrize("size", [1.0, 1e-2])
+def test_a_wrong_row_in_half_precision_is_found(size):
+    """Gradients within the range of float16 are held to its roundoff."""
+    with dpguard.install(mode="repair", oracle_every=1) as guard:
+        training = Halved(*MODELS["mlp"], size=size)
+
+        def double_one(parameters):
+            next(iter(parameters.values())).grad_sample[3] *= 2
+
+        training.tamper = double_one
+        training.step()
+        guard.flush()
+        assert diagnosis.NOT_CONSERVED in {v.cause for v in guard.violations}

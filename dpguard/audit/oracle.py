@@ -14,7 +14,8 @@ nothing is said of that parameter.
 The bound is that of :mod:`dpguard.audit.rows`, twice, for row and share are both computed; where
 the products of a row cancel, those of low precision do not cancel exactly, so that the share of the
 whole has their roundoff as well. Of how many products they are sums is not known; it is taken to be
-the number of elements per person of the largest gradient on the way, which is not less.
+the number of elements per person of the largest gradient on the way, which is not less. What was
+lost below the range of float16 is larger in a row than in her share by the same factor as the rest.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import torch
 
 from dpguard import diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
-from dpguard.audit.rows import factors
+from dpguard.audit.rows import factors, floor
 from dpguard.ledger import Ledger
 from dpguard.patches.lean import Clipping, Rows
 from dpguard.patches.sums import flat
@@ -178,6 +179,8 @@ def _verdict(
         [factors(f.parameter, f.dtype, count, narrow=f.narrow)[0] for f in compared]
         for count in (draw.widest, draw.widest * draw.rows)
     )
+    larger = max(draw.factor, math.sqrt(draw.rows))
+    lost = [larger * floor(f.parameter, f.dtype, 1) for f in compared]
 
     def receive(values: list[float]) -> list[Failure]:
         *by_parameter, elsewhere, totals, finite = values
@@ -187,7 +190,7 @@ def _verdict(
         known = [
             i
             for i, (_, _, _, short, _, size) in enumerate(per)
-            if short <= together[i] * (size + totals)
+            if short <= together[i] * (size + totals) + lost[i]
         ]
         if not known:
             step.ran.pop(ORACLE, None)
@@ -200,7 +203,7 @@ def _verdict(
         found: dict[str, list[tuple[str, float, float]]] = {}
         for i in known:
             wrong, own = per[i][0], sizes[i]
-            bound = 2 * alone[i] * (own + whole)
+            bound = 2 * alone[i] * (own + whole) + lost[i]
             if wrong <= bound:
                 continue
             certain = wrong > max(CERTAIN * own, TIMES * bound)

@@ -11,7 +11,13 @@ probabilistic rounding error analysis*, SIAM J. Sci. Comput. 41, 2019: roundings
 with mean zero, and Azuma's inequality bounds their sum). Operands or results of lower precision
 (TF32, bfloat16) add at most ``2 u`` each, however many there are, where products of matrices make
 the gradient; other layers (normalisation, embeddings) may add up in the precision of their
-parameters, whose ``u`` it is then. What measures partial sums:
+parameters, whose ``u`` it is then.
+
+What is below the range of float16 is rounded to multiples of ``e``, its smallest number, whatever
+its size (gradients of a loss that is small already, without a scaler). A product is off by at most
+``e / 2`` then and additions are exact, so ``LAMBDA sqrt(n B) e`` for each element is added.
+
+What measures partial sums:
 
 * A row that is one product (a linear layer without a sequence) has its own norm, so the sum ``S``
   of the norms of all rows, weighted as in the sum, bounds every partial sum.
@@ -50,7 +56,7 @@ from dpguard.row_state import computed_in
 if TYPE_CHECKING:
     from dpguard.patches.lean import Rows
 
-__all__ = ["CONSERVATION", "LAMBDA", "RowValues", "factors", "finiteness"]
+__all__ = ["CONSERVATION", "LAMBDA", "RowValues", "factors", "finiteness", "floor"]
 
 CONSERVATION = "conservation"
 LAMBDA = 8.0
@@ -65,12 +71,14 @@ class _Limits(NamedTuple):
         plain: of the roundings of one sample's row; that of the batch grows with its root.
         low: of operands in lower precision.
         composed: whether rows are sums of several products.
+        floors: of what is below the range of their precision; grow with the root as well.
         tiny: the smallest bound.
     """
 
     plain: tuple[float, ...]
     low: tuple[float, ...]
     composed: tuple[bool, ...]
+    floors: tuple[float, ...]
     tiny: float
 
 
@@ -223,7 +231,8 @@ class RowValues(Check):
                 _factors(step.parameters[i], kinds[i], terms[i], narrow=narrow[i]) for i in compared
             ]
             plain, low, composed = zip(*made, strict=True)
-            known = self._limits = key, _Limits(plain, low, composed, tiny)
+            floors = tuple([floor(step.parameters[i], kinds[i], terms[i]) for i in compared])
+            known = self._limits = key, _Limits(plain, low, composed, floors, tiny)
         return known[1]
 
 
@@ -236,6 +245,12 @@ def factors(
     """
     plain, low, _ = _factors(parameter, rows_dtype, max(1, summands), narrow=narrow)
     return plain + low, plain
+
+
+def floor(parameter: torch.nn.Parameter, rows_dtype: torch.dtype, summands: int) -> float:
+    """How long the part of a sum of products may be that is lost below the range of precisions."""
+    least = max(_compat.underflow(parameter.dtype), _compat.underflow(rows_dtype))
+    return LAMBDA * least * math.sqrt(max(1, summands) * parameter.numel())
 
 
 def _factors(
@@ -311,8 +326,10 @@ def _verdict(
             for scale, strength, composed in zip(scales, each, limits.composed, strict=True)
         ]
     bounds = [
-        max((plain * root + low) * scale, limits.tiny)
-        for plain, low, scale in zip(limits.plain, limits.low, scales, strict=True)
+        max((plain * root + low) * scale + lost * root, limits.tiny)
+        for plain, low, scale, lost in zip(
+            limits.plain, limits.low, scales, limits.floors, strict=True
+        )
     ]
     return _judge(step, compared, residuals, bounds)
 
