@@ -511,6 +511,64 @@ def test_parts_of_a_batch_are_said(guard):
     assert passed(guard) == 1
 
 
+def in_steps(private, *batches, parts):
+    """The parts of batches, stepped one by one as one logical batch, with signals by hand."""
+    pieces = [(x[part], y[part]) for x, y in batches for part in parts]
+    pieces = [(x, y) for x, y in pieces if len(x)]
+    for last, (x, y) in enumerate(pieces, start=1 - len(pieces)):
+        private.optimizer.signal_skip_step(do_skip=last < 0)
+        private.step(plain(private, x, y))
+
+
+UNEVEN = (slice(0, 1), slice(1, 4), slice(4, None))
+
+
+@pytest.mark.parametrize("mode", [None, pytest.param("ghost", marks=needs_ghost)])
+@pytest.mark.parametrize("poisson", [True, False])
+def test_a_batch_that_is_stepped_in_parts_is_one_batch(guard, poisson, mode):
+    """Whoever divides a batch without BatchMemoryManager hears nothing: it is drawn once."""
+    private = Private(poisson=poisson, mode=mode)
+    for batch in itertools.chain(private.loader, private.loader):
+        if len(batch[0]):
+            in_steps(private, batch, parts=UNEVEN)
+            assert passed(guard) == passed(guard, BATCHES) == 1
+    assert causes(guard) == []
+
+
+def test_parts_that_are_as_many_as_the_time_steps_of_all_are_not_time_first(guard):
+    """Four of eight people, with eight time steps each: their tensor is (4, 8, 6)."""
+    data = TensorDataset(torch.randn(PEOPLE, 8, 6), torch.arange(PEOPLE) % 5)
+    private = Private(data, model=Tokens(), poisson=False)
+    for batch in private.loader:
+        in_steps(private, batch, parts=(slice(0, 4), slice(4, None)))
+    assert causes(guard) == []
+
+
+def test_parts_of_two_batches_in_one_logical_batch_are_refused(guard):
+    """The accountant is told of one."""
+    private = Private(poisson=False)
+    batches = iter(private.loader)
+    with pytest.raises(dpguard.PrivacyViolation, match=r"people\.batches"):
+        in_steps(private, next(batches), next(batches), parts=UNEVEN)
+    assert causes(guard) == [diagnosis.BATCHES_UNCOUNTED]
+
+
+def test_parts_that_overlap_are_refused(guard):
+    """Somebody is in two of them and counts twice."""
+    private = Private(poisson=False)
+    with pytest.raises(dpguard.PrivacyViolation, match=r"people\.rows"):
+        in_steps(private, next(iter(private.loader)), parts=(slice(0, 6), slice(3, None)))
+    assert causes(guard) == [diagnosis.ROWS_NOT_PEOPLE]
+
+
+def test_parts_that_are_left_out_are_said(guard):
+    """As where samples are left out of a batch that is stepped at once."""
+    private = Private(poisson=False)
+    for batch in private.loader:
+        in_steps(private, batch, parts=(slice(0, 3), slice(3, 6)))
+    assert causes(guard) == [diagnosis.ROWS_LEFT_OUT]
+
+
 def test_a_loader_of_unknown_purpose_is_weak_evidence(guard):
     """Several rows for each sample, again and again: said once, never refused."""
     called, optimizer = by_hand()

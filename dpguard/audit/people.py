@@ -13,6 +13,9 @@ What is known of the batch decides how much a deviation proves:
 * it comes from another loader: that may be for evaluation. Only where each step has had exactly
   one of its batches, and several rows for each of its people, it is said.
 
+A loop may step the parts of a batch one by one, with skip signals of its own. Parts are kept until
+the batch is complete, or its last part is stepped; then the rows of all of them are compared.
+
 Loaders that fetch ahead deliver a batch before the one at hand is used, and loops may leave
 batches out, so a step may take any batch that was delivered and not used yet, in order.
 """
@@ -50,6 +53,7 @@ class _Logical:
     Attributes:
         reader: what was delivered for it.
         draws: batches that have entered it; ``None`` if that is not known.
+        parts: rows of a batch that were stepped in parts, and is not complete yet.
         rounds: into how many of them the rows of the last physical batch are divided.
         split: whether they were drawn as one and split by ``BatchMemoryManager``.
         others: how many batches loaders of unknown purpose had delivered by its last step.
@@ -66,6 +70,7 @@ class _Logical:
 
     reader: Reader
     draws: int | None = 0
+    parts: int = 0
     rounds: int = 0
     split: bool = False
     others: int = 0
@@ -80,7 +85,7 @@ class _Logical:
 
     def restart(self) -> None:
         """The next logical batch begins."""
-        self.draws, self.rounds, self.split = 0, 0, False
+        self.draws, self.parts, self.rounds, self.split = 0, 0, 0, False
 
 
 class People(Check):
@@ -110,14 +115,16 @@ class People(Check):
         logical.rounds = len(sizes)
         if notes and optimizer.loss_reduction == "mean":
             step.rows_per_person = _rows_per_person(notes)
-        found = self._compare(step, logical, sizes, notes)
+        signals = _compat.skip_signals(optimizer)
+        follows = bool(signals and signals[0])
+        found = self._compare(step, logical, sizes, notes, follows=follows)
         logical.others = self._deliveries.others
         self._calls.rest()
         wrong, logical.found = logical.found, []
         if logical.undelivered:
             self._calls.watch()  # whence the next batches come: it has happened once
         if found is not None:
-            logical.draws = None
+            logical.draws, logical.parts = None, 0
             if not logical.waits:
                 self._deliveries.forget(logical.reader)
             return [*wrong, *([found] if _is_new(found, logical) else ())]
@@ -129,20 +136,28 @@ class People(Check):
         logical: _Logical,
         sizes: Sequence[int],
         notes: Sequence[Note],
+        *,
+        follows: bool,
     ) -> Failure | None:
+        """``follows`` says whether another physical batch of the same logical one comes next."""
         declared = self._deliveries.declared(logical.reader)
         private = self._deliveries.pending(logical.reader)
         mixed = self._calls.mixed(notes, private) if notes else None
         if mixed is not None:
             return mixed
-        used = explain(sizes, declared or private)
+        rows = [logical.parts + sum(sizes)] if logical.parts and not declared else sizes
+        used = explain(rows, declared or private)
+        if used is None and follows and not declared and _is_part(rows, private):
+            logical.parts = sum(rows)
+            return None
         if used is not None:
             step.run(ROWS, count=1)
+            logical.parts = 0
             self._use(logical, used)
             logical.found += _drawn_wrong(logical.uses, used)
             if not declared:
                 self._note_rates(
-                    step, logical, [d for d in private if d in used or d.fits_any(sizes)]
+                    step, logical, [d for d in private if d in used or d.fits_any(rows)]
                 )
             if declared and private:
                 self._deliveries.use(logical.reader, private[-1])
@@ -150,6 +165,8 @@ class People(Check):
         if declared:
             return _failure(diagnosis.NOT_AS_DECLARED, sizes, declared)
         if private and not self._deliveries.lost(logical.reader):
+            if rows is not sizes and sum(rows) > sum(map(_people, private)):
+                sizes = rows
             return self._by_private(step, logical, sizes, private=private, notes=notes)
         logical.draws = None
         return None if private else self._by_others(step, logical, sizes, notes)
@@ -330,6 +347,13 @@ _CHECKS = {
     diagnosis.DRAWN_TOO_MANY: RATE,
     diagnosis.BATCH_DRAWN_AGAIN: BATCHES,
 }
+
+
+def _is_part(rows: Sequence[int], private: Sequence[Delivery]) -> bool:
+    """Whether rows may be a part of a batch that the loop, and nobody else, has divided."""
+    if any(delivery.skip is not None for delivery in private):
+        return False
+    return sum(rows) < max((delivery.rows or 0 for delivery in private), default=0)
 
 
 def _people(batch: Delivery) -> int:
