@@ -24,6 +24,11 @@ class Grouping:
     joins = False
     """Whether calls of other blocks are other people, to be concatenated."""
 
+    @property
+    def most(self) -> int:
+        """How many rows one person has at most."""
+        return 1
+
     def people_of(self, rows: int) -> int:
         """How many people a call with so many rows has."""
         raise NotImplementedError
@@ -49,6 +54,11 @@ class EqualGroups(Grouping):
 
     size: int
     blocks: bool
+
+    @property
+    def most(self) -> int:
+        """How many rows one person has at most."""
+        return self.size
 
     def people_of(self, rows: int) -> int:
         """How many people a call with so many rows has."""
@@ -79,8 +89,16 @@ class PersonIds(Grouping):
     def __init__(self, ids: torch.Tensor) -> None:
         distinct, self._inverse = torch.unique(ids, return_inverse=True)
         self._people = len(distinct)
+        self._most = 0
         if self._people == len(ids):  # then rows stay where they are
             self._inverse = torch.arange(self._people, device=ids.device)
+
+    @property
+    def most(self) -> int:
+        """How many rows one person has at most."""
+        if not self._most:
+            self._most = int(torch.bincount(self._inverse).max()) if len(self._inverse) else 1
+        return self._most
 
     def people_of(self, rows: int) -> int:
         """How many people a call with so many rows has."""

@@ -170,6 +170,44 @@ def test_rows_in_which_everything_cancels(batch, dtype):
         assert guard.last_step.checks[CONSERVATION].passed == 1
 
 
+BATCH = 6
+VIEWS = {
+    "blocks": {"group_size": 2, "layout": "blocks"},
+    "interleaved": {"group_size": 2},
+    "ids": {"ids": torch.arange(BATCH).repeat(2)},
+}
+
+
+@pytest.mark.parametrize("views", VIEWS)
+def test_rows_of_one_person_that_cancel(views):
+    """Two views are drawn together, so the bias in front of the loss has a gradient of zero."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+    with dpguard.install(mode="strict") as guard:
+        called = GradSampleModule(model)
+        optimizer = DPOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            noise_multiplier=0.0,
+            max_grad_norm=1.0,
+            expected_batch_size=BATCH,
+        )
+        for _ in range(PROBE_EVERY + 4):
+            optimizer.zero_grad()
+            x = torch.randn(BATCH, 6)
+            both = torch.cat([x, x + 0.1 * torch.randn_like(x)])
+            if views == "interleaved":
+                both = both.unflatten(0, (2, BATCH)).transpose(0, 1).flatten(0, 1)
+            with dpguard.rows(**VIEWS[views]):
+                out = called(both)
+            split = (BATCH, 2) if views == "interleaved" else (2, BATCH)
+            one, other = out.unflatten(0, split).unbind(1 if views == "interleaved" else 0)
+            (one - other).square().sum(dim=1).mean().backward()
+            optimizer.step()
+        guard.flush()
+        assert guard.violations == ()
+        assert guard.last_step.checks[CONSERVATION].passed == 4
+
+
 def test_both_reductions(ratios):
     """Sums and means, several batches before a step, batches of different sizes."""
     for reduction in ("mean", "sum"):

@@ -493,6 +493,7 @@ class Pairing:
         strengths = {}
         if ledger.state(wanted[0]).probed:
             strengths = self._strengths(record, arranged, wanted)
+        most = 1 if people is None else people.most
         for parameter, rows, lenders in self._sampled(record, arranged, wanted):
             if people is not None:
                 rows = people.summed(rows if record.order is None else rows[record.order])  # noqa: PLW2901
@@ -506,7 +507,7 @@ class Pairing:
                 (opened, now, task.captures(parameter)),
                 lenders=lenders,
                 order=order,
-                terms=_terms(record.module, parameter, arranged[1]),
+                terms=most * _terms(record.module, parameter, arranged[1]),
                 strength=strengths.get(parameter) if strengths else None,
             )
 
