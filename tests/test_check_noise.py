@@ -754,12 +754,12 @@ def test_layers_that_are_frozen_in_the_middle(guard):
         training.step()
     assert guard.violations == ()
     assert guard.last_step.checks[SCALE].passed == 2
-    no_noise(training)
+    without_noise(training)
     with pytest.raises(dpguard.PrivacyViolation, match=r"noise\.scale"):
         training.step()
 
 
-def no_noise(training):
+def without_noise(training):
     def add_noise():
         for p in training.optimizer.params:
             p.grad = p.summed_grad.clone()

@@ -137,7 +137,7 @@ class Applied(Check):
     def applied(self, step: Step, optimizer: Any) -> Failures:
         """The wrapped optimizer has stepped, its own hooks have run."""
         state = self._noised.of(optimizer)
-        if state.elsewhere and state.due and not _compat.clips_in_hooks(optimizer):
+        if state.elsewhere and state.due and _compat.is_distributed():
             self._compare_all(step, state, range(len(state.grads)))
         self._look(step, optimizer, state)
         state.clear()

@@ -10,6 +10,7 @@ Where no noise is due, on all ranks but the first, nothing may be added.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import weakref
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,7 @@ import torch
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.gaussian import NoiseTest, NoiseVerdict
+from dpguard.audit.shape import Shape
 from dpguard.ledger import Ledger
 from dpguard.patches.lean import WIDE
 
@@ -40,6 +42,7 @@ _SAMPLED = 8
 _VALUES = 8
 _ENOUGH = 32
 """The noise of tensors that are smaller is drawn in another way, so seeds do not show on them."""
+_EXACT = 1000.0
 _CHUNK = 1 << 22
 _ACCURATE = 1 << 18
 """Norms of more elements than these are put together of several: they are sums in float32."""
@@ -53,6 +56,8 @@ class _Group:
     """The parameters of one precision on one device, and the test of their noise.
 
     Attributes:
+        dtype: in which they are measured.
+        noised: of their gradients.
         indices: their places among the trainable parameters of the optimizer.
         shapes: their shapes.
         sizes: numbers of their elements.
@@ -63,6 +68,7 @@ class _Group:
     """
 
     dtype: torch.dtype
+    noised: torch.dtype
     indices: list[int]
     shapes: list[torch.Size]
     sizes: list[int]
@@ -70,6 +76,7 @@ class _Group:
     sampled: list[int]
     often: bool
     test: NoiseTest
+    shape: Shape = field(default_factory=Shape)
     due: int = 0
 
     @property
@@ -88,7 +95,9 @@ class _Group:
         known = None if former is None else former.test
         test = NoiseTest(sizes, half_eps, sampled, by_values=often, former=known)
         dtype = torch.promote_types(kind[0], torch.float32)
-        return cls(dtype, indices, shapes, sizes, _parts(sizes), sampled, often, test)
+        made = cls(dtype, kind[0], indices, shapes, sizes, _parts(sizes), sampled, often, test)
+        made.shape = made.shape if former is None else former.shape
+        return made
 
 
 class _Drawn:
@@ -431,7 +440,14 @@ def _received(
             samples.append(rest[:length])
             rest = rest[length:]
     verdict = group.test.take(norms, std, noised, samples, mark)
-    return _failures(verdict, group, names) if verdict else []
+    if verdict:
+        return _failures(verdict, group, names)
+    # Values that are rounded to those of the sum have another shape.
+    exact = std > _EXACT * _compat.unit_roundoff(group.noised) * max(noised, mark)
+    if exact and group.shape.take(itertools.chain(*samples), std):
+        who = tuple(names[group.indices[k]] for k in group.sampled)
+        return [Failure(SCALE, diagnosis.NOISE_SCALE, who)]
+    return []
 
 
 def _silent(group: _Group, names: tuple[str, ...], norms: list[float]) -> list[Failure]:

@@ -1,0 +1,68 @@
+"""Noise of the right size and the wrong shape is refused, and Gaussian noise is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from digits import Training
+from releases import needs_reshaping
+
+import dpguard
+from dpguard import diagnosis
+from dpguard.audit.noise import SCALE
+from dpguard.audit.shape import Shape
+
+pytestmark = needs_reshaping
+
+
+def of_one_sign(like):
+    return torch.randn_like(like).abs()
+
+
+def uniform(like):
+    return (torch.rand_like(like) - 0.5) * 12**0.5
+
+
+def cut_off(like):
+    drawn = torch.randn_like(like)
+    return torch.where(drawn.abs() > 2, torch.randn_like(like).clamp(-2, 2), drawn)
+
+
+@pytest.mark.parametrize(("draw", "within"), [(of_one_sign, 25), (uniform, 160)])
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+def test_noise_of_another_shape_is_refused(mode, draw, within):
+    """Its norms are those of Gaussian noise."""
+    with dpguard.install(mode=mode) as guard:
+        training = Training()
+        optimizer = training.optimizer
+
+        def add_noise():
+            std = optimizer.noise_multiplier * optimizer.max_grad_norm
+            for p in optimizer.params:
+                p.grad = (p.summed_grad + std * draw(p.summed_grad)).view_as(p)
+
+        optimizer.add_noise = add_noise
+        with pytest.raises(dpguard.PrivacyViolation, match=r"noise\.scale.*not Gaussian noise"):
+            training.run(within)
+        assert {(v.check, v.cause) for v in guard.violations} == {(SCALE, diagnosis.NOISE_SCALE)}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_false_alarm(seed):
+    """In 20,000 evaluations."""
+    generator, shape = torch.Generator().manual_seed(seed), Shape()
+    for values in 0.3 * torch.randn(4000, 64, generator=generator):
+        assert not shape.take(values.tolist(), 0.3)
+
+
+def test_what_is_cut_off_is_found():
+    """At two standard deviations, whose norm is smaller by less than a tenth."""
+    torch.manual_seed(1)
+    shape = Shape()
+    assert any(shape.take(cut_off(torch.empty(64)).tolist(), 1.0) for _ in range(20))
+
+
+@pytest.mark.parametrize("values", [[float("nan")] * 5, [float("inf")], []])
+def test_nothing_to_judge(values):
+    """What is not finite says nothing."""
+    assert not Shape().take(values, 1.0)
