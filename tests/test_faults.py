@@ -265,6 +265,8 @@ class Fault:
 
 
 REPLACED = frozenset([diagnosis.STEP_HOOK_REPLACED])
+WITHOUT_NOISE = frozenset([diagnosis.NOISE_TAKEN_OUT, diagnosis.MOVED_WITHOUT_NOISE])
+SAME_PEOPLE = frozenset([diagnosis.BATCH_DRAWN_AGAIN])
 FAULTS = {
     "1 batch clipped": Fault(clipping(batch_gradient, one_factor), SUM, diagnosis.CLIP_SENSITIVITY),
     "2 micro-batches clipped": Fault(
@@ -282,8 +284,12 @@ FAULTS = {
     "4 sigma without C": Fault(
         noise_of(lambda o: o.noise_multiplier), SCALE, diagnosis.NOISE_SCALE
     ),
-    "5 no noise": Fault(noise_of(lambda _: 0.0), SCALE, diagnosis.NOISE_MISSING),
-    "6 constant seed": Fault(constant_seed, FRESH, diagnosis.NOISE_REPEATED, within=1),
+    "5 no noise": Fault(
+        noise_of(lambda _: 0.0), SCALE, diagnosis.NOISE_MISSING, allowed=WITHOUT_NOISE
+    ),
+    "6 constant seed": Fault(
+        constant_seed, FRESH, diagnosis.NOISE_REPEATED, within=1, allowed=SAME_PEOPLE
+    ),
     "6b constant generator": Fault(constant_generator, FRESH, diagnosis.NOISE_REPEATED, within=1),
     "7 rows of another parameter": Fault(
         rows_of_another_parameter, CONSERVATION, diagnosis.NOT_CONSERVED, kinds=WITH_ROWS
