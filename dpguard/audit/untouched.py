@@ -48,11 +48,13 @@ class Untouched(Check):
         """Rows are there, and have not entered the sums yet."""
         known = self._known.of(optimizer)
         sums, known.sums = known.sums, None
-        if sums is None or not _adds_up(optimizer):
+        totals = [getattr(parameter, "summed_grad", None) for parameter in step.parameters]
+        if sums is None or not any(total is not None for total in totals):
+            return ()
+        if not _adds_up(optimizer):
             return ()
         names, found, were = [], [], []
-        for parameter, name in zip(step.parameters, step.names, strict=False):
-            total = getattr(parameter, "summed_grad", None)
+        for parameter, name, total in zip(step.parameters, step.names, totals, strict=False):
             if type(total) is not torch.Tensor or hasattr(total, "_processed"):
                 continue  # cleared, or left over from a step that is done, which is not used again
             identity, version, copy = sums.get(id(parameter), (0, 0, None))

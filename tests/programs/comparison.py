@@ -160,6 +160,15 @@ class Comparison:
             self.signals.append(signal)
         shown = [data for data, _ in expected]
         trainable = shown[0].trainable
+        if found.refused and "that are frozen now" in found.refused:
+            # They were trained by a backward of this step, and the wrapped optimizer would apply it.
+            waiting = (
+                self.clipped if self.design.ghost else [part for one in shown for part in one.parts]
+            )
+            names = {name for name, _ in self.model.named_parameters()}
+            assert names - trainable, f"{self.at} has frozen nothing"
+            assert waiting or self.raw, f"{self.at} has nothing to apply"
+            return
         if self.design.ghost:
             raw = [self.raw[name] for name in trainable & self.raw.keys()]
             if found.refused:
