@@ -13,7 +13,10 @@ from dpguard.audit.applied import LOOK_EVERY
 from dpguard.audit.noise import SCALE
 from dpguard.audit.update import PRIVATE
 
-pytestmark = needs_reshaping
+pytestmark = [
+    needs_reshaping,
+    pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning"),
+]
 KINDS = [
     "flat",
     "per_layer",
