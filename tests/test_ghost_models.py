@@ -434,6 +434,10 @@ def test_freezing_between_backward_and_step_keeps_no_gradient(guard):
     called, optimizer, criterion = private(model)
     backward(criterion, called(*drawn(model, 4, seed=0)))
     model.body[0].requires_grad_(False)
+    with pytest.raises(dpguard.PrivacyViolation, match="frozen now"):
+        optimizer.step()  # the wrapped optimizer would apply it without noise
+    for p in model.body[0].parameters():
+        p.grad = None
     optimizer.step()
     model.body[0].requires_grad_(True)
     data = drawn(model, 4, seed=1)

@@ -26,7 +26,7 @@ from dpguard.patching import Transaction
 from dpguard.row_state import computed_in, note_precision
 from dpguard.verdicts import Verdicts
 
-__all__ = ["LossScale"]
+__all__ = ["LossScale", "is_scaled"]
 
 _SCALE = MINE + "scale"
 
@@ -155,6 +155,11 @@ class LossScale:
         norms = norms / scale.to(norms.device)
         hooks.per_sample_gradient_norms = norms
         return norms
+
+
+def is_scaled(loss: Any) -> bool:
+    """Whether a loss of ghost clipping is multiplied by a scaler, which looks for overflows."""
+    return _SCALE in vars(loss)
 
 
 def _divide(parameter: Any, factor: torch.Tensor) -> None:

@@ -99,6 +99,8 @@ class GhostPairing(Pairing):
         """How many people the losses are of, if that was declared."""
         self.adapts = False
         """Whether the clip bound follows the number of losses that are clipped."""
+        self.blanks = True
+        """Whether what is not finite counts as zero; a scaler looks for it and skips the step."""
         self._segment = 0
         self._carried_through: int | None = None
         """While batches are accumulated: the segment in which the last was backpropagated."""
@@ -314,7 +316,8 @@ class GhostPairing(Pairing):
         """The norms are known of which clip factors will be made."""
         if self._draw is not None:
             self._draw.attempt(self._draw.judge, norms, self.hooks.trainable_parameters)
-        if self.computes and self._stage is Stage.CLIPPED and self._blanks is None:
+        wanted = self.computes and self.blanks and self._stage is Stage.CLIPPED
+        if wanted and self._blanks is None:
             self._blanks = Blanks.of(norms, self.hooks.trainable_parameters)
 
     def on_clipped_backprops(self, record: Record, backprops: torch.Tensor) -> None:

@@ -19,6 +19,7 @@ from dpguard import _compat, diagnosis
 from dpguard._errors import DPGuardError, PrivacyViolation
 from dpguard.ledger import Ledger
 from dpguard.patches import ghost_clip
+from dpguard.patches.amp import is_scaled
 from dpguard.patches.wrapping import EagerWrapper
 from dpguard.patching import Transaction
 from dpguard.row_state import Clipped
@@ -201,6 +202,7 @@ class _Wrappers:
         if pairing is None:
             return wrapped(*args, **kwargs)
         pairing.adapts = _compat.adapts_bound(instance)
+        pairing.blanks = not is_scaled(instance)
         with ghost_clip.watch(instance, self._ledger, self._guarded, repairs=self._repairs):
             return pairing.run(
                 instance.loss_per_sample, instance.loss_reduction, lambda: wrapped(*args, **kwargs)
