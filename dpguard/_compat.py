@@ -905,7 +905,10 @@ _KNOWN_RULES = {
 
 def _method(optimizer: Any, name: str) -> Any:
     """What ``optimizer.name`` runs, without wrappers; the getter of a property."""
-    found = vars(optimizer).get(name) or inspect.getattr_static(type(optimizer), name, None)
+    found = vars(optimizer).get(name)
+    if not found:  # inspect.getattr_static is felt in each step
+        owners = (vars(cls) for cls in type(optimizer).__mro__)
+        found = next((own[name] for own in owners if name in own), None)
     found = getattr(found, "fget", found)
     found = getattr(found, "__func__", found)
     if not callable(found):
