@@ -118,7 +118,7 @@ class Runtime:
             Untouched(),
             Clip(self.ledger),
             Noise(self.ledger),
-            Scaling(self.ledger),
+            Scaling(),
             Update(self.ledger),
             Applied(),
             Moved(),

@@ -88,21 +88,32 @@ def sum_of_rows(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 def sample_of(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of some elements, evenly spread, so that it takes no memory to speak of."""
-    elements = tensor.reshape(-1)
-    return elements[:: max(1, elements.numel() // _SAMPLED)].clone()
+    return tensor.reshape(-1)[:: _stride(tensor)].clone()
 
 
-def sampled_rows(parameter: torch.Tensor) -> torch.Tensor | None:
-    """The elements of :func:`sample_of`, of the sum of all rows of ``parameter``."""
+def pieces_of(parameter: torch.Tensor) -> list[Any] | None:
+    """The rows of each accumulated batch, whatever stands there; ``None`` without rows."""
     rows = getattr(parameter, "grad_sample", None)
-    pieces = rows if isinstance(rows, list) else [rows]
-    step = max(1, parameter.numel() // _SAMPLED)
+    return rows if rows is None or isinstance(rows, list) else [rows]
+
+
+def sum_of_all_rows(parameter: torch.Tensor, *, sampled: bool = False) -> torch.Tensor | None:
+    """A vector, the sum of all rows of ``parameter``; ``None`` if a batch is empty or has none.
+
+    With ``sampled`` only its elements that :func:`sample_of` takes.
+    """
+    pieces = pieces_of(parameter) or []
+    step = _stride(parameter) if sampled else 1
     sums = [
         piece.reshape(len(piece), -1)[:, ::step].sum(0)
         for piece in pieces
         if isinstance(piece, torch.Tensor) and len(piece)
     ]
     return torch.stack(sums).sum(0) if sums and len(sums) == len(pieces) else None
+
+
+def _stride(tensor: torch.Tensor) -> int:
+    return max(1, tensor.numel() // _SAMPLED)
 
 
 class Clipped:

@@ -179,7 +179,9 @@ class Accounting(Check):
                 missed = False
                 engine = book.engine()
                 if engine is not None and engine.accountant is not accountant:
-                    failures += _once(step, Failure(STEPS, diagnosis.ACCOUNTANT_REPLACED), book)
+                    replaced = Failure(STEPS, diagnosis.ACCOUNTANT_REPLACED)
+                    step.fail(replaced)
+                    failures += _once(replaced, book)
                 history = _compat.history_of(accountant)
                 if history is not None:
                     failures += self._compare(step, state.sigma, (base, iterations), history, book)
@@ -272,7 +274,9 @@ class Accounting(Check):
             prepared = book.is_poisson is not None and (step.bypasses or book.is_poisson)
             cause = diagnosis.LOADER_BYPASSED if bypasses and prepared else diagnosis.NOT_POISSON
             if bypasses or not book.is_poisson:
-                failures += _once(step, Failure(SAMPLING, cause), book)
+                failure = Failure(SAMPLING, cause)
+                step.fail(failure)
+                failures += _once(failure, book)
         return failures
 
     def _drawn(self, book: _Book) -> set[float]:
@@ -280,9 +284,8 @@ class Accounting(Check):
         return book.rates or (self._strays if book.is_poisson is None else set())
 
 
-def _once(step: Step, failure: Failure, book: _Book) -> list[Failure]:
-    """Failed in this step, and said of this accountant if it was not yet."""
-    step.fail(failure)
+def _once(failure: Failure, book: _Book) -> list[Failure]:
+    """It is said of this accountant, if it was not yet."""
     if failure.cause in book.said:
         return []
     book.said.add(failure.cause)
@@ -291,10 +294,7 @@ def _once(step: Step, failure: Failure, book: _Book) -> list[Failure]:
 
 def _say_gone(book: _Book) -> list[Failure]:
     """That steps are gone from a history, once."""
-    if diagnosis.HISTORY_CHANGED in book.said:
-        return []
-    book.said.add(diagnosis.HISTORY_CHANGED)
-    return [Failure(STEPS, diagnosis.HISTORY_CHANGED)]
+    return _once(Failure(STEPS, diagnosis.HISTORY_CHANGED), book)
 
 
 def _misfits(

@@ -31,6 +31,7 @@ from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.update import PRIVATE
 from dpguard.patches.lean import Clipping
+from dpguard.row_state import pieces_of, sum_of_all_rows
 
 __all__ = ["LOOK_EVERY", "LOOK_FIRST", "Applied", "sums_of", "unchanged", "without_noise"]
 
@@ -52,6 +53,7 @@ class _Noised:
         sums: the clipped sums, and their versions, before anybody could add noise to them.
         seen: whether ``add_noise`` was called.
         elsewhere: the noise is made by another rank, and is there once gradients were reduced.
+        changes: in place that are due: dividing by the batch size is one.
         due: whether all gradients are compared in this step.
         count: how many steps were noised.
         suspect: whether gradients were changed after the noise, in this step or an earlier one.
@@ -65,6 +67,7 @@ class _Noised:
     sums: list[tuple[Any, int]] = field(default_factory=list)
     seen: bool = False
     elsewhere: bool = False
+    changes: int = 0
     due: bool = False
     count: int = 0
     suspect: bool = False
@@ -89,8 +92,7 @@ class Applied(Check):
             state.sums = sums_of(step)
         state.due = state.count < LOOK_FIRST or state.count % LOOK_EVERY == 0
         if (state.suspect or state.due) and step.parameters:
-            rows = getattr(step.parameters[0], "grad_sample", None)
-            pieces = rows if isinstance(rows, list) else [rows]
+            pieces = pieces_of(step.parameters[0]) or []
             count = sum(len(piece) for piece in pieces if isinstance(piece, torch.Tensor))
             mean = optimizer.loss_reduction == "mean"
             state.raw = [p.grad for p in step.parameters], count if mean else 1
@@ -118,6 +120,8 @@ class Applied(Check):
         if std is not None and all(map(_is_plain, grads)):
             state.std = std
             state.names = step.names
+            mean = optimizer.loss_reduction == "mean"
+            state.changes = int(mean and _compat.is_opacus_method(optimizer, "scale_grad"))
             state.grads = [
                 (p, grad, grad._version) for p, grad in zip(step.parameters, grads, strict=True)
             ]
@@ -129,7 +133,7 @@ class Applied(Check):
         """The step hooks have run."""
         state = self._noised.of(optimizer)
         if state.seen:
-            self._look(step, optimizer, state)
+            self._look(step, state)
         else:
             self._look_unseen(step, optimizer, state)
         return ()
@@ -139,7 +143,7 @@ class Applied(Check):
         state = self._noised.of(optimizer)
         if state.elsewhere and state.due and _compat.is_distributed():
             self._compare_all(step, state, range(len(state.grads)))
-        self._look(step, optimizer, state)
+        self._look(step, state)
         state.clear()
         return ()
 
@@ -163,19 +167,16 @@ class Applied(Check):
         everyone = range(len(grads))
         if all(isinstance(grad, torch.Tensor) for grad in grads):
             self._compare(step, step.names, everyone, (grads, unchanged(state.sums), std))
-            sums = [_sum_of_rows(parameter) for parameter in step.parameters]
+            sums = [sum_of_all_rows(parameter) for parameter in step.parameters]
             self._compare(step, step.names, everyone, (grads, sums, std))
 
-    def _look(self, step: Step, optimizer: Any, state: _Noised) -> None:
+    def _look(self, step: Step, state: _Noised) -> None:
         if state.std is None or state.elsewhere:
             return
-        divides = optimizer.loss_reduction == "mean"
-        divides = divides and _compat.is_opacus_method(optimizer, "scale_grad")
-        scaled = (0, 1) if divides else (0,)  # dividing by the batch size is one change in place
         changed = [
             i
             for i, (parameter, noised, version) in enumerate(state.grads)
-            if parameter.grad is not noised or noised._version - version not in scaled
+            if parameter.grad is not noised or noised._version - version > state.changes
         ]
         if not changed:
             if state.due and not _compat.is_distributed():
@@ -290,13 +291,6 @@ def unchanged(sums: Sequence[tuple[Any, int]]) -> list[torch.Tensor | None]:
         total if type(total) is torch.Tensor and total._version == version else None
         for total, version in sums
     ]
-
-
-def _sum_of_rows(parameter: Any) -> torch.Tensor | None:
-    rows = getattr(parameter, "grad_sample", None)
-    pieces = rows if isinstance(rows, list) else [rows]
-    sums = [piece.sum(0) for piece in pieces if isinstance(piece, torch.Tensor) and len(piece)]
-    return torch.stack(sums).sum(0) if sums and len(sums) == len(pieces) else None
 
 
 def _is_plain(grad: Any) -> bool:

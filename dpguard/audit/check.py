@@ -62,6 +62,7 @@ class Step:
         states: what the ledger knows of them.
         rows: their rows, if they are as they should be; none in ghost clipping.
         physical: number of physical batches so far, this one included.
+        people: rows in these batches, one for each person.
         rates: the sample rates with which the batches that are in it may have been drawn, as far
             as it is known.
         bypasses: a batch in it is of the data set, but not from the loader, that ``make_private``
@@ -80,6 +81,7 @@ class Step:
     states: Sequence[ParameterState] = ()
     rows: Rows | None = None
     physical: int = 0
+    people: int = 0
     rows_per_person: float | None = 1.0
     """How many rows of the loss each row is the sum of; ``None`` if that differs, or if rows of
     several losses were concatenated."""

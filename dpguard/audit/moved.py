@@ -10,6 +10,7 @@ of the rows, has no noise in it; how that is bounded is said in :mod:`dpguard.au
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from dpguard import _compat, diagnosis
 from dpguard.audit.applied import LOOK_EVERY, LOOK_FIRST, sums_of, unchanged, without_noise
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.update import PRIVATE
-from dpguard.row_state import sample_of, sampled_rows
+from dpguard.row_state import sample_of, sum_of_all_rows
 
 __all__ = ["Moved"]
 
@@ -114,12 +115,9 @@ class Moved(Check):
     def _compare(self, step: Step, path: _Path) -> None:
         places = [*path.places, [sample_of(p.detach()) for p in path.parameters]]
         sums = [None if total is None else sample_of(total) for total in unchanged(path.sums)]
-        if len(sums) != len(path.parameters):
-            sums = [None] * len(path.parameters)
-        rows = [sampled_rows(p) for p in path.parameters]
-        pairs = [(0, 1), (1, 2), (0, 2)] if len(places) > 2 else [(0, 1)]  # noqa: PLR2004
+        rows = [sum_of_all_rows(p, sampled=True) for p in path.parameters]
         every = range(len(path.names))
-        for start, end in pairs:
+        for start, end in itertools.combinations(range(len(places)), 2):
             if any(a.shape != b.shape for a, b in zip(places[start], places[end], strict=True)):
                 continue
             moved = torch._foreach_sub(places[end], places[start])

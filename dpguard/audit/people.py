@@ -37,6 +37,7 @@ from dpguard.deliveries import DECLARED, Deliveries, Delivery, Reader
 from dpguard.events import Severity
 from dpguard.ledger import Ledger
 from dpguard.poisson import Uses
+from dpguard.row_state import pieces_of
 
 __all__ = ["BATCHES", "ROWS", "People", "rows_at_hand"]
 
@@ -111,6 +112,7 @@ class People(Check):
         notes = self._calls.take(step.parameters)
         if sizes is None:
             return ()
+        step.people += sum(sizes)
         logical = self._logical.of(optimizer)
         logical.rounds = len(sizes)
         if notes and optimizer.loss_reduction == "mean":
@@ -310,9 +312,8 @@ def rows_at_hand(
         notes = (state.clipped for state in states if state is not None)
         return next((note.rows for note in notes if note is not None and note.is_fresh), None)
     for parameter in parameters:
-        rows = getattr(parameter, "grad_sample", None)
-        if rows is not None:
-            pieces = rows if isinstance(rows, list) else [rows]
+        pieces = pieces_of(parameter)
+        if pieces is not None:
             if any(map(_compat.is_processed, pieces)):
                 return None  # nobody has cleared those of an earlier step: Opacus raises
             return tuple([len(piece) for piece in pieces])

@@ -16,8 +16,6 @@ from typing import Any
 from dpguard import diagnosis
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.noise import SCALE
-from dpguard.audit.people import rows_at_hand
-from dpguard.ledger import Ledger
 
 __all__ = ["MATCHES", "Scaling"]
 
@@ -30,12 +28,10 @@ class _Divided:
     """What one optimizer divides by.
 
     Attributes:
-        people: rows in the logical batch at hand.
         last: what the last step was divided by.
         matches: how often in a row that had changed, and to the number of rows.
     """
 
-    people: int = 0
     last: Any = None
     matches: int = 0
 
@@ -43,32 +39,20 @@ class _Divided:
 class Scaling(Check):
     """Compares what a step is divided by with the people that are in it."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self) -> None:
         self._divided = PerOwner(lambda _: _Divided())
-
-    def begin(self, step: Step, optimizer: Any) -> Failures:
-        """Count the people of a physical batch."""
-        sizes = rows_at_hand(self._ledger, optimizer, step.parameters)
-        self._divided.of(optimizer).people += sum(sizes or ())
-        return ()
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
         """What the sum was divided by is what it is divided by in this step."""
         state = self._divided.of(optimizer)
-        people, state.people = state.people, 0
         divisor = getattr(optimizer, "expected_batch_size", None)
         if optimizer.loss_reduction != "mean" or not isinstance(divisor, (int, float)):
             return ()
         last, state.last = state.last, divisor
-        if divisor != people or not step.rates:
+        if divisor != step.people or not step.rates:
             state.matches = 0
-        elif last not in (None, divisor) and people >= _PEOPLE:
+        elif last not in (None, divisor) and step.people >= _PEOPLE:
             state.matches += 1
         if state.matches < MATCHES:
             return ()
         return [Failure(SCALE, diagnosis.SCALED_BY_PEOPLE)]
-
-    def forget(self, optimizer: Any) -> None:
-        """The step has raised."""
-        self._divided.of(optimizer).people = 0

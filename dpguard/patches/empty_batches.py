@@ -13,6 +13,7 @@ import wrapt
 
 from dpguard import _compat
 from dpguard.patching import Transaction
+from dpguard.row_state import pieces_of
 
 __all__ = ["install"]
 
@@ -58,8 +59,9 @@ def _is_empty(optimizer: Any) -> bool:
     if not optimizer.params:
         return False
     for parameter in optimizer.params:
-        rows = getattr(parameter, "grad_sample", None)
-        batches = rows if isinstance(rows, list) else [rows]
-        if not all(isinstance(batch, torch.Tensor) and not len(batch) for batch in batches):
+        batches = pieces_of(parameter)
+        if batches is None or not all(
+            isinstance(batch, torch.Tensor) and not len(batch) for batch in batches
+        ):
             return False
     return True

@@ -99,8 +99,8 @@ class GhostPairing(Pairing):
         """How many people the losses are of, if that was declared."""
         self.adapts = False
         """Whether the clip bound follows the number of losses that are clipped."""
-        self.blanks = True
-        """Whether what is not finite counts as zero; a scaler looks for it and skips the step."""
+        self.scaled = False
+        """Whether a scaler looks for what is not finite, and skips the step."""
         self._segment = 0
         self._carried_through: int | None = None
         """While batches are accumulated: the segment in which the last was backpropagated."""
@@ -316,7 +316,7 @@ class GhostPairing(Pairing):
         """The norms are known of which clip factors will be made."""
         if self._draw is not None:
             self._draw.attempt(self._draw.judge, norms, self.hooks.trainable_parameters)
-        wanted = self.computes and self.blanks and self._stage is Stage.CLIPPED
+        wanted = self.computes and not self.scaled and self._stage is Stage.CLIPPED
         if wanted and self._blanks is None:
             self._blanks = Blanks.of(norms, self.hooks.trainable_parameters)
 

@@ -202,7 +202,7 @@ class _Wrappers:
         if pairing is None:
             return wrapped(*args, **kwargs)
         pairing.adapts = _compat.adapts_bound(instance)
-        pairing.blanks = not is_scaled(instance)
+        pairing.scaled = is_scaled(instance)
         with ghost_clip.watch(instance, self._ledger, self._guarded, repairs=self._repairs):
             return pairing.run(
                 instance.loss_per_sample, instance.loss_reduction, lambda: wrapped(*args, **kwargs)
