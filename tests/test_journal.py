@@ -55,6 +55,11 @@ CUT = Intervention(
 )
 
 
+def fields(journal) -> str:
+    """What a log says, without the head of each line: digests and times hold any digits."""
+    return str([{k: v for k, v in r.items() if k not in HEAD_KEYS} for r in verify(journal.path)])
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured(Event):
     """An event with one field of each data class."""
@@ -269,8 +274,7 @@ def test_tensors_are_never_logged(open_journal):
         )
     )
     journal.write(Measured(public=hidden))
-    text = journal.path.read_text()
-    assert "12345" not in text
+    assert "12345" not in fields(journal)
     first, second = verify(journal.path)
     assert (first["dpguard.public"], first["dpguard.derived"]) == ("Tensor", "float64")
     assert first["dpguard.code"] == "Parameter"
@@ -308,7 +312,7 @@ def test_sensitive_file_is_separate_and_marked(open_journal, tmp_path):
     journal.write(CUT)
     journal.write(Measured(public=1, sensitive=4711, step=2))
     journal.write(Measured(public=1, data=4712))
-    assert "471" not in journal.path.read_text()
+    assert "471" not in fields(journal)
     path = tmp_path / "run" / f"rank0-{os.getpid()}.sensitive.jsonl"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     records = verify(path)
@@ -567,11 +571,11 @@ def test_structlog_configuration_of_the_host_does_not_reach_us(open_journal):
         processors=[explode], wrapper_class=explode, context_class=explode, logger_factory=explode
     )
     try:
-        with structlog.contextvars.bound_contextvars(patient="4711"):
+        with structlog.contextvars.bound_contextvars(patient="Mrs. Smith"):
             journal = open_journal()
             journal.write(CUT)
         assert journal.dropped == 0
-        assert "4711" not in journal.path.read_text()
+        assert "Smith" not in journal.path.read_text()
         assert len(verify(journal.path)) == 1
     finally:
         structlog.reset_defaults()
