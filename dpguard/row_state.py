@@ -24,6 +24,7 @@ __all__ = [
     "note_precision",
     "owned_rows",
     "sample_of",
+    "spread_of",
     "sum_of_rows",
 ]
 
@@ -88,7 +89,12 @@ def sum_of_rows(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 def sample_of(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of some elements, evenly spread, so that it takes no memory to speak of."""
-    return tensor.reshape(-1)[:: _stride(tensor)].clone()
+    return spread_of(tensor).clone()
+
+
+def spread_of(tensor: torch.Tensor) -> torch.Tensor:
+    """These elements themselves."""
+    return tensor.reshape(-1)[:: _stride(tensor)]
 
 
 def pieces_of(parameter: torch.Tensor) -> list[Any] | None:

@@ -3,13 +3,7 @@
 Between the noise and the update a gradient may be changed in any way that looks at nothing but the
 noised gradient. That it was changed is seen in every step, by its identity and version. A change
 proves nothing; a gradient that is a multiple of the clipped sum, or of the gradient of the batch,
-does, for no function of the noised one takes the noise out of it.
-
-Let ``a`` be the multiple, of each parameter, that comes closest, ``n`` the number of elements and
-``s`` the standard deviation of the noise. A multiple of the noised gradient is off by at least
-``|a| s n**.5 / 2``, except with a probability of ``exp(-0.31 n)``: the norm of the noise is that of
-``n`` independent values, ``n`` at least :data:`_ENOUGH`. Where that is ``10 t`` times the gradient
-or more, one that is off by less than ``t``, some roundings, has none of the noise.
+does, as :mod:`dpguard.audit.multiples` says.
 
 The gradient of the batch is only at hand once a change was seen; so one that is put back is found
 in the second step. A change through ``.data`` has no version: in the first steps and in every
@@ -20,8 +14,7 @@ no noise if none was added at all.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -29,15 +22,14 @@ import torch
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
+from dpguard.audit.multiples import Samples, without_noise
 from dpguard.audit.update import PRIVATE
 from dpguard.patches.lean import Clipping
 from dpguard.row_state import pieces_of, sum_of_all_rows
 
-__all__ = ["LOOK_EVERY", "LOOK_FIRST", "Applied", "sums_of", "unchanged", "without_noise"]
+__all__ = ["LOOK_EVERY", "LOOK_FIRST", "Applied", "sums_of", "unchanged"]
 
 _OFF = 1e-4
-_ROUNDINGS = 8.0
-_ENOUGH = 200
 LOOK_FIRST = 2
 LOOK_EVERY = 50
 
@@ -164,11 +156,10 @@ class Applied(Check):
         if std is None or not step.names or _compat.is_distributed():
             return
         grads: list[Any] = [p.grad for p in step.parameters]
-        everyone = range(len(grads))
         if all(isinstance(grad, torch.Tensor) for grad in grads):
-            self._compare(step, step.names, everyone, (grads, unchanged(state.sums), std))
-            sums = [sum_of_all_rows(parameter) for parameter in step.parameters]
-            self._compare(step, step.names, everyone, (grads, sums, std))
+            rows = [sum_of_all_rows(parameter, sampled=True) for parameter in step.parameters]
+            for bare in (unchanged(state.sums), rows):
+                self._compare(step, step.names, (grads, bare, std))
 
     def _look(self, step: Step, state: _Noised) -> None:
         if state.std is None or state.elsewhere:
@@ -195,25 +186,26 @@ class Applied(Check):
 
     def _compare_all(self, step: Step, state: _Noised, changed: Sequence[int]) -> None:
         """Compare gradients with the clipped sums and, if it is kept, the gradient of the batch."""
-        grads = [parameter.grad for parameter, _, _ in state.grads]
         raw, count = state.raw or ([], 1)
-        self._compare(step, state.names, changed, (grads, unchanged(state.sums), state.std))
-        if len(raw) == len(grads):
-            self._compare(step, state.names, changed, (grads, raw, state.std / max(1, count)))
+        grads = [state.grads[i][0].grad for i in changed]
+        known = len(state.names) == len(state.grads)
+        names = tuple(state.names[i] for i in changed) if known else ()
+        sums = unchanged(state.sums)
+        if len(sums) == len(state.grads):
+            self._compare(step, names, (grads, [sums[i] for i in changed], state.std))
+        if len(raw) == len(state.grads):
+            std = state.std / max(1, count)
+            self._compare(step, names, (grads, [raw[i] for i in changed], std))
 
-    def _compare(
-        self,
-        step: Step,
-        names: tuple[str, ...],
-        changed: Sequence[int],
-        compared: _Compared,
-    ) -> None:
+    def _compare(self, step: Step, names: tuple[str, ...], compared: _Compared) -> None:
         """Measure how far gradients are from multiples of what has no noise in it."""
-        found = without_noise(changed, compared, _OFF)
-        if found is None:
+        grads, bare, std = compared
+        samples = Samples.of(grads)
+        found = samples and without_noise([samples], Samples.of(bare), std, _OFF)
+        if not found:
             return
         chosen, figures, verdict = found
-        who = tuple(names[i] for i in chosen) if len(names) == len(compared[0]) else ()
+        who = tuple(names[i] for i in chosen) if names else ()
 
         def receive(values: list[float]) -> Failures:
             if not verdict(values):
@@ -225,58 +217,7 @@ class Applied(Check):
 
 
 _Compared: TypeAlias = "tuple[Sequence[Any], Sequence[Any], Any]"
-
-
-@torch.no_grad()
-def without_noise(
-    changed: Sequence[int], compared: _Compared, least: float
-) -> tuple[list[int], torch.Tensor, Callable[[list[float]], bool]] | None:
-    """What tells whether tensors are multiples of others that have no noise in them.
-
-    Args:
-        changed: which of them.
-        compared: the tensors, the others, and the standard deviation of the noise that is due on
-            the others.
-        least: how far a tensor may be off, relative to its length, at least.
-
-    Returns:
-        Which were compared, figures, and what to ask with their values. ``None`` if these are too
-        few elements to prove anything.
-    """
-    grads, bare, std = compared
-    if len(bare) != len(grads):
-        return None
-    chosen = [
-        i
-        for i in changed
-        if _is_plain(grads[i])
-        and _is_plain(bare[i])
-        and grads[i].numel() == bare[i].numel()
-        and grads[i].device == bare[i].device
-    ]
-    if sum(grads[i].numel() - 1 for i in chosen) < _ENOUGH:
-        return None
-    off: list[torch.Tensor] = []
-    lengths: list[torch.Tensor] = []
-    noises: list[torch.Tensor] = []
-    for i in chosen:
-        wide = torch.promote_types(grads[i].dtype, torch.float32)
-        grad, other = grads[i].reshape(-1).to(wide), bare[i].reshape(-1).to(wide)
-        multiple = torch.nan_to_num((grad @ other) / (other @ other))
-        off.append((grad - multiple * other).norm().double())
-        lengths.append(grad.norm().double())
-        noise = std.to(grad.device) if isinstance(std, torch.Tensor) else std
-        noises.append((multiple.abs() * noise * math.sqrt(grad.numel() - 1)).double().reshape(()))
-    device = off[0].device
-    columns = [torch.stack([x.to(device) for x in each]).norm() for each in (off, lengths, noises)]
-    unit = max(_compat.unit_roundoff(grads[i].dtype) for i in chosen)
-    limit = max(least, _ROUNDINGS * unit)
-
-    def verdict(values: list[float]) -> bool:
-        far, length, noise = values
-        return length > 0 and far <= limit * length and noise >= 10 * limit * length
-
-    return chosen, torch.stack(columns), verdict
+"""Gradients, what has no noise in it, and the standard deviation of the noise due on that."""
 
 
 def sums_of(step: Step) -> list[tuple[Any, int]]:

@@ -5,7 +5,7 @@ hook may change parameters once more, or undo the private update for another. In
 in every ``LOOK_EVERY``-th, and in each once parameters were seen to change between the update and
 the clearing of gradients, some of their values are kept: before the update, after it, and when
 gradients are cleared. A difference of any two that is a multiple of the clipped sum, or of the sum
-of the rows, has no noise in it; how that is bounded is said in :mod:`dpguard.audit.applied`.
+of the rows, has no noise in it; how that is bounded is said in :mod:`dpguard.audit.multiples`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from dpguard import _compat, diagnosis
-from dpguard.audit.applied import LOOK_EVERY, LOOK_FIRST, sums_of, unchanged, without_noise
+from dpguard.audit.applied import LOOK_EVERY, LOOK_FIRST, sums_of, unchanged
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
+from dpguard.audit.multiples import Samples, without_noise
 from dpguard.audit.update import PRIVATE
-from dpguard.row_state import sample_of, sum_of_all_rows
+from dpguard.row_state import sum_of_all_rows
 
 __all__ = ["Moved"]
 
@@ -46,7 +47,7 @@ class _Path:
 
     names: tuple[str, ...] = ()
     parameters: Sequence[torch.Tensor] = ()
-    places: list[list[torch.Tensor]] = field(default_factory=list)
+    places: list[Samples | None] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     sums: list[tuple[Any, int]] = field(default_factory=list)
     std: float | torch.Tensor | None = None
@@ -86,14 +87,14 @@ class Moved(Check):
             return ()
         path.names, path.parameters = step.names, step.parameters
         if due and not _compat.is_distributed():
-            path.places.append([sample_of(p.detach()) for p in step.parameters])
+            path.places.append(Samples.of(step.parameters))
         return ()
 
     def applied(self, step: Step, optimizer: Any) -> Failures:
         """The wrapped optimizer has stepped."""
         path = self._paths.of(optimizer)
         if path.places:
-            path.places.append([sample_of(p.detach()) for p in path.parameters])
+            path.places.append(Samples.of(path.parameters))
         path.versions = [p._version for p in path.parameters]
         return ()
 
@@ -113,26 +114,31 @@ class Moved(Check):
 
     @torch.no_grad()
     def _compare(self, step: Step, path: _Path) -> None:
-        places = [*path.places, [sample_of(p.detach()) for p in path.parameters]]
-        sums = [None if total is None else sample_of(total) for total in unchanged(path.sums)]
+        last = Samples.of(path.parameters)
+        places = [
+            place
+            for place in (*path.places, last)
+            if place is not None and last is not None and place.is_like(last)
+        ]
+        moved = [
+            end._replace(values=end.values - start.values)
+            for start, end in itertools.combinations(places, 2)
+        ]
+        if not moved:
+            return
         rows = [sum_of_all_rows(p, sampled=True) for p in path.parameters]
-        every = range(len(path.names))
-        for start, end in itertools.combinations(range(len(places)), 2):
-            if any(a.shape != b.shape for a, b in zip(places[start], places[end], strict=True)):
+        for bare in (unchanged(path.sums), rows):
+            found = without_noise(moved, Samples.of(bare), path.std, _OFF)
+            if found is None:
                 continue
-            moved = torch._foreach_sub(places[end], places[start])
-            for bare in (sums, rows):
-                found = without_noise(every, (list(moved), bare, path.std), _OFF)
-                if found is None:
-                    continue
-                who, figures, verdict = found
-                names = tuple(path.names[i] for i in who)
+            who, figures, verdict = found
+            names = tuple(path.names[i] for i in who)
 
-                def receive(
-                    values: list[float], names: tuple[str, ...] = names, verdict: Any = verdict
-                ) -> Failures:
-                    if not verdict(values):
-                        return ()
-                    return [Failure(PRIVATE, diagnosis.MOVED_WITHOUT_NOISE, names)]
+            def receive(
+                values: list[float], names: tuple[str, ...] = names, verdict: Any = verdict
+            ) -> Failures:
+                if not verdict(values):
+                    return ()
+                return [Failure(PRIVATE, diagnosis.MOVED_WITHOUT_NOISE, names)]
 
-                step.collect((PRIVATE,), figures, receive)
+            step.collect((PRIVATE,), figures, receive)

@@ -1,0 +1,126 @@
+"""Whether tensors that should have noise in them are multiples of others that have none.
+
+No function of a noised gradient takes the noise out of it. Let ``a`` be the multiple, of each
+parameter, that comes closest, ``n`` the number of elements and ``s`` the standard deviation of the
+noise. A multiple of the noised gradient is off by at least ``|a| s n**.5 / 2``, except with a
+probability of ``exp(-0.31 n)``: the norm of the noise is that of ``n`` independent values, ``n`` at
+least :data:`_ENOUGH`. Where that is ``10 t`` times the gradient or more, one that is off by less
+than ``t``, some roundings, has none of the noise.
+
+Some elements of each tensor are enough: a multiple is one in all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from dpguard import _compat
+from dpguard.row_state import spread_of
+
+__all__ = ["Samples", "without_noise"]
+
+_ROUNDINGS = 8.0
+_ENOUGH = 200
+
+
+class Samples(NamedTuple):
+    """Some elements of each of ``P`` tensors.
+
+    Attributes:
+        values: of shape ``(P, W)`` in at least single precision; rows are filled up with zeros.
+        sizes: number of elements of each row, 0 if that tensor is none that can be compared.
+        unit: relative error of a rounding in the precision of the tensors.
+    """
+
+    values: torch.Tensor
+    sizes: tuple[int, ...]
+    unit: float
+
+    @classmethod
+    def of(cls, tensors: Sequence[Any]) -> Samples | None:
+        """Samples of ``tensors``, whatever stands there; ``None`` if there is nothing at all."""
+        plain = [tensor if _is_plain(tensor) else None for tensor in tensors]
+        kinds = {(tensor.dtype, tensor.device) for tensor in plain if tensor is not None}
+        if not kinds:
+            return None
+        wide = functools.reduce(torch.promote_types, (kind for kind, _ in kinds), torch.float32)
+        device = next(tensor.device for tensor in plain if tensor is not None)
+        nothing = torch.empty(0, dtype=wide, device=device)
+        rows = [nothing if t is None else spread_of(t.detach()) for t in plain]
+        if len(kinds) > 1 or rows[0].dtype is not wide:
+            rows = [row.to(device, wide, non_blocking=True) for row in rows]
+        values, sizes = pad_sequence(rows, batch_first=True), tuple(row.numel() for row in rows)
+        return cls(values, sizes, max(_compat.unit_roundoff(kind) for kind, _ in kinds))
+
+    def is_like(self, other: Samples) -> bool:
+        """Whether these are samples of tensors of the same sizes, in one place."""
+        return self.sizes == other.sizes and self.values.device == other.values.device
+
+
+@torch.no_grad()
+def without_noise(
+    moved: Sequence[Samples], bare: Samples | None, std: Any, least: float
+) -> tuple[list[int], torch.Tensor, Callable[[list[float]], bool]] | None:
+    """What tells whether tensors are multiples of others that have no noise in them.
+
+    Args:
+        moved: the tensors, in one or several states of the same sizes.
+        bare: the others.
+        std: standard deviation of the noise that is due on the others.
+        least: how far a tensor may be off, relative to its length, at least.
+
+    Returns:
+        Which tensors were compared, figures, and what to ask with their values: whether there is
+        no noise in one of the states. ``None`` if these are too few elements to prove anything.
+    """
+    if bare is None:
+        return None
+    pairs = enumerate(zip(moved[0].sizes, bare.sizes, strict=True))
+    chosen = [i for i, (ours, others) in pairs if 0 < ours == others]
+    if sum(moved[0].sizes[i] - 1 for i in chosen) < _ENOUGH:
+        return None
+    ours = torch.stack([state.values for state in moved])
+    others = bare.values.to(ours.device, ours.dtype, non_blocking=True)
+    if len(chosen) < len(bare.sizes):
+        which = torch.tensor(chosen).to(ours.device, non_blocking=True)
+        ours, others = ours[:, which], others[which]
+    width = max(moved[0].sizes[i] for i in chosen)
+    ours, others = ours[..., :width], others[..., :width]
+    multiples = torch.nan_to_num((ours * others).sum(-1) / others.square().sum(-1))
+    roots = torch.tensor([math.sqrt(moved[0].sizes[i] - 1) for i in chosen])
+    noises = multiples.abs() * roots.to(ours.device, ours.dtype, non_blocking=True)
+    if isinstance(std, torch.Tensor):
+        std = std.to(ours.device)
+    off = ours - multiples.unsqueeze(-1) * others
+    columns = [
+        torch.linalg.vector_norm(off, dim=(1, 2)),
+        torch.linalg.vector_norm(ours, dim=(1, 2)),
+        torch.linalg.vector_norm(noises, dim=1) * std,
+    ]
+    limit = max(least, _ROUNDINGS * max(state.unit for state in moved))
+
+    def verdict(values: list[float]) -> bool:
+        count = len(moved)
+        return any(
+            length > 0 and far <= limit * length and noise >= 10 * limit * length
+            for far, length, noise in zip(
+                values[:count], values[count : 2 * count], values[2 * count :], strict=True
+            )
+        )
+
+    return chosen, torch.cat([column.double() for column in columns]), verdict
+
+
+def _is_plain(tensor: Any) -> bool:
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.layout is torch.strided
+        and tensor.is_floating_point()
+        and tensor.numel() > 0
+    )
