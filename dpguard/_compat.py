@@ -905,10 +905,18 @@ _KNOWN_RULES = {
 
 def _method(optimizer: Any, name: str) -> Any:
     """What ``optimizer.name`` runs, without wrappers; the getter of a property."""
-    found = vars(optimizer).get(name)
-    if not found:  # inspect.getattr_static is felt in each step
-        owners = (vars(cls) for cls in type(optimizer).__mro__)
-        found = next((own[name] for own in owners if name in own), None)
+    found = getattr(optimizer, "__dict__", {}).get(name)
+    return _code(found or _of_class(type(optimizer), name))
+
+
+def _of_class(cls: type, name: str) -> Any:
+    for owner in cls.__mro__:  # inspect.getattr_static is felt in each step
+        if name in owner.__dict__:
+            return owner.__dict__[name]
+    return None
+
+
+def _code(found: Any) -> Any:
     found = getattr(found, "fget", found)
     found = getattr(found, "__func__", found)
     if not callable(found):
@@ -917,9 +925,23 @@ def _method(optimizer: Any, name: str) -> Any:
     return getattr(found, "__func__", found)
 
 
+def _is_of_opacus(found: Any) -> bool:
+    return str(getattr(_code(found), "__module__", "")).startswith("opacus.")
+
+
+_is_of_opacus_class = functools.lru_cache(maxsize=64)(_is_of_opacus)
+
+
 def is_opacus_method(optimizer: Any, name: str) -> bool:
     """Whether a method or property is Opacus's own, on the instance as on its class."""
-    return str(getattr(_method(optimizer, name), "__module__", "")).startswith("opacus.")
+    own = getattr(optimizer, "__dict__", {}).get(name)
+    if own:
+        return _is_of_opacus(own)
+    found = _of_class(type(optimizer), name)
+    try:
+        return _is_of_opacus_class(found)
+    except TypeError:  # it has no hash
+        return _is_of_opacus(found)
 
 
 def clip_rule(optimizer: Any) -> str | None:
@@ -977,22 +999,6 @@ _ADAPTS_SINCE = (1, 6)
 _CLIP_AND_NOISE = ("clip_and_accumulate", "add_noise")
 
 
-@functools.lru_cache(maxsize=64)
-def _is_own(cls: Any, name: str) -> bool:
-    found = inspect.getattr_static(cls, name, None)
-    found = inspect.unwrap(found) if callable(found) else found
-    return not str(getattr(found, "__module__", "")).startswith("opacus.")
-
-
-def _has_own_mechanism(optimizer: Any, cls: Any) -> bool:
-    """Whether neither the clipping nor the noise is Opacus's."""
-    own = getattr(optimizer, "__dict__", ())
-    for name in _CLIP_AND_NOISE:
-        if is_opacus_method(optimizer, name) if name in own else not _is_own(cls, name):
-            return False
-    return True
-
-
 def plain_number(found: Any) -> float | None:
     """A number, also from a tensor without dimensions that the host can read without waiting."""
     if isinstance(found, _torch().Tensor):
@@ -1014,7 +1020,7 @@ def noise_std(optimizer: Any, *, of_all: bool = False) -> float | torch.Tensor |
     """
     cls: Any = type(optimizer)
     rule, of_one_rank = _noise_of(cls)
-    if _has_own_mechanism(optimizer, cls):
+    if not any(is_opacus_method(optimizer, name) for name in _CLIP_AND_NOISE):
         return None
     multiplier = plain_number(optimizer.noise_multiplier)
     if rule == "parts" or multiplier is None or not multiplier > 0:

@@ -100,7 +100,7 @@ class Applied(Check):
         state = self._noised.of(optimizer)
         state.seen = True
         state.count += 1
-        std = _compat.noise_std(optimizer)
+        std = step.noise_std(optimizer)
         state.elsewhere = isinstance(std, float) and not std
         if state.elsewhere:
             std = _compat.noise_std(optimizer, of_all=True)
@@ -109,7 +109,7 @@ class Applied(Check):
                 copies = [total.clone() for total, _ in state.sums]
                 state.sums = [(total, total._version) for total in copies]
         grads: list[Any] = [p.grad for p in step.parameters]
-        if std is not None and all(map(_is_plain, grads)):
+        if std is not None and all(isinstance(grad, torch.Tensor) for grad in grads):
             state.std = std
             state.names = step.names
             mean = optimizer.loss_reduction == "mean"
@@ -152,7 +152,7 @@ class Applied(Check):
 
     def _look_unseen(self, step: Step, optimizer: Any, state: _Noised) -> None:
         """Nobody has called ``add_noise``: was there any noise?"""
-        std = _compat.noise_std(optimizer)
+        std = step.noise_std(optimizer)
         if std is None or not step.names or _compat.is_distributed():
             return
         grads: list[Any] = [p.grad for p in step.parameters]
@@ -232,9 +232,3 @@ def unchanged(sums: Sequence[tuple[Any, int]]) -> list[torch.Tensor | None]:
         total if type(total) is torch.Tensor and total._version == version else None
         for total, version in sums
     ]
-
-
-def _is_plain(grad: Any) -> bool:
-    return (
-        isinstance(grad, torch.Tensor) and grad.layout is torch.strided and grad.is_floating_point()
-    )

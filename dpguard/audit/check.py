@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 
+from dpguard import _compat
 from dpguard.events import CheckCount, StepAudit
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from dpguard.row_state import ParameterState
 
 __all__ = ["Check", "Failure", "Failures", "PerOwner", "Step"]
+
+_UNASKED = object()
 
 _T = TypeVar("_T")
 
@@ -97,9 +100,17 @@ class Step:
     """It was refused before anything was applied, and nothing of it is left."""
     awaited: int = 1
     """The end of the step, and figures that are on their way from the device."""
+    std: Any = _UNASKED
+    """Standard deviation of the noise that is due."""
     clip: Callable[[], Any] | None = None
     """During ``before_clip``: the code that is about to clip."""
     send: Callable[[Step, tuple[str, ...], torch.Tensor, Receiver], None] | None = None
+
+    def noise_std(self, optimizer: Any) -> Any:
+        """What :func:`dpguard._compat.noise_std` says, asked once in a logical step."""
+        if self.std is _UNASKED:
+            self.std = _compat.noise_std(optimizer)
+        return self.std
 
     def run(self, *checks: str, count: int | None = None) -> None:
         """Note that these checks are run, on all parameters unless ``count`` says otherwise."""

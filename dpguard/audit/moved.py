@@ -82,7 +82,7 @@ class Moved(Check):
         path.parameters, path.places, path.versions = (), [], []
         due = path.is_due
         path.count += 1
-        path.std = _compat.noise_std(optimizer)
+        path.std = step.noise_std(optimizer)
         if path.std is None or len(step.names) != len(step.parameters):
             return ()
         path.names, path.parameters = step.names, step.parameters

@@ -195,7 +195,7 @@ class Noise(Check):
         state = self._states.of(optimizer)
         state.seen = True
         if step.audited:
-            state.std = _compat.noise_std(optimizer)
+            state.std = step.noise_std(optimizer)
             if state.std is not None:
                 state.sums = [getattr(p, "summed_grad", None) for p in step.parameters]
                 if not _compat.is_opacus_method(optimizer, "add_noise"):
@@ -253,7 +253,7 @@ class Noise(Check):
         seen, state.seen = state.seen, False
         if seen or state.said or not step.parameters or _compat.clips_in_hooks(optimizer):
             return ()
-        std = _compat.noise_std(optimizer)
+        std = step.noise_std(optimizer)
         if std is None or (isinstance(std, float) and not std):
             return ()
         state.said = True

@@ -1,11 +1,11 @@
 """Weighted sums of rows: clipped, and as they are, in as few calls as will do.
 
-A product with two rows of weights gives both sums at once. Rows of parameters that are small are
-put next to each other first: with a parameter of its own each, calls would cost more than numbers.
+Rows of parameters that are small are put next to each other first: with a parameter of its own
+each, calls would cost more than numbers. On a GPU a product with two rows of weights gives both
+sums in one read; there it may round in another way than Opacus.
 
-Bits are those of Opacus on the CPUs that this was tried on: an element of a product of one or two
-rows with a matrix is summed up in the same order wherever it lies. On a GPU it may round in another
-way.
+On the CPUs that this was tried on bits are those of Opacus: an element of a product of one row with
+a matrix is summed up in the same order wherever it lies, which one of two rows is not always.
 """
 
 from __future__ import annotations
@@ -34,16 +34,28 @@ class Weights:
         first: torch.Tensor,
         second: torch.Tensor | None = None,
     ) -> None:
-        both = first.unsqueeze(0) if second is None else torch.stack((first, second))
-        most, all_rows = _COPIED[both.is_cpu], sum(p.numel() for p in parameters)
-        room = min(most // max(1, both.shape[1]), all_rows // _OF_ALL)
+        most, all_rows = _COPIED[first.is_cpu], sum(p.numel() for p in parameters)
+        room = min(most // max(1, len(first)), all_rows // _OF_ALL)
         self.room = room if room >= _LEAST else 0
         """Elements of a row that may be copied."""
-        self._both = both
+        both = [first] if second is None else [first, second]
+        self._each = [weights.unsqueeze(0) for weights in both] if first.is_cpu else []
+        self._all = None if first.is_cpu else torch.stack(both)
 
-    def of(self, dtype: torch.dtype) -> torch.Tensor:
-        """All of them in this precision, of shape ``(1, B)`` or ``(2, B)``."""
-        return self._both.to(dtype)
+    def sums(self, matrix: torch.Tensor, shape: Sequence[int] = (-1,)) -> list[torch.Tensor]:
+        """The weighted sums of the rows of a matrix, in its precision and in this shape."""
+        dtype = matrix.dtype
+        if self._all is None:
+            each = [w if w.dtype is dtype else w.to(dtype) for w in self._each]
+            return [torch.mm(weights, matrix).view(shape) for weights in each]
+        found = list(torch.mm(self._all.to(dtype), matrix).unbind(0))
+        if len(found) > 1 and found[0].numel() > _SMALL:
+            found[0] = found[0].clone()
+        return [total.view(shape) for total in found]
+
+
+_SMALL = 1 << 14
+"""A sum with fewer elements may keep the memory of another with as many."""
 
 
 class Sums(NamedTuple):
@@ -84,14 +96,14 @@ def sums_of(
     """
     first: list[torch.Tensor | None] = [None] * len(parameters)
     second: list[torch.Tensor | None] = [None] * len(parameters)
-    blocks: list[torch.Tensor] = []
-    for which in _small(parameters, pieces, weights.room):
-        mine = weights.of(parameters[which[0]].dtype)
-        blocks.append(_sum_together(which, parameters, pieces, mine, first, second))
+    blocks = [
+        _sum_together(which, parameters, pieces, weights, first, second)
+        for which in _small(parameters, pieces, weights.room)
+    ]
     for i, parameter in enumerate(parameters):
         if first[i] is None:
-            total, second[i] = _sum_alone(parameter, pieces[i], weights.of(parameter.dtype))
-            first[i] = total
+            total, *other = _sum_alone(parameter, pieces[i], weights)
+            first[i], second[i] = total, other[0] if other else None
             blocks.append(total)
     return Sums(first, [total for total in second if total is not None], blocks)  # type: ignore[arg-type]
 
@@ -125,14 +137,13 @@ def _sum_together(
     which: Sequence[int],
     parameters: Sequence[torch.nn.Parameter],
     pieces: Sequence[Sequence[torch.Tensor]],
-    weights: torch.Tensor,
+    weights: Weights,
     *found: list[torch.Tensor | None],
 ) -> torch.Tensor:
     """Put the sums of several parameters into ``found``; the first of them are returned whole."""
     batches = zip(*(pieces[i] for i in which), strict=True)
     matrices = [torch.cat([flat(piece) for piece in batch], dim=1) for batch in batches]
-    product = torch.mm(weights, matrices[0] if len(matrices) == 1 else torch.cat(matrices))
-    rows = [product[0].clone(), product[1]] if len(weights) > 1 else [product[0]]
+    rows = weights.sums(matrices[0] if len(matrices) == 1 else torch.cat(matrices))
     sizes = [parameters[i].numel() for i in which]
     for row, sums in zip(rows, found, strict=False):
         # As tensors with versions of their own: a change of one is not one of all.
@@ -143,26 +154,15 @@ def _sum_together(
 
 
 def _sum_alone(
-    parameter: torch.nn.Parameter, pieces: Sequence[torch.Tensor], weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    parameter: torch.nn.Parameter, pieces: Sequence[torch.Tensor], weights: Weights
+) -> list[torch.Tensor]:
     """The sums of one parameter."""
     dtype, shape = parameter.dtype, parameter.shape
     rows = flat(pieces[0] if len(pieces) == 1 else torch.cat(list(pieces)))
     if rows.dtype is not dtype:
         # Rows in lower precision are summed in that of the parameter, as Opacus does.
         rows = rows.to(dtype)
-    if len(weights) == 1 or rows.is_cpu:
-        # What torch.einsum("i,i...", factors, rows) comes to, without its way there.
-        total = torch.bmm(weights[:1].unsqueeze(0), rows.unsqueeze(0)).view(shape)
-        return total, None if len(weights) == 1 else weights[1].matmul(rows).view(shape)
-    total, other = torch.mm(weights, rows).unbind(0)  # in one read of the rows
-    if total.numel() > _SMALL:
-        total = total.clone()
-    return total.view(shape), other.view(shape)
-
-
-_SMALL = 1 << 14
-"""A sum with fewer elements may keep the memory of a mean with as many."""
+    return weights.sums(rows, shape)
 
 
 def parts(parameters: Sequence[torch.nn.Parameter]) -> list[slice]:
