@@ -166,12 +166,25 @@ class PerOwner(weakref.WeakKeyDictionary[Any, _T]):
     def __init__(self, make: Callable[[Any], _T]) -> None:
         super().__init__()
         self._make = make
+        self._last: tuple[weakref.ref[Any], _T] | None = None
+        me = weakref.ref(self)
+
+        def forget(owner: weakref.ref[Any]) -> None:
+            mine = me()
+            if mine is not None and mine._last is not None and mine._last[0] is owner:
+                mine._last = None
+
+        self._forget = forget
 
     def of(self, owner: Any) -> _T:
         """What is known of ``owner``."""
+        last = self._last  # asked so often that the dictionary is felt
+        if last is not None and last[0]() is owner:
+            return last[1]
         found = self.get(owner)
         if found is None:
             found = self[owner] = self._make(owner)
+        self._last = weakref.ref(owner, self._forget), found
         return found
 
 

@@ -60,9 +60,11 @@ class Coverage:
     failures: list[Failure] = field(default_factory=list)
 
 
-def examine(ledger: Ledger, parameters: Sequence[torch.nn.Parameter]) -> Coverage:
+def examine(
+    ledger: Ledger, parameters: Sequence[torch.nn.Parameter], names: tuple[str, ...]
+) -> Coverage:
     """Look at the metadata of all rows of one optimizer."""
-    coverage = Coverage(tuple(map(ledger.name_of, parameters)))
+    coverage = Coverage(names)
     coverage.rows = Rows.of(parameters)
     if coverage.rows is not None:
         return coverage  # nearly always: everything is as it should be

@@ -120,7 +120,8 @@ class StepAuditor:
         if self._ledger.blocks:
             join_blocks(self._ledger, parameters)
         self._say_unused(step, alignment)
-        seen = structure.examine(self._ledger, parameters)
+        names = tuple([state.name for state in step.states])
+        seen = structure.examine(self._ledger, parameters, names)
         step.names, step.rows = seen.names, seen.rows
         failures: list[Failure] = []
         if seen.rows is None or alignment is not EVEN:

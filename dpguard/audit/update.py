@@ -70,7 +70,7 @@ class Update(Check):
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        ledger.before_clearing = self._compare
+        ledger.before_clearing = self._before_clearing
         self._optimizers = PerOwner(lambda _: _Watched())
         self._mine = _Mine()
         self._named: set[tuple[str, str]] = set()
@@ -95,17 +95,21 @@ class Update(Check):
 
     def _look(self, step: Step) -> None:
         step.run(PRIVATE)
-        self._compare(step.parameters)
+        self._compare(step.parameters, step.states)
         if self._mine.pending:
             self._tell(step)
 
-    def _compare(self, parameters: Iterable[torch.Tensor]) -> None:
+    def _before_clearing(self, parameters: Iterable[torch.Tensor]) -> None:
+        parameters = list(parameters)
+        self._compare(parameters, map(self._ledger.known, parameters))
+
+    def _compare(
+        self, parameters: Iterable[torch.Tensor], states: Iterable[ParameterState | None]
+    ) -> None:
         """Measure how parameters have changed since their backward, if they have or may have."""
         changed: list[ParameterState] = []
         kept: list[tuple[torch.Tensor, ParameterState]] = []
-        known = self._ledger.known
-        for parameter in parameters:
-            state = known(parameter)
+        for parameter, state in zip(parameters, states, strict=True):
             if state is None or state.version is None:
                 continue
             if state.kept is not None:
@@ -174,12 +178,9 @@ class Update(Check):
         watched = self._optimizers.of(optimizer)
         watched.steps += 1
         keeps = watched.steps < KEEP_FIRST or watched.steps % KEEP_EVERY == 0
-        known = self._ledger.known
-        for parameter in step.parameters:
-            state = known(parameter)
-            if state is not None:
-                state.version = state.kept = None
-                state.keeps = keeps or state.suspect
+        for state in step.states:
+            state.version = state.kept = None
+            state.keeps = keeps or state.suspect
         if not watched.moves_done:
             self._moves(step, optimizer, watched)
         return ()

@@ -188,8 +188,7 @@ def clip_and_accumulate(
             has put into ``p.grad``.
     """
     check, mark = _compat.processing()
-    for parameter in rows.parameters:
-        check(parameter.grad_sample)  # type: ignore[attr-defined]
+    check([piece for mine in rows.pieces for piece in mine])
     norms = row_norms(rows)
     totals = torch.linalg.vector_norm(norms, dim=1)
     if blanks:
@@ -209,7 +208,7 @@ def clip_and_accumulate(
                 held.summed_grad = total
             else:
                 held.summed_grad += total
-            mark(held.grad_sample)
+        mark([piece for mine in rows.pieces[part] for piece in mine])
         if look is not None:
             look(part.start, found.second)
     return Clipping(rows, norms, totals, factors, shares, sums, blocks)
@@ -228,22 +227,21 @@ Look = Callable[[int, list[torch.Tensor]], None]
 """Is given the index of a parameter, and one tensor for it and for each of some that follow."""
 
 
-def add_noise(optimizer: Any, look: Look | None = None) -> None:
+def add_noise(optimizer: Any, parameters: Sequence[Any], look: Look | None = None) -> None:
     """``p.grad`` becomes the clipped sum with noise; the random stream is consumed as by Opacus.
 
     Args:
         optimizer: a DP optimizer that makes noise as Opacus's ``DPOptimizer`` does.
+        parameters: those that are trainable.
         look: is given the noise before it is added.
     """
     std = optimizer.noise_multiplier * optimizer.max_grad_norm
     options = {"generator": optimizer.generator, "secure_mode": optimizer.secure_mode}
     check, mark = _compat.processing()
     draw, is_fresh = _compat.noise_source(plain=std != 0 and not optimizer.secure_mode)
-    parameters = optimizer.params
     for part in parts(parameters):
         totals = [parameter.summed_grad for parameter in parameters[part]]
-        for total in totals:
-            check(total)
+        check(totals)
         noises = [draw(std=std, reference=total, **options) for total in totals]
         if look is not None:
             look(part.start, noises)
@@ -251,14 +249,14 @@ def add_noise(optimizer: Any, look: Look | None = None) -> None:
             owned = is_fresh and noise.dtype is total.dtype
             noised = noise.add_(total) if owned else total + noise
             parameter.grad = noised.view_as(parameter)
-            mark(total)
+        mark(totals)
 
 
-def scale_grad(optimizer: Any) -> None:
+def scale_grad(optimizer: Any, parameters: Sequence[Any]) -> None:
     """Divide ``p.grad`` by the expected batch size, if the loss is a mean."""
     if optimizer.loss_reduction == "mean":
         divisor = optimizer.expected_batch_size * optimizer.accumulated_iterations
-        grads = [parameter.grad for parameter in optimizer.params]
+        grads = [parameter.grad for parameter in parameters]
         kind = grads[0].dtype
         plain = grads[0].is_cpu and kind in WIDE and isinstance(divisor, (int, float))
         if plain and all(grad.dtype is kind for grad in grads):
@@ -269,12 +267,13 @@ def scale_grad(optimizer: Any) -> None:
 
 def pre_step(
     optimizer: Any,
+    parameters: Sequence[Any],
     clip_and_accumulate: Callable[[], Any],
     add_noise: Callable[[], Any],
     scale_grad: Callable[[], Any],
 ) -> bool:
     """What precedes the step of the wrapped optimizer; whether it is to be taken."""
-    if not optimizer.params:
+    if not parameters:
         return True
     clip_and_accumulate()
     if optimizer._check_skip_next_step():

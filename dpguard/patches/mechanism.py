@@ -7,7 +7,7 @@ whatever it was. Where that is Opacus's own code, :mod:`dpguard.patches.lean` co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -17,7 +17,8 @@ from dpguard.patching import ABSENT
 
 __all__ = ["Mechanism", "Observer"]
 
-_PARTS = frozenset(("clip_and_accumulate", "add_noise", "scale_grad"))
+_IN_ORDER = ("clip_and_accumulate", "add_noise", "scale_grad")
+_PARTS = frozenset(_IN_ORDER)
 _READ = frozenset(("params", "grad_samples", "_get_flat_grad_sample"))
 """Through what Opacus's code reaches the rows; where one is overridden, that code runs."""
 
@@ -71,13 +72,15 @@ class Mechanism:
         """Run the outermost ``pre_step`` and have the first call of each part of it seen."""
         if self._is_stock(wrapped, instance, "pre_step") and self._has_stock_parts(instance):
             # What stands in the way of calls has not to be put there if all of them are ours.
+            parameters = instance.params
             return lean.pre_step(
                 instance,
+                parameters,
                 lambda: self._clip_and_accumulate(
-                    instance, instance.clip_and_accumulate, stock=True
+                    instance, instance.clip_and_accumulate, parameters
                 ),
-                lambda: self._add_noise(instance, instance.add_noise, stock=True),
-                lambda: lean.scale_grad(instance),
+                lambda: self._add_noise(instance, instance.add_noise, parameters),
+                lambda: lean.scale_grad(instance, parameters),
             )
         with self.watch(instance):
             return self.pre_step(wrapped, instance, args, kwargs)
@@ -85,9 +88,8 @@ class Mechanism:
     def pre_step(self, wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
         """Run a ``pre_step``, ours if ``wrapped`` is Opacus's own."""
         if self._is_stock(wrapped, instance, "pre_step"):
-            return lean.pre_step(
-                instance, instance.clip_and_accumulate, instance.add_noise, instance.scale_grad
-            )
+            parts = (getattr(instance, name) for name in _IN_ORDER)
+            return lean.pre_step(instance, instance.params, *parts)
         return wrapped(*args, **kwargs)
 
     @contextmanager
@@ -120,7 +122,9 @@ class Mechanism:
             if own.get(name) is call:
                 _restore(own, name, before)
             stock = not args and not kwargs and self._is_stock(original, instance, name)
-            return run(instance, lambda: original(*args, **kwargs), stock=stock)
+            return run(
+                instance, lambda: original(*args, **kwargs), instance.params if stock else None
+            )
 
         call.__wrapped__ = original  # type: ignore[attr-defined]
         return call
@@ -148,10 +152,12 @@ class Mechanism:
 
     # -- the parts ------------------------------------------------------------------------------
 
+    # Each is given the trainable parameters if what would run is Opacus's own code.
+
     def _clip_and_accumulate(
-        self, instance: Any, original: Callable[[], Any], *, stock: bool
+        self, instance: Any, original: Callable[[], Any], parameters: Sequence[Any] | None
     ) -> Any:
-        rows = self._rows(instance) if stock else None
+        rows = None if parameters is None else self._rows(instance, parameters)
         if rows is None or not _is_lean(rows):
             self._observer.before_clip(instance, original)
             if self._lean:
@@ -164,24 +170,30 @@ class Mechanism:
         self._observer.after_clip(instance, clipping)
         return None
 
-    def _rows(self, instance: Any) -> lean.Rows | None:
-        known, parameters = self._observer.rows_of(instance), instance.params
+    def _rows(self, instance: Any, parameters: Sequence[Any]) -> lean.Rows | None:
+        known = self._observer.rows_of(instance)
         if known is not None and known.are_current(parameters):
             return known
         return lean.Rows.of(parameters)
 
-    def _add_noise(self, instance: Any, original: Callable[[], Any], *, stock: bool) -> Any:
+    def _add_noise(
+        self, instance: Any, original: Callable[[], Any], parameters: Sequence[Any] | None
+    ) -> Any:
         self._observer.before_noise(instance)
-        if stock:
-            lean.add_noise(instance, self._observer.of_noise(instance))
-        result = None if stock else original()
+        result = None
+        if parameters is None:
+            result = original()
+        else:
+            lean.add_noise(instance, parameters, self._observer.of_noise(instance))
         self._observer.after_noise(instance)
         return result
 
-    def _scale_grad(self, instance: Any, original: Callable[[], Any], *, stock: bool) -> Any:
-        if not stock:
+    def _scale_grad(
+        self, instance: Any, original: Callable[[], Any], parameters: Sequence[Any] | None
+    ) -> Any:
+        if parameters is None:
             return original()
-        lean.scale_grad(instance)
+        lean.scale_grad(instance, parameters)
         return None
 
 
