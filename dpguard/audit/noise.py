@@ -340,7 +340,7 @@ class Noise(Check):
             mark = torch.stack(_norms(_tensors(group, grads, sums)[0])).norm()
         if drawn is not None:
             bound = 0.0  # no sum was rounded
-        scalars.append(mark.to(group.dtype))
+        scalars.append(mark if mark.dtype is group.dtype else mark.to(group.dtype))
         if isinstance(std, torch.Tensor):
             scalar = std.detach().reshape(())
             scalars.append(scalar.to(mark.device, group.dtype, non_blocking=True))

@@ -274,12 +274,12 @@ def _are_same(parameters: Sequence[torch.nn.Parameter], step: Step) -> bool:
 
 
 def _are_comparable(grad: Any, mean: torch.Tensor) -> bool:
+    """Whether ``grad``, of a parameter in the place and shape of ``mean``, can be compared."""
     return (
         type(grad) is torch.Tensor
         and grad.dtype is mean.dtype
         and grad.layout is torch.strided
-        and grad.shape == mean.shape
-        and grad.device == mean.device
+        and grad.numel() == mean.numel()
     )
 
 

@@ -290,7 +290,8 @@ class StepAuditor:
         failures: list[Failure] = []
         for check, look in hooks:
             try:
-                failures.extend(look(step, optimizer, *args))
+                if found := look(step, optimizer, *args):
+                    failures.extend(found)
             except DPGuardError:
                 raise
             except Exception as error:  # noqa: BLE001 - the host goes on without this check

@@ -193,7 +193,7 @@ def clip_and_accumulate(
     totals = torch.linalg.vector_norm(norms, dim=1)
     if blanks:
         totals = blank(rows, totals)
-    factors = (optimizer.max_grad_norm / (totals + 1e-6)).clamp(max=1.0)
+    factors = _clip_factors(optimizer.max_grad_norm, totals)
     shares = row_shares(rows, factors, mean=optimizer.loss_reduction == "mean")
     weights = Weights(rows.parameters, factors, None if look is None else shares)
     sums: list[torch.Tensor] = []
@@ -212,6 +212,15 @@ def clip_and_accumulate(
         if look is not None:
             look(part.start, found.second)
     return Clipping(rows, norms, totals, factors, shares, sums, blocks)
+
+
+def _clip_factors(bound: Any, totals: torch.Tensor) -> torch.Tensor:
+    shifted = totals + _compat.CLIP_SHIFT
+    if isinstance(bound, (int, float)):
+        # What bound / shifted comes to, bit by bit.
+        return shifted.reciprocal_().mul_(bound).clamp_(max=1.0)
+    factors: torch.Tensor = (bound / shifted).clamp(max=1.0)
+    return factors
 
 
 def row_shares(rows: Rows, like: torch.Tensor, *, mean: bool) -> torch.Tensor:

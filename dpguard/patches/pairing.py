@@ -8,6 +8,7 @@ are still computed by Opacus's own grad samplers, from the same activations and 
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
@@ -662,14 +663,14 @@ def _terms(module: torch.nn.Module, parameter: torch.Tensor, backprops: torch.Te
 
     Each is a product with one of the row's backprops, of which each output feature has its own.
     """
-    own, shape = parameter.shape, backprops.shape[1:]
-    if not len(backprops) or (len(shape) == 1 and own[:1] == shape):
+    own, (count, *shape) = parameter.shape, backprops.shape
+    if not count or (len(shape) == 1 and list(own[:1]) == shape):
         return 1
     if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
         features = own[1]
     else:
         features = own[0] if len(own) and own[0] in shape else 1
-    return max(1, -(-shape.numel() // max(1, features)))
+    return max(1, -(-math.prod(shape) // max(1, features)))
 
 
 def _padded(rows: torch.Tensor, batch: int) -> torch.Tensor:

@@ -42,16 +42,16 @@ class Weights:
         self._each = [weights.unsqueeze(0) for weights in both] if first.is_cpu else []
         self._all = None if first.is_cpu else torch.stack(both)
 
-    def sums(self, matrix: torch.Tensor, shape: Sequence[int] = (-1,)) -> list[torch.Tensor]:
-        """The weighted sums of the rows of a matrix, in its precision and in this shape."""
+    def sums(self, matrix: torch.Tensor) -> list[torch.Tensor]:
+        """The weighted sums of the rows of a matrix, in its precision, of shape ``(1, N)``."""
         dtype = matrix.dtype
         if self._all is None:
             each = [w if w.dtype is dtype else w.to(dtype) for w in self._each]
-            return [torch.mm(weights, matrix).view(shape) for weights in each]
-        found = list(torch.mm(self._all.to(dtype), matrix).unbind(0))
+            return [torch.mm(weights, matrix) for weights in each]
+        found = list(torch.mm(self._all.to(dtype), matrix).split(1))
         if len(found) > 1 and found[0].numel() > _SMALL:
             found[0] = found[0].clone()
-        return [total.view(shape) for total in found]
+        return found
 
 
 _SMALL = 1 << 14
@@ -147,9 +147,9 @@ def _sum_together(
     sizes = [parameters[i].numel() for i in which]
     for row, sums in zip(rows, found, strict=False):
         # As tensors with versions of their own: a change of one is not one of all.
-        for i, total in zip(which, torch.unsafe_split_with_sizes(row, sizes), strict=True):
-            shape = parameters[i].shape
-            sums[i] = total if len(shape) == 1 else total.view(shape)
+        split = torch.unsafe_split_with_sizes(row, sizes, dim=1)
+        for i, total in zip(which, split, strict=True):
+            sums[i] = total.view_as(parameters[i])  # view(shape) takes three times as long
     return rows[0]
 
 
@@ -157,12 +157,12 @@ def _sum_alone(
     parameter: torch.nn.Parameter, pieces: Sequence[torch.Tensor], weights: Weights
 ) -> list[torch.Tensor]:
     """The sums of one parameter."""
-    dtype, shape = parameter.dtype, parameter.shape
+    dtype = parameter.dtype
     rows = flat(pieces[0] if len(pieces) == 1 else torch.cat(list(pieces)))
     if rows.dtype is not dtype:
         # Rows in lower precision are summed in that of the parameter, as Opacus does.
         rows = rows.to(dtype)
-    return weights.sums(rows, shape)
+    return [total.view_as(parameter) for total in weights.sums(rows)]
 
 
 def parts(parameters: Sequence[torch.nn.Parameter]) -> list[slice]:
