@@ -10,6 +10,7 @@ import pytest
 import torch
 from opacus import GradSampleModule
 from opacus.layers import DPGRU, DPLSTM, DPRNN
+from opacus.layers.dp_rnn import RNNLinear
 from opacus.optimizers import DPOptimizer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -161,6 +162,25 @@ def test_a_hook_on_a_parameter_finds_all_rows(guard):
     called(x).mean().backward()
     for name, rows in rows_of(mean_loss, plain, [x]).items():
         torch.testing.assert_close(seen[name], rows, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_that_autograd_adds_to_in_place(guard, reduction):
+    """A leaf that is added in each time step takes the memory of a backprop for its gradient."""
+    torch.manual_seed(0)
+    model, plain = RNNLinear(3, 5).double(), nn.Linear(3, 5).double()
+    plain.load_state_dict(model.state_dict())
+    called = GradSampleModule(model, loss_reduction=reduction)
+    x, added = inputs(9), torch.zeros(4, 5, dtype=torch.float64, requires_grad=True)
+
+    def loss(layer, x, added):
+        steps = [(layer(x[:, t]) + added).tanh() * (t + 1) for t in range(9)]
+        each = torch.stack(steps).square().sum((0, 2))
+        return each.mean() if reduction == "mean" else each.sum()
+
+    loss(called, x, added).backward()
+    zeros = torch.zeros(4, 5, dtype=torch.float64)
+    assert_rows_equal(called, rows_of(loss, plain, [x, zeros]), torch.float64)
 
 
 class _Fails(torch.autograd.Function):
