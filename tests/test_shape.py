@@ -62,6 +62,16 @@ def test_what_is_cut_off_is_found():
     assert any(shape.take(cut_off(torch.empty(64)).tolist(), 1.0) for _ in range(20))
 
 
+@pytest.mark.parametrize("before", [40, 400, 4000])
+def test_noise_that_is_replaced_later_is_found(before):
+    """When the values since then are about as many as those before, or some hundreds."""
+    torch.manual_seed(2)
+    shape, step = Shape(), torch.empty(40)
+    assert not any(shape.take(torch.randn_like(step).tolist(), 1.0) for _ in range(before // 40))
+    within = (before + 1000) // 40
+    assert any(shape.take(uniform(step).tolist(), 1.0) for _ in range(within))
+
+
 @pytest.mark.parametrize("values", [[float("nan")] * 5, [float("inf")], []])
 def test_nothing_to_judge(values):
     """What is not finite says nothing."""

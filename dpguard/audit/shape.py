@@ -8,44 +8,60 @@ parameters, divided by the standard deviation that is due, two things are added 
 * the largest of them: that none of ``n`` exceeds ``m`` has the probability ``erf(m / 2**.5)**n``.
 
 Both are looked at each time; that they are below ``CHANCE / n**2`` at any time of a run has a
-probability of less than twice ``CHANCE``, up to a factor that does not matter.
+probability of less than twice ``CHANCE``, up to a factor that does not matter. One large value of a
+noise that was replaced later would hide it for long, so the same is asked of the values since some
+time, anew whenever there are twice as many: of one run, some tens of times.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["CHANCE", "Shape"]
 
 CHANCE = 1e-12
+_ANEW_FROM = 512
+
+
+@dataclass
+class _Span:
+    """Values from some time on."""
+
+    count: int = 0
+    total: float = 0.0
+    largest: float = 0.0
+
+    def take(self, count: int, total: float, largest: float) -> bool:
+        """Take in values; whether all of them are no Gaussian noise of mean zero."""
+        self.count += count
+        self.total += total
+        self.largest = max(self.largest, largest)
+        limit = -math.log(CHANCE) + 2 * math.log(self.count)
+        within = math.erf(self.largest / math.sqrt(2))
+        # Where it rounds to one, a value was so large that another check speaks of it.
+        few = -self.count * math.log(within) > limit if 0 < within < 1 else not within
+        return few or self.total**2 > 2 * self.count * (limit + math.log(2))
 
 
 @dataclass
 class Shape:
     """What is known of the noise of one group of parameters."""
 
-    count: int = 0
-    total: float = 0.0
-    largest: float = 0.0
+    _all: _Span = field(default_factory=_Span)
+    _late: _Span = field(default_factory=_Span)
+    _anew_at: int = _ANEW_FROM
 
     def take(self, values: Iterable[float], std: float) -> bool:
         """Take in values of one step; whether they are no Gaussian noise of mean zero."""
-        for value in values:
-            scaled = value / std
-            if not math.isfinite(scaled):
-                return False
-            self.count += 1
-            self.total += scaled
-            self.largest = max(self.largest, abs(scaled))
-        if not self.count:
+        scaled = [value / std for value in values]
+        if not scaled or not all(map(math.isfinite, scaled)):
             return False
-        limit = -math.log(CHANCE) + 2 * math.log(self.count)
-        within = math.erf(self.largest / math.sqrt(2))
-        # Where it rounds to one, a value was so large that another check speaks of it.
-        few = -self.count * math.log(within) > limit if 0 < within < 1 else not within
-        wrong = few or self.total**2 > 2 * self.count * (limit + math.log(2))
-        if wrong:
-            self.count, self.total, self.largest = 0, 0.0, 0.0
-        return wrong
+        if self._all.count >= self._anew_at:
+            self._late, self._anew_at = _Span(), 2 * self._anew_at
+        summary = len(scaled), math.fsum(scaled), max(map(abs, scaled))
+        wrong = [span.take(*summary) for span in (self._all, self._late)]
+        if any(wrong):
+            self._all, self._late, self._anew_at = _Span(), _Span(), _ANEW_FROM
+        return any(wrong)
