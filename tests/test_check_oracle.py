@@ -153,6 +153,22 @@ def test_healthy_models_pass(guard, kind, dtype):
     assert ORACLE not in {violation.check for violation in guard.violations}
 
 
+@pytest.mark.skipif(not (FUNCTORCH and MIXED), reason="this Opacus cannot")
+def test_rows_that_are_more_precise_than_what_they_are_made_of(guard):
+    """Under autocast functorch returns rows in float32 of products in bfloat16."""
+    torch.manual_seed(0)
+    training = Training(MLP(), force_functorch=True)
+    y = torch.arange(BATCH) % 2
+    for _ in range(40):
+        x = inputs_of(training.model)
+        training.optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = training.called(x)
+        F.cross_entropy(out.float().flatten(1), y).backward()
+        training.optimizer.step()
+        assert seen(guard) == (count(training.model), 0)
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_any_scale_and_reduction(guard, scale, reduction):

@@ -33,6 +33,7 @@ from dpguard.audit.rows import factors, floor
 from dpguard.ledger import Ledger
 from dpguard.patches.lean import Clipping, Rows
 from dpguard.patches.sums import flat
+from dpguard.row_state import computed_in
 
 if TYPE_CHECKING:
     from dpguard.patches.outputs import Draw, Outputs
@@ -108,7 +109,9 @@ class RowOracle(Check):
             wide = torch.promote_types(parameter.dtype, torch.float32)
             mine, whole = (share.reshape(-1).to(wide) * draw.factor for share in shares[1])
             matrix = flat(piece).to(wide)
-            found.append(_Compared(name, parameter, piece.dtype, narrow, matrix, mine, whole))
+            found.append(
+                _Compared(name, parameter, computed_in(piece), narrow, matrix, mine, whole)
+            )
         return found
 
     def _rows_of(
@@ -129,6 +132,7 @@ class _Compared:
     """The rows of one parameter, and what they should be.
 
     Attributes:
+        dtype: precision in which the rows were computed.
         narrow: see :class:`dpguard.row_state.ParameterState`.
         rows: of shape ``(B, p.numel())``, as the next two in single precision at least.
         mine: what the row of the person drawn should be.
