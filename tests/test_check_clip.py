@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from digits import Training as Digits
 from models import CNN, MLP, Recurrent
 from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer, DPPerLayerOptimizer
@@ -643,6 +644,18 @@ def use(training, factors, how):
         model.__class__ = type(
             "Mine", (type(model),), {"get_clipping_coef": get_clipping_coef, "__module__": __name__}
         )
+
+
+@needs_ghost
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_ghost_clipping_in_low_precision(dtype):
+    """Norms that are made up to try the rule fit into float16, and are nobody's."""
+    with dpguard.install(mode="strict") as guard:
+        training = Digits("ghost", dtype=dtype)
+        training.run(SKETCH_EVERY + 2)
+        guard.flush()
+        assert guard.violations == guard.internal_errors == ()
+        assert guard.last_step.checks[SUM].passed or guard.last_step.checks[BOUND].passed
 
 
 @needs_ghost

@@ -104,12 +104,19 @@ def _made_up(
 
 
 def person_and_others(
-    count: int, bound: float, *, device: torch.device
+    count: int, bound: float, *, most: float, device: torch.device
 ) -> tuple[int, torch.Tensor]:
-    """Somebody, and made-up norms of all rows, of which theirs is by far the largest."""
+    """Somebody, and made-up norms of all rows, of which theirs is by far the largest.
+
+    Args:
+        count: how many rows.
+        bound: the clip bound.
+        most: the largest number that the norms will be held in.
+        device: where.
+    """
     person = secrets.randbelow(count)
     norms = torch.full((count,), bound * _OTHERS, dtype=torch.float64, device=device)
-    norms[person] *= _LARGE * count**0.5
+    norms[person] = min(bound * _OTHERS * _LARGE * count**0.5, most / 4)
     return person, norms
 
 

@@ -117,6 +117,8 @@ class GhostPairing(Pairing):
         """A person of the batch that is being backpropagated, if one was drawn."""
         self._blanks: Blanks | None = None
         """Somebody of that batch whose gradient is not finite, if there is one."""
+        self._judged = False
+        """Whether it was asked if there is."""
 
     # -- attach and release --------------------------------------------------------------------
 
@@ -317,7 +319,9 @@ class GhostPairing(Pairing):
         if self._draw is not None:
             self._draw.attempt(self._draw.judge, norms, self.hooks.trainable_parameters)
         wanted = self.computes and not self.scaled and self._stage is Stage.CLIPPED
-        if wanted and self._blanks is None:
+        if wanted and not self._judged:
+            # Later ones may be made up, to see what becomes of them.
+            self._judged = True
             self._blanks = Blanks.of(norms, self.hooks.trainable_parameters)
 
     def on_clipped_backprops(self, record: Record, backprops: torch.Tensor) -> None:
@@ -356,7 +360,7 @@ class GhostPairing(Pairing):
         self._reopened = set()
         self._received = {}
         self._fired = []
-        self._blanks = None
+        self._blanks, self._judged = None, False
         self._sums.begin()
 
     def _enter_round(self, record: Record) -> None:

@@ -130,7 +130,8 @@ def _try(hooks: Any, bound: Any, rule: Callable[[], Any]) -> Any:
     count, device = len(held[0]), held[0].device
     if count < 2:  # noqa: PLR2004 - nobody else is there
         return None
-    person, norms = person_and_others(count, bound, device=device)
+    most = min(torch.finfo(norm.dtype).max for norm in held)
+    person, norms = person_and_others(count, bound, most=most, device=device)
     with as_it_was(hooks, (), device) as rewind:
         try:
             everyone, all_norms = _asked(hooks, rule, parameters, held, norms)
