@@ -90,6 +90,19 @@ def test_moves_without_noise_are_refused(mode, fault, begin):
 # -- what may be done --------------------------------------------------------------------------------
 
 
+def test_parameters_that_overflow():
+    """An optimizer whose epsilon vanishes in float16 makes them infinite: no multiple of anything."""
+    with dpguard.install(mode="repair") as guard:
+        training = Training(dtype=torch.float16)
+        group = training.optimizer.param_groups[0]["params"]
+        training.optimizer.original_optimizer = torch.optim.AdamW(group, lr=0.01)
+        for _ in range(3):
+            training.run(1)
+        guard.flush()
+        assert not any(torch.isfinite(p).all() for p in group)
+        assert {v.cause for v in guard.violations} == {diagnosis.ROWS_NOT_FINITE}
+
+
 def clamped(optimizer, _before):
     for p in optimizer.params:
         p.clamp_(-0.2, 0.2)

@@ -108,7 +108,10 @@ def without_noise(
     def verdict(values: list[float]) -> bool:
         count = len(moved)
         return any(
-            length > 0 and far <= limit * length and noise >= 10 * limit * length
+            # What is not finite is a multiple of nothing.
+            0 < length < math.inf
+            and far <= limit * length
+            and 10 * limit * length <= noise < math.inf
             for far, length, noise in zip(
                 values[:count], values[count : 2 * count], values[2 * count :], strict=True
             )
