@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -27,11 +27,39 @@ from dpguard.audit.update import PRIVATE
 from dpguard.patches.lean import Clipping
 from dpguard.row_state import pieces_of, sum_of_all_rows
 
-__all__ = ["LOOK_EVERY", "LOOK_FIRST", "Applied", "sums_of", "unchanged"]
+__all__ = ["LOOK_EVERY", "LOOK_FIRST", "NOTHING", "Applied", "Noted"]
 
 _OFF = 1e-4
 LOOK_FIRST = 2
 LOOK_EVERY = 50
+
+
+class Noted(NamedTuple):
+    """Tensors, whatever stands there, and the versions that they had."""
+
+    tensors: Sequence[Any] = ()
+    versions: Sequence[int] = ()
+
+    @classmethod
+    def of(cls, tensors: Sequence[Any]) -> Noted:
+        """As they are now."""
+        return cls(tensors, [getattr(tensor, "_version", -1) for tensor in tensors])
+
+    @classmethod
+    def sums_of(cls, step: Step) -> Noted:
+        """The clipped sums."""
+        return cls.of([getattr(parameter, "summed_grad", None) for parameter in step.parameters])
+
+    def unchanged(self) -> list[torch.Tensor | None]:
+        """The tensors; ``None`` where one has changed since, so that noise may be in it."""
+        pairs = zip(self.tensors, self.versions, strict=True)
+        return [
+            tensor if type(tensor) is torch.Tensor and tensor._version == version else None
+            for tensor, version in pairs
+        ]
+
+
+NOTHING = Noted()
 
 
 @dataclass
@@ -41,8 +69,9 @@ class _Noised:
     Attributes:
         std: standard deviation of the noise, ``None`` if nothing is to be looked at.
         names: of the parameters.
-        grads: the parameters, with their noised gradients and the versions of these.
-        sums: the clipped sums, and their versions, before anybody could add noise to them.
+        parameters: themselves.
+        grads: their noised gradients.
+        sums: the clipped sums, before anybody could add noise to them.
         seen: whether ``add_noise`` was called.
         elsewhere: the noise is made by another rank, and is there once gradients were reduced.
         changes: in place that are due: dividing by the batch size is one.
@@ -55,8 +84,9 @@ class _Noised:
 
     std: Any = None
     names: tuple[str, ...] = ()
-    grads: list[tuple[torch.Tensor, torch.Tensor, int]] = field(default_factory=list)
-    sums: list[tuple[Any, int]] = field(default_factory=list)
+    parameters: Sequence[torch.Tensor] = ()
+    grads: Noted = NOTHING
+    sums: Noted = NOTHING
     seen: bool = False
     elsewhere: bool = False
     changes: int = 0
@@ -68,7 +98,7 @@ class _Noised:
 
     def clear(self) -> None:
         self.std, self.raw, self.seen = None, None, False
-        self.grads, self.sums, self.told = [], [], []
+        self.parameters, self.grads, self.sums, self.told = (), NOTHING, NOTHING, []
 
 
 class Applied(Check):
@@ -81,7 +111,7 @@ class Applied(Check):
         """``p.grad`` still is the gradient of the batch."""
         state = self._noised.of(optimizer)
         if not _compat.is_opacus_method(optimizer, "pre_step"):
-            state.sums = sums_of(step)
+            state.sums = Noted.sums_of(step)
         state.due = state.count < LOOK_FIRST or state.count % LOOK_EVERY == 0
         if (state.suspect or state.due) and step.parameters:
             pieces = pieces_of(step.parameters[0]) or []
@@ -92,7 +122,7 @@ class Applied(Check):
 
     def before_noise(self, step: Step, optimizer: Any) -> Failures:
         """Note the clipped sums."""
-        self._noised.of(optimizer).sums = sums_of(step)
+        self._noised.of(optimizer).sums = Noted.sums_of(step)
         return ()
 
     def after_noise(self, step: Step, optimizer: Any) -> Failures:
@@ -104,19 +134,17 @@ class Applied(Check):
         state.elsewhere = isinstance(std, float) and not std
         if state.elsewhere:
             std = _compat.noise_std(optimizer, of_all=True)
-            if state.due and all(isinstance(total, torch.Tensor) for total, _ in state.sums):
+            totals = state.sums.tensors
+            if state.due and all(isinstance(total, torch.Tensor) for total in totals):
                 # There the gradient is the sum itself, into which the others are added in place.
-                copies = [total.clone() for total, _ in state.sums]
-                state.sums = [(total, total._version) for total in copies]
+                state.sums = Noted.of([total.clone() for total in totals])
         grads: list[Any] = [p.grad for p in step.parameters]
         if std is not None and all(isinstance(grad, torch.Tensor) for grad in grads):
             state.std = std
             state.names = step.names
             mean = optimizer.loss_reduction == "mean"
             state.changes = int(mean and _compat.is_opacus_method(optimizer, "scale_grad"))
-            state.grads = [
-                (p, grad, grad._version) for p, grad in zip(step.parameters, grads, strict=True)
-            ]
+            state.parameters, state.grads = step.parameters, Noted.of(grads)
         else:
             state.std = None
         return ()
@@ -134,7 +162,7 @@ class Applied(Check):
         """The wrapped optimizer has stepped, its own hooks have run."""
         state = self._noised.of(optimizer)
         if state.elsewhere and state.due and _compat.is_distributed():
-            self._compare_all(step, state, range(len(state.grads)))
+            self._compare_all(step, state, range(len(state.parameters)))
         self._look(step, state)
         state.clear()
         return ()
@@ -158,25 +186,26 @@ class Applied(Check):
         grads: list[Any] = [p.grad for p in step.parameters]
         if all(isinstance(grad, torch.Tensor) for grad in grads):
             rows = [sum_of_all_rows(parameter, sampled=True) for parameter in step.parameters]
-            for bare in (unchanged(state.sums), rows):
+            for bare in (state.sums.unchanged(), rows):
                 self._compare(step, step.names, (grads, bare, std))
 
     def _look(self, step: Step, state: _Noised) -> None:
         if state.std is None or state.elsewhere:
             return
+        noised, versions, most = *state.grads, state.changes
         changed = [
             i
-            for i, (parameter, noised, version) in enumerate(state.grads)
-            if parameter.grad is not noised or noised._version - version > state.changes
+            for i, parameter in enumerate(state.parameters)
+            if parameter.grad is not noised[i] or noised[i]._version - versions[i] > most
         ]
         if not changed:
             if state.due and not _compat.is_distributed():
-                self._compare_all(step, state, list(range(len(state.grads))))
+                self._compare_all(step, state, range(len(state.parameters)))
                 state.due = False
             return  # nearly always
-        grads = [parameter.grad for parameter, _, _ in state.grads]
+        grads = [parameter.grad for parameter in state.parameters]
         if _compat.is_distributed():  # ranks are added up by more changes in place
-            changed = [i for i in changed if grads[i] is not state.grads[i][1]]
+            changed = [i for i in changed if grads[i] is not state.grads.tensors[i]]
         changed = [i for i in changed if grads[i] is not None]
         now = [(id(grads[i]), getattr(grads[i], "_version", -1)) for i in changed]
         if not changed or now == state.told:
@@ -187,13 +216,13 @@ class Applied(Check):
     def _compare_all(self, step: Step, state: _Noised, changed: Sequence[int]) -> None:
         """Compare gradients with the clipped sums and, if it is kept, the gradient of the batch."""
         raw, count = state.raw or ([], 1)
-        grads = [state.grads[i][0].grad for i in changed]
-        known = len(state.names) == len(state.grads)
+        grads = [state.parameters[i].grad for i in changed]
+        known = len(state.names) == len(state.parameters)
         names = tuple(state.names[i] for i in changed) if known else ()
-        sums = unchanged(state.sums)
-        if len(sums) == len(state.grads):
+        sums = state.sums.unchanged()
+        if len(sums) == len(state.parameters):
             self._compare(step, names, (grads, [sums[i] for i in changed], state.std))
-        if len(raw) == len(state.grads):
+        if len(raw) == len(state.parameters):
             std = state.std / max(1, count)
             self._compare(step, names, (grads, [raw[i] for i in changed], std))
 
@@ -218,17 +247,3 @@ class Applied(Check):
 
 _Compared: TypeAlias = "tuple[Sequence[Any], Sequence[Any], Any]"
 """Gradients, what has no noise in it, and the standard deviation of the noise due on that."""
-
-
-def sums_of(step: Step) -> list[tuple[Any, int]]:
-    """The clipped sums, and the versions that they have now."""
-    sums = [getattr(parameter, "summed_grad", None) for parameter in step.parameters]
-    return [(total, getattr(total, "_version", -1)) for total in sums]
-
-
-def unchanged(sums: Sequence[tuple[Any, int]]) -> list[torch.Tensor | None]:
-    """The clipped sums; ``None`` where one has changed since, so that noise may be in it."""
-    return [
-        total if type(total) is torch.Tensor and total._version == version else None
-        for total, version in sums
-    ]

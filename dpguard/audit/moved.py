@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dpguard import _compat, diagnosis
-from dpguard.audit.applied import LOOK_EVERY, LOOK_FIRST, sums_of, unchanged
+from dpguard.audit.applied import LOOK_EVERY, LOOK_FIRST, NOTHING, Noted
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.multiples import Samples, without_noise
 from dpguard.audit.update import PRIVATE
@@ -39,7 +39,7 @@ class _Path:
         parameters: themselves.
         places: samples of them, before the update and after it.
         versions: of the parameters after the update.
-        sums: the clipped sums, and their versions, before anybody could add noise to them.
+        sums: the clipped sums, before anybody could add noise to them.
         std: standard deviation of the noise.
         count: how many steps were taken.
         suspect: whether somebody moved parameters after an update.
@@ -49,7 +49,7 @@ class _Path:
     parameters: Sequence[torch.Tensor] = ()
     places: list[Samples | None] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
-    sums: list[tuple[Any, int]] = field(default_factory=list)
+    sums: Noted = NOTHING
     std: float | torch.Tensor | None = None
     count: int = 0
     suspect: bool = False
@@ -59,7 +59,7 @@ class _Path:
         return self.suspect or self.count < LOOK_FIRST or self.count % LOOK_EVERY == 0
 
     def end(self) -> None:
-        self.parameters, self.places, self.versions, self.sums = (), [], [], []
+        self.parameters, self.places, self.versions, self.sums = (), [], [], NOTHING
 
 
 class Moved(Check):
@@ -73,7 +73,7 @@ class Moved(Check):
         path = self._paths.of(optimizer)
         path.end()
         if path.is_due:
-            path.sums = sums_of(step)
+            path.sums = Noted.sums_of(step)
         return ()
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
@@ -127,7 +127,7 @@ class Moved(Check):
         if not moved:
             return
         rows = [sum_of_all_rows(p, sampled=True) for p in path.parameters]
-        for bare in (unchanged(path.sums), rows):
+        for bare in (path.sums.unchanged(), rows):
             found = without_noise(moved, Samples.of(bare), path.std, _OFF)
             if found is None:
                 continue

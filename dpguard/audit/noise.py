@@ -111,6 +111,7 @@ class _Drawn:
 
     def __init__(self, groups: Iterable[_Group]) -> None:
         self.kinds: list[_Kind | None] = []
+        self._known: dict[_Kind, _Kind] = {}
         self.norms: list[torch.Tensor] = []
         self.values: dict[int, torch.Tensor] = {}
         self._wanted = {
@@ -123,7 +124,10 @@ class _Drawn:
     def take(self, noises: list[torch.Tensor]) -> None:
         """Measure the noise of the next parameters."""
         start = len(self.kinds)
-        self.kinds += [(noise.dtype, noise.device) for noise in noises]
+        # One tuple for each kind: the garbage collector walks through those that live on.
+        known = self._known
+        kinds = [(noise.dtype, noise.device) for noise in noises]
+        self.kinds += [known.setdefault(kind, kind) for kind in kinds]
         if not all(noise.dtype in WIDE for noise in noises):
             noises = [noise.to(torch.float32) for noise in noises]
         self.norms += _norms(noises)

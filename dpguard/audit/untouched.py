@@ -9,7 +9,7 @@ of 0 to 1 was touched by what no clipping bounds. A sum where there was none nee
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,13 +29,20 @@ class _Known:
     """What one optimizer's sums were after the last clipping.
 
     Attributes:
-        sums: for each parameter, by identity, the identity and version of its sum, and a copy if
-            it is kept; ``None`` if nothing is known of them.
+        sums: for each parameter, by identity, the identity of its sum; ``None`` if nothing is known
+            of them.
+        versions: likewise the version of its sum.
+        copies: likewise a copy of it, if that is kept.
         suspect: whether sums were changed by somebody before, so that copies are kept.
     """
 
-    sums: dict[int, tuple[int, int, torch.Tensor | None]] | None = None
+    sums: dict[int, int] | None = None
+    versions: dict[int, int] = field(default_factory=dict)
+    copies: dict[int, torch.Tensor] = field(default_factory=dict)
     suspect: bool = False
+
+    def forget(self) -> None:
+        self.sums, self.versions, self.copies = None, {}, {}
 
 
 class Untouched(Check):
@@ -47,7 +54,8 @@ class Untouched(Check):
     def begin(self, step: Step, optimizer: Any) -> Failures:
         """Rows are there, and have not entered the sums yet."""
         known = self._known.of(optimizer)
-        sums, known.sums = known.sums, None
+        sums, versions, copies = known.sums, known.versions, known.copies
+        known.forget()
         totals = [getattr(parameter, "summed_grad", None) for parameter in step.parameters]
         if sums is None or not any(total is not None for total in totals):
             return ()
@@ -57,8 +65,9 @@ class Untouched(Check):
         for parameter, name, total in zip(step.parameters, step.names, totals, strict=False):
             if type(total) is not torch.Tensor or hasattr(total, "_processed"):
                 continue  # cleared, or left over from a step that is done, which is not used again
-            identity, version, copy = sums.get(id(parameter), (0, 0, None))
-            if identity == id(total) and version == total._version:
+            key = id(parameter)
+            identity, copy = sums.get(key, 0), copies.get(key)
+            if identity == id(total) and versions[key] == total._version:
                 continue
             known.suspect = True
             if identity and copy is None:
@@ -73,22 +82,27 @@ class Untouched(Check):
     def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:
         """Note the sums."""
         known = self._known.of(optimizer)
-        known.sums = {}
+        known.forget()
+        known.sums = {}  # of numbers, which the garbage collector does not walk through
         for parameter in step.parameters:
             total = getattr(parameter, "summed_grad", None)
             if type(total) is torch.Tensor:
-                copy = total.clone() if known.suspect else None
-                known.sums[id(parameter)] = id(total), total._version, copy
+                key = id(parameter)
+                known.sums[key], known.versions[key] = id(total), total._version
+                if known.suspect:
+                    known.copies[key] = total.clone()
         return ()
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
         """The sums are used; whatever is found in the next step was put there."""
-        self._known.of(optimizer).sums = {}
+        known = self._known.of(optimizer)
+        known.forget()
+        known.sums = {}
         return ()
 
     def forget(self, optimizer: Any) -> None:
         """The step has raised, perhaps in the middle of the clipping."""
-        self._known.of(optimizer).sums = None
+        self._known.of(optimizer).forget()
 
     @torch.no_grad()
     def _compare(
