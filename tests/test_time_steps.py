@@ -183,6 +183,41 @@ def test_gradients_that_autograd_adds_to_in_place(guard, reduction):
     assert_rows_equal(called, rows_of(loss, plain, [x, zeros]), torch.float64)
 
 
+class _HalvesInPlace(torch.autograd.Function):
+    """The identity, whose backward changes the gradient that it was given."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.mul_(0.5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_that_a_later_backward_changes_in_place(guard, reduction):
+    """The layer has had them by then, so its gradient and its rows are as they were."""
+    torch.manual_seed(0)
+    model, plain = RNNLinear(3, 5).double(), nn.Linear(3, 5).double()
+    plain.load_state_dict(model.state_dict())
+    called = GradSampleModule(model, loss_reduction=reduction)
+    x = inputs(9)
+    for layer in (called, plain):
+        steps = []
+        for t in range(9):
+            beside = _HalvesInPlace.apply(x[:, t, :1].expand(-1, 5).clone().requires_grad_())
+            steps.append((layer(x[:, t]) + beside).tanh() * (t + 1))
+        each = torch.stack(steps).square().sum((0, 2))
+        (each.mean() if reduction == "mean" else each.sum()).backward()
+    people = 4 if reduction == "mean" else 1
+    for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=0)
+        torch.testing.assert_close(
+            mine.grad_sample.sum(0) / people, other.grad, rtol=1e-12, atol=1e-12
+        )
+
+
 class _Fails(torch.autograd.Function):
     """The identity, whose backward raises while it is told to."""
 

@@ -379,11 +379,9 @@ class GhostPairing(Pairing):
         self,
         record: Record,
         task: GraphTask,
-        activations: list[Any],
-        backprops: torch.Tensor,
+        arranged: Arranged,
         wanted: list[torch.nn.Parameter],
     ) -> None:
-        arranged = self._arranged(task, record, activations, backprops)
         self._enter_round(record)
         task.published.update(id(p) for p in wanted)
         self._batch = max(self._batch, record.batch)

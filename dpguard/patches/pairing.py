@@ -348,7 +348,8 @@ class Pairing:
         if record.outline is not None and (cause := _unreplayable(record)) is not None:
             self.condemn(record, cause)
             return
-        self._take(record, task, record.activations, backprops, wanted)
+        arranged = self._arranged(task, record, record.activations, backprops)
+        self._take(record, task, arranged, wanted)
         if not task.keeps_graph:
             record.activations = record.outline = None
 
@@ -386,7 +387,15 @@ class Pairing:
         self, task: GraphTask, record: Record, activations: list[Any], backprops: torch.Tensor
     ) -> tuple[list[Any], torch.Tensor]:
         """Inputs and backprops of a call as samplers want them: batch first, losses unscaled."""
-        backprops = self._unscaled(task, record, backprops)
+        if self.loss_reduction == "mean":
+            backprops = task.times(backprops, record.batch)
+        elif self.loss_reduction == "sum":
+            backprops = _detach(backprops)
+        else:
+            raise ValueError(
+                f"loss_reduction = {self.loss_reduction}. "
+                "Only 'sum' and 'mean' losses are supported"
+            )
         dimension = record.dimension
         if dimension:
             activations = [
@@ -400,16 +409,6 @@ class Pairing:
                 # Autograd drops these as well; Opacus's samplers would add them to a row.
                 backprops = backprops.masked_fill((activations[0] == padding).unsqueeze(-1), 0)
         return activations, backprops
-
-    def _unscaled(self, task: GraphTask, record: Record, backprops: torch.Tensor) -> torch.Tensor:
-        """Backprops of the loss of each sample, which a mean has divided by their number."""
-        if self.loss_reduction == "mean":
-            return task.times(backprops, record.batch)
-        if self.loss_reduction == "sum":
-            return _detach(backprops)
-        raise ValueError(
-            f"loss_reduction = {self.loss_reduction}. Only 'sum' and 'mean' losses are supported"
-        )
 
     def _rows(
         self,
@@ -480,14 +479,12 @@ class Pairing:
         self,
         record: Record,
         task: GraphTask,
-        activations: list[Any],
-        backprops: torch.Tensor,
+        arranged: tuple[list[Any], torch.Tensor],
         wanted: list[torch.nn.Parameter],
     ) -> None:
-        """Publish the rows of one call, now or together with others."""
-        if self._wait(record, task, activations, backprops, wanted):
+        """Publish the rows of one call."""
+        if record.kind.is_cell_layer and self._wait(record, task, arranged, wanted):
             return
-        arranged = self._arranged(task, record, activations, backprops)
         ledger, opened, order = self.ledger, record.segment, record.order
         now, people = ledger.segment, record.people
         block = people is not None and people.joins
@@ -519,18 +516,15 @@ class Pairing:
         self,
         record: Record,
         task: GraphTask,
-        activations: list[Any],
-        backprops: torch.Tensor,
+        arranged: tuple[list[Any], torch.Tensor],
         wanted: list[torch.nn.Parameter],
     ) -> bool:
-        """Have a time step wait for others, whose rows are computed together; whether it does.
-
-        Backprops wait as they are, and no alias of them: Autograd changes no tensor in place to
-        which somebody else refers.
-        """
-        if not record.kind.is_cell_layer or record.dimension:
-            return False
-        key, inputs = (id(self), id(record.module)), activations[0]
+        """Have a time step wait for others, whose rows are computed together; whether it does."""
+        key = id(self), id(record.module)
+        inputs, backprops = arranged[0][0], arranged[1]
+        if self.loss_reduction != "mean":  # else they are a product of our own
+            # A backward that comes later may change in place what it was given as well.
+            backprops = backprops.clone()
         steps: TimeSteps | None = task.waiting.get(key)
         if steps is None or not (steps.goes_on(record, wanted) and steps.add(inputs, backprops)):
             if steps is not None:
@@ -542,7 +536,6 @@ class Pairing:
             task.published.update(map(id, wanted))
         self.ledger.close()
         if self.ledger.state(wanted[0]).probed:
-            arranged = self._arranged(task, record, [inputs], backprops)
             steps.strengthen(self._strengths(record, arranged, wanted))
         if steps.is_full or record.tally.fired >= record.tally.opened:
             self._catch_up(task, key)
@@ -553,8 +546,7 @@ class Pairing:
         for mine in [key] if key is not None else [k for k in task.waiting if k[0] == id(self)]:
             steps: TimeSteps = task.waiting.pop(mine)
             order, count = steps.record.order, len(steps.inputs)
-            backprops = self._unscaled(task, steps.record, torch.stack(steps.backprops, dim=1))
-            for parameter, rows in steps.rows(backprops):
+            for parameter, rows in steps.rows():
                 state, captured = self.ledger.state(parameter), task.captures(parameter)
                 call = steps.record.segment, steps.now, captured
                 entry = state.continued(parameter, call, order)

@@ -81,8 +81,9 @@ class TimeSteps:
         """Whether it is time to compute the rows."""
         return len(self.inputs) >= self.room
 
-    def rows(self, backprops: torch.Tensor) -> list[tuple[torch.nn.Parameter, _Rows]]:
-        """The rows of all calls that wait; their backprops are of shape ``(B, steps, outputs)``."""
+    def rows(self) -> list[tuple[torch.nn.Parameter, _Rows]]:
+        """The rows of all calls that wait."""
+        backprops = torch.stack(self.backprops, dim=1)
         weight = self.record.module._parameters.get("weight")
         return [
             (p, _Rows(backprops, torch.stack(self.inputs, dim=1) if p is weight else None))
