@@ -101,7 +101,7 @@ class Ledger:
         self.blocks: set[int] = set()
         """Segments of blocks that are declared to be other people than those in other blocks."""
         self.batches = Batches()
-        self.before_clearing: Callable[[Iterable[torch.Tensor]], None] | None = None
+        self.before_clearing: Callable[[Sequence[torch.Tensor]], None] | None = None
         """Called with parameters whose gradients are about to be cleared."""
         self._closed = False
         self._tasks: dict[int, GraphTask] = {}

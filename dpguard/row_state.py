@@ -103,13 +103,12 @@ def pieces_of(parameter: torch.Tensor) -> list[Any] | None:
     return rows if rows is None or isinstance(rows, list) else [rows]
 
 
-def sum_of_all_rows(parameter: torch.Tensor, *, sampled: bool = False) -> torch.Tensor | None:
-    """A vector, the sum of all rows of ``parameter``; ``None`` if a batch is empty or has none.
+def sample_of_rows(parameter: torch.Tensor) -> torch.Tensor | None:
+    """The elements of :func:`sample_of`, of the sum of all rows of ``parameter``.
 
-    With ``sampled`` only its elements that :func:`sample_of` takes.
+    ``None`` if a batch is empty or has no rows.
     """
-    pieces = pieces_of(parameter) or []
-    step = _stride(parameter) if sampled else 1
+    pieces, step = pieces_of(parameter) or [], _stride(parameter)
     sums = [
         piece.reshape(len(piece), -1)[:, ::step].sum(0)
         for piece in pieces

@@ -9,7 +9,8 @@ from releases import needs_adaptive, needs_ghost, needs_reshaping
 
 import dpguard
 from dpguard import diagnosis
-from dpguard.audit.applied import LOOK_EVERY, NOTHING
+from dpguard.audit.applied import LOOK_EVERY
+from dpguard.audit.check import NOTHING
 from dpguard.audit.noise import SCALE
 from dpguard.audit.update import PRIVATE
 

@@ -16,50 +16,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from dpguard import _compat, diagnosis
-from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
+from dpguard.audit.check import NOTHING, Check, Failure, Failures, Noted, PerOwner, Step
 from dpguard.audit.multiples import Samples, without_noise
 from dpguard.audit.update import PRIVATE
 from dpguard.patches.lean import Clipping
-from dpguard.row_state import pieces_of, sum_of_all_rows
+from dpguard.row_state import pieces_of, sample_of_rows
 
-__all__ = ["LOOK_EVERY", "LOOK_FIRST", "NOTHING", "Applied", "Noted"]
+__all__ = ["LOOK_EVERY", "LOOK_FIRST", "Applied"]
 
 _OFF = 1e-4
 LOOK_FIRST = 2
 LOOK_EVERY = 50
-
-
-class Noted(NamedTuple):
-    """Tensors, whatever stands there, and the versions that they had."""
-
-    tensors: Sequence[Any] = ()
-    versions: Sequence[int] = ()
-
-    @classmethod
-    def of(cls, tensors: Sequence[Any]) -> Noted:
-        """As they are now."""
-        return cls(tensors, [getattr(tensor, "_version", -1) for tensor in tensors])
-
-    @classmethod
-    def sums_of(cls, step: Step) -> Noted:
-        """The clipped sums."""
-        return cls.of([getattr(parameter, "summed_grad", None) for parameter in step.parameters])
-
-    def unchanged(self) -> list[torch.Tensor | None]:
-        """The tensors; ``None`` where one has changed since, so that noise may be in it."""
-        pairs = zip(self.tensors, self.versions, strict=True)
-        return [
-            tensor if type(tensor) is torch.Tensor and tensor._version == version else None
-            for tensor, version in pairs
-        ]
-
-
-NOTHING = Noted()
 
 
 @dataclass
@@ -111,7 +83,7 @@ class Applied(Check):
         """``p.grad`` still is the gradient of the batch."""
         state = self._noised.of(optimizer)
         if not _compat.is_opacus_method(optimizer, "pre_step"):
-            state.sums = Noted.sums_of(step)
+            state.sums = Noted.sums_of(step.parameters)
         state.due = state.count < LOOK_FIRST or state.count % LOOK_EVERY == 0
         if (state.suspect or state.due) and step.parameters:
             pieces = pieces_of(step.parameters[0]) or []
@@ -122,7 +94,7 @@ class Applied(Check):
 
     def before_noise(self, step: Step, optimizer: Any) -> Failures:
         """Note the clipped sums."""
-        self._noised.of(optimizer).sums = Noted.sums_of(step)
+        self._noised.of(optimizer).sums = step.sums
         return ()
 
     def after_noise(self, step: Step, optimizer: Any) -> Failures:
@@ -185,7 +157,7 @@ class Applied(Check):
             return
         grads: list[Any] = [p.grad for p in step.parameters]
         if all(isinstance(grad, torch.Tensor) for grad in grads):
-            rows = [sum_of_all_rows(parameter, sampled=True) for parameter in step.parameters]
+            rows = [sample_of_rows(parameter) for parameter in step.parameters]
             for bare in (state.sums.unchanged(), rows):
                 self._compare(step, step.names, (grads, bare, std))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dpguard.patches.lean import Clipping, Rows
     from dpguard.row_state import ParameterState
 
-__all__ = ["Check", "Failure", "Failures", "PerOwner", "Step"]
+__all__ = ["NOTHING", "Check", "Failure", "Failures", "Noted", "PerOwner", "Step"]
 
 _UNASKED = object()
 
@@ -50,6 +50,34 @@ class Failure:
 
 Failures: TypeAlias = "Iterable[Failure]"
 Receiver: TypeAlias = "Callable[[list[float]], Failures]"
+
+
+class Noted(NamedTuple):
+    """Tensors, whatever stands there, and the versions that they had."""
+
+    tensors: Sequence[Any] = ()
+    versions: Sequence[int] = ()
+
+    @classmethod
+    def of(cls, tensors: Sequence[Any]) -> Noted:
+        """As they are now."""
+        return cls(tensors, [getattr(tensor, "_version", -1) for tensor in tensors])
+
+    @classmethod
+    def sums_of(cls, parameters: Sequence[torch.nn.Parameter]) -> Noted:
+        """Their clipped sums."""
+        return cls.of([getattr(parameter, "summed_grad", None) for parameter in parameters])
+
+    def unchanged(self) -> list[torch.Tensor | None]:
+        """The tensors; ``None`` where one has changed since."""
+        pairs = zip(self.tensors, self.versions, strict=True)
+        return [
+            tensor if type(tensor) is torch.Tensor and tensor._version == version else None
+            for tensor, version in pairs
+        ]
+
+
+NOTHING = Noted()
 
 
 @dataclass
@@ -102,6 +130,8 @@ class Step:
     """The end of the step, and figures that are on their way from the device."""
     std: Any = _UNASKED
     """Standard deviation of the noise that is due."""
+    sums: Noted = NOTHING
+    """During ``before_noise``: the clipped sums, before anybody could add noise to them."""
     clip: Callable[[], Any] | None = None
     """During ``before_clip``: the code that is about to clip."""
     send: Callable[[Step, tuple[str, ...], torch.Tensor, Receiver], None] | None = None
@@ -183,9 +213,13 @@ class PerOwner(weakref.WeakKeyDictionary[Any, _T]):
             return last[1]
         found = self.get(owner)
         if found is None:
-            found = self[owner] = self._make(owner)
-        self._last = weakref.ref(owner, self._forget), found
+            found = self._make(owner)
+        self[owner] = found
         return found
+
+    def __setitem__(self, owner: Any, known: _T) -> None:
+        super().__setitem__(owner, known)
+        self._last = weakref.ref(owner, self._forget), known
 
 
 class Check:

@@ -93,14 +93,15 @@ def examine(
     return coverage
 
 
-def examine_clipped(ledger: Ledger, parameters: Sequence[torch.nn.Parameter]) -> Coverage:
+def examine_clipped(
+    ledger: Ledger, parameters: Sequence[torch.nn.Parameter], names: tuple[str, ...]
+) -> Coverage:
     """Look at what ghost clipping left in the ``p.grad`` of one optimizer.
 
     Returns:
         Without names if no batch was clipped for this step: then nothing is known but failures.
     """
     coverage = Coverage(())
-    names = tuple(map(ledger.name_of, parameters))
     found: dict[tuple[str, str], list[str]] = {}
     counts: dict[str, tuple[int, ...]] = {}
     strangers: list[str] = []

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from dpguard import _compat, diagnosis
-from dpguard.audit.applied import LOOK_EVERY, LOOK_FIRST, NOTHING, Noted
-from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
+from dpguard.audit.applied import LOOK_EVERY, LOOK_FIRST
+from dpguard.audit.check import NOTHING, Check, Failure, Failures, Noted, PerOwner, Step
 from dpguard.audit.multiples import Samples, without_noise
 from dpguard.audit.update import PRIVATE
-from dpguard.row_state import sum_of_all_rows
+from dpguard.row_state import sample_of_rows
 
 __all__ = ["Moved"]
 
@@ -73,7 +73,7 @@ class Moved(Check):
         path = self._paths.of(optimizer)
         path.end()
         if path.is_due:
-            path.sums = Noted.sums_of(step)
+            path.sums = step.sums
         return ()
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
@@ -126,7 +126,7 @@ class Moved(Check):
         ]
         if not moved:
             return
-        rows = [sum_of_all_rows(p, sampled=True) for p in path.parameters]
+        rows = [sample_of_rows(p) for p in path.parameters]
         for bare in (path.sums.unchanged(), rows):
             found = without_noise(moved, Samples.of(bare), path.std, _OFF)
             if found is None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dpguard import _compat, diagnosis
-from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
+from dpguard.audit.check import Check, Failure, Failures, Noted, PerOwner, Step
 from dpguard.audit.gaussian import NoiseTest, NoiseVerdict
 from dpguard.audit.shape import Shape
 from dpguard.ledger import Ledger
@@ -147,8 +147,8 @@ class _State:
     compared: int = 0
     number: int = 0
     names: tuple[str, ...] = ()
-    sums: list[Any] | None = None
-    versions: list[int] = field(default_factory=list)
+    sums: Sequence[Any] | None = None
+    versions: Sequence[int] = ()
     std: Any = None
     bound: float | None = 0.0
     mark: torch.Tensor | None = None
@@ -201,11 +201,12 @@ class Noise(Check):
         if step.audited:
             state.std = step.noise_std(optimizer)
             if state.std is not None:
-                state.sums = [getattr(p, "summed_grad", None) for p in step.parameters]
+                sums = step.sums
                 if not _compat.is_opacus_method(optimizer, "add_noise"):
                     # It may add the noise to the sums in place.
-                    state.sums = [t.clone() if type(t) is _TENSOR else t for t in state.sums]
-                state.versions = [getattr(total, "_version", -1) for total in state.sums]
+                    kept = [t.clone() if type(t) is _TENSOR else t for t in sums.tensors]
+                    sums = Noted.of(kept)
+                state.sums, state.versions = sums
         return ()
 
     def noise_drawn(

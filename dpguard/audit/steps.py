@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Sequence
 from operator import and_
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from dpguard._errors import DPGuardError
 from dpguard._settings import Settings
 from dpguard.alignment import EVEN, Alignment, align, join_blocks
 from dpguard.audit import coverage as structure
-from dpguard.audit.check import Check, Failure, Failures, Step
+from dpguard.audit.check import NOTHING, Check, Failure, Failures, Noted, PerOwner, Step
 from dpguard.audit.collector import Collector, finite_flags
 from dpguard.audit.findings import Findings
 from dpguard.audit.rows import finiteness
@@ -74,8 +73,8 @@ class StepAuditor:
             hook: tuple((c, getattr(c, hook)) for c in checks if hook in _overridden(c))
             for hook in _HOOKS
         }
-        self._steps: weakref.WeakKeyDictionary[Any, Step] = weakref.WeakKeyDictionary()
-        self._last: tuple[weakref.ref[Any], Step] | None = None
+        self._steps = PerOwner(self._step)
+        self._current = self._steps.of
         self._coverage: dict[str, list[int]] = {}
         self._whole: dict[tuple[str, ...], int] = {}
         self._overdue: DPGuardError | None = None
@@ -120,8 +119,7 @@ class StepAuditor:
         if self._ledger.blocks:
             join_blocks(self._ledger, parameters)
         self._say_unused(step, alignment)
-        names = tuple([state.name for state in step.states])
-        seen = structure.examine(self._ledger, parameters, names)
+        seen = structure.examine(self._ledger, parameters, _names_of(step))
         step.names, step.rows = seen.names, seen.rows
         failures: list[Failure] = []
         if seen.rows is None or alignment is not EVEN:
@@ -134,7 +132,7 @@ class StepAuditor:
 
     def _cover_sums(self, step: Step, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Ghost clipping has norms instead of rows, and clipped sums in ``p.grad``."""
-        seen = structure.examine_clipped(self._ledger, parameters)
+        seen = structure.examine_clipped(self._ledger, parameters, _names_of(step))
         step.names = seen.names
         if seen.names:
             step.run(*structure.OF_EACH)
@@ -188,7 +186,12 @@ class StepAuditor:
 
     def before_noise(self, optimizer: Any) -> None:
         """The clipped sum of a logical batch is complete."""
-        self._run("before_noise", optimizer)
+        step = self._current(optimizer)
+        step.sums = Noted.sums_of(step.parameters)
+        try:
+            self._run("before_noise", optimizer)
+        finally:
+            step.sums = NOTHING
 
     def after_noise(self, optimizer: Any) -> None:
         """Noise was added and not yet scaled."""
@@ -265,21 +268,12 @@ class StepAuditor:
     # -- inside --------------------------------------------------------------------------------
 
     def _begin(self, optimizer: Any, number: int) -> Step:
-        audited = number % self._settings.audit_every == 0
-        step = Step(number, audited, type(optimizer).__qualname__, send=self._send)
-        self._steps[optimizer] = step
-        self._last = weakref.ref(optimizer), step
+        step = self._steps[optimizer] = self._step(optimizer, number)
         return step
 
-    def _current(self, optimizer: Any) -> Step:
-        last = self._last  # asked so often that the dictionary is felt
-        if last is not None and last[0]() is optimizer:
-            return last[1]
-        step = self._steps.get(optimizer)
-        if step is None:
-            return self._begin(optimizer, 0)
-        self._last = weakref.ref(optimizer), step
-        return step
+    def _step(self, optimizer: Any, number: int = 0) -> Step:
+        audited = number % self._settings.audit_every == 0
+        return Step(number, audited, type(optimizer).__qualname__, send=self._send)
 
     def _run(self, hook: str, optimizer: Any, *args: Any) -> None:
         """Have each check look; one that fails by an error of its own is switched off."""
@@ -411,6 +405,10 @@ class StepAuditor:
         for name in step.names:
             counts = self._coverage.setdefault(name, [0, 0])
             counts[name in missing] += 1
+
+
+def _names_of(step: Step) -> tuple[str, ...]:
+    return tuple([state.name for state in step.states])
 
 
 def _overridden(check: Check) -> list[str]:

@@ -99,8 +99,7 @@ class Update(Check):
         if self._mine.pending:
             self._tell(step)
 
-    def _before_clearing(self, parameters: Iterable[torch.Tensor]) -> None:
-        parameters = list(parameters)
+    def _before_clearing(self, parameters: Sequence[torch.Tensor]) -> None:
         self._compare(parameters, map(self._ledger.known, parameters))
 
     def _compare(
