@@ -443,7 +443,8 @@ def test_kill_in_the_middle_of_writing(tmp_path, delay):
     path = tmp_path / f"{stem}.jsonl"
     count = len(verify(path))
     assert count > 0
-    os.truncate(path, path.stat().st_size - 5)
+    # The kill may have come inside of a write, and have cut off a line that is not counted.
+    os.truncate(path, path.read_bytes().rindex(b"\n") + 1 - 5)
     reopened = ChainedFile(tmp_path, stem)
     reopened.ready()
     reopened.append(line(-1))
