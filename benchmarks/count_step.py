@@ -79,7 +79,7 @@ def main() -> None:
         train(name, int(batch), int(steps), guarded=which == "guarded")
         return
     if shutil.which("valgrind") is None:
-        raise SystemExit("valgrind is not installed: it counts the instructions")
+        raise SystemExit("valgrind, which counts the instructions, is not on the path: install it")
     print(f"torch {torch.__version__}, millions of instructions of a step")
     print(f"{'model':<14}{'batch':>6}{'plain':>10}{'guarded':>10}{'ratio':>8}")
     for name in options.models:
