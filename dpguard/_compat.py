@@ -589,20 +589,14 @@ def known_sampler(sampler: Any) -> str | None:
     return _KNOWN_SAMPLERS.get(name)
 
 
-def unfolded(layer: Any, inputs: Any) -> Any:
+def unfolded(inputs: Any, kernel: Any, padding: Any, stride: Any, dilation: Any) -> Any:
     """The patches that a two-dimensional convolution sees, of shape ``(B, C * kernel, positions)``.
 
     As Opacus's sampler makes them.
     """
     from opacus.utils.tensor_utils import unfold2d
 
-    return unfold2d(
-        inputs,
-        kernel_size=layer.kernel_size,
-        padding=layer.padding,
-        stride=layer.stride,
-        dilation=layer.dilation,
-    )
+    return unfold2d(inputs, kernel_size=kernel, padding=padding, stride=stride, dilation=dilation)
 
 
 def multiplies_matrices(module: torch.nn.Module) -> bool:

@@ -328,6 +328,10 @@ def test_rows_of_linear_layers_have_the_bits_of_opacus(kind, shape, reduction):
         assert all(equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize(
+    ("width", "dtype"), [(6, torch.float32), (14, torch.float32), (6, torch.float64)]
+)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("size", [1, 3, 4])
 @pytest.mark.parametrize(
@@ -336,20 +340,23 @@ def test_rows_of_linear_layers_have_the_bits_of_opacus(kind, shape, reduction):
         {},
         {"bias": False},
         {"padding": 1, "stride": 2},
+        {"padding": (2, 0), "stride": (1, 3), "kernel_size": (2, 3), "dilation": (3, 1)},
         {"padding": "same", "dilation": 2},
+        {"padding": "same", "kernel_size": (4, 1)},
         {"padding": "valid"},
+        {"kernel_size": 1, "stride": 2},
         {"padding_mode": "circular", "padding": 1},
         {"groups": 2},
     ],
     ids=str,
 )
-def test_rows_of_convolutions_have_the_bits_of_opacus(options, size, reduction):
-    """Whatever the stride, padding or groups; the layer is called twice."""
+def test_rows_of_convolutions_have_the_bits_of_opacus(options, size, reduction, width, dtype):
+    """Whatever the stride, padding or groups; the layer is called twice, its lines long or short."""
     if isinstance(options.get("padding"), str) and not FUNCTORCH:
         pytest.skip("this Opacus knows no padding by name")
     torch.manual_seed(4)
-    model = nn.Sequential(nn.Conv2d(4, 6, 3, **options), nn.Tanh())
-    x = torch.randn(size, 4, 7, 6)
+    model = nn.Sequential(nn.Conv2d(4, 6, **{"kernel_size": 3, **options}), nn.Tanh()).to(dtype)
+    x = torch.randn(size, 4, 7, width, dtype=dtype)
     found = []
     for mode in ("off", "repair"):
         with dpguard.install(mode=mode):

@@ -5,6 +5,8 @@ The same kernels of torch are given the same numbers, so bits are those of Opacu
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -46,10 +48,47 @@ def unfolded_products(
     flat = backprops.flatten(2)
 
     def weight() -> torch.Tensor:
-        patches = _compat.unfolded(module, inputs)
+        picks = backprops.shape[3] <= _NARROW and max(module.kernel_size) > 1
+        make = _picked if picks and _is_plain(inputs) else _compat.unfolded
+        patches = make(inputs, *_geometry(module))
         return torch.bmm(flat, patches.transpose(1, 2)).view(len(flat), *module.weight.shape)
 
     return _rows(module, wanted, weight, lambda: flat.sum(2))
+
+
+_NARROW = 10
+"""Pixels in a line of an image: to copy so few at a time takes longer than to pick each."""
+
+
+def _is_plain(inputs: torch.Tensor) -> bool:
+    """Whether torch is quick to pick elements: in other precisions it is not."""
+    return type(inputs) is torch.Tensor and inputs.is_cpu and inputs.dtype is torch.float32
+
+
+def _geometry(module: Any) -> tuple[Any, ...]:
+    """Kernel, padding, stride and dilation of a convolution, hashable whoever has set them."""
+    own = (module.kernel_size, module.padding, module.stride, module.dilation)
+    return tuple(value if isinstance(value, str) else tuple(value) for value in own)
+
+
+def _picked(inputs: torch.Tensor, kernel: tuple[int, ...], *geometry: Any) -> torch.Tensor:
+    """The same as :func:`dpguard._compat.unfolded`, which copies line by line."""
+    batch, channels, height, width = inputs.shape
+    pixels = inputs.reshape(batch * channels, height * width)
+    found = _padded(pixels).index_select(1, _index(height, width, kernel, *geometry))
+    return found.view(batch, channels * math.prod(kernel), -1)
+
+
+def _padded(pixels: torch.Tensor) -> torch.Tensor:
+    """With a zero as the first of all pixels."""
+    return torch.nn.functional.pad(pixels, (1, 0))
+
+
+@functools.lru_cache(maxsize=256)
+def _index(height: int, width: int, *geometry: Any) -> torch.Tensor:
+    """Where the pixels of all patches of an image are in its :func:`_padded` ones."""
+    numbers = torch.arange(1, 1 + height * width, device="cpu").view(1, 1, height, width)
+    return _compat.unfolded(numbers, *geometry).flatten()
 
 
 def _rows(
