@@ -5,7 +5,6 @@ The same kernels of torch are given the same numbers, so bits are those of Opacu
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -84,11 +83,24 @@ def _padded(pixels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(pixels, (1, 0))
 
 
-@functools.lru_cache(maxsize=256)
-def _index(height: int, width: int, *geometry: Any) -> torch.Tensor:
-    """Where the pixels of all patches of an image are in its :func:`_padded` ones."""
-    numbers = torch.arange(1, 1 + height * width, device="cpu").view(1, 1, height, width)
-    return _compat.unfolded(numbers, *geometry).flatten()
+def _index(*case: Any) -> torch.Tensor:
+    """Where the pixels of all patches of an image are in its :func:`_padded` ones.
+
+    Args:
+        case: height and width of the image, and what :func:`_geometry` returns.
+    """
+    found: torch.Tensor | None = _indices.get(case)
+    if found is None:
+        height, width, *geometry = case
+        numbers = torch.arange(1, 1 + height * width, device="cpu").view(1, 1, height, width)
+        found = _compat.unfolded(numbers, *geometry).flatten()
+        if type(found) is torch.Tensor and len(_indices) < _INDICES_KEPT:  # none that is traced
+            _indices[case] = found
+    return found
+
+
+_indices: dict[tuple[Any, ...], torch.Tensor] = {}
+_INDICES_KEPT = 256
 
 
 def _rows(
