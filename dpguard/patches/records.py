@@ -131,12 +131,13 @@ class Witness:
 class ForwardHook:
     """Stands in a module's forward hooks where Opacus's ``capture_activations_hook`` stood."""
 
-    __slots__ = ("computes", "late", "name", "pairing")
+    __slots__ = ("_caller", "computes", "late", "name", "pairing")
 
     def __init__(self, pairing: Pairing, name: str, *, computes: bool, late: bool = False) -> None:
         self.pairing = pairing
         self.name = name
         self.computes = computes
+        self._caller = _callsite.ForwardCaller()
         self.late = late
         """Whether Opacus has no hook here: the module was frozen or not there when wrapped."""
 
@@ -191,7 +192,7 @@ class ForwardHook:
         tallies = node.metadata.setdefault(TALLY, [])
         if tallies and any(tally.module() is module for tally in tallies):
             return None  # by a second wrapper round the same module
-        tally, counted = self.pairing.ledger.open(module, self.name, _callsite.forward_caller())
+        tally, counted = self.pairing.ledger.open(module, self.name, self._caller())
         tallies.append(tally)
         record = Record(
             self, module, first.output_nr, trained, tally, counted=counted, structured=structured
