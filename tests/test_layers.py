@@ -387,3 +387,77 @@ def test_a_weight_that_is_no_parameter_of_the_layer(guard):
         model.layer, torch.ones(2, 3), torch.ones(2, 4), [nn.Parameter(torch.ones(4, 3))]
     )
     assert found is None
+
+
+def _assigned(y):
+    y[..., 1:] = 3 * y[..., 1:].detach()
+    return y
+
+
+def _seen_otherwise(y):
+    y.view(len(y), -1).mul_(2)
+    return y.tanh()
+
+
+def _overwritten(y):
+    return y.copy_(y.detach() * 2).sum(1) + y.new_ones(len(y), y.shape[2])
+
+
+def _kept_beside(y):
+    before = y.clone()
+    return y.mul_(before) + before
+
+
+def _hooked(y):
+    y.register_hook(lambda grad: 3 * grad)
+    return y.add_(1).square()
+
+
+_CHANGES = [
+    torch.Tensor.tanh_,
+    torch.relu_,
+    lambda y: y.transpose_(1, 2),
+    lambda y: y.add_(1).mul_(y.detach().clone()),
+    _assigned,
+    _seen_otherwise,
+    _overwritten,
+    _kept_beside,
+    _hooked,
+]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("change", _CHANGES)
+def test_outputs_of_linear_layers_that_are_changed_in_place(guard, change, bias):
+    """With several vectors in a sample an output is a view of a product; it may change like any."""
+    torch.manual_seed(0)
+    first, last = nn.Linear(3, 4, bias=bias).double(), nn.Linear(4, 2).double()
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = first, last
+
+        def forward(self, x):
+            h = change(self.first(x))
+            return self.last(h if h.shape[-1] == 4 else h.mT)
+
+    def loss(model, x):
+        return model(x).square().flatten(1).sum(1).mean()
+
+    x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    model = Model()
+    truth = []
+    for one in x:
+        grads = torch.autograd.grad(loss(model, one[None]), model.parameters(), allow_unused=True)
+        truth.append(
+            [
+                torch.zeros_like(p) if g is None else g
+                for p, g in zip(model.parameters(), grads, strict=True)
+            ]
+        )
+    called = GradSampleModule(model)
+    loss(called, x).backward()
+    for p, rows in zip(model.parameters(), zip(*truth, strict=True), strict=True):
+        assert torch.allclose(p.grad_sample, torch.stack(rows), rtol=1e-10)
+    assert guard.violations == guard.internal_errors == ()

@@ -53,6 +53,7 @@ class Record:
         "outline",
         "people",
         "segment",
+        "shape",
         "structured",
         "tally",
         "trained",
@@ -67,12 +68,15 @@ class Record:
         trained: list[torch.nn.Parameter],
         tally: Tally,
         *,
+        shape: torch.Size | None,
         counted: bool,
         structured: bool,
     ) -> None:
         self.hook = hook
         self.module = module
         self.index = index
+        self.shape = shape
+        """Of the output, if the node's own has another."""
         self.trained = trained
         """Parameters through which this call's graph leads; freezing later changes nothing."""
         self.drawn, self.people = declared_of(hook.pairing.ledger.drawn)
@@ -106,6 +110,8 @@ class Record:
         backprops = grad_outputs[self.index]
         if backprops is None:
             return
+        if self.shape is not None:
+            backprops = backprops.reshape(self.shape)
         pairing = self.hook.pairing
         if pairing.hooks.hooks_enabled:
             pairing.on_backprops(self, backprops)
@@ -168,11 +174,13 @@ class ForwardHook:
             self._record(module, outputs, trained, structured=structured)
             return None
         inputs = _in_order(module, args, kwargs) if kwargs else args
-        replaced = None
+        replaced = product = None
         if not structured and output._is_view():
-            replaced = _own_output(output, [*inputs, *parameters_of(module)])
-            outputs = outputs if replaced is None else [replaced]
-        record = self._record(module, outputs, trained, structured=structured)
+            product = _product(module, output)
+            if product is None:
+                replaced = _own_output(output, [*inputs, *parameters_of(module)])
+                outputs = outputs if replaced is None else [replaced]
+        record = self._record(module, outputs, trained, structured=structured, product=product)
         if record is not None:
             record.keep(inputs)
             pairing.on_call(record)
@@ -185,18 +193,27 @@ class ForwardHook:
         trained: list[torch.nn.Parameter],
         *,
         structured: bool,
+        product: Any = None,
     ) -> Record | None:
-        """Hang a record on the nodes of ``outputs``, unless the call has one already."""
+        """Hang a record on the nodes of ``outputs``, unless the call has one already.
+
+        Args:
+            module: that was called.
+            outputs: what a backward can reach of what it returned.
+            trained: its parameters that are trained.
+            structured: whether it returned something else than one tensor.
+            product: the node that takes the place of the output's own, see :func:`_product`.
+        """
         first = outputs[0]
-        node: Any = first.grad_fn
+        node: Any = product or first.grad_fn
+        index, shape = (first.output_nr, None) if product is None else (0, first.shape)
         tallies = node.metadata.setdefault(TALLY, [])
         if tallies and any(tally.module() is module for tally in tallies):
             return None  # by a second wrapper round the same module
         tally, counted = self.pairing.ledger.open(module, self.name, self._caller())
         tallies.append(tally)
-        record = Record(
-            self, module, first.output_nr, trained, tally, counted=counted, structured=structured
-        )
+        details: Any = {"shape": shape, "counted": counted, "structured": structured}
+        record = Record(self, module, index, trained, tally, **details)
         node.register_prehook(record)
         for other in outputs[1:]:
             other.grad_fn.register_prehook(Witness(record, other.output_nr))  # type: ignore[union-attr]
@@ -260,6 +277,31 @@ def _in_order(module: torch.nn.Module, args: Any, kwargs: Any) -> list[Any]:
     """All inputs of a call in the order of the signature of ``forward``."""
     bound = inspect.signature(module.forward).bind(*args, **kwargs)
     return [*bound.args, *bound.kwargs.values()]
+
+
+def _product(module: torch.nn.Module, output: torch.Tensor) -> Any:
+    """The node of the product of matrices that the output of a linear layer is a view of.
+
+    Nobody else has the product, and a change in place of the view leaves its node where it is.
+    ``None`` if it is not certain that the output was made in this way.
+    """
+    if (
+        type(module) is not torch.nn.Linear
+        or "forward" in module.__dict__
+        or torch.nn.functional.linear is not _linear
+        or torch.nn.Linear.forward is not _forward_of_linear
+    ):
+        return None
+    view: Any = output.grad_fn
+    if view.name() != "ViewBackward0":
+        return None
+    node, index = view.next_functions[0]
+    made_so = node is not None and node.name() == "AddmmBackward0" and index == 0
+    return node if made_so and output._base.numel() == output.numel() else None  # type: ignore[union-attr]
+
+
+_linear = torch.nn.functional.linear
+_forward_of_linear = torch.nn.Linear.forward
 
 
 def _own_output(output: torch.Tensor, others: Sequence[Any]) -> torch.Tensor | None:
