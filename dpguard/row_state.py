@@ -14,14 +14,13 @@ from typing import Any
 import torch
 
 from dpguard import _compat
+from dpguard.precision import computed_in, note_precision
 
 __all__ = [
     "UNKNOWN",
     "Clipped",
     "Entry",
     "ParameterState",
-    "computed_in",
-    "note_precision",
     "owned_rows",
     "sample_of",
     "spread_of",
@@ -31,7 +30,6 @@ __all__ = [
 UNKNOWN = -1
 """Segment of rows that are not from here."""
 
-_COMPUTED_IN = "_dpguard_computed_in"
 _SAMPLED = 256
 _detach = torch._C.TensorBase.detach
 
@@ -54,17 +52,6 @@ def _copied(rows: torch.Tensor) -> torch.Tensor:
     if (dtype := computed_in(rows)) is not rows.dtype:
         note_precision(copied, dtype)
     return copied
-
-
-def note_precision(rows: torch.Tensor, dtype: torch.dtype) -> None:
-    """Remember that the values of ``rows`` were computed in ``dtype``, whatever holds them now."""
-    setattr(rows, _COMPUTED_IN, dtype)
-
-
-def computed_in(rows: torch.Tensor) -> torch.dtype:
-    """The precision of the values of ``rows``."""
-    found: torch.dtype = getattr(rows, _COMPUTED_IN, rows.dtype)
-    return found
 
 
 def sum_of_rows(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -90,6 +90,38 @@ def test_sums_in_low_precision_are_no_faults():
         assert guard.last_step.checks["conservation"].passed == 9
 
 
+def under_autocast(model, optimizer, criterion, *, forward):
+    for _ in range(3):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=forward):
+            out = model(torch.randint(12, (8, 6)))
+        loss = criterion(out.float(), torch.arange(8) % 5)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.skipif(not DOUBLE_EMBEDDING, reason="this Opacus cannot train it in half precision")
+@pytest.mark.parametrize("forward", [True, False])
+def test_a_backward_under_autocast_is_no_fault(forward):
+    """Autograd's products have the precision of autocast there; those of the check have not."""
+    model, optimizer, criterion, _ = private(Model())
+    with dpguard.install(mode="repair", oracle_every=1) as guard:
+        under_autocast(model, optimizer, criterion, forward=forward)
+        guard.flush()
+        assert violations(guard) == ()
+        assert guard.internal_errors == ()
+        assert guard.last_step.checks["conservation"].passed == 9
+
+
+@pytest.mark.skipif(not DOUBLE_EMBEDDING, reason="this Opacus cannot train it in half precision")
+def test_a_weight_outside_of_its_layer_is_found_under_autocast(guard):
+    """What has no norm is more than rounding in half precision."""
+    model, optimizer, criterion, _ = private(Model(weight_outside))
+    with pytest.raises(dpguard.PrivacyViolation, match=r"mix\.weight"):
+        under_autocast(model, optimizer, criterion, forward=False)
+
+
 def test_nothing_is_taken_from_the_random_stream():
     """A seeded run has the same parameters with and without the comparison."""
     ends = []

@@ -564,6 +564,46 @@ def test_sums_in_low_precision_are_no_faults(mode, dtype):
         assert guard.last_step.checks["conservation"].passed == len(list(model.parameters()))
 
 
+class Cast(Training):
+    """Backwards under autocast, which torch advises against, of forwards under it or not."""
+
+    def backward(self, *, batch=None):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            out = self.called(self.inputs(batch or self.batch))
+        loss = nn.functional.cross_entropy(out.float(), torch.randint(out.shape[-1], (len(out),)))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss.backward()
+
+
+@pytest.mark.skipif(not MIXED, reason="rows of another precision")
+@pytest.mark.parametrize("forward", [True, False])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "transformer", "dplstm"])
+def test_a_backward_under_autocast_is_no_fault(name, forward):
+    """Autograd's products have the precision of autocast there, whatever rows have."""
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        training = Cast(*MODELS[name], autocast=forward)
+        for batch in (16, 16, 64, 1):
+            training.step(batch=batch)
+        guard.flush()
+        assert guard.violations == ()
+        assert guard.last_step.checks[CONSERVATION].passed == guard.last_step.parameters
+
+
+@pytest.mark.skipif(not MIXED, reason="rows of another precision")
+def test_a_wrong_row_in_a_backward_under_autocast_is_found():
+    """Rows are held to the roundoff of autocast."""
+    with dpguard.install(mode="repair") as guard:
+        training = Cast(*MODELS["mlp"])
+
+        def double_one(parameters):
+            next(iter(parameters.values())).grad_sample[3] *= 2
+
+        training.tamper = double_one
+        training.step()
+        guard.flush()
+        assert diagnosis.NOT_CONSERVED in {v.cause for v in guard.violations}
+
+
 class Halved(Training):
     """Training under autocast to float16 without a scaler, of a loss that is small already."""
 

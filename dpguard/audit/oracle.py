@@ -33,7 +33,7 @@ from dpguard.audit.rows import factors, floor
 from dpguard.ledger import Ledger
 from dpguard.patches.lean import Clipping, Rows
 from dpguard.patches.sums import flat
-from dpguard.row_state import computed_in
+from dpguard.precision import computed_in
 
 if TYPE_CHECKING:
     from dpguard.patches.outputs import Draw, Outputs

@@ -51,7 +51,7 @@ from dpguard.audit.coverage import FINITE
 from dpguard.audit.survey import Survey
 from dpguard.ledger import Ledger
 from dpguard.patches.lean import Clipping
-from dpguard.row_state import computed_in
+from dpguard.precision import computed_in
 
 if TYPE_CHECKING:
     from dpguard.patches.lean import Rows

@@ -23,7 +23,7 @@ from dpguard.patches.copies import MINE
 from dpguard.patches.facades import Family
 from dpguard.patches.wrapping import EagerWrapper
 from dpguard.patching import Transaction
-from dpguard.row_state import computed_in, note_precision
+from dpguard.precision import computed_in, note_precision
 from dpguard.verdicts import Verdicts
 
 __all__ = ["LossScale", "is_scaled"]

@@ -28,6 +28,7 @@ from dpguard import _compat
 from dpguard._errors import DPGuardError
 from dpguard.audit.rows import LAMBDA
 from dpguard.patches.draws import Draws
+from dpguard.precision import precision_of
 from dpguard.vjp import Pair, Unfit, propagate
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ class NormDraw:
             node = _compat.nodes().current()  # type: ignore[union-attr]
             self._calls[id(node)] = _Call(node, record.index, dimension)
         inputs = record.activations or ()
-        kinds = {t.dtype for t in (*inputs, backprops) if _is_float(t)}
+        kinds = {precision_of(t) for t in (*inputs, backprops) if _is_float(t)}
         is_ghost = people is None and _compat.norm_sampler(pairing.hooks, module) is not None
         scale: torch.Tensor | None = None
         square: torch.Tensor | None = None
@@ -214,7 +215,7 @@ class NormDraw:
         norm is the root of a sum over pairs of positions, in which much may cancel, and of squares
         that may be too small for the precision. In ``observe`` there are no inputs.
         """
-        kind, wide = backprops.dtype, _compat.at_least_single(backprops.dtype)
+        kind, wide = precision_of(backprops), _compat.at_least_single(backprops.dtype)
         features = backprops.shape[-1]
         mine = backprops if row is None else backprops.narrow(dimension, row, 1)
         size = torch.linalg.vector_norm(mine, dtype=wide).square() / self._weight**2

@@ -25,6 +25,7 @@ from dpguard.patches.layers import LayerKind, Roster, row_by_row
 from dpguard.patches.records import ForwardHook, Record, no_hook, plain_hook
 from dpguard.patches.replay import replay
 from dpguard.patches.time_steps import TimeSteps, may_wait
+from dpguard.precision import autocast_of, note_precision
 from dpguard.row_state import ParameterState, owned_rows
 
 __all__ = ["Pairing", "Registry", "is_paired", "is_whole"]
@@ -380,6 +381,8 @@ class Pairing:
         task.owners.add(id(self))
         self._learn_parameters()
         self._note_values()
+        if self._parameters:
+            task.cast = autocast_of(self._parameters[0])
         task.ask(self._parameters)
         _autograd.on_backward_end(lambda: self._on_backward_end(task))
 
@@ -502,7 +505,7 @@ class Pairing:
             task.published.add(id(parameter))
             ledger.close()
             self._add(
-                ledger.state(parameter),
+                task,
                 parameter,
                 rows,
                 (opened, now, task.captures(parameter)),
@@ -556,11 +559,11 @@ class Pairing:
                     state.count(entry, count)
                     continue
                 details = {"order": order, "terms": count, "strength": strength}
-                self._add(state, parameter, rows.made(), call, **details)
+                self._add(task, parameter, rows.made(), call, **details)
 
     def _add(
         self,
-        state: ParameterState,
+        task: GraphTask,
         parameter: torch.nn.Parameter,
         rows: torch.Tensor,
         call: tuple[int, int, bool],
@@ -568,6 +571,10 @@ class Pairing:
     ) -> None:
         """Publish rows of a call, see :meth:`ParameterState.add`."""
         opened, now, captured = call
+        state = self.ledger.state(parameter)
+        if task.cast is not None and rows.dtype is torch.float32:
+            # Autograd's own products are computed so; in which layers, nobody tells.
+            note_precision(rows, task.cast)
         state.add(parameter, rows, opened, now, captured=captured, **details)
         if len(state.entries) == 1 or opened in self.ledger.blocks:
             return

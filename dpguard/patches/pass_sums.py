@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from dpguard.audit.probes import Probes
-from dpguard.row_state import computed_in
+from dpguard.precision import computed_in, full_precision, precision_of
 
 __all__ = ["PassSums", "Sketched"]
 
@@ -81,7 +81,9 @@ class PassSums:
                 continue
             if type(grad) is torch.Tensor and grad.layout is torch.strided:
                 size = torch.linalg.vector_norm(grad, dtype=_wide(grad))
-                self._of(parameter, grad.dtype).add(_sketch_of(parameter, grad), size, 0)
+                with full_precision(grad):
+                    sketch = _sketch_of(parameter, grad)
+                self._of(parameter, grad.dtype).add(sketch, size, 0)
             else:
                 self._spoiled.add(id(parameter))
 
@@ -94,7 +96,7 @@ class PassSums:
     ) -> None:
         """A call of which rows of shape ``(B, *S)`` were computed; ``share`` is their weight."""
         inputs, backprops = arranged
-        self._of(parameter, backprops.dtype)  # that in which autograd makes the gradient
+        self._of(parameter, precision_of(backprops))  # that in which autograd makes the gradient
         mine = self._of(parameter, computed_in(rows))
         wide = _wide(rows)
         norms = torch.linalg.vector_norm(rows.reshape(len(rows), parameter.numel()), dim=1)
@@ -104,7 +106,8 @@ class PassSums:
             scale = scale * torch.linalg.vector_norm(inputs[0], dtype=wide)
         else:
             scale = scale * max(1, backprops.numel() // max(1, parameter.numel())) ** 0.5
-        sketch = _sketch_of(parameter, rows).sum()
+        with full_precision(rows):
+            sketch = _sketch_of(parameter, rows).sum()
         positions = backprops.numel() // max(1, backprops.shape[-1])
         mine.add(sketch * share, (scale + norms.sum()) * share, max(1, len(rows), positions))
 
@@ -122,8 +125,9 @@ class PassSums:
             return
         (first, *_), backprops = arranged
         for parameter in wanted:
-            mine = self._of(parameter, backprops.dtype)
-            sketch, scale = add(module, parameter, first, backprops)
+            mine = self._of(parameter, precision_of(backprops))
+            with full_precision(backprops):
+                sketch, scale = add(module, parameter, first, backprops)
             mine.add(sketch * share, scale * share, max(1, backprops[..., 0].numel()))
 
     def compare(self) -> Sketched | None:
@@ -137,7 +141,8 @@ class PassSums:
                 and type(grad) is torch.Tensor
                 and grad.layout is torch.strided
             ):
-                difference = (mine.sketch - _sketch_of(mine.parameter, grad)).abs()
+                with full_precision(grad):
+                    difference = (mine.sketch - _sketch_of(mine.parameter, grad)).abs()
                 found.append(mine)
                 figures.append(torch.stack((difference.float(), mine.scale.float())))
         if not found or len({mine.parameter.device for mine in found}) > 1:

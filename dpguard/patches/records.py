@@ -19,7 +19,8 @@ from dpguard import _callsite, _compat, diagnosis
 from dpguard._declare import declared_of
 from dpguard.ledger import Tally, parameters_of
 from dpguard.patches.detach import TALLY
-from dpguard.patches.replay import autocast_of, outline
+from dpguard.patches.replay import outline
+from dpguard.precision import autocast_of
 
 if TYPE_CHECKING:
     from dpguard.patches.pairing import Pairing

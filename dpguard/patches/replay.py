@@ -14,9 +14,9 @@ import torch
 
 from dpguard import _compat
 from dpguard.patching import ABSENT
-from dpguard.row_state import note_precision
+from dpguard.precision import autocast_of, note_precision
 
-__all__ = ["autocast_of", "outline", "replay"]
+__all__ = ["outline", "replay"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -97,11 +97,3 @@ def replay(
         for found in rows.values():
             note_precision(found, coarse)
     return rows
-
-
-def autocast_of(tensor: torch.Tensor) -> torch.dtype | None:
-    """The precision of autocast on the device of ``tensor``, or ``None`` where it is off."""
-    device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
