@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import gc
 import json
+import threading
 
 import pytest
 import torch
@@ -411,6 +413,75 @@ def test_strict_raises_at_the_first_step_after_it_is_known(late):
         guard.flush()
         assert guard.last_step.step == 2
         assert guard.last_step.ok
+
+
+def test_what_comes_late_is_raised_in_a_step_of_the_same_optimizer(late):
+    """Another one, whose steps are right, goes on."""
+    with dpguard.install(mode="strict"):
+        wrong, right = Training(), Training()
+        wrong.step(with_nan())
+        wrong.model.load_state_dict(MLP().state_dict())
+        right.step()
+        for event in late:
+            event.there = True
+        right.step()
+        with pytest.raises(dpguard.PerSampleGradientError, match="in step 0"):
+            wrong.step()
+        right.step()
+
+
+def test_figures_of_an_optimizer_that_is_gone(guard, late):
+    """They are not lost with it."""
+    training = Training()
+    training.step(with_nan())
+    del training
+    gc.collect()
+    guard.flush()
+    assert guard.last_step.step == 0
+    assert len(guard.violations) == 1
+
+
+def test_a_wrong_step_in_one_thread_is_refused_there(guard):
+    """While it is under way a thread that trains another model takes its own steps."""
+    wrong, right, noised, others = Training(), Training(), threading.Event(), threading.Event()
+    raised = []
+
+    class Small(DPOptimizer):
+        def add_noise(self):
+            for p in self.params:
+                p.grad = p.summed_grad + 0.1 * torch.randn_like(p)
+
+        def scale_grad(self):
+            super().scale_grad()
+            noised.set()
+            assert others.wait(60)
+
+    wrong.optimizer = Small(
+        torch.optim.SGD(wrong.model.parameters(), lr=0.1),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        expected_batch_size=4,
+    )
+
+    def train():
+        try:
+            wrong.step()
+        except dpguard.PrivacyViolation as error:
+            raised.append(error)
+
+    before = wrong.values()
+    thread = threading.Thread(target=train)
+    thread.start()
+    assert noised.wait(60)
+    try:
+        for _ in range(3):
+            right.step()
+    finally:
+        others.set()
+        thread.join()
+    assert len(raised) == 1
+    assert same(wrong.values(), before)
+    assert guard.internal_errors == ()
 
 
 def test_uninstall_waits_for_all_figures(tmp_path, late):

@@ -13,6 +13,7 @@ from dpguard import _compat
 from dpguard.events import CheckCount, StepAudit
 
 if TYPE_CHECKING:
+    from dpguard.audit.collector import Collector
     from dpguard.patches.lean import Clipping, Rows
     from dpguard.row_state import ParameterState
 
@@ -135,6 +136,8 @@ class Step:
     clip: Callable[[], Any] | None = None
     """During ``before_clip``: the code that is about to clip."""
     send: Callable[[Step, tuple[str, ...], torch.Tensor, Receiver], None] | None = None
+    collector: Collector | None = None
+    """Of the figures of this optimizer."""
 
     def noise_std(self, optimizer: Any) -> Any:
         """What :func:`dpguard._compat.noise_std` says, asked once in a logical step."""

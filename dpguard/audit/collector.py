@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from dpguard._errors import DPGuardError
+
 __all__ = ["Collector", "finite_flags"]
 
 Receiver = Callable[[list[float]], None]
@@ -38,9 +40,14 @@ def finite_flags(rows: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 class Collector:
-    """First in, first out: figures on their way from the device, and who waits for them."""
+    """First in, first out: figures of one optimizer on their way, and who waits for them.
+
+    Attributes:
+        overdue: the error that they ask for, until somebody raises it.
+    """
 
     def __init__(self) -> None:
+        self.overdue: DPGuardError | None = None
         self._pending: deque[tuple[torch.Tensor, Any, Receiver]] = deque()
 
     def collect(self, figures: torch.Tensor, receive: Receiver) -> bool:
@@ -75,7 +82,7 @@ class Collector:
             try:
                 host, arrived, receive = self._pending.popleft()
             except IndexError:
-                return  # another thread trains as well
+                return  # another thread asks for everything
             if arrived is not None and not arrived.query():
                 if not wait:
                     self._pending.appendleft((host, arrived, receive))

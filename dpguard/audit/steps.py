@@ -67,7 +67,11 @@ class StepAuditor:
         self._emit = emit
         self._report = report
         self._findings = Findings(settings.mode, emit)
-        self._collector = Collector()
+        self._collectors = PerOwner(lambda _: Collector())
+        self._waiting: set[Collector] = set()
+        """Those that may have figures on their way, also of optimizers that are gone."""
+        self._late: DPGuardError | None = None
+        """What was found when everything was asked for, to be raised in the next step."""
         self._names = (*structure.CHECKS, *(name for check in checks for name in check.names))
         self._hooks: dict[str, tuple[tuple[Check, Any], ...]] = {
             hook: tuple((c, getattr(c, hook)) for c in checks if hook in _overridden(c))
@@ -77,7 +81,6 @@ class StepAuditor:
         self._current = self._steps.of
         self._coverage: dict[str, list[int]] = {}
         self._whole: dict[tuple[str, ...], int] = {}
-        self._overdue: DPGuardError | None = None
         self._went: tuple[tuple[Any, ...], dict[str, CheckCount]] | None = None
         self.steps = 0
         """Number of logical steps that were taken, over all optimizers."""
@@ -92,7 +95,7 @@ class StepAuditor:
             PrivacyViolation: rows do not belong to one person each.
             PerSampleGradientError: rows are missing or cannot be right.
         """
-        self._drain()
+        self._drain(self._collectors.of(optimizer))
         step = self._current(optimizer)
         step.is_early = True
         step.physical += 1
@@ -205,7 +208,7 @@ class StepAuditor:
                 have arrived by now, wrong.
         """
         self._run("before_update", optimizer)
-        self._drain(self._steps.get(optimizer))
+        self._drain(self._collectors.of(optimizer), self._steps.get(optimizer))
 
     def after_step(self, optimizer: Any, *, stepped: bool) -> None:
         """Close the logical step, unless the physical batch was only accumulated."""
@@ -217,7 +220,7 @@ class StepAuditor:
                 self._cover(step)
                 step.awaited -= 1
                 self._finish(step)
-        self._collector.drain()
+        self._receive(self._collectors.of(optimizer))
 
     def after_update(self, optimizer: Any) -> None:
         """The wrapped optimizer has stepped."""
@@ -230,8 +233,9 @@ class StepAuditor:
             DPGuardError: they were used for what is not private.
         """
         self._run("cleared", optimizer)
-        if self._overdue is not None or self._collector.is_waiting:
-            self._drain()
+        collector = self._collectors.of(optimizer)
+        if collector.overdue is not None or self._late is not None or collector.is_waiting:
+            self._drain(collector)
 
     def abandon(self, optimizer: Any) -> None:
         """The step raised: forget what was gathered for it, keep its number."""
@@ -245,12 +249,13 @@ class StepAuditor:
 
     def flush(self) -> None:
         """Wait for all figures that are on their way, and have the checks say what they know."""
-        self._collector.drain(wait=True)
+        for collector in list(self._waiting):
+            self._receive(collector, wait=True)
         for check, finish in self._hooks["flush"]:
             try:
                 for number, failure in finish():
                     error = self._findings.say(Step(number, audited=True, optimizer=""), [failure])
-                    self._overdue = self._overdue or error
+                    self._late = self._late or error
             except Exception as error:  # noqa: BLE001 - the host goes on without this check
                 self._switch_off(check, error)
 
@@ -273,7 +278,9 @@ class StepAuditor:
 
     def _step(self, optimizer: Any, number: int = 0) -> Step:
         audited = number % self._settings.audit_every == 0
-        return Step(number, audited, type(optimizer).__qualname__, send=self._send)
+        collector = self._collectors.of(optimizer)
+        name = type(optimizer).__qualname__
+        return Step(number, audited, name, send=self._send, collector=collector)
 
     def _run(self, hook: str, optimizer: Any, *args: Any) -> None:
         """Have each check look; one that fails by an error of its own is switched off."""
@@ -307,28 +314,39 @@ class StepAuditor:
         figures: torch.Tensor,
         receive: Callable[[list[float]], Failures],
     ) -> None:
+        collector: Any = step.collector
+
         def received(values: list[float]) -> None:
             failures = list(receive(values))
             if failures:
                 error = self._findings.say(step, failures)
                 if not step.refused:
-                    self._overdue = self._overdue or error
+                    collector.overdue = collector.overdue or error
             step.awaited -= 1
             self._finish(step)
 
         step.awaited += 1
-        if not self._collector.collect(figures, received):
+        if collector.collect(figures, received):
+            self._waiting.add(collector)
+        else:
             step.awaited -= 1
             for check in checks:
                 step.ran.pop(check, None)
 
-    def _drain(self, step: Step | None = None) -> None:
+    def _receive(self, collector: Collector, *, wait: bool = False) -> None:
+        """Take the figures that have arrived."""
+        collector.drain(wait=wait)
+        if not collector.is_waiting:
+            self._waiting.discard(collector)
+
+    def _drain(self, collector: Collector, step: Step | None = None) -> None:
         """Take the figures that have arrived, and raise what they ask for."""
-        self._collector.drain()
-        if self._overdue is not None:
+        self._receive(collector)
+        error = collector.overdue or self._late
+        if error is not None:
             if step is not None:
                 self._close_refused(step)
-            error, self._overdue = self._overdue, None
+            collector.overdue = self._late = None
             raise error
 
     def _say_dead(self, step: Step, dead: Sequence[Dead]) -> None:
