@@ -32,7 +32,7 @@ from dpguard.batches import Batches
 from dpguard.graph_task import GraphTask
 from dpguard.row_state import Entry, ParameterState
 
-__all__ = ["CallKey", "Dead", "Ledger", "Tally", "parameters_of"]
+__all__ = ["CallKey", "Dead", "Ledger", "Tally", "parameters_of", "trained_of"]
 
 _TASKS_KEPT = 64
 _PASSES_KEPT = 16
@@ -60,6 +60,13 @@ def parameters_of(module: torch.nn.Module) -> Iterable[torch.nn.Parameter]:
     if module._modules:
         return module.parameters()
     return [p for p in module._parameters.values() if p is not None]
+
+
+def trained_of(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Those of them that are trained."""
+    if module._modules:
+        return [p for p in module.parameters() if p.requires_grad]
+    return [p for p in module._parameters.values() if p is not None and p.requires_grad]
 
 
 @dataclass

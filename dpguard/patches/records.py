@@ -17,7 +17,7 @@ import torch
 
 from dpguard import _callsite, _compat, diagnosis
 from dpguard._declare import declared_of
-from dpguard.ledger import Tally, parameters_of
+from dpguard.ledger import Tally, parameters_of, trained_of
 from dpguard.patches.detach import TALLY
 from dpguard.patches.replay import outline
 from dpguard.precision import autocast_of
@@ -69,14 +69,13 @@ class Record:
         trained: list[torch.nn.Parameter],
         tally: Tally,
         *,
-        shape: torch.Size | None,
         counted: bool,
         structured: bool,
     ) -> None:
         self.hook = hook
         self.module = module
         self.index = index
-        self.shape = shape
+        self.shape: torch.Size | None = None
         """Of the output, if the node's own has another."""
         self.trained = trained
         """Parameters through which this call's graph leads; freezing later changes nothing."""
@@ -158,7 +157,7 @@ class ForwardHook:
             What takes the place of the output, if it has to be replaced.
         """
         pairing = self.pairing
-        trained = [p for p in parameters_of(module) if p.requires_grad]
+        trained = trained_of(module)
         if (self.late and not trained) or _inside_transform():
             return None
         pairing.ledger.boundary()
@@ -206,15 +205,16 @@ class ForwardHook:
             product: the node that takes the place of the output's own, see :func:`_product`.
         """
         first = outputs[0]
-        node: Any = product or first.grad_fn
-        index, shape = (first.output_nr, None) if product is None else (0, first.shape)
+        node: Any = first.grad_fn if product is None else product
         tallies = node.metadata.setdefault(TALLY, [])
         if tallies and any(tally.module() is module for tally in tallies):
             return None  # by a second wrapper round the same module
         tally, counted = self.pairing.ledger.open(module, self.name, self._caller())
         tallies.append(tally)
-        details: Any = {"shape": shape, "counted": counted, "structured": structured}
-        record = Record(self, module, index, trained, tally, **details)
+        index = first.output_nr if product is None else 0
+        record = Record(self, module, index, trained, tally, counted=counted, structured=structured)
+        if product is not None:
+            record.shape = first.shape
         node.register_prehook(record)
         for other in outputs[1:]:
             other.grad_fn.register_prehook(Witness(record, other.output_nr))  # type: ignore[union-attr]

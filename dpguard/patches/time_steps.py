@@ -58,8 +58,9 @@ class TimeSteps:
     def add(self, inputs: torch.Tensor, backprops: torch.Tensor) -> bool:
         """Have a call wait if its tensors, of shape ``(B, features)``, are like those that do."""
         if self.inputs:
-            pairs = (inputs, self.inputs[0]), (backprops, self.backprops[0])
-            if any(new.shape != one.shape or new.dtype is not one.dtype for new, one in pairs):
+            if not (
+                _are_alike(inputs, self.inputs[0]) and _are_alike(backprops, self.backprops[0])
+            ):
                 return False
         else:
             one, other = backprops.shape[1], inputs.shape[1]
@@ -89,6 +90,10 @@ class TimeSteps:
             (p, _Rows(backprops, torch.stack(self.inputs, dim=1) if p is weight else None))
             for p in self.wanted
         ]
+
+
+def _are_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and one.dtype is other.dtype
 
 
 class _Rows:
