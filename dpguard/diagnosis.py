@@ -60,6 +60,7 @@ NOISE_DEPENDENT = "noise_dependent"
 NOISE_NOT_DUE = "noise_not_due"
 NOISE_UNSEEN = "noise_unseen"
 SCALED_BY_PEOPLE = "scaled_by_people"
+RATE_BY_PEOPLE = "rate_by_people"
 NOT_ACCOUNTED = "step_not_accounted"
 ACCOUNTED_OFTEN = "step_accounted_often"
 ACCOUNTED_SIGMA = "accounted_sigma"
@@ -478,6 +479,13 @@ _DIAGNOSES = {
         "expected_batch_size follows the number of people that were drawn, so the size of the "
         "noise tells how many there were, which the accountant does not cover",
         "leave expected_batch_size at what make_private has set, sample_rate * len(dataset)",
+        Severity.CRITICAL,
+    ),
+    RATE_BY_PEOPLE: Diagnosis(
+        "the learning rate follows the number of people that were drawn, so the size of the "
+        "update tells how many there were, which the accountant does not cover",
+        "scale the learning rate with the expected batch size, sample_rate * len(dataset), which "
+        "is no secret",
         Severity.CRITICAL,
     ),
     NOISE_UNSEEN: Diagnosis(

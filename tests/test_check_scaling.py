@@ -10,7 +10,7 @@ from releases import needs_ghost, needs_reshaping
 import dpguard
 from dpguard import diagnosis
 from dpguard.audit.noise import SCALE
-from dpguard.audit.scaling import MATCHES
+from dpguard.audit.scaling import MATCHES, RATIOS
 
 pytestmark = needs_reshaping
 
@@ -52,6 +52,62 @@ def test_other_batch_sizes_may_be_expected():
             training.optimizer.expected_batch_size = BATCH + step % 7
             training.run(1)
         assert guard.violations == ()
+
+
+POWERS = [lambda n: 0.01 * n, lambda n: 0.1 * (n / BATCH) ** 0.5, lambda n: 2 / n]
+
+
+def learns_by(training, rate):
+    """Before each step the learning rate of the last group is ``rate`` of the batch size."""
+    plain = training.backward
+
+    def backward(x, y):
+        training.optimizer.param_groups[-1]["lr"] = rate(len(x))
+        plain(x, y)
+
+    training.backward = backward
+
+
+@pytest.mark.parametrize("rate", POWERS)
+@pytest.mark.parametrize("kind", ["flat", pytest.param("ghost", marks=needs_ghost)])
+def test_a_learning_rate_that_follows_the_people_is_refused(kind, rate):
+    """In proportion, by the root, or inversely."""
+    with dpguard.install(mode="repair") as guard:
+        training = Training(kind)
+        training.run(3)
+        learns_by(training, rate)
+        with pytest.raises(dpguard.PrivacyViolation, match=r"noise\.scale.*learning rate"):
+            training.run(30)
+        assert training.steps - 3 <= 3 * RATIOS
+        assert {(v.check, v.cause) for v in guard.violations} == {(SCALE, diagnosis.RATE_BY_PEOPLE)}
+
+
+def test_learning_rates_may_change():
+    """By schedules that know nothing of the batch, and by a little in each step."""
+    schedules = [
+        lambda step: 0.1 * 0.5**step,
+        lambda step: 0.1 * (step + 1),
+        lambda step: 0.1 / (step + 1) ** 0.5,
+        lambda step: 0.1 + 0.01 * (step % 3),
+        lambda _: 0.0,
+        lambda step: torch.tensor(0.1 + 0.01 * step),
+    ]
+    for schedule in schedules:
+        with dpguard.install(mode="strict") as guard:
+            training = Training()
+            learns_by(training, lambda _n, t=training, s=schedule: s(t.steps))
+            training.run(30)
+            assert guard.violations == ()
+
+
+def test_a_learning_rate_may_follow_batches_that_are_not_drawn():
+    """As with a smaller last batch."""
+    with dpguard.install(mode="repair") as guard:
+        training = Training()
+        training.batches = batches_of_two_sizes(training.data)
+        learns_by(training, lambda n: 0.01 * n)
+        training.run(30)
+        assert diagnosis.RATE_BY_PEOPLE not in {v.cause for v in guard.violations}
 
 
 def test_batches_that_are_not_drawn_may_be_counted():
