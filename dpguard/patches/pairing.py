@@ -673,8 +673,9 @@ def _terms(module: torch.nn.Module, parameter: torch.Tensor, backprops: torch.Te
 
     Each is a product with one of the row's backprops, of which each output feature has its own.
     """
-    own, (count, *shape) = parameter.shape, backprops.shape
-    if not count or (len(shape) == 1 and list(own[:1]) == shape):
+    own = parameter.shape
+    count, *shape = backprops.shape
+    if not count or (len(shape) == 1 and len(own) and own[0] == shape[0]):
         return 1
     if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
         features = own[1]
