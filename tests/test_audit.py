@@ -430,6 +430,54 @@ def test_what_comes_late_is_raised_in_a_step_of_the_same_optimizer(late):
         right.step()
 
 
+def test_what_an_optimizer_that_is_gone_has_left_is_raised_by_the_next(late):
+    """As in rounds of federated learning, each of which has an optimizer of its own."""
+    with dpguard.install(mode="strict") as guard:
+        training = Training()
+        training.step(with_nan())
+        del training
+        gc.collect()
+        other = Training()
+        other.step()
+        for event in late:
+            event.there = True
+        with pytest.raises(dpguard.PerSampleGradientError, match="in step 0"):
+            other.step()
+        other.step()
+        guard.flush()
+        assert len(guard.violations) == 1
+
+
+def test_an_error_that_was_not_raised_yet_outlives_its_optimizer(guard):
+    """What is found after an update is raised in the next round."""
+
+    def without_noise(inner, _args, _kwargs):
+        for group in inner.param_groups:
+            for p in group["params"]:
+                p.grad.copy_(p.summed_grad / 4)
+
+    torch.manual_seed(1)
+    model, raised = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 10)), 0
+    called = GradSampleModule(model)
+    for _ in range(6):
+        optimizer = DPOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            expected_batch_size=4,
+        )
+        gc.collect()
+        optimizer.original_optimizer.register_step_pre_hook(without_noise)
+        try:
+            optimizer.zero_grad()
+            called(torch.randn(4, 20)).square().mean().backward()
+            optimizer.step()
+        except dpguard.PrivacyViolation:
+            raised += 1
+    assert raised
+    assert guard.internal_errors == ()
+
+
 def test_figures_of_an_optimizer_that_is_gone(guard, late):
     """They are not lost with it."""
     training = Training()

@@ -5,6 +5,7 @@ A figure is copied to the host asynchronously and looked at once the copy is kno
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -44,10 +45,12 @@ class Collector:
 
     Attributes:
         overdue: the error that they ask for, until somebody raises it.
+        owner: the optimizer.
     """
 
     def __init__(self) -> None:
         self.overdue: DPGuardError | None = None
+        self.owner: weakref.ref[Any] | None = None
         self._pending: deque[tuple[torch.Tensor, Any, Receiver]] = deque()
 
     def collect(self, figures: torch.Tensor, receive: Receiver) -> bool:
@@ -70,6 +73,11 @@ class Collector:
         else:
             return False
         return True
+
+    @property
+    def has_news(self) -> bool:
+        """Whether figures are on their way, or an error has not been raised yet."""
+        return self.overdue is not None or self.is_waiting
 
     @property
     def is_waiting(self) -> bool:

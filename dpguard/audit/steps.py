@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from operator import and_
 from typing import TYPE_CHECKING, Any
@@ -67,11 +68,13 @@ class StepAuditor:
         self._emit = emit
         self._report = report
         self._findings = Findings(settings.mode, emit)
-        self._collectors = PerOwner(lambda _: Collector())
+        self._collectors = PerOwner(self._collector_of)
         self._waiting: set[Collector] = set()
         """Those that may have figures on their way, also of optimizers that are gone."""
+        self._orphans: list[Collector] = []
+        """Those of optimizers that are gone, with figures on their way or an error to raise."""
         self._late: DPGuardError | None = None
-        """What was found when everything was asked for, to be raised in the next step."""
+        """What has no optimizer of which a step could raise it: the next step of any does."""
         self._names = (*structure.CHECKS, *(name for check in checks for name in check.names))
         self._hooks: dict[str, tuple[tuple[Check, Any], ...]] = {
             hook: tuple((c, getattr(c, hook)) for c in checks if hook in _overridden(c))
@@ -234,7 +237,7 @@ class StepAuditor:
         """
         self._run("cleared", optimizer)
         collector = self._collectors.of(optimizer)
-        if collector.overdue is not None or self._late is not None or collector.is_waiting:
+        if collector.has_news or self._orphans or self._late is not None:
             self._drain(collector)
 
     def abandon(self, optimizer: Any) -> None:
@@ -251,6 +254,7 @@ class StepAuditor:
         """Wait for all figures that are on their way, and have the checks say what they know."""
         for collector in list(self._waiting):
             self._receive(collector, wait=True)
+        self._adopt()
         for check, finish in self._hooks["flush"]:
             try:
                 for number, failure in finish():
@@ -333,6 +337,27 @@ class StepAuditor:
             for check in checks:
                 step.ran.pop(check, None)
 
+    def _collector_of(self, optimizer: Any) -> Collector:
+        """A new one; should the optimizer be gone before its figures come, others see to it."""
+        collector = Collector()
+        mine = weakref.ref(self)
+
+        def orphan(_owner: Any) -> None:
+            auditor = mine()
+            if auditor is not None and collector.has_news:
+                auditor._orphans.append(collector)
+
+        collector.owner = weakref.ref(optimizer, orphan)
+        return collector
+
+    def _adopt(self) -> None:
+        """What optimizers that are gone have left is raised in the next step of any."""
+        for collector in list(self._orphans):
+            self._receive(collector)
+            self._late, collector.overdue = self._late or collector.overdue, None
+            if not collector.is_waiting and collector in self._orphans:
+                self._orphans.remove(collector)
+
     def _receive(self, collector: Collector, *, wait: bool = False) -> None:
         """Take the figures that have arrived."""
         collector.drain(wait=wait)
@@ -342,6 +367,8 @@ class StepAuditor:
     def _drain(self, collector: Collector, step: Step | None = None) -> None:
         """Take the figures that have arrived, and raise what they ask for."""
         self._receive(collector)
+        if self._orphans:
+            self._adopt()
         error = collector.overdue or self._late
         if error is not None:
             if step is not None:

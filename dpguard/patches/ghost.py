@@ -242,6 +242,12 @@ class GhostPairing(Pairing):
             carried.give_back()  # a loss that reached no parameter is no batch
         return result
 
+    @property
+    def is_drawn(self) -> bool:
+        """Whether somebody of the next batch is to be followed through the graph of its forward."""
+        draws: NormDraws | None = self.ledger.norm_draws
+        return draws is not None and draws.is_due(self)
+
     def _someone(self, losses: torch.Tensor, reduction: str) -> NormDraw | None:
         draws: NormDraws | None = self.ledger.norm_draws
         return draws.draw(self, losses, reduction) if draws is not None else None

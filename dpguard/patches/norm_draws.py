@@ -359,9 +359,13 @@ class NormDraws(Draws):
         """Models that are not to be looked at before the next time."""
         self._found: deque[NormDraw] = deque(maxlen=_KEPT)
 
+    def is_due(self, pairing: GhostPairing) -> bool:
+        """Whether it is time to draw somebody of a batch of this model."""
+        return not self.failed and pairing not in self._idle
+
     def draw(self, pairing: GhostPairing, losses: torch.Tensor, reduction: str) -> NormDraw | None:
         """Someone of a batch that is about to be backpropagated, if it is time."""
-        if self.failed or pairing in self._idle:
+        if not self.is_due(pairing):
             return None
         made: list[NormDraw] = []
         self.attempt(self._draw, made, pairing, losses, reduction)

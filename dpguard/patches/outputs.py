@@ -155,7 +155,7 @@ class _Mark:
 class _OutputHook:
     """The forward hook on a model that Opacus hooked."""
 
-    __slots__ = ("__weakref__", "armed", "draw", "outputs", "pairing")
+    __slots__ = ("__weakref__", "draw", "outputs", "pairing")
 
     def __init__(self, outputs: Outputs, pairing: Pairing) -> None:
         self.outputs = outputs
@@ -163,6 +163,15 @@ class _OutputHook:
         self.armed = True
         self.draw: Draw | None = None
         outputs.hooks.add(self)
+
+    @property
+    def armed(self) -> bool:
+        """Whether the next batch is to be looked at."""
+        return self.pairing.marked
+
+    @armed.setter
+    def armed(self, armed: bool) -> None:
+        self.pairing.marked = armed
 
     @property
     def model(self) -> torch.nn.Module:

@@ -67,6 +67,8 @@ class Pairing:
         self.batch_first = batch_first
         self.orders: dict[int, torch.Tensor] = {}
         """For layers of a recurrent cell fed with packed sequences: see ``Entry.order``."""
+        self.marked = False
+        """Whether the row oracle waits for the next batch, see :mod:`dpguard.patches.outputs`."""
         self._members: set[int] | None = None
         """Identities of the modules of the model; of those that were in it, too."""
         self._registry = registry
@@ -306,6 +308,11 @@ class Pairing:
 
     def on_call(self, record: Record) -> None:
         """A call of a module was recorded."""
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether somebody of the next batch is to be followed through the graph of its forward."""
+        return self.marked
 
     def on_hidden_call(self, module: torch.nn.Module) -> None:
         """``module`` was called without gradients; a reentrant checkpoint may come back to it."""

@@ -176,7 +176,7 @@ class ForwardHook:
         inputs = _in_order(module, args, kwargs) if kwargs else args
         replaced = product = None
         if not structured and output._is_view():
-            product = _product(module, output)
+            product = None if pairing.is_drawn else _product(module, output)
             if product is None:
                 replaced = _own_output(output, [*inputs, *parameters_of(module)])
                 outputs = outputs if replaced is None else [replaced]
@@ -283,7 +283,8 @@ def _in_order(module: torch.nn.Module, args: Any, kwargs: Any) -> list[Any]:
 def _product(module: torch.nn.Module, output: torch.Tensor) -> Any:
     """The node of the product of matrices that the output of a linear layer is a view of.
 
-    Nobody else has the product, and a change in place of the view leaves its node where it is.
+    Nobody else has the product, and a change in place of the view leaves its node where it is, so
+    that the output needs no node of its own; but the row oracle does not get past such a change.
     ``None`` if it is not certain that the output was made in this way.
     """
     if (
