@@ -528,6 +528,29 @@ def test_changes_in_place_of_views(guard):
     not_run(guard)
 
 
+class Sequences(nn.Module):
+    """Linear layers over sequences, whose outputs change in place."""
+
+    def __init__(self, between=lambda h: h):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 2)
+        self.relu, self.between = nn.ReLU(inplace=True), between
+
+    def forward(self, x):
+        return self.last(self.between(self.relu(self.first(x))))
+
+
+def test_outputs_of_linear_layers_that_change_in_place(guard):
+    """The oracle gets past them, in the model and after it."""
+    training = Training(Sequences(), loss=lambda out: squares(out.sub_(0.1)))
+    training.step(torch.randn(BATCH, 3, 6))
+    assert guard.violations == ()
+    assert seen(guard) == (4, 0)
+    mixed = Training(Sequences(lambda h: h + h.mean(0, keepdim=True)))
+    with pytest.raises(dpguard.PrivacyViolation, match=ORACLE):
+        mixed.step(torch.randn(BATCH, 3, 6))
+
+
 def test_gradients_of_gradients_are_refused_as_ever(guard):
     """``create_graph`` is left to the check that refuses it."""
     training = Training(MLP())

@@ -5,7 +5,6 @@ The same kernels of torch are given the same numbers, so bits are those of Opacu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -35,7 +34,7 @@ def matrix_products(
         of_one, each = backprops.unsqueeze(2), inputs.unsqueeze(1)
         return _rows(module, wanted, lambda: of_one.mul(each), lambda: backprops)
     turned = backprops.transpose(1, 2)
-    return _rows(module, wanted, lambda: torch.bmm(turned, inputs), lambda: backprops.sum(1))
+    return _rows(module, wanted, lambda: _summed(turned, inputs), lambda: backprops.sum(1))
 
 
 def unfolded_products(
@@ -47,12 +46,19 @@ def unfolded_products(
     flat = backprops.flatten(2)
 
     def weight() -> torch.Tensor:
-        picks = backprops.shape[3] <= _NARROW and max(module.kernel_size) > 1
-        make = _picked if picks and _is_plain(inputs) else _compat.unfolded
-        patches = make(inputs, *_geometry(module))
-        return torch.bmm(flat, patches.transpose(1, 2)).view(len(flat), *module.weight.shape)
+        geometry = _geometry(module)
+        index = None
+        if backprops.shape[3] <= _NARROW and _is_plain(inputs):
+            index = _index(*inputs.shape[1:], *geometry)
+        patches = _compat.unfolded(inputs, *geometry) if index is None else _picked(inputs, index)
+        return _summed(flat, patches.transpose(1, 2)).view(len(flat), *module.weight.shape)
 
     return _rows(module, wanted, weight, lambda: flat.sum(2))
+
+
+def _summed(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The product of matrices, of shape ``(B, N, K)`` and ``(B, K, M)``, as ``einsum`` makes it."""
+    return one.mul(other) if one.shape[2] == 1 else torch.bmm(one, other)
 
 
 _NARROW = 10
@@ -70,12 +76,14 @@ def _geometry(module: Any) -> tuple[Any, ...]:
     return tuple(value if isinstance(value, str) else tuple(value) for value in own)
 
 
-def _picked(inputs: torch.Tensor, kernel: tuple[int, ...], *geometry: Any) -> torch.Tensor:
+def _picked(inputs: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """The same as :func:`dpguard._compat.unfolded`, which copies line by line."""
     batch, channels, height, width = inputs.shape
-    pixels = inputs.reshape(batch * channels, height * width)
-    found = _padded(pixels).index_select(1, _index(height, width, kernel, *geometry))
-    return found.view(batch, channels * math.prod(kernel), -1)
+    positions = index.shape[-1]
+    found = _padded(inputs.reshape(batch * channels, height * width)).index_select(
+        1, index.flatten()
+    )
+    return found.view(batch, -1, positions)
 
 
 def _padded(pixels: torch.Tensor) -> torch.Tensor:
@@ -83,23 +91,28 @@ def _padded(pixels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(pixels, (1, 0))
 
 
-def _index(*case: Any) -> torch.Tensor:
-    """Where the pixels of all patches of an image are in its :func:`_padded` ones.
+def _index(*case: Any) -> torch.Tensor | None:
+    """Where the pixels of all patches of a channel are in its :func:`_padded` ones.
 
     Args:
-        case: height and width of the image, and what :func:`_geometry` returns.
+        case: shape ``(C, H, W)`` of the images, and what :func:`_geometry` returns.
+
+    Returns:
+        Places of shape ``(kernel, positions)``; ``None`` if the patches need not be copied at all.
     """
-    found: torch.Tensor | None = _indices.get(case)
-    if found is None:
-        height, width, *geometry = case
+    if case in _indices:
+        return _indices[case]
+    _, height, width, *geometry = case
+    index: torch.Tensor | None = None
+    if not _compat.unfolded(torch.empty((2, *case[:3]), device="meta"), *geometry)._is_view():
         numbers = torch.arange(1, 1 + height * width, device="cpu").view(1, 1, height, width)
-        found = _compat.unfolded(numbers, *geometry).flatten()
-        if type(found) is torch.Tensor and len(_indices) < _INDICES_KEPT:  # none that is traced
-            _indices[case] = found
-    return found
+        index = _compat.unfolded(numbers, *geometry)[0]
+    if len(_indices) < _INDICES_KEPT and (index is None or type(index) is torch.Tensor):
+        _indices[case] = index  # none that is traced
+    return index
 
 
-_indices: dict[tuple[Any, ...], torch.Tensor] = {}
+_indices: dict[tuple[Any, ...], torch.Tensor | None] = {}
 _INDICES_KEPT = 256
 
 
