@@ -19,6 +19,8 @@ from importlib import metadata
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from dpguard.callables import at_hand, closure_of
+
 if TYPE_CHECKING:
     import torch
 
@@ -1076,22 +1078,15 @@ def accountants_of(hook: Any, depth: int = _HOOK_DEPTH) -> list[tuple[Any, float
     """
     if hook is None or not depth:
         return []
-    function = getattr(hook, "__func__", hook)
-    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
-    cells = getattr(function, "__closure__", None) or ()
-    held = {}
-    for name, cell in zip(names, cells, strict=True):
-        try:
-            held[name] = cell.cell_contents
-        except ValueError:  # an empty cell
-            continue
+    held = closure_of(hook)
     own, rate = held.get("self"), held.get("sample_rate")
     if _is_accountant(own) and isinstance(rate, (int, float)):
         return [(own, float(rate))]
-    inner = [found for found in held.values() if callable(found)]
-    inner += [*getattr(hook, "hooks", ()), getattr(hook, "func", None)]
-    inner.append(getattr(hook, "__wrapped__", None))
-    return [pair for found in inner for pair in accountants_of(found, depth - 1)]
+    found: dict[int, tuple[Any, float]] = {}
+    for inner in at_hand(hook):
+        if callable(inner) and inner is not hook:
+            found.update((id(pair[0]), pair) for pair in accountants_of(inner, depth - 1))
+    return list(found.values())
 
 
 def _is_accountant(found: Any) -> bool:

@@ -242,6 +242,102 @@ def test_noise_that_cannot_be_seen(guard):
     assert epsilon(guard, training) == accountant.get_epsilon(1e-5)
 
 
+def in_closure(inner):
+    def hook(optimizer):
+        inner(optimizer)
+
+    return hook
+
+
+def in_default(inner):
+    def hook(optimizer, inner=inner):
+        inner(optimizer)
+
+    return hook
+
+
+def in_global(inner):
+    def hook(optimizer):
+        _the_hook_of_before(optimizer)  # noqa: F821
+
+    globals()["_the_hook_of_before"] = inner
+    return hook
+
+
+def in_partial(inner):
+    return functools.partial(lambda first, optimizer: first(optimizer), inner)
+
+
+class Caller:
+    """Calls a hook that it has as an attribute."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, optimizer):
+        self.inner(optimizer)
+
+    def method(self, optimizer):
+        self.inner(optimizer)
+
+
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+@pytest.mark.parametrize("assigned", [True, False])
+@pytest.mark.parametrize(
+    "chain",
+    [in_closure, in_default, in_global, in_partial, Caller, lambda inner: Caller(inner).method],
+)
+def test_a_hook_that_calls_the_former_one_itself(chain, assigned, mode):
+    """As who knows that there is room for one writes it: each step is accounted once."""
+    with dpguard.install(mode=mode) as guard:
+        training = Training()
+        hook = chain(training.optimizer.step_hook)
+        if assigned:
+            training.optimizer.step_hook = hook
+        else:
+            training.optimizer.attach_step_hook(hook)
+        training.epoch()
+        guard.flush()
+        assert causes(guard) == set()
+        assert guard.interventions == ()
+        assert sum(steps for *_, steps in history(training.engine.accountant)) == len(
+            training.loader
+        )
+
+
+def test_the_hook_of_the_same_accountant_takes_the_place_of_the_former(guard):
+    """With another rate, say: as in Opacus, or each step would be told twice."""
+    training = Training()
+    rate = training.loader.sample_rate
+    training.optimizer.attach_step_hook(training.hook(rate))
+    training.epoch()
+    guard.flush()
+    assert causes(guard) == set()
+    assert sum(steps for *_, steps in history(training.engine.accountant)) == len(training.loader)
+    training.optimizer.attach_step_hook(training.hook(rate / 2))
+    with pytest.raises(dpguard.PrivacyViolation, match=r"accounting\.rate"):
+        training.epoch()
+
+
+def test_a_hook_of_an_object_that_knows_other_hooks(guard):
+    """Only what it calls counts: the accountant of another training has no step of this one."""
+
+    class Trainer:
+        def __init__(self, mine, others):
+            self.mine, self.others = mine, others
+
+        def on_step(self, optimizer):
+            self.mine(optimizer)
+
+    training, other = Training(), Training()
+    trainer = Trainer(training.optimizer.step_hook, other.optimizer.step_hook)
+    training.optimizer.attach_step_hook(trainer.on_step)
+    training.epoch()
+    other.epoch()
+    guard.flush()
+    assert causes(guard) == set()
+
+
 def by_hand(sigma=1.0):
     model = MLP()
     called = GradSampleModule(model)

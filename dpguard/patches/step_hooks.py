@@ -1,7 +1,8 @@
 """Step hooks: a DP optimizer has room for one, and the accountant sits in it.
 
 A second ``attach_step_hook()`` would evict the first, and the run would report no budget spent.
-Here both run, in the order in which they were attached.
+Here both run, in the order in which they were attached; but none that the later one calls itself,
+nor one that tells the same accountant, or each step would be told twice.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dpguard import _callsite, _compat, diagnosis
+from dpguard.callables import at_hand
 from dpguard.patches.copies import MINE
 from dpguard.patches.wrapping import EagerWrapper
 from dpguard.patching import ABSENT, Transaction
@@ -91,14 +93,17 @@ class StepHooks:
             hooks = current.hooks if isinstance(current, HookChain) else (current,)
             if added in hooks:
                 return None
-            self._verdicts.intervene(
-                diagnosis.STEP_HOOK,
-                f"{type(real).__name__} had the step hook {_name(hooks[-1])} when "
-                f"{_name(added)} was attached.",
-                site=_callsite.writer(),
-            )
-            if self._verdicts.repairs:
-                added = HookChain((*hooks, added))
+            told = [accountant for accountant, _ in _compat.accountants_of(added)]
+            kept = [h for h in hooks if not (_calls(added, h) or _tells(h, told))]
+            if kept and not _calls(added, current):
+                self._verdicts.intervene(
+                    diagnosis.STEP_HOOK,
+                    f"{type(real).__name__} had the step hook {_name(kept[-1])} when "
+                    f"{_name(added)} was attached.",
+                    site=_callsite.writer(),
+                )
+                if self._verdicts.repairs:
+                    added = HookChain((*kept, added))
             result = wrapped(added)
         self._note(real)
         return result
@@ -116,16 +121,12 @@ def _name(hook: Any) -> str:
     return str(getattr(hook, "__qualname__", type(hook).__qualname__))
 
 
+def _tells(hook: Any, accountants: list[Any]) -> bool:
+    """Whether ``hook`` tells one of these accountants of each step."""
+    mine = [accountant for accountant, _ in _compat.accountants_of(hook)]
+    return any(one is other for one in mine for other in accountants)
+
+
 def _calls(hook: Any, former: Any) -> bool:
     """Whether ``hook`` has ``former`` at hand: a function that was written round it."""
-    held = [cell.cell_contents for cell in getattr(hook, "__closure__", None) or () if _full(cell)]
-    held += [getattr(hook, "__self__", None), getattr(hook, "__wrapped__", None)]
-    held += getattr(hook, "hooks", ())
-    return any(found is former for found in held)
-
-
-def _full(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:  # an empty cell
-        return False
+    return any(found is former for found in at_hand(hook))
