@@ -54,6 +54,7 @@ NOT_CLEARED = "gradients_not_cleared"
 LOSS_SHAPE = "loss_shape"
 LOSSES_OVERLAP = "losses_overlap"
 NOISE_MISSING = "noise_missing"
+NOISE_IN_PART = "noise_in_part"
 NOISE_SCALE = "noise_scale"
 NOISE_REPEATED = "noise_repeated"
 NOISE_DEPENDENT = "noise_dependent"
@@ -341,6 +342,12 @@ _DIAGNOSES = {
     NOISE_MISSING: Diagnosis(
         "nothing was added to the clipped sum where noise is declared and accounted",
         "leave add_noise() to Opacus, or have yours add noise to each parameter of the optimizer",
+        Severity.CRITICAL,
+    ),
+    NOISE_IN_PART: Diagnosis(
+        "nothing was added to some elements of the clipped sum, where noise is declared and "
+        "accounted for all of them",
+        "leave add_noise() to Opacus, or have yours add noise to each element of each parameter",
         Severity.CRITICAL,
     ),
     NOISE_SCALE: Diagnosis(

@@ -719,6 +719,31 @@ def test_noise_that_is_added_to_the_sum_in_place(guard, std, cause):
     assert {v.cause for v in guard.violations} == {causes[cause]}
 
 
+def every_second(noise):
+    noise.flatten()[::2] = 0
+    return noise * 2**0.5
+
+
+def without_first_row(noise):
+    noise[0] = 0
+    return noise
+
+
+@pytest.mark.parametrize("part", [every_second, without_first_row])
+def test_noise_in_a_part_of_the_elements_is_refused_at_once(guard, part):
+    """Where the noise is somebody's own each element is looked at."""
+
+    def add_noise():
+        for p in training.optimizer.params:
+            p.grad = p.summed_grad + part(0.5 * torch.randn(p.shape))
+
+    training = Training()
+    training.optimizer.add_noise = add_noise
+    with pytest.raises(dpguard.PrivacyViolation, match="some elements"):
+        training.step()
+    assert diagnosis.NOISE_IN_PART in {v.cause for v in guard.violations}
+
+
 def test_a_sum_that_is_multiplied_before_the_noise(guard):
     """In place, by an ``add_noise`` that then calls Opacus's."""
 

@@ -43,6 +43,7 @@ _VALUES = 8
 _ENOUGH = 32
 """The noise of tensors that are smaller is drawn in another way, so seeds do not show on them."""
 _EXACT = 1000.0
+_FEW_BARE, _BARE = 4, 0.01
 _CHUNK = 1 << 22
 _ACCURATE = 1 << 18
 """Norms of more elements than these are put together of several: they are sums in float32."""
@@ -155,6 +156,8 @@ class _State:
     drawn: _Drawn | None = None
     seen: bool = False
     said: bool = False
+    others: bool = False
+    """Whether ``add_noise`` is somebody's own."""
 
     def begin(self) -> None:
         self.sums = self.std = self.mark = self.drawn = None
@@ -202,7 +205,8 @@ class Noise(Check):
             state.std = step.noise_std(optimizer)
             if state.std is not None:
                 sums = step.sums
-                if not _compat.is_opacus_method(optimizer, "add_noise"):
+                state.others = not _compat.is_opacus_method(optimizer, "add_noise")
+                if state.others:
                     # It may add the noise to the sums in place.
                     kept = [t.clone() if type(t) is _TENSOR else t for t in sums.tensors]
                     sums = Noted.of(kept)
@@ -249,7 +253,8 @@ class Noise(Check):
         step.run(*self.names if is_due else (SCALE,), count=state.compared)
         for group in state.groups.values():
             if group.indices:
-                self._send(step, state.names, group, (grads, sums, drawn), (std, bound, mark))
+                declared = (std, bound, mark)
+                self._send(step, state, group, (grads, sums, drawn), declared)
         return ()
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
@@ -312,7 +317,7 @@ class Noise(Check):
     def _send(
         self,
         step: Step,
-        names: tuple[str, ...],
+        state: _State,
         group: _Group,
         tensors: tuple[Sequence[Any], Sequence[Any], _Drawn | None],
         declared: tuple[Any, float | None, torch.Tensor | None],
@@ -321,18 +326,20 @@ class Noise(Check):
 
         Args:
             step: the step.
-            names: of all parameters.
+            state: what is known of the optimizer.
             group: the parameters concerned.
             tensors: noised sums and sums before of all parameters, and what was measured of the
                 noise when it was drawn.
             declared: standard deviation, bound of the norm of the sums and their mark.
         """
-        grads, sums, drawn = tensors
-        std, bound, mark = declared
+        names, (grads, sums, drawn), (std, bound, mark) = state.names, tensors, declared
         silent, rich = isinstance(std, float) and not std, group.is_rich
+        bare: list[torch.Tensor] = []
         if drawn is None:
             noised, before = _tensors(group, grads, sums)
             scalars, samples = _differences(group, noised, before, rich=rich and not silent)
+            if state.others:
+                bare = [torch.eq(n, b).sum() for n, b in zip(noised, before, strict=True)]
         else:
             scalars = [drawn.norms[i] for i in group.indices]
             samples = [drawn.values[group.indices[k]] for k in group.sampled] if rich else []
@@ -350,10 +357,11 @@ class Noise(Check):
             scalar = std.detach().reshape(())
             scalars.append(scalar.to(mark.device, group.dtype, non_blocking=True))
             std = None
+        scalars += [count.to(group.dtype) for count in bare]
         figures = torch.stack(scalars)
         if samples:
             figures = torch.cat([figures, *samples])
-        receive = functools.partial(_received, group, names, std, bound)
+        receive = functools.partial(_received, group, names, std, bound, counts=len(bare))
         step.collect(self.names, figures, receive)
 
 
@@ -431,12 +439,24 @@ def _received(
     std: float | None,
     bound: float | None,
     values: list[float],
+    *,
+    counts: int,
 ) -> list[Failure]:
-    """What the figures of one step say."""
+    """What the figures of one step say.
+
+    Args:
+        group: the parameters.
+        names: of all parameters.
+        std: standard deviation that is due, if it is not among the figures.
+        bound: of the norm of the sums, if there is one.
+        values: the figures.
+        counts: of how many parameters it was counted in how many elements nothing was added.
+    """
     count = len(group.sizes)
     norms, mark, rest = values[:count], values[count], values[count + 1 :]
     if std is None:
         std, rest = rest[0], rest[1:]
+    bare, rest = rest[:counts], rest[counts:]
     noised = mark if bound is None else bound + math.sqrt(sum(map(mul, norms, norms)))
     samples = []
     if rest:
@@ -449,10 +469,21 @@ def _received(
         return _failures(verdict, group, names)
     # Values that are rounded to those of the sum have another shape.
     exact = std > _EXACT * _compat.unit_roundoff(group.noised) * max(noised, mark)
+    in_part = [
+        i for i, size, n in zip(group.indices, group.sizes, bare, strict=False) if n > _bare(size)
+    ]
+    if exact and in_part:
+        who = tuple(names[i] for i in in_part)
+        return [Failure(SCALE, diagnosis.NOISE_IN_PART, who)]
     if exact and group.shape.take(itertools.chain(*samples), std):
         who = tuple(names[group.indices[k]] for k in group.sampled)
         return [Failure(SCALE, diagnosis.NOISE_SCALE, who)]
     return []
+
+
+def _bare(size: int) -> float:
+    """In how many of so many elements noise may be rounded away."""
+    return max(_FEW_BARE, size * _BARE)
 
 
 def _silent(group: _Group, names: tuple[str, ...], norms: list[float]) -> list[Failure]:
