@@ -564,6 +564,23 @@ def test_sums_in_low_precision_are_no_faults(mode, dtype):
         assert guard.last_step.checks["conservation"].passed == len(list(model.parameters()))
 
 
+@pytest.mark.skipif(not MIXED, reason="rows of another precision")
+@pytest.mark.parametrize("positions", [2, 40, 400])
+def test_normalisation_under_autocast_is_no_fault(positions):
+    """Torch adds up its gradient in bfloat16 there, over all positions of all samples."""
+
+    def make():
+        return nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 5), nn.Flatten(1))
+
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        training = Training(make, lambda n: torch.randn(n, positions, 32), autocast=True)
+        for batch in (16, 16, 64, 1):
+            training.step(batch=batch)
+        guard.flush()
+        assert guard.violations == ()
+        assert guard.last_step.checks[CONSERVATION].passed == guard.last_step.parameters
+
+
 class Cast(Training):
     """Backwards under autocast, which torch advises against, of forwards under it or not."""
 

@@ -292,3 +292,39 @@ def test_in_another_process(mode, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     same(torch.tensor(json.loads(done.stdout.splitlines()[-1]), dtype=torch.float64), expected)
+
+
+def test_a_copy_that_fails_half_way():
+    """Training goes on, and uninstalling ends it, while somebody holds what there is of the copy."""
+
+    class Uncopied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            self.seen = self.first(x)  # no leaf, so torch copies it not
+            return self.last(self.seen)
+
+    torch.manual_seed(0)
+    model = Uncopied()
+    with dpguard.install(mode="repair", oracle_every=1) as guard:
+        called = GradSampleModule(model)
+        optimizer = DPOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            expected_batch_size=4,
+        )
+        kept = None
+        for _ in range(3):
+            optimizer.zero_grad()
+            called(torch.randn(4, 6)).square().mean().backward()
+            try:
+                copy.deepcopy(called)
+            except RuntimeError as error:
+                kept = error
+            optimizer.step()
+        assert "deepcopy" in str(kept)
+        assert guard.violations == guard.internal_errors == ()
+    assert not any(module._forward_pre_hooks for module in model.modules())

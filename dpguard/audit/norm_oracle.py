@@ -121,7 +121,7 @@ def _factors(
 ) -> _Factors:
     kinds = {parameter.dtype, *part.kinds, *draw.kinds}
     wide = [_compat.at_least_single(kind) for kind in kinds]
-    unit = max(map(_compat.unit_roundoff, [*wide, parameter.dtype] if narrow else wide))
+    unit = max(map(_compat.unit_roundoff, kinds if narrow else wide))
     device, convolves = parameter.device, parameter.dim() > 2  # noqa: PLR2004
     low = max(_compat.operand_roundoff(kind, device, convolves=convolves) for kind in kinds)
     plain = LAMBDA * math.sqrt(draw.widest) * unit

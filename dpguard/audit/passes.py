@@ -78,7 +78,9 @@ def _verdict(
 
 def _limit(parameter: Any, dtype: Any, summands: int, narrow: bool) -> float:
     """The factor of the bound, as for rows; in the scale here nothing cancels."""
-    kind = parameter.dtype if narrow else _compat.at_least_single(dtype)
+    kind = _compat.at_least_single(dtype)
+    if narrow:
+        kind = max(parameter.dtype, dtype, key=_compat.unit_roundoff)
     plain = LAMBDA * math.sqrt(summands) * _compat.unit_roundoff(kind)
     low = max(
         _compat.operand_roundoff(kind, parameter.device, convolves=parameter.dim() > 2)  # noqa: PLR2004

@@ -258,7 +258,9 @@ def _factors(
 ) -> tuple[float, float, bool]:
     """The numbers of :class:`_Limits` for one parameter."""
     device = parameter.device
-    kind = parameter.dtype if narrow else _compat.at_least_single(parameter.dtype)
+    kind = _compat.at_least_single(parameter.dtype)
+    if narrow:
+        kind = max(parameter.dtype, rows_dtype, key=_compat.unit_roundoff)
     plain = LAMBDA * math.sqrt(terms) * _compat.unit_roundoff(kind)
     low = max(
         _compat.operand_roundoff(parameter.dtype, device, convolves=parameter.dim() > 2),  # noqa: PLR2004

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from dpguard import _compat
 from dpguard.patches.draws import Draws
-from dpguard.patches.pairing import Pairing
+from dpguard.patches.pairing import Pairing, is_whole
 from dpguard.patches.records import differentiable, no_hook
 from dpguard.vjp import Pair, Shares, Unfit, added, propagate
 
@@ -179,6 +179,11 @@ class _OutputHook:
         found: torch.nn.Module = self.pairing.hooks._module
         return found
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is a model: not where a copy of one has failed half-way."""
+        return is_whole(self.pairing.hooks)
+
     @_compat.eager
     def __call__(self, _module: torch.nn.Module, _args: Any, output: Any) -> None:
         """Mark the output if it is time."""
@@ -258,6 +263,8 @@ class _OutputHook:
     def remove(self) -> None:
         """Take the hook off the model."""
         self.give_up(self.draw)
+        if not self.is_whole:
+            return
         registered = self.model._forward_hooks
         for key, hook in list(registered.items()):
             if hook is self:
@@ -334,7 +341,9 @@ class Outputs(Draws):
         """The next batch of the models of these parameters is to be looked at."""
         wanted = {id(p) for p in parameters}
         for hook in list(self.hooks):
-            if not self.failed and any(id(p) in wanted for p in hook.model.parameters()):
+            if self.failed or not hook.is_whole:
+                continue
+            if any(id(p) in wanted for p in hook.model.parameters()):
                 hook.arm()
 
     def take(self, parameters: Iterable[torch.Tensor]) -> list[Draw]:

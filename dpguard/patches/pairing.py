@@ -225,6 +225,8 @@ class Pairing:
 
     def _rebuild(self) -> None:
         """Give a deep copy of a paired model, which has our hooks only, those of Opacus."""
+        if not is_whole(self.hooks):
+            return  # the copying failed half-way
         model = self.hooks._module
         if self.computes:
             owners = _hook_dictionaries(model)
