@@ -17,6 +17,8 @@ _CALL_MODULE: CodeType = torch.nn.Module._call_impl.__code__
 _OURS, _OPACUS, _TORCH, _USERS = range(4)
 _FRAMES_OF_A_HOOK = 4
 """Those of a forward hook of ours, at least: to ask a frame for its code is to make an object."""
+_FRAMES_OF_A_CALL = 3
+"""The wrapper's ``forward``, and those of torch that call it."""
 _kinds: dict[str, int] = {}
 _shown: dict[str, str] = {}
 _outer_forwards: dict[int, CodeType] = {}
@@ -131,15 +133,19 @@ class ForwardCaller:
         return user if same and user.f_code is self._code else None
 
     def _found(self, depth: int, outer: FrameType) -> str | None:
-        """The caller of the wrapper, whose frame is ``outer``; to be looked for there again."""
-        frame: FrameType | None = outer
-        self._outer = depth + 1  # as seen from a method that is called
-        while frame is not None:
-            if _kind(frame.f_code.co_filename) == _USERS:
-                self._user, self._code = depth + 1, frame.f_code
-                return _show(frame)
-            depth, frame = depth + 1, frame.f_back
-        return None
+        """The caller of the wrapper, whose frame is ``outer``; to be looked for there again.
+
+        Unless there are frames of others between: those may be a user's the next time.
+        """
+        frame, far = outer, 0
+        while _kind(frame.f_code.co_filename) != _USERS:
+            if frame.f_back is None:
+                return None
+            frame, far = frame.f_back, far + 1
+        if far <= _FRAMES_OF_A_CALL:
+            # As seen from a method that __call__() calls.
+            self._outer, self._user, self._code = depth + 1, depth + far + 1, frame.f_code
+        return _show(frame)
 
 
 def inside_function() -> bool:

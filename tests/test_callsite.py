@@ -132,6 +132,26 @@ def test_a_module_round_a_model_that_takes_a_short_cut(guard):
     assert same(sites(guard), outer.line)
 
 
+def test_functions_between_where_frames_of_torch_were(guard):
+    """A call through another module, and one through as many functions as that has frames."""
+    model, x = GradSampleModule(Nested()), torch.ones(2, 3)
+    outer = nn.Sequential(model)
+
+    def call(through):
+        if through:
+            outer(x)
+            return here(-1)
+        return one_of_three(lambda: one(model, x))[1]
+
+    def one_of_three(function):
+        return function()
+
+    for through in (True, False, True):
+        line = call(through)
+        assert same(sites(guard), line)
+        guard._runtime.ledger.open_calls.clear()
+
+
 def test_a_thread_without_any_line_of_a_user(guard):
     """The stack ends before the depth at which the caller was found."""
     model, x, calls = GradSampleModule(Nested()), torch.ones(2, 3), guard._runtime.ledger.open_calls
