@@ -131,6 +131,13 @@ OPACUS_NO_ACCUMULATION = (
 )
 """Opacus's own words, raised where Opacus raises them, and the way out that it has not."""
 
+NO_OPTIMIZER_TAKES_IT = (
+    "Here it is {!r} whose rows wait, and no step has taken it yet, though others were: it belongs "
+    "to no DP optimizer, like a layer that was put into the model later. Pass it to "
+    "optimizer.add_param_group(), or freeze it with requires_grad_(False)"
+)
+"""What is more likely the cause then."""
+
 
 @dataclass(frozen=True)
 class Diagnosis:

@@ -588,7 +588,14 @@ class Pairing:
         if len(state.entries) == 1 or opened in self.ledger.blocks:
             return
         if state.waiting > 1 and not _compat.allows_accumulation(self.hooks):
-            raise ValueError(diagnosis.OPACUS_NO_ACCUMULATION)
+            raise ValueError(self._no_accumulation(state))
+
+    def _no_accumulation(self, state: ParameterState) -> str:
+        """Why Opacus refuses a second batch before a step, and that none takes this parameter."""
+        said = diagnosis.OPACUS_NO_ACCUMULATION
+        if not state.epoch and any(other.epoch for other in self._states):
+            said = f"{said}. {diagnosis.NO_OPTIMIZER_TAKES_IT.format(state.name)}"
+        return said
 
     def _strengths(
         self,
