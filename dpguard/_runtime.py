@@ -29,7 +29,7 @@ from dpguard.audit.people import People, rows_at_hand
 from dpguard.audit.rows import RowValues
 from dpguard.audit.scaling import Scaling
 from dpguard.audit.steps import StepAuditor
-from dpguard.audit.untouched import Untouched
+from dpguard.audit.untouched import Accumulated, Untouched
 from dpguard.audit.update import Update
 from dpguard.deliveries import Deliveries
 from dpguard.events import (
@@ -116,6 +116,7 @@ class Runtime:
             RowValues(self.ledger),
             PassValues(self.ledger),
             Untouched(),
+            Accumulated(),
             Clip(self.ledger),
             Noise(self.ledger),
             Scaling(),

@@ -572,9 +572,10 @@ _DIAGNOSES = {
         Severity.CRITICAL,
     ),
     SUM_TOUCHED: Diagnosis(
-        "p.summed_grad was changed since the last clipping, so the sum that the noise is added to "
-        "holds what was not clipped, or longer than it was",
-        "leave p.summed_grad to the DP optimizer; scale the loss or the learning rate instead",
+        "p.summed_grad is not what clipping has made, so the sum that the noise is added to holds "
+        "what was not clipped, or longer than it was",
+        "leave p.summed_grad and accumulate() to the DP optimizer; scale the loss or the learning "
+        "rate instead",
         Severity.CRITICAL,
     ),
     CLIP_UNPROVED: Diagnosis(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from digits import Training
-from releases import needs_reshaping
+from releases import needs_ghost, needs_reshaping
 
 import dpguard
 from dpguard import diagnosis
@@ -112,3 +112,42 @@ def test_a_step_that_failed_says_nothing_of_the_next(late):
         delattr(optimizer, name)
         training.run(3)
         assert diagnosis.SUM_TOUCHED not in {v.cause for v in guard.violations}
+
+
+def accumulated(training, times):
+    """An ``accumulate`` of somebody's own, which adds the clipped gradient so many times."""
+    optimizer = training.optimizer
+
+    def accumulate():
+        for p in optimizer.params:
+            mine = times * p.grad
+            p.summed_grad = mine if p.summed_grad is None else p.summed_grad + mine
+
+    optimizer.accumulate = accumulate
+
+
+@needs_ghost
+@pytest.mark.parametrize("times", [2, 10, -1])
+def test_clipped_gradients_that_are_added_several_times_are_refused(times):
+    """In ghost clipping, in the first step: one person would move the sum by as many bounds."""
+    with dpguard.install(mode="repair") as guard:
+        training = Training("ghost")
+        accumulated(training, times)
+        before = training.values()
+        with pytest.raises(dpguard.PrivacyViolation, match=r"clip\.sum.*accumulate"):
+            training.run(1)
+        assert all(torch.equal(a, b) for a, b in zip(before, training.values(), strict=True))
+        assert {v.cause for v in guard.violations} == {diagnosis.SUM_TOUCHED}
+
+
+@needs_ghost
+@pytest.mark.parametrize("times", [1, 0.5, 0])
+def test_an_accumulate_of_the_users_own_that_adds_no_more(times):
+    """Is left alone, with several steps."""
+    with dpguard.install(mode="strict") as guard:
+        training = Training("ghost")
+        accumulated(training, times)
+        training.run(6)
+        guard.flush()
+        assert guard.violations == ()
+        assert guard.internal_errors == ()

@@ -5,6 +5,9 @@ by their identity and version after each clipping, so a step that begins with ot
 proves nothing: a sum that somebody has set to zero, or made shorter, moves less by one person. So
 what the sums were is kept from the first change on, and a sum that then is not that times a factor
 of 0 to 1 was touched by what no clipping bounds. A sum where there was none needs no comparison.
+
+In ghost clipping it is ``p.grad`` that is clipped, and ``accumulate()`` that adds it to the sums.
+Where that is somebody's own, what it adds is compared with what it was given in each step.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.clip import SUM
 from dpguard.patches.lean import Clipping
 
-__all__ = ["Untouched"]
+__all__ = ["Accumulated", "Untouched"]
 
 _OFF = 1e-3
 
@@ -76,7 +79,7 @@ class Untouched(Check):
             found.append(total)
             were.append(copy)
         if names:
-            self._compare(step, tuple(names), found, were)
+            _compare(step, tuple(names), found, were)
         return ()
 
     def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:
@@ -104,31 +107,74 @@ class Untouched(Check):
         """The step has raised, perhaps in the middle of the clipping."""
         self._known.of(optimizer).forget()
 
+
+class Accumulated(Check):
+    """Compares what an ``accumulate()`` of somebody's own makes of clipped gradients with these."""
+
+    def __init__(self) -> None:
+        self._given: PerOwner[dict[int, torch.Tensor]] = PerOwner(lambda _: {})
+
     @torch.no_grad()
-    def _compare(
-        self,
-        step: Step,
-        names: tuple[str, ...],
-        found: list[torch.Tensor],
-        were: list[torch.Tensor | None],
-    ) -> None:
-        """Measure what of the sums is none of what they were."""
-        columns = []
-        for total, copy in zip(found, were, strict=True):
-            rest = total
-            if copy is not None and copy.shape == total.shape and copy.device == total.device:
-                flat, former = total.flatten(), copy.to(total.dtype).flatten()
-                share = torch.nan_to_num((flat @ former) / (former @ former)).clamp(0, 1)
-                rest = flat - share * former
-            columns += [norm.double().to(found[0].device) for norm in (rest.norm(), total.norm())]
+    def begin(self, step: Step, optimizer: Any) -> Failures:
+        """Clipped gradients are there, and have not entered the sums yet."""
+        if _compat.clips_rows(optimizer) or not hasattr(optimizer, "accumulate"):
+            return ()
+        if _compat.is_opacus_method(optimizer, "accumulate"):
+            return ()
+        given = self._given.of(optimizer)
+        for parameter in step.parameters:
+            grad, known = parameter.grad, given.get(id(parameter))
+            if type(grad) is torch.Tensor and grad.layout is torch.strided:
+                given[id(parameter)] = grad.clone() if known is None else known + grad
+        return ()
 
-        def receive(values: list[float]) -> Failures:
-            pairs = zip(names, values[::2], values[1::2], strict=True)
-            who = tuple(name for name, rest, length in pairs if rest > _OFF * length)
-            return [Failure(SUM, diagnosis.SUM_TOUCHED, who)] if who else []
+    def before_noise(self, step: Step, optimizer: Any) -> Failures:
+        """The sums are complete."""
+        given = self._given.get(optimizer)
+        if not given:
+            return ()
+        names, found, were = [], [], []
+        for parameter, name, total in zip(
+            step.parameters, step.names, step.sums.tensors, strict=False
+        ):
+            if type(total) is torch.Tensor:
+                names.append(name)
+                found.append(total)
+                were.append(given.get(id(parameter)))
+        given.clear()
+        if names:
+            _compare(step, tuple(names), found, were)
+        return ()
 
-        step.run(SUM)
-        step.collect((SUM,), torch.stack(columns), receive)
+    def forget(self, optimizer: Any) -> None:
+        """The step has raised."""
+        self._given.of(optimizer).clear()
+
+
+@torch.no_grad()
+def _compare(
+    step: Step,
+    names: tuple[str, ...],
+    found: list[torch.Tensor],
+    were: list[torch.Tensor | None],
+) -> None:
+    """Measure what of the sums is none of what they were."""
+    columns = []
+    for total, copy in zip(found, were, strict=True):
+        rest = total
+        if copy is not None and copy.shape == total.shape and copy.device == total.device:
+            flat, former = total.flatten(), copy.to(total.dtype).flatten()
+            share = torch.nan_to_num((flat @ former) / (former @ former)).clamp(0, 1)
+            rest = flat - share * former
+        columns += [norm.double().to(found[0].device) for norm in (rest.norm(), total.norm())]
+
+    def receive(values: list[float]) -> Failures:
+        pairs = zip(names, values[::2], values[1::2], strict=True)
+        who = tuple(name for name, rest, length in pairs if rest > _OFF * length)
+        return [Failure(SUM, diagnosis.SUM_TOUCHED, who)] if who else []
+
+    step.run(SUM)
+    step.collect((SUM,), torch.stack(columns), receive)
 
 
 def _adds_up(optimizer: Any) -> bool:
