@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from types import FunctionType, MethodType
 from typing import Any
 
 __all__ = ["at_hand", "closure_of"]
@@ -12,36 +14,44 @@ def at_hand(function: Any) -> Iterator[Any]:
     """What a function was written round, if it was: a step hook that calls another one, say.
 
     Values of its closure and defaults, of the global variables and of the attributes of its object
-    that it names, arguments of a ``partial``, and what it wraps.
+    that it names, the parts of a ``partial``, what it wraps, and the ``hooks`` of a chain.
     """
-    plain = getattr(function, "__func__", function)
-    owner = getattr(function, "__self__", None)
-    if getattr(plain, "__code__", None) is None:
-        plain, owner = type(function).__call__ if callable(function) else None, function
-    yield from closure_of(plain).values()
-    yield from getattr(plain, "__defaults__", None) or ()
-    yield from (getattr(plain, "__kwdefaults__", None) or {}).values()
-    attributes, variables = getattr(owner, "__dict__", {}), getattr(plain, "__globals__", {})
-    for name in getattr(getattr(plain, "__code__", None), "co_names", ()):
-        for values in (attributes, variables):
-            if name in values:
-                yield values[name]
+    plain, owner = _code_and_owner(function)
     yield owner
+    if plain is not None:
+        yield from closure_of(plain).values()
+        yield from plain.__defaults__ or ()
+        yield from (plain.__kwdefaults__ or {}).values()
+        for values in (getattr(owner, "__dict__", None), plain.__globals__):
+            if isinstance(values, dict):
+                yield from (values[name] for name in plain.__code__.co_names if name in values)
+    if isinstance(function, functools.partial):
+        yield from (function.func, *function.args, *function.keywords.values())
     yield getattr(function, "__wrapped__", None)
-    yield getattr(function, "func", None)
-    yield from getattr(function, "args", None) or ()
-    yield from (getattr(function, "keywords", None) or {}).values()
-    yield from getattr(function, "hooks", ())
+    hooks = getattr(function, "hooks", None)
+    if isinstance(hooks, tuple):
+        yield from hooks
+
+
+def _code_and_owner(function: Any) -> tuple[FunctionType | None, Any]:
+    """The function that runs when ``function`` is called, and the object that it is given."""
+    plain: Any = function
+    owner: Any = None
+    if isinstance(function, MethodType):
+        plain, owner = function.__func__, function.__self__
+    elif not isinstance(function, FunctionType):
+        plain, owner = getattr(type(function), "__call__", None), function  # noqa: B004
+    return (plain if isinstance(plain, FunctionType) else None), owner
 
 
 def closure_of(function: Any) -> dict[str, Any]:
     """The variables that a function has taken from around it, and what they hold now."""
-    function = getattr(function, "__func__", function)
-    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
-    found = {}
-    for name, cell in zip(names, getattr(function, "__closure__", None) or (), strict=True):
-        try:
-            found[name] = cell.cell_contents
-        except ValueError:  # an empty cell
-            continue
+    plain, _ = _code_and_owner(function)
+    found: dict[str, Any] = {}
+    if plain is not None:
+        for name, cell in zip(plain.__code__.co_freevars, plain.__closure__ or (), strict=True):
+            try:
+                found[name] = cell.cell_contents
+            except ValueError:  # an empty cell
+                continue
     return found

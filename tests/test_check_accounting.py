@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import warnings
@@ -317,6 +318,39 @@ def test_the_hook_of_the_same_accountant_takes_the_place_of_the_former(guard):
     training.optimizer.attach_step_hook(training.hook(rate / 2))
     with pytest.raises(dpguard.PrivacyViolation, match=r"accounting\.rate"):
         training.epoch()
+
+
+class Strange:
+    """A callable with attributes that are named like those of others, and of other kinds."""
+
+    args, keywords, hooks, func = argparse.Namespace(lr=0.1), 3, True, None
+
+    def __call__(self, _optimizer):
+        pass
+
+    def __getattr__(self, name):
+        if name in {"__closure__", "__defaults__", "__wrapped__", "__globals__", "__code__"}:
+            return 7
+        raise AttributeError(name)
+
+
+STRANGE = [
+    Strange(),
+    Strange().__call__,
+    functools.partial(lambda _first, _optimizer: None, Strange()),
+]
+
+
+@pytest.mark.parametrize("added", STRANGE)
+def test_any_callable_may_be_attached(guard, added):
+    """It runs beside the accountant's hook, and nothing that it has is taken for a function's."""
+    training = Training()
+    training.optimizer.attach_step_hook(added)
+    training.epoch()
+    guard.flush()
+    assert causes(guard) == set()
+    assert guard.internal_errors == ()
+    assert sum(steps for *_, steps in history(training.engine.accountant)) == len(training.loader)
 
 
 def test_a_hook_of_an_object_that_knows_other_hooks(guard):
