@@ -357,6 +357,8 @@ def test_rows_of_convolutions_have_the_bits_of_opacus(options, size, reduction, 
     """Whatever the stride, padding or groups; the layer is called twice, its lines long or short."""
     if isinstance(options.get("padding"), str) and not FUNCTORCH:
         pytest.skip("this Opacus knows no padding by name")
+    if isinstance(options.get("dilation"), tuple) and not FUNCTORCH:
+        pytest.skip("this Opacus takes one side of such a kernel for the other")
     torch.manual_seed(4)
     channels = 1 if options.get("one") else 4
     options = {"kernel_size": 3, **{k: v for k, v in options.items() if k != "one"}}
