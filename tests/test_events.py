@@ -157,9 +157,8 @@ def test_sites():
 
 def test_every_cause_has_words():
     """Each cause has a statement and a remedy, without a full stop: they stand in sentences."""
-    causes = [
-        v for k, v in vars(diagnosis).items() if k.isupper() and k != "OPACUS_NO_ACCUMULATION"
-    ]
+    words = {"OPACUS_NO_ACCUMULATION", "NO_OPTIMIZER_TAKES_IT"}
+    causes = [v for k, v in vars(diagnosis).items() if k.isupper() and k not in words]
     causes = [cause for cause in causes if isinstance(cause, str)]
     assert len(causes) > 10
     for cause in causes:

@@ -228,7 +228,8 @@ class RowValues(Check):
         if known is None or known[0] != key:
             tiny = float(torch.finfo(dtype).tiny)
             made = [
-                _factors(step.parameters[i], kinds[i], terms[i], narrow=narrow[i]) for i in compared
+                _factors_of_sum(step.parameters[i], kinds[i], terms[i], narrow=narrow[i])
+                for i in compared
             ]
             plain, low, composed = zip(*made, strict=True)
             floors = tuple([floor(step.parameters[i], kinds[i], terms[i]) for i in compared])
@@ -258,15 +259,23 @@ def _factors(
 ) -> tuple[float, float, bool]:
     """The numbers of :class:`_Limits` for one parameter."""
     device = parameter.device
-    kind = _compat.at_least_single(parameter.dtype)
-    if narrow:
-        kind = max(parameter.dtype, rows_dtype, key=_compat.unit_roundoff)
+    kind = parameter.dtype if narrow else _compat.at_least_single(parameter.dtype)
     plain = LAMBDA * math.sqrt(terms) * _compat.unit_roundoff(kind)
     low = max(
         _compat.operand_roundoff(parameter.dtype, device, convolves=parameter.dim() > 2),  # noqa: PLR2004
         _compat.operand_roundoff(rows_dtype, device, convolves=False),
     )
     return plain, 4 * low, terms > 1
+
+
+def _factors_of_sum(
+    parameter: torch.nn.Parameter, rows_dtype: torch.dtype, terms: int, *, narrow: bool
+) -> tuple[float, float, bool]:
+    """The same where torch may add up a whole batch in the precision that the rows have."""
+    plain, low, composed = _factors(parameter, rows_dtype, terms, narrow=narrow)
+    if narrow:
+        plain = max(plain, LAMBDA * math.sqrt(terms) * _compat.unit_roundoff(rows_dtype))
+    return plain, low, composed
 
 
 def _are_same(parameters: Sequence[torch.nn.Parameter], step: Step) -> bool:
