@@ -64,9 +64,7 @@ def parameters_of(module: torch.nn.Module) -> Iterable[torch.nn.Parameter]:
 
 def trained_of(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Those of them that are trained."""
-    if module._modules:
-        return [p for p in module.parameters() if p.requires_grad]
-    return [p for p in module._parameters.values() if p is not None and p.requires_grad]
+    return [p for p in parameters_of(module) if p.requires_grad]
 
 
 @dataclass
@@ -339,8 +337,7 @@ class Ledger:
             self.name_of(parameter)
             for tally in tallies
             if (module := tally.module()) is not None
-            for parameter in parameters_of(module)
-            if parameter.requires_grad
+            for parameter in trained_of(module)
         ]
         return Dead(
             site,

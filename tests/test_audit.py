@@ -29,6 +29,15 @@ DATA = torch.utils.data.TensorDataset(
 )
 
 
+def optimizer_of(parameters, sigma=1.0, cls=DPOptimizer):
+    return cls(
+        torch.optim.SGD(parameters, lr=0.1),
+        noise_multiplier=sigma,
+        max_grad_norm=1.0,
+        expected_batch_size=4,
+    )
+
+
 class Training:
     """An MLP with a DP optimizer; ``step`` is one step on four samples."""
 
@@ -37,12 +46,7 @@ class Training:
         self.model = MLP()
         self.called = GradSampleModule(self.model)
         parameters = [*self.model.parameters(), *(parameters or ())]
-        self.optimizer = DPOptimizer(
-            torch.optim.SGD(parameters, lr=0.1),
-            noise_multiplier=sigma,
-            max_grad_norm=1.0,
-            expected_batch_size=4,
-        )
+        self.optimizer = optimizer_of(parameters, sigma)
 
     def backward(self, x=None):
         self.optimizer.zero_grad()
@@ -460,12 +464,7 @@ def test_an_error_that_was_not_raised_yet_outlives_its_optimizer(guard):
     model, raised = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 10)), 0
     called = GradSampleModule(model)
     for _ in range(6):
-        optimizer = DPOptimizer(
-            torch.optim.SGD(model.parameters(), lr=0.1),
-            noise_multiplier=1.0,
-            max_grad_norm=1.0,
-            expected_batch_size=4,
-        )
+        optimizer = optimizer_of(model.parameters())
         gc.collect()
         optimizer.original_optimizer.register_step_pre_hook(without_noise)
         try:
@@ -504,12 +503,7 @@ def test_a_wrong_step_in_one_thread_is_refused_there(guard):
             noised.set()
             assert others.wait(60)
 
-    wrong.optimizer = Small(
-        torch.optim.SGD(wrong.model.parameters(), lr=0.1),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        expected_batch_size=4,
-    )
+    wrong.optimizer = optimizer_of(wrong.model.parameters(), cls=Small)
 
     def train():
         try:

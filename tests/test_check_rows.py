@@ -78,6 +78,10 @@ class Training:
         self.optimizer.step()
 
 
+def double_one(parameters):
+    next(iter(parameters.values())).grad_sample[3] *= 2
+
+
 def bench(name, **options):
     return Training(*MODELS[name], **options)
 
@@ -611,10 +615,6 @@ def test_a_wrong_row_in_a_backward_under_autocast_is_found():
     """Rows are held to the roundoff of autocast."""
     with dpguard.install(mode="repair") as guard:
         training = Cast(*MODELS["mlp"])
-
-        def double_one(parameters):
-            next(iter(parameters.values())).grad_sample[3] *= 2
-
         training.tamper = double_one
         training.step()
         guard.flush()
@@ -659,10 +659,6 @@ def test_a_wrong_row_in_half_precision_is_found(size):
     """Gradients within the range of float16 are held to its roundoff."""
     with dpguard.install(mode="repair", oracle_every=1) as guard:
         training = Halved(*MODELS["mlp"], size=size)
-
-        def double_one(parameters):
-            next(iter(parameters.values())).grad_sample[3] *= 2
-
         training.tamper = double_one
         training.step()
         guard.flush()

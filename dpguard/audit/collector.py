@@ -44,13 +44,13 @@ class Collector:
     """First in, first out: figures of one optimizer on their way, and who waits for them.
 
     Attributes:
+        owner: the optimizer, weakly.
         overdue: the error that they ask for, until somebody raises it.
-        owner: the optimizer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owner: weakref.ref[Any]) -> None:
+        self.owner = owner
         self.overdue: DPGuardError | None = None
-        self.owner: weakref.ref[Any] | None = None
         self._pending: deque[tuple[torch.Tensor, Any, Receiver]] = deque()
 
     def collect(self, figures: torch.Tensor, receive: Receiver) -> bool:

@@ -44,6 +44,7 @@ _ENOUGH = 32
 """The noise of tensors that are smaller is drawn in another way, so seeds do not show on them."""
 _EXACT = 1000.0
 _FEW_BARE, _BARE = 4, 0.01
+"""Elements of a parameter, and their share, in which noise may be rounded away."""
 _CHUNK = 1 << 22
 _ACCURATE = 1 << 18
 """Norms of more elements than these are put together of several: they are sums in float32."""
@@ -469,21 +470,18 @@ def _received(
         return _failures(verdict, group, names)
     # Values that are rounded to those of the sum have another shape.
     exact = std > _EXACT * _compat.unit_roundoff(group.noised) * max(noised, mark)
-    in_part = [
-        i for i, size, n in zip(group.indices, group.sizes, bare, strict=False) if n > _bare(size)
-    ]
-    if exact and in_part:
-        who = tuple(names[i] for i in in_part)
-        return [Failure(SCALE, diagnosis.NOISE_IN_PART, who)]
+    shares = {
+        names[i]: n / size
+        for i, size, n in zip(group.indices, group.sizes, bare, strict=False)
+        if n > max(_FEW_BARE, size * _BARE)
+    }
+    if exact and shares:
+        most = max(shares.values())
+        return [Failure(SCALE, diagnosis.NOISE_IN_PART, tuple(shares), figure=most, bound=_BARE)]
     if exact and group.shape.take(itertools.chain(*samples), std):
         who = tuple(names[group.indices[k]] for k in group.sampled)
         return [Failure(SCALE, diagnosis.NOISE_SCALE, who)]
     return []
-
-
-def _bare(size: int) -> float:
-    """In how many of so many elements noise may be rounded away."""
-    return max(_FEW_BARE, size * _BARE)
 
 
 def _silent(group: _Group, names: tuple[str, ...], norms: list[float]) -> list[Failure]:

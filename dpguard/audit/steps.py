@@ -68,11 +68,9 @@ class StepAuditor:
         self._emit = emit
         self._report = report
         self._findings = Findings(settings.mode, emit)
-        self._collectors = PerOwner(self._collector_of)
+        self._collectors = PerOwner(lambda optimizer: Collector(weakref.ref(optimizer)))
         self._waiting: set[Collector] = set()
-        """Those that may have figures on their way, also of optimizers that are gone."""
-        self._orphans: list[Collector] = []
-        """Those of optimizers that are gone, with figures on their way or an error to raise."""
+        """Those with figures on their way or an error to raise, of optimizers that are gone too."""
         self._late: DPGuardError | None = None
         """What has no optimizer of which a step could raise it: the next step of any does."""
         self._names = (*structure.CHECKS, *(name for check in checks for name in check.names))
@@ -236,9 +234,8 @@ class StepAuditor:
             DPGuardError: they were used for what is not private.
         """
         self._run("cleared", optimizer)
-        collector = self._collectors.of(optimizer)
-        if collector.has_news or self._orphans or self._late is not None:
-            self._drain(collector)
+        if self._waiting or self._late is not None:
+            self._drain(self._collectors.of(optimizer))
 
     def abandon(self, optimizer: Any) -> None:
         """The step raised: forget what was gathered for it, keep its number."""
@@ -337,43 +334,35 @@ class StepAuditor:
             for check in checks:
                 step.ran.pop(check, None)
 
-    def _collector_of(self, optimizer: Any) -> Collector:
-        """A new one; should the optimizer be gone before its figures come, others see to it."""
-        collector = Collector()
-        mine = weakref.ref(self)
-
-        def orphan(_owner: Any) -> None:
-            auditor = mine()
-            if auditor is not None and collector.has_news:
-                auditor._orphans.append(collector)
-
-        collector.owner = weakref.ref(optimizer, orphan)
-        return collector
-
     def _adopt(self) -> None:
         """What optimizers that are gone have left is raised in the next step of any."""
-        for collector in list(self._orphans):
-            self._receive(collector)
-            self._late, collector.overdue = self._late or collector.overdue, None
-            if not collector.is_waiting and collector in self._orphans:
-                self._orphans.remove(collector)
+        for collector in list(self._waiting):
+            if collector.owner() is None:
+                self._receive(collector)
+                self._late = self._late or self._settle(collector)
 
     def _receive(self, collector: Collector, *, wait: bool = False) -> None:
         """Take the figures that have arrived."""
         collector.drain(wait=wait)
-        if not collector.is_waiting:
+        if not collector.has_news:
             self._waiting.discard(collector)
+
+    def _settle(self, collector: Collector) -> DPGuardError | None:
+        """The error that the figures ask for, which is to be raised."""
+        error, collector.overdue = collector.overdue, None
+        if not collector.has_news:
+            self._waiting.discard(collector)
+        return error
 
     def _drain(self, collector: Collector, step: Step | None = None) -> None:
         """Take the figures that have arrived, and raise what they ask for."""
         self._receive(collector)
-        if self._orphans:
-            self._adopt()
-        error = collector.overdue or self._late
+        self._adopt()
+        error = self._settle(collector) or self._late
         if error is not None:
             if step is not None:
                 self._close_refused(step)
-            collector.overdue = self._late = None
+            self._late = None
             raise error
 
     def _say_dead(self, step: Step, dead: Sequence[Dead]) -> None:

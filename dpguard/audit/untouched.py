@@ -114,12 +114,13 @@ class Accumulated(Check):
     def __init__(self) -> None:
         self._given: PerOwner[dict[int, torch.Tensor]] = PerOwner(lambda _: {})
 
-    @torch.no_grad()
     def begin(self, step: Step, optimizer: Any) -> Failures:
         """Clipped gradients are there, and have not entered the sums yet."""
-        if _compat.clips_rows(optimizer) or not hasattr(optimizer, "accumulate"):
-            return ()
-        if _compat.is_opacus_method(optimizer, "accumulate"):
+        if (
+            _compat.clips_rows(optimizer)
+            or not hasattr(optimizer, "accumulate")
+            or _compat.is_opacus_method(optimizer, "accumulate")
+        ):
             return ()
         given = self._given.of(optimizer)
         for parameter in step.parameters:
