@@ -135,7 +135,7 @@ class Step:
     """During ``before_noise``: the clipped sums, before anybody could add noise to them."""
     clip: Callable[[], Any] | None = None
     """During ``before_clip``: the code that is about to clip."""
-    send: Callable[[Step, tuple[str, ...], torch.Tensor, Receiver], None] | None = None
+    send: Callable[[Step, tuple[str, ...], Sequence[torch.Tensor], Receiver], None] | None = None
     collector: Collector | None = None
     """Of the figures of this optimizer."""
 
@@ -155,14 +155,16 @@ class Step:
         self.failed.setdefault(failure.check, set()).update(failure.parameters or ("",))
         self.ran.setdefault(failure.check, len(failure.parameters) or 1)
 
-    def collect(self, checks: tuple[str, ...], figures: torch.Tensor, receive: Receiver) -> None:
+    def collect(
+        self, checks: tuple[str, ...], figures: Sequence[torch.Tensor], receive: Receiver
+    ) -> None:
         """Send figures of these checks to the host, without waiting for the device.
 
         Args:
             checks: names of the checks, which are not run if the figures cannot be had.
-            figures: a vector.
-            receive: is given its values some time later, before the end of the step where the
-                device is the CPU; what it returns has failed.
+            figures: tensors on one device that nobody changes any more.
+            receive: is given all their elements, in their order, some time later, before the end of
+                the step where the device is the CPU; what it returns has failed.
         """
         if self.send is None:
             raise RuntimeError("figures of a step that is not under way")

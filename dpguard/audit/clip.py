@@ -129,15 +129,14 @@ class Clip(Check):
 
     def _bound(self, step: Step, optimizer: Any, clipping: Clipping) -> None:
         bound = optimizer.max_grad_norm
-        parts = [*torch._foreach_norm(clipping.blocks), clipping.factors @ clipping.totals]
+        single = torch.mm(clipping.factors.unsqueeze(0), clipping.totals.unsqueeze(1))
+        parts = [*torch._foreach_norm(clipping.blocks), single]
         if isinstance(bound, torch.Tensor):
-            parts.append(bound.reshape(()))
+            parts.append(bound.detach().clone())
         count = sum(clipping.rows.sizes)
         slack = self._slack(count, clipping.rows)
         step.run(BOUND)
-        step.collect(
-            (BOUND,), torch.stack(parts), _judge_bound(len(clipping.blocks), count, bound, slack)
-        )
+        step.collect((BOUND,), parts, _judge_bound(len(clipping.blocks), count, bound, slack))
 
     def _slack(self, count: int, rows: Rows) -> float:
         """Relative rounding error of a clipped sum and of the norms of what it is made of."""
@@ -249,7 +248,7 @@ class Clip(Check):
             cause = diagnosis.CLIP_SENSITIVITY
             return [Failure(SUM, cause, names, figure=values[0], bound=limit)]
 
-        step.collect((SUM,), figure.reshape(1), receive)
+        step.collect((SUM,), [figure], receive)
 
     def _unproved(self, step: Step, owner: Any, rule: Any) -> Failures:
         step.ran.pop(SUM, None)
@@ -323,7 +322,7 @@ class Clip(Check):
                 return ()
             return [Failure(BOUND, diagnosis.CLIP_EXCEEDED, figure=values[0], bound=limit)]
 
-        step.collect((BOUND,), total.reshape(1), receive)
+        step.collect((BOUND,), [total], receive)
 
     @torch.no_grad()
     def _compare(self, step: Step, optimizer: Any, before: _Before) -> None:
@@ -365,13 +364,13 @@ class Clip(Check):
         bound = optimizer.max_grad_norm
         parts = [added, added]  # of the rule nothing is known here but its bound
         if isinstance(bound, torch.Tensor):
-            parts.append(bound.reshape(()).to(added.dtype))
+            parts.append(bound.detach().to(added.dtype, copy=True))
         # Opacus takes norms, and before 1.6 sums, in the precision of the rows.
         rows_dtype = before.rows.pieces[0][0].dtype
         low = _compat.operand_roundoff(rows_dtype, added.device, convolves=False)
         slack = self._slack(count, before.rows) + 4 * low
         step.run(BOUND)
-        step.collect((BOUND,), torch.stack(parts), _judge_bound(1, count, bound, slack))
+        step.collect((BOUND,), parts, _judge_bound(1, count, bound, slack))
 
     # -- figures ---------------------------------------------------------------------------------
 
@@ -440,7 +439,7 @@ class Clip(Check):
             return [Failure(SUM, diagnosis.CLIP_WRONG, who, figure=figure, bound=bound)]
 
         step.run(SUM)
-        step.collect((SUM,), torch.cat([deviations, allowed]), receive)
+        step.collect((SUM,), [deviations, allowed], receive)
 
 
 def _are_of_one_type(rows: Rows) -> bool:

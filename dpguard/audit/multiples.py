@@ -66,7 +66,7 @@ class Samples(NamedTuple):
 @torch.no_grad()
 def without_noise(
     moved: Sequence[Samples], bare: Samples | None, std: Any, least: float
-) -> tuple[list[int], torch.Tensor, Callable[[list[float]], bool]] | None:
+) -> tuple[list[int], list[torch.Tensor], Callable[[list[float]], bool]] | None:
     """What tells whether tensors are multiples of others that have no noise in them.
 
     Args:
@@ -98,7 +98,7 @@ def without_noise(
     if isinstance(std, torch.Tensor):
         std = std.to(ours.device)
     off = ours - multiples.unsqueeze(-1) * others
-    columns = [
+    figures = [
         torch.linalg.vector_norm(off, dim=(1, 2)),
         torch.linalg.vector_norm(ours, dim=(1, 2)),
         torch.linalg.vector_norm(noises, dim=1) * std,
@@ -117,7 +117,7 @@ def without_noise(
             )
         )
 
-    return chosen, torch.cat([column.double() for column in columns]), verdict
+    return chosen, figures, verdict
 
 
 def _is_plain(tensor: Any) -> bool:

@@ -345,7 +345,7 @@ class Noise(Check):
             scalars = [drawn.norms[i] for i in group.indices]
             samples = [drawn.values[group.indices[k]] for k in group.sampled] if rich else []
         if silent:
-            step.collect((SCALE,), torch.stack(scalars), functools.partial(_silent, group, names))
+            step.collect((SCALE,), scalars, functools.partial(_silent, group, names))
             return
         group.due = group.due - 1 if group.due >= 0 else _VALUES_EVERY - 2
         if mark is None or (bound is None and drawn is None):
@@ -353,17 +353,14 @@ class Noise(Check):
             mark = torch.stack(_norms(_tensors(group, grads, sums)[0])).norm()
         if drawn is not None:
             bound = 0.0  # no sum was rounded
-        scalars.append(mark if mark.dtype is group.dtype else mark.to(group.dtype))
+        scalars.append(mark)
         if isinstance(std, torch.Tensor):
-            scalar = std.detach().reshape(())
-            scalars.append(scalar.to(mark.device, group.dtype, non_blocking=True))
+            scalar = std.detach().to(mark.device, group.dtype, non_blocking=True, copy=True)
+            scalars.append(scalar)
             std = None
-        scalars += [count.to(group.dtype) for count in bare]
-        figures = torch.stack(scalars)
-        if samples:
-            figures = torch.cat([figures, *samples])
+        scalars += bare
         receive = functools.partial(_received, group, names, std, bound, counts=len(bare))
-        step.collect(self.names, figures, receive)
+        step.collect(self.names, [*scalars, *samples], receive)
 
 
 def _spread(sizes: Sequence[int], *, often: bool) -> list[int]:
@@ -421,7 +418,7 @@ def _differences(
             for k in group.sampled:
                 if part.start <= k < part.stop:
                     count = min(_VALUES, group.sizes[k])
-                    samples.append(added[k - part.start].as_strided((count,), (1,)))
+                    samples.append(added[k - part.start].as_strided((count,), (1,)).clone())
     return norms, samples
 
 

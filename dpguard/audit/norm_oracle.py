@@ -85,7 +85,7 @@ class NormOracle(Check):
             step.run(ORACLE, count=len(compared))
             figures = [*(_figures(found.part) for found in compared), draw.total, draw.mixing]
             receive = functools.partial(_verdict, step, draw.rows, compared)
-            step.collect((ORACLE,), torch.cat(figures), receive)
+            step.collect((ORACLE,), figures, receive)
 
     def _compared(self, parameter: torch.nn.Parameter, part: Part, draw: NormDraw) -> _Compared:
         state = self._ledger.state(parameter)

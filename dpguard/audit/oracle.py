@@ -148,7 +148,9 @@ class _Compared:
     whole: torch.Tensor
 
 
-def _figures(compared: Sequence[_Compared], draw: Draw, norms: torch.Tensor | None) -> torch.Tensor:
+def _figures(
+    compared: Sequence[_Compared], draw: Draw, norms: torch.Tensor | None
+) -> list[torch.Tensor]:
     """Six figures for each parameter, as :func:`_verdict` reads them, then three of all."""
     norm = torch.linalg.vector_norm
     columns, parts, lengths = [], [], []
@@ -169,9 +171,7 @@ def _figures(compared: Sequence[_Compared], draw: Draw, norms: torch.Tensor | No
     apart.narrow(0, draw.row, 1).fill_(math.inf)
     totals = torch.stack(lengths).sum(0).sqrt().sum()
     finite = totals if norms is None else norms.sum()
-    return torch.stack(
-        [c.double() for c in (*columns, apart.min().clamp(min=0).sqrt(), totals, finite)]
-    )
+    return [*columns, apart.min().clamp(min=0).sqrt(), totals, finite]
 
 
 def _verdict(

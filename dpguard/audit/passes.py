@@ -43,7 +43,7 @@ class PassValues(Check):
             if step.audited and all(mine):
                 step.run(CONSERVATION, count=len(parameters))
                 known = tuple(names[id(p)] for p in parameters)
-                figures = found.figures.flatten()
+                figures = [found.figures]
                 narrow = [self._ledger.state(p).narrow for p in parameters]
                 receive = _verdict(known, found, parameters, narrow)
                 step.collect((CONSERVATION,), figures, receive)

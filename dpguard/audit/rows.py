@@ -180,30 +180,30 @@ class RowValues(Check):
         residuals: list[torch.Tensor],
     ) -> None:
         step.run(FINITE)
-        scales = found.shares @ found.norms
+        scales = torch.mm(found.shares.unsqueeze(0), found.norms)
         if not compared:
             names = step.names
-            step.collect((FINITE,), scales, lambda found: finiteness(names, map(isfinite, found)))
+            step.collect((FINITE,), [scales], lambda found: finiteness(names, map(isfinite, found)))
             return
         step.run(CONSERVATION, count=len(compared))
         limits = self._limit(step, found.rows, compared, residuals[0].dtype)
-        figures = [scales, torch.stack(residuals)]
+        figures = [scales, *residuals]
         if any(limits.composed):
             total = found.shares @ found.totals
-            figures.append(self._strengths(step, found, compared, total))
+            figures += self._strengths(step, found, compared, total)
         root = math.sqrt(sum(found.rows.sizes))
         receive = functools.partial(_verdict, step, compared, limits, root)
-        step.collect((FINITE, CONSERVATION), torch.cat(figures), receive)
+        step.collect((FINITE, CONSERVATION), figures, receive)
 
     def _strengths(
         self, step: Step, found: Clipping | Survey, compared: Sequence[int], total: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> list[torch.Tensor]:
         """What the rows of each parameter would add up to if nothing cancelled in them, at most.
 
         One number for all of them if that was not probed.
         """
         if not any(step.states[i].probed for i in compared):
-            return total.reshape(1)
+            return [total]
         sizes = found.rows.sizes
         shares = [found.shares[sum(sizes[:k])] for k, size in enumerate(sizes) if size]
         strengths = []
@@ -215,7 +215,7 @@ class RowValues(Check):
                 strengths.append(torch.stack(parts).sum())
             else:
                 strengths.append(total)
-        return torch.stack([strength.to(total.dtype) for strength in strengths])
+        return [strength.to(total.dtype) for strength in strengths]
 
     def _limit(self, step: Step, rows: Rows, compared: list[int], dtype: torch.dtype) -> _Limits:
         """The factors of the bound, for each parameter compared; made once for each situation."""

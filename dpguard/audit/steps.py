@@ -147,7 +147,7 @@ class StepAuditor:
         if step.audited and seen.sums:
             names = tuple(name for name, _ in seen.sums)
             step.run(structure.FINITE)
-            flags = finite_flags([total for _, total in seen.sums])
+            flags = [finite_flags([total for _, total in seen.sums])]
             was = [name not in seen.blanked for name in names]
             step.collect(
                 (structure.FINITE,), flags, lambda found: finiteness(names, map(and_, found, was))
@@ -312,7 +312,7 @@ class StepAuditor:
         self,
         step: Step,
         checks: tuple[str, ...],
-        figures: torch.Tensor,
+        figures: Sequence[torch.Tensor],
         receive: Callable[[list[float]], Failures],
     ) -> None:
         collector: Any = step.collector

@@ -175,7 +175,7 @@ def _compare(
         return [Failure(SUM, diagnosis.SUM_TOUCHED, who)] if who else []
 
     step.run(SUM)
-    step.collect((SUM,), torch.stack(columns), receive)
+    step.collect((SUM,), columns, receive)
 
 
 def _adds_up(optimizer: Any) -> bool:

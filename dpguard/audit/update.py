@@ -56,7 +56,7 @@ class _Mine(threading.local):
     """What was measured when gradients were cleared, in the thread that trains the model."""
 
     def __init__(self) -> None:
-        self.pending: list[tuple[Receiver, torch.Tensor]] = []
+        self.pending: list[tuple[Receiver, list[torch.Tensor]]] = []
 
 
 class Update(Check):
@@ -142,9 +142,7 @@ class Update(Check):
             return
         deltas = torch._foreach_sub(values, before)
         dots = [d.to(g.dtype) @ g for d, g in zip(deltas, grads, strict=True)]
-        wide = torch.promote_types(grads[0].dtype, torch.float32)
-        columns = (dots, torch._foreach_norm(deltas), torch._foreach_norm(grads))
-        figures = torch.stack([figure.to(wide) for column in columns for figure in column])
+        figures = [*dots, *torch._foreach_norm(deltas), *torch._foreach_norm(grads)]
         sizes = [value.numel() for value in values]
         self._mine.pending.append((_judge(tuple(names), sizes), figures))
 
@@ -240,7 +238,7 @@ class Update(Check):
         if not pairs:
             return
         step.run(MOVES, count=len(pairs))
-        moved = torch.stack([(now != before).any() for _, now, before in pairs]).float()
+        moved = [(now != before).any() for _, now, before in pairs]
         names = tuple(name for name, _, _ in pairs)
 
         def receive(values: list[float]) -> Failures:
