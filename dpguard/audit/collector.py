@@ -119,7 +119,7 @@ def _joined(figures: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _values(figures: Sequence[torch.Tensor]) -> list[float]:
     """All elements, read one by one: on a CPU that takes less time than to join them."""
-    values: list[float] = []
+    values: list[Any] = []
     for figure in figures:
         if figure.dim() == 0:
             values.append(figure.tolist())

@@ -12,10 +12,10 @@ batch to its noise.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,9 +99,11 @@ class Bounds:
 
     # -- around a step --------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def fixed(self, instance: Any) -> Iterator[None]:
-        """While a physical batch is clipped, and noise is made if it is the last of its batch.
+    def fix(self, instance: Any) -> Callable[[], None] | None:
+        """A physical batch is to be clipped, and noise to be made if it is the last of its batch.
+
+        Returns:
+            What gives the optimizer its own bounds back after that, if others had to be set.
 
         Raises:
             PrivacyViolation: bounds contradict each other, or a parameter has none.
@@ -118,8 +120,7 @@ class Bounds:
             self._continue(instance, logical)
         given, norms = instance.max_grad_norm, getattr(instance, "max_grad_norms", None)
         if not self._verdicts.repairs or (logical.bound is given and logical.norms is norms):
-            yield
-            return
+            return None
         if not _same(logical.bound, given):
             self._say_once(
                 instance,
@@ -129,14 +130,7 @@ class Bounds:
         instance.max_grad_norm = logical.bound
         if norms is not None:
             instance.max_grad_norms = logical.norms
-        try:
-            yield
-        finally:
-            # Adaptive clipping has set the next bound itself; that one stays.
-            if instance.max_grad_norm is logical.bound:
-                instance.max_grad_norm = given
-            if norms is not None:
-                instance.max_grad_norms = norms
+        return functools.partial(_give_back, instance, logical.bound, given, norms)
 
     def _continue(self, instance: Any, logical: _Logical) -> None:
         used = self._used(instance)
@@ -279,6 +273,14 @@ class Bounds:
             if found is not None and found[0]() is parameter:
                 return found[1]
         return None
+
+
+def _give_back(instance: Any, used: Any, given: Any, norms: Any) -> None:
+    """Set the bounds that were ``given``, unless adaptive clipping has set the next one itself."""
+    if instance.max_grad_norm is used:
+        instance.max_grad_norm = given
+    if norms is not None:
+        instance.max_grad_norms = norms
 
 
 def _same(one: Any, other: Any) -> bool:

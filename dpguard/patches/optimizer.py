@@ -254,8 +254,7 @@ class OptimizerPatch:
                 self._part("hooks", self._hooks.before_step, instance)
                 self._part("frozen", self._foreign.before_step, instance)
                 self._audit(self._before, instance)
-                with self._bounds.fixed(instance):
-                    answer = self._mechanism.step(wrapped, instance, args, kwargs)
+                answer = self._private(wrapped, instance, args, kwargs)
                 if answer:
                     self._audit(self._auditor.before_update, instance)
                 stepped = True
@@ -271,6 +270,15 @@ class OptimizerPatch:
                 self._part("protocol", self._protocol.after_step, instance)
             self._audit(self._auditor.after_step, instance, stepped=bool(answer))
         return answer
+
+    def _private(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        """Clip, add noise, scale; all with one bound."""
+        give_back = self._bounds.fix(instance)
+        try:
+            return self._mechanism.step(wrapped, instance, args, kwargs)
+        finally:
+            if give_back is not None:
+                give_back()
 
     def _before(self, instance: Any) -> None:
         if instance not in self._instances:
