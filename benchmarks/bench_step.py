@@ -107,6 +107,49 @@ def cnn() -> nn.Module:
     )  # fmt: skip
 
 
+def mnist_mlp() -> nn.Module:
+    """Images of MNIST, flat: 235,000 parameters."""
+    return nn.Sequential(
+        nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)
+    )
+
+
+def mnist_cnn() -> nn.Module:
+    """Of the sizes of the MNIST example of Opacus."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 8, stride=2, padding=3), nn.ReLU(), nn.MaxPool2d(2, 1),
+        nn.Conv2d(16, 32, 4, stride=2), nn.ReLU(), nn.MaxPool2d(2, 1),
+        nn.Flatten(), nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, 10),
+    )  # fmt: skip
+
+
+def cifar_cnn() -> nn.Module:
+    """Of the sizes of the CIFAR-10 example of Opacus."""
+    widths = [(3, 32), (32, 64), (64, 64)]
+    blocks = [
+        layer
+        for before, after in widths
+        for layer in (nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2))
+    ]
+    return nn.Sequential(
+        *blocks, nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10),
+    )  # fmt: skip
+
+
+class NamesLSTM(nn.Module):
+    """Of the sizes of the example of Opacus that classifies names by their characters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(128, 64), nn.Linear(128, 18)
+        self.rnn = DPLSTM(64, 128, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of shape (B, 18) from characters of shape (B, T)."""
+        return self.head(self.rnn(self.embed(x))[0][:, -1])
+
+
 class Residual(nn.Module):
     """Two convolutions with GroupNorm and a way round them."""
 
@@ -144,6 +187,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]]]
     "cnn": (cnn, lambda b: torch.randn(b, 3, 16, 16)),
     "transformer": (Transformer, lambda b: torch.randint(100, (b, 16))),
     "dplstm": (Recurrent, lambda b: torch.randn(b, 16, 16)),
+    "mnist-mlp": (mnist_mlp, lambda b: torch.randn(b, 784)),
+    "mnist-cnn": (mnist_cnn, lambda b: torch.randn(b, 1, 28, 28)),
+    "cifar-cnn": (cifar_cnn, lambda b: torch.randn(b, 3, 32, 32)),
+    "bert-tiny": (lambda: Transformer(128, 2), lambda b: torch.randint(100, (b, 64))),
+    "names-lstm": (NamesLSTM, lambda b: torch.randint(128, (b, 15))),
     "deep": (lambda: deep(30), lambda b: torch.randn(b, 16)),
     "deep600": (lambda: deep(600), lambda b: torch.randn(b, 16)),
     "resnet": (resnet, lambda b: torch.randn(b, 3, 32, 32)),
