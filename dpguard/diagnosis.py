@@ -58,6 +58,7 @@ NOISE_IN_PART = "noise_in_part"
 NOISE_SCALE = "noise_scale"
 NOISE_REPEATED = "noise_repeated"
 NOISE_DEPENDENT = "noise_dependent"
+NOISE_WITHIN = "noise_repeats_within"
 NOISE_NOT_DUE = "noise_not_due"
 NOISE_UNSEEN = "noise_unseen"
 SCALED_BY_PEOPLE = "scaled_by_people"
@@ -367,6 +368,13 @@ _DIAGNOSES = {
     NOISE_REPEATED: Diagnosis(
         "the same noise was added twice, so it cancels from the difference of two sums",
         "seed the generator once, before the training, and give each optimizer its own",
+        Severity.CRITICAL,
+    ),
+    NOISE_WITHIN: Diagnosis(
+        "the size of the noise varies from step to step by more than that of independent values "
+        "does: values occur several times in it, or its standard deviation is itself random",
+        "draw a value of its own for each element of each parameter, as Opacus's add_noise() does, "
+        "and none in a smaller shape that is broadcast or copied",
         Severity.CRITICAL,
     ),
     NOISE_DEPENDENT: Diagnosis(

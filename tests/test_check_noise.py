@@ -514,6 +514,17 @@ def depending(correlation):
     return make
 
 
+def each_value_twice(optimizer):
+    for p in optimizer.params:
+        half = torch.normal(0.0, 0.5, (p.numel() // 2,), dtype=p.dtype)
+        p.grad = p.summed_grad + half.repeat(2).view_as(p)
+
+
+def of_another_size_each_step(optimizer):
+    std = 0.5 * random.choice((0.9, 1.1)) ** 0.5
+    with_std(std)(optimizer)
+
+
 def one_parameter_without(optimizer):
     DPOptimizer.add_noise(optimizer)
     optimizer.params[1].grad = optimizer.params[1].summed_grad.clone()
@@ -548,7 +559,10 @@ FAULTS = {
     "half of the last noise": (depending(0.5), diagnosis.NOISE_DEPENDENT, BATCH),
     "minus half of the last noise": (depending(-0.5), diagnosis.NOISE_DEPENDENT, BATCH),
     "cached for one parameter": (cached_for_one_parameter, diagnosis.NOISE_REPEATED, BATCH),
+    "each value twice": (lambda: each_value_twice, diagnosis.NOISE_WITHIN, 199),
+    "of another size": (lambda: of_another_size_each_step, diagnosis.NOISE_WITHIN, BATCH),
 }
+FRESHNESS = (diagnosis.NOISE_REPEATED, diagnosis.NOISE_DEPENDENT, diagnosis.NOISE_WITHIN)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -568,8 +582,7 @@ def test_a_fault_is_found(fault, where):
         guard.flush()
         assert causes(guard) == {cause}
         violation = guard.violations[0]
-        fresh = cause in (diagnosis.NOISE_REPEATED, diagnosis.NOISE_DEPENDENT)
-        assert violation.check == (FRESH if fresh else SCALE)
+        assert violation.check == (FRESH if cause in FRESHNESS else SCALE)
         assert violation.severity.value == "CRITICAL"
         if fault == "one parameter without":
             assert violation.parameters == ("body.0.bias",)

@@ -37,8 +37,11 @@ of the mean, with their sum and number for ``T`` and ``N``, has an expectation o
 Signs, because they say nothing of the scale, which is tested above; only what is right in all else
 is judged. Dependence on what was two or more steps ago alone is not seen.
 
-False alarms: at most ``RUN_LEVEL + STEP_LEVEL + REPEAT_LEVEL + STREAK_LEVEL + SIGNS_LEVEL`` < 1e-6
-over a whole run, for each optimizer (and each device and precision that its parameters are on).
+Noise that repeats within a tensor, or among them: see :mod:`dpguard.audit.spread`.
+
+False alarms: at most ``RUN_LEVEL + STEP_LEVEL + REPEAT_LEVEL + STREAK_LEVEL + SIGNS_LEVEL +
+SPREAD_LEVEL`` < 1e-6 over a whole run, for each optimizer (and each device and precision that its
+parameters are on).
 
 Power: each of the ``N`` values with sigma off by 1 % is worth 1e-4 nats; 200 steps of a model with
 2,500 parameters give 50, with a standard deviation of 10, where about 19 are needed: it is found
@@ -65,12 +68,14 @@ from typing import TypeAlias
 import torch
 
 from dpguard.audit.repeats import Print, Repeats
+from dpguard.audit.spread import Spread
 
 __all__ = ["BATCH", "NoiseTest", "NoiseVerdict"]
 
-RUN_LEVEL = 4e-7
+RUN_LEVEL = 3.6e-7
 STEP_LEVEL = 4e-7
 SIGNS_LEVEL = 4e-8
+SPREAD_LEVEL = 4e-8
 BATCH = 32
 """After so many steps the test over the run is evaluated."""
 SLACK = 2e-4
@@ -94,6 +99,7 @@ class NoiseVerdict:
             in all together.
         repeated: indices of those whose noise was there before, or is on another of them as well.
         dependent: indices of those on which it shows that noise depends on that of the step before.
+        within: indices of those whose noise repeats within a step.
         ratio: root mean square of the noise, in units of the declared standard deviation.
     """
 
@@ -101,10 +107,12 @@ class NoiseVerdict:
     wrong: tuple[int, ...] = ()
     repeated: tuple[int, ...] = ()
     dependent: tuple[int, ...] = ()
+    within: tuple[int, ...] = ()
     ratio: float = 1.0
 
     def __bool__(self) -> bool:
-        return bool(self.missing or self.wrong or self.repeated or self.dependent)
+        found = (self.missing, self.wrong, self.repeated, self.dependent, self.within)
+        return any(found)
 
 
 NOTHING = NoiseVerdict()
@@ -192,6 +200,8 @@ class NoiseTest:
             # A product of factors is one again, so that beginning anew costs no false alarms.
             self._carried = former._single
         self._single: float = self._carried
+        known: Spread | None = None if former is None else former._spread
+        self._spread: Spread = Spread(self.sizes, SLACK, known)
         self._rung_ends = 0
         self._needed = 0.0
         self._lows: list[float] = []
@@ -332,11 +342,14 @@ class NoiseTest:
             repeated = ()
         self._all.is_odd = self._all.is_odd or bool(wrong or repeated)
         dependent: tuple[int, ...] = ()
-        if not self._all.is_odd and self._all.of_signs() >= -math.log(SIGNS_LEVEL):
-            dependent = self._sampled
-        if not (wrong or repeated or dependent):
+        within: tuple[int, ...] = ()
+        if not self._all.is_odd:
+            if self._all.of_signs() >= -math.log(SIGNS_LEVEL):
+                dependent = self._sampled
+            within = self._spread.guilty(-math.log(SPREAD_LEVEL))
+        if not (wrong or repeated or dependent or within):
             return NOTHING
-        return NoiseVerdict((), wrong, repeated, dependent, self._all.ratio)
+        return NoiseVerdict((), wrong, repeated, dependent, within, self._all.ratio)
 
     def _take_in(self) -> tuple[int, ...]:
         """Add what is pending; returns which parameters' noise has stayed the same in it."""
@@ -355,6 +368,7 @@ class NoiseTest:
         self._all.squares += math.fsum(squares)
         self._all.slip += slip
         self._all.count += len(norms) * self._size
+        self._spread.take(roots, slips)
         return self._repeats.streaks(roots, slips)
 
     def _weigh(self) -> list[float]:

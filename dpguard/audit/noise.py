@@ -495,6 +495,7 @@ def _failures(verdict: NoiseVerdict, group: _Group, names: tuple[str, ...]) -> l
         (SCALE, diagnosis.NOISE_SCALE, verdict.wrong),
         (FRESH, diagnosis.NOISE_REPEATED, verdict.repeated),
         (FRESH, diagnosis.NOISE_DEPENDENT, verdict.dependent),
+        (FRESH, diagnosis.NOISE_WITHIN, verdict.within),
     )
     return [
         Failure(
