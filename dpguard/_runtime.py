@@ -20,6 +20,7 @@ from dpguard.audit.applied import Applied
 from dpguard.audit.calls import Calls
 from dpguard.audit.check import Check
 from dpguard.audit.clip import Clip
+from dpguard.audit.following import Following
 from dpguard.audit.moved import Moved
 from dpguard.audit.noise import Noise
 from dpguard.audit.norm_oracle import NormOracle
@@ -118,6 +119,7 @@ class Runtime:
             Untouched(),
             Accumulated(),
             Clip(self.ledger),
+            Following(),
             Noise(self.ledger),
             Scaling(),
             Update(self.ledger),

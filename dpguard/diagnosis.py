@@ -91,6 +91,7 @@ NOT_OWNED = "not_owned"
 NEVER_CHANGES = "never_changes"
 CLIP_WRONG = "clipped_sum_wrong"
 CLIP_EXCEEDED = "clipped_sum_too_long"
+BOUND_FROM_DATA = "clip_bound_from_data"
 CLIP_SENSITIVITY = "clip_sensitivity"
 CLIP_UNPROVED = "clip_unproved"
 SUM_TOUCHED = "sum_touched"
@@ -567,6 +568,13 @@ _DIAGNOSES = {
         "max_grad_norm can be together",
         "clip each row, not the gradient of the batch, to optimizer.max_grad_norm over all "
         "parameters together",
+        Severity.CRITICAL,
+    ),
+    BOUND_FROM_DATA: Diagnosis(
+        "max_grad_norm is computed from the norms of the rows, such as their median: one person "
+        "moves the bound, and the size of the noise, for all, which the accountant does not cover",
+        "choose the bound or its schedule without looking at the data, or use adaptive clipping "
+        "(clipping='adaptive'), which adds noise to what it looks at",
         Severity.CRITICAL,
     ),
     CLIP_SENSITIVITY: Diagnosis(

@@ -1,0 +1,153 @@
+"""Following: the clip bound is not made of the norms that it clips, of this batch or the last one.
+
+``max_grad_norm`` may be changed between steps, and schedules do. A bound that is the median of the
+norms of the batch, say, is a function of the data: it shows in the size of the noise, and one
+person moves it for all. Adaptive clipping makes it private by noise of its own.
+
+Whenever the bound has changed, some statistics ``s`` of the norms of the batch at hand and of the
+logical batch before are noted, with the bound ``C`` and the one before it, ``C'``. Whoever takes
+the bound from the data by ``C = a s + b C'``, multiples and moving averages included, has the same
+``a`` and ``b`` each time. :data:`CHANGES` such equations for two unknowns that hold up to
+``_EXACT``, while ``a s`` varies by more than ``_VARIES``, are no chance: of schedules that know
+nothing of the data, fewer than one in 1e9.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dpguard import diagnosis
+from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
+from dpguard.audit.clip import BOUND
+from dpguard.patches.lean import Rows, row_norms
+
+if TYPE_CHECKING:
+    from dpguard.patches.lean import Clipping
+
+__all__ = ["CHANGES", "Following"]
+
+CHANGES = 8
+_QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.8, 0.9, 0.95, 0.99, 1.0)
+_PEOPLE = 4
+_EXACT = 2e-5
+_VARIES = 2e-3
+_NUMBERS = (int, float)
+
+_Equation = tuple[float, float, float]
+"""A bound, a statistic, and the bound before."""
+
+
+@dataclass
+class _Known:
+    """What one optimizer's bound has been, and the norms of its last two logical batches.
+
+    Attributes:
+        bound: of the last step.
+        changes: whether it has ever changed.
+        before: norms of the logical batch before.
+        now: of the physical batches of this one.
+        equations: for each statistic those of the last changes.
+    """
+
+    bound: Any = None
+    changes: bool = False
+    before: torch.Tensor | None = None
+    now: list[torch.Tensor] = field(default_factory=list)
+    equations: list[deque[_Equation]] = field(default_factory=list)
+
+    def take(self, norms: torch.Tensor, *, first: bool) -> None:
+        if first:
+            self.before = torch.cat(self.now) if self.now else None
+            self.now = []
+        self.now.append(norms)
+
+
+class Following(Check):
+    """Compares changes of the clip bound with the norms that are clipped."""
+
+    def __init__(self) -> None:
+        self._known = PerOwner(lambda _: _Known())
+
+    def before_clip(self, step: Step, optimizer: Any) -> Failures:
+        """Code that is not ours is about to clip."""
+        known, bound = self._known.of(optimizer), optimizer.max_grad_norm
+        if isinstance(bound, _NUMBERS) and (known.changes or bound != known.bound):
+            rows = Rows.of(step.parameters)
+            if rows is not None:
+                with torch.no_grad():
+                    norms = torch.linalg.vector_norm(row_norms(rows), dim=1)
+                self._look(step, known, bound, norms)
+        return ()
+
+    def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:
+        """Our own code has clipped."""
+        if clipping is not None:
+            known = self._known.of(optimizer)
+            self._look(step, known, optimizer.max_grad_norm, clipping.totals)
+        return ()
+
+    def forget(self, optimizer: Any) -> None:
+        """The step has raised."""
+        self._known.of(optimizer).now.clear()
+
+    def _look(self, step: Step, known: _Known, bound: Any, norms: torch.Tensor) -> None:
+        known.take(norms, first=step.physical <= 1)
+        if step.physical > 1:
+            return  # the bound is that of the first
+        last, known.bound = known.bound, bound
+        if not (isinstance(last, _NUMBERS) and isinstance(bound, _NUMBERS)) or last == bound:
+            return
+        known.changes = True
+        if not step.audited or norms.numel() < _PEOPLE:
+            return
+        batches = [norms, norms if known.before is None else known.before]
+        figures = [_statistics(batch) for batch in batches]
+        judge = functools.partial(_judge, known, float(bound), float(last))
+        step.collect((BOUND,), figures, judge)
+
+
+@torch.no_grad()
+def _statistics(norms: torch.Tensor) -> torch.Tensor:
+    """What one might make a bound of."""
+    quantiles = torch.tensor(_QUANTILES, dtype=norms.dtype).to(norms.device, non_blocking=True)
+    found = [torch.quantile(norms, quantiles), norms.mean().reshape(1), norms.median().reshape(1)]
+    return torch.cat(found)
+
+
+def _judge(known: _Known, bound: float, last: float, values: list[float]) -> Failures:
+    """Whether the bound has followed one of the statistics for some time."""
+    if not known.equations:
+        known.equations = [deque(maxlen=CHANGES) for _ in values]
+    found = False
+    for equations, value in zip(known.equations, values, strict=True):
+        equations.append((bound, value, last))
+        found = found or (len(equations) == CHANGES and _follows(equations))
+    return [Failure(BOUND, diagnosis.BOUND_FROM_DATA)] if found else []
+
+
+def _follows(equations: Sequence[_Equation]) -> bool:
+    """Whether ``bound = a * statistic + b * last`` for some ``a`` and ``b``."""
+    if not all(math.isfinite(number) for equation in equations for number in equation):
+        return False
+    bounds, values, lasts = zip(*equations, strict=True)
+    vv, vl, ll = _dot(values, values), _dot(values, lasts), _dot(lasts, lasts)
+    bv, bl = _dot(bounds, values), _dot(bounds, lasts)
+    area = vv * ll - vl * vl
+    if area <= 1e-12 * vv * ll:
+        return False
+    a, b = (bv * ll - bl * vl) / area, (bl * vv - bv * vl) / area
+    largest = max(map(abs, bounds))
+    off = max(abs(bound - a * value - b * last) for bound, value, last in equations)
+    varies = abs(a) * (max(values) - min(values))
+    return bool(off <= _EXACT * largest and varies >= _VARIES * largest)
+
+
+def _dot(one: Sequence[float], other: Sequence[float]) -> float:
+    return math.fsum(a * b for a, b in zip(one, other, strict=True))
