@@ -209,6 +209,13 @@ def clip_the_batch(optimizer):
         add(p, s * (optimizer.max_grad_norm / norm).clamp(max=1))
 
 
+def clip_what_autograd_left(optimizer):
+    """The same, of the gradient of the batch that is there already."""
+    length = torch.stack([p.grad.norm() for p in optimizer.params]).norm()
+    for p in optimizer.params:
+        add(p, p.grad * (optimizer.max_grad_norm / length).clamp(max=1.0))
+
+
 def clip_the_mean(optimizer):
     """The mean gradient of the batch is clipped."""
     means = [rows_of(p).mean(0) for p in optimizer.params]
@@ -260,6 +267,7 @@ def a_larger_bound(optimizer):
 
 FAULTS = [
     clip_the_batch,
+    clip_what_autograd_left,
     clip_the_mean,
     clip_micro_batches,
     clip_means_of_micro_batches,

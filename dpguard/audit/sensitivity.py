@@ -60,17 +60,18 @@ def sensitivity(
     if _compat.is_distributed():
         raise Unproved
     person = secrets.randbelow(sum(rows.sizes))
-    bound = optimizer.max_grad_norm
+    bound, mean = optimizer.max_grad_norm, optimizer.loss_reduction == "mean"
     made_up = _made_up(rows, bound, person, generator)
     with as_it_was(optimizer, rows.parameters, rows.parameters[0].device) as rewind:
         try:
-            everyone = _clipped(clip, rows, made_up)
+            everyone = _clipped(clip, rows, made_up, mean=mean)
         except Exception as error:  # whatever the user's code may raise at rows of ours
             raise Unproved from error
         for absent in (_removed, _zeroed):
             rewind()
             try:
-                others = _clipped(clip, rows, [absent(mine, person) for mine in made_up])
+                fewer = [absent(mine, person) for mine in made_up]
+                others = _clipped(clip, rows, fewer, mean=mean)
             except Exception:  # noqa: BLE001, S112 - e.g. a rule that needs pairs of rows
                 continue
             with torch.no_grad():
@@ -142,7 +143,7 @@ def _zeroed(mine: list[torch.Tensor], person: int) -> list[torch.Tensor]:
 
 
 def _clipped(
-    clip: Callable[[], Any], rows: Rows, given: list[list[torch.Tensor]]
+    clip: Callable[[], Any], rows: Rows, given: list[list[torch.Tensor]], *, mean: bool
 ) -> list[torch.Tensor]:
     """What the rule adds up of these rows."""
     held: Any
@@ -152,6 +153,10 @@ def _clipped(
         copies = [piece.clone() for piece in mine]
         held.grad_sample = copies if was_list else copies[0]
         held.summed_grad = None
+        if held.grad is not None:
+            # For a rule that takes the gradient of the batch instead of rows.
+            total = torch.cat(mine).sum(0, dtype=held.dtype)
+            held.grad = (total / sum(map(len, mine)) if mean else total).view_as(held)
     clip()
     sums = []
     for held in rows.parameters:
