@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dpguard
 from dpguard import diagnosis
-from dpguard.audit import coverage
+from dpguard.audit import collector, coverage
 from dpguard.audit.collector import Collector, finite_flags
 from dpguard.events import CheckCount
 
@@ -377,6 +377,21 @@ def late(monkeypatch):
 
     monkeypatch.setattr(Collector, "collect", collect)
     return pending
+
+
+def test_figures_are_the_same_joined_or_one_by_one():
+    """In their order, whatever their shapes and precisions; none is rounded."""
+    figures = [
+        torch.tensor(1.5),
+        torch.tensor(0.1, dtype=torch.float64),
+        torch.tensor(3),
+        torch.ones(1, 2),
+        torch.tensor([4.25, 0.1], dtype=torch.float64),
+        torch.tensor(0.5, dtype=torch.bfloat16),
+    ]
+    values = [1.5, 0.1, 3.0, 1.0, 1.0, 4.25, 0.1, 0.5]
+    assert collector._joined(figures).tolist() == collector._values(figures) == values
+    assert collector._joined(figures[3:4]).tolist() == [1.0, 1.0]
 
 
 def test_figures_that_arrive_later(guard, late):

@@ -51,21 +51,20 @@ class _Known:
     Attributes:
         bound: of the last step.
         changes: whether it has ever changed.
-        before: norms of the logical batch before.
-        now: of the physical batches of this one.
+        before: norms of the physical batches of the logical batch before.
+        now: of those of this one.
         equations: for each statistic those of the last changes.
     """
 
     bound: Any = None
     changes: bool = False
-    before: torch.Tensor | None = None
+    before: list[torch.Tensor] = field(default_factory=list)
     now: list[torch.Tensor] = field(default_factory=list)
     equations: list[deque[_Equation]] = field(default_factory=list)
 
     def take(self, norms: torch.Tensor, *, first: bool) -> None:
         if first:
-            self.before = torch.cat(self.now) if self.now else None
-            self.now = []
+            self.before, self.now = self.now, []
         self.now.append(norms)
 
 
@@ -107,8 +106,7 @@ class Following(Check):
         known.changes = True
         if not step.audited or norms.numel() < _PEOPLE:
             return
-        batches = [norms, norms if known.before is None else known.before]
-        figures = [_statistics(batch) for batch in batches]
+        figures = [_statistics(norms), _statistics(torch.cat(known.before or [norms]))]
         judge = functools.partial(_judge, known, float(bound), float(last))
         step.collect((BOUND,), figures, judge)
 

@@ -215,7 +215,7 @@ class RowValues(Check):
                 strengths.append(torch.stack(parts).sum())
             else:
                 strengths.append(total)
-        return [strength.to(total.dtype) for strength in strengths]
+        return strengths
 
     def _limit(self, step: Step, rows: Rows, compared: list[int], dtype: torch.dtype) -> _Limits:
         """The factors of the bound, for each parameter compared; made once for each situation."""

@@ -154,7 +154,7 @@ def _clipped(
         held.grad_sample = copies if was_list else copies[0]
         held.summed_grad = None
         if held.grad is not None:
-            # For a rule that takes the gradient of the batch instead of rows.
+            # For a rule that takes the gradient of the batch instead of rows; it may change it.
             total = torch.cat(mine).sum(0, dtype=held.dtype)
             held.grad = (total / sum(map(len, mine)) if mean else total).view_as(held)
     clip()
@@ -197,10 +197,6 @@ def as_it_was(
         random.setstate(streams[2])
 
     try:
-        # The gradient of the batch may be changed in place.
-        for parameter, values in fields:
-            if values["grad"] is not None:
-                parameter.grad = values["grad"].detach().clone()
         yield rewind
     finally:
         rewind()
