@@ -580,6 +580,8 @@ _KNOWN_SAMPLERS: dict[tuple[Any, Any], str] = {
     ("opacus.grad_sample.linear", "compute_linear_grad_sample"): "linear",
     ("opacus.grad_sample.dp_rnn", "compute_rnn_linear_grad_sample"): "linear",
     ("opacus.grad_sample.conv", "compute_conv_grad_sample"): "convolution",
+    ("opacus.grad_sample.layer_norm", "compute_layer_norm_grad_sample"): "layer norm",
+    ("opacus.grad_sample.group_norm", "compute_group_norm_grad_sample"): "group norm",
 }
 
 

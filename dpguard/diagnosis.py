@@ -44,6 +44,7 @@ ROW_INEXACT = "row_inexact"
 ROWS_REORDERED = "rows_reordered"
 NORM_OF_ANOTHER = "norm_of_another"
 NORM_INEXACT = "norm_inexact"
+NORM_OF_ROUNDING = "norm_of_rounding"
 NORMS_REORDERED = "norms_reordered"
 GRADIENT_HOOK = "gradient_hook"
 LOSS_REDUCTION = "loss_reduction"
@@ -299,6 +300,16 @@ _DIAGNOSES = {
         "use grad_sample_mode='hooks' for this model, or find what goes round the layer: a weight "
         "that is used outside of its module, Embedding(scale_grad_by_freq), hooks on "
         "the gradient",
+        Severity.CRITICAL,
+    ),
+    NORM_OF_ROUNDING: Diagnosis(
+        "the inputs that a normalisation takes the mean off hardly differ from it, so its gradient "
+        "is made of rounding errors, which are others in the backward that is clipped than in the "
+        "one that the norms are of, and no norm bounds them",
+        "use grad_sample_mode='hooks', which clips the rows as they are; or leave out what has "
+        "nothing to normalise: groups of one element (as ModuleValidator.fix makes of a "
+        "BatchNorm1d over features), blank images; or subtract a constant from inputs that are "
+        "far from zero",
         Severity.CRITICAL,
     ),
     ROW_OF_ANOTHER: Diagnosis(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dpguard import _compat
+from dpguard.conditioning import Moments, joined
 from dpguard.precision import computed_in, note_precision
 
 __all__ = [
@@ -31,6 +32,7 @@ UNKNOWN = -1
 """Segment of rows that are not from here."""
 
 _SAMPLED = 256
+_MOMENTS_KEPT = 64
 _detach = torch._C.TensorBase.detach
 
 
@@ -252,6 +254,7 @@ class ParameterState:
         "keeps",
         "kept",
         "model",
+        "moments",
         "name",
         "narrow",
         "paired",
@@ -284,6 +287,8 @@ class ParameterState:
         """Whether the strength of rows is wanted."""
         self.cancels = False
         """Whether nearly everything cancels in its rows, so that it is wanted in each step."""
+        self.moments: list[Moments] = []
+        """Of the inputs of the calls whose rows are there, if it scales normalised ones."""
         self.narrow = False
         """Whether autograd may add its gradient up in no better precision than its own."""
         self.reduction: str | None = None
@@ -316,6 +321,12 @@ class ParameterState:
         self.version = parameter._version
         if self.keeps:
             self.kept = sample_of(_detach(parameter))
+
+    def note_moments(self, moments: Moments) -> None:
+        """Another call has scaled normalised inputs."""
+        if len(self.moments) >= _MOMENTS_KEPT:
+            self.moments = [joined(self.moments)]
+        self.moments.append(moments)
 
     def sync(self, parameter: torch.Tensor) -> list[torch.Tensor]:
         """Take over what somebody else did to ``p.grad_sample``; its tensors, one per entry."""

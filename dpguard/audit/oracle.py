@@ -14,8 +14,9 @@ nothing is said of that parameter.
 The bound is that of :mod:`dpguard.audit.rows`, twice, for row and share are both computed; where
 the products of a row cancel, those of low precision do not cancel exactly, so that the share of the
 whole has their roundoff as well. Of how many products they are sums is not known; it is taken to be
-the number of elements per person of the largest gradient on the way, which is not less. What was
-lost below the range of float16 is larger in a row than in her share by the same factor as the rest.
+the number of elements per person of the largest gradient on the way, which is not less. Rows of a
+weight that scales normalised inputs have their condition, as there. What was lost below the range
+of float16 is larger in a row than in her share by the same factor as the rest.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ import torch
 from dpguard import diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.rows import factors, floor
+from dpguard.conditioning import conditions
 from dpguard.ledger import Ledger
 from dpguard.patches.lean import Clipping, Rows
 from dpguard.patches.sums import flat
 from dpguard.precision import computed_in
 
 if TYPE_CHECKING:
+    from dpguard.conditioning import Moments
     from dpguard.patches.outputs import Draw, Outputs
 
 __all__ = ["CERTAIN", "ORACLE", "TIMES", "RowOracle", "failure"]
@@ -105,12 +108,13 @@ class RowOracle(Check):
             piece = self._rows_of(draw, parameter, pieces) if shares is not None else None
             if shares is None or piece is None or piece.shape[0] != draw.rows:
                 continue
-            narrow = self._ledger.state(parameter).narrow
+            state = self._ledger.state(parameter)
+            narrow, moments = state.narrow, tuple(state.moments)
             wide = torch.promote_types(parameter.dtype, torch.float32)
             mine, whole = (share.reshape(-1).to(wide) * draw.factor for share in shares[1])
             matrix = flat(piece).to(wide)
             found.append(
-                _Compared(name, parameter, computed_in(piece), narrow, matrix, mine, whole)
+                _Compared(name, parameter, computed_in(piece), narrow, matrix, mine, whole, moments)
             )
         return found
 
@@ -137,6 +141,7 @@ class _Compared:
         rows: of shape ``(B, p.numel())``, as the next two in single precision at least.
         mine: what the row of the person drawn should be.
         whole: what all rows together should be.
+        moments: of the inputs that it has scaled.
     """
 
     name: str
@@ -146,12 +151,16 @@ class _Compared:
     rows: torch.Tensor
     mine: torch.Tensor
     whole: torch.Tensor
+    moments: tuple[Moments, ...]
 
 
 def _figures(
     compared: Sequence[_Compared], draw: Draw, norms: torch.Tensor | None
 ) -> list[torch.Tensor]:
-    """Six figures for each parameter, as :func:`_verdict` reads them, then three of all."""
+    """Six figures for each parameter, as :func:`_verdict` reads them, then three of all.
+
+    And the condition of each call that has normalised inputs.
+    """
     norm = torch.linalg.vector_norm
     columns, parts, lengths = [], [], []
     for found in compared:
@@ -171,7 +180,8 @@ def _figures(
     apart.narrow(0, draw.row, 1).fill_(math.inf)
     totals = torch.stack(lengths).sum(0).sqrt().sum()
     finite = totals if norms is None else norms.sum()
-    return [*columns, apart.min().clamp(min=0).sqrt(), totals, finite]
+    worst = conditions([moments for found in compared for moments in found.moments])
+    return [*columns, apart.min().clamp(min=0).sqrt(), totals, finite, *worst]
 
 
 def _verdict(
@@ -183,18 +193,23 @@ def _verdict(
         [factors(f.parameter, f.dtype, count, narrow=f.narrow)[0] for f in compared]
         for count in (draw.widest, draw.widest * draw.rows)
     )
+    scaling = [i for i, found in enumerate(compared) for _ in found.moments]
     larger = max(draw.factor, math.sqrt(draw.rows))
     lost = [larger * floor(f.parameter, f.dtype, 1) for f in compared]
 
     def receive(values: list[float]) -> list[Failure]:
-        *by_parameter, elsewhere, totals, finite = values
+        count = 6 * len(names)
+        by_parameter, (elsewhere, totals, finite, *measured) = values[:count], values[count:]
         per = [by_parameter[i : i + 6] for i in range(0, len(by_parameter), 6)]
         if not math.isfinite(finite + totals):
             return []  # that is another check's, and not for the log to tell
+        worst = [1.0] * len(names)
+        for i, condition in zip(scaling, measured, strict=True):
+            worst[i] = max(worst[i], condition)
         known = [
             i
             for i, (_, _, _, short, _, size) in enumerate(per)
-            if short <= together[i] * (size + totals) + lost[i]
+            if short <= together[i] * (size + worst[i] * totals) + lost[i]
         ]
         if not known:
             step.ran.pop(ORACLE, None)
@@ -207,7 +222,7 @@ def _verdict(
         found: dict[str, list[tuple[str, float, float]]] = {}
         for i in known:
             wrong, own = per[i][0], sizes[i]
-            bound = 2 * alone[i] * (own + whole) + lost[i]
+            bound = 2 * alone[i] * (own + worst[i] * whole) + lost[i]
             if wrong <= bound:
                 continue
             certain = wrong > max(CERTAIN * own, TIMES * bound)

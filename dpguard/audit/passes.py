@@ -2,7 +2,8 @@
 
 See :mod:`dpguard.audit.rows` for the bound, and :mod:`dpguard.patches.pass_sums` for the sketch. A
 difference is worse here than in hooks mode: there, a gradient that has no rows is dropped; here it
-meets clip factors that know nothing of it, so the clipped sum is no longer bounded.
+meets clip factors that know nothing of it, so the clipped sum is no longer bounded. That holds for
+rounding as well, where a normalisation makes that large (:mod:`dpguard.conditioning`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ __all__ = ["PassValues"]
 _LEAST = 1e-12
 """A scale that is smaller is none: in single precision the square of 1e-19 vanishes in a norm, here
 of backprops that are multiplied with inputs of any ordinary size. No clip bound is near that."""
+_VISIBLE = 1e-3
+"""Rounding of normalised inputs is no contribution to speak of if it is a smaller part."""
 
 
 class PassValues(Check):
@@ -58,22 +61,25 @@ def _verdict(
 
     def receive(values: list[float]) -> list[Failure]:
         count = len(names)
-        differences, scales = values[:count], values[count:]
-        bounds = [limit * max(scale, _LEAST) for limit, scale in zip(limits, scales, strict=True)]
-        wrong = [
-            (name, difference, bound)
-            for name, difference, bound in zip(names, differences, bounds, strict=True)
+        figures = [values[i : i + count] for i in range(0, len(values), count)]
+        found: dict[str, list[tuple[str, float, float]]] = {}
+        for name, limit, off, scale, rounded in zip(names, limits, *figures, strict=True):
+            bound, rounding = limit * max(scale, _LEAST), limit * rounded
             # What is not finite is another check's.
-            if math.isfinite(bound) and math.isfinite(difference) and difference > bound
-        ]
-        if not wrong:
-            return []
-        concerned = tuple(name for name, _, _ in wrong)
-        figure, bound = wrong[0][1:]
-        cause = diagnosis.NORMS_INCOMPLETE
-        return [Failure(CONSERVATION, cause, concerned, figure=figure, bound=bound)]
+            if not (math.isfinite(bound) and math.isfinite(off)) or off <= bound:
+                continue
+            if off > rounding:
+                found.setdefault(diagnosis.NORMS_INCOMPLETE, []).append((name, off, bound))
+            elif off > _VISIBLE * scale:
+                found.setdefault(diagnosis.NORM_OF_ROUNDING, []).append((name, off, bound))
+        return [_failure(cause, wrong) for cause, wrong in found.items()]
 
     return receive
+
+
+def _failure(cause: str, wrong: list[tuple[str, float, float]]) -> Failure:
+    (_, figure, bound), names = wrong[0], tuple(name for name, _, _ in wrong)
+    return Failure(CONSERVATION, cause, names, figure=figure, bound=bound)
 
 
 def _limit(parameter: Any, dtype: Any, summands: int, narrow: bool) -> float:

@@ -29,6 +29,10 @@ What measures partial sums:
   which is larger, so a small fault is found in the next step that is probed. Where Opacus computes
   the rows (``observe``) nothing is probed, and a small fault in such rows is not found.
 
+* Rows of a weight that scales normalised inputs are as wrong as these are, see
+  :mod:`dpguard.conditioning`. A condition that the factors above do not cover is multiplied with
+  the sum over the people of the norm of their gradients, of which backprops are a part.
+
 Finiteness is read off the norms, which clipping needs anyway.
 """
 
@@ -49,6 +53,7 @@ from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.coverage import FINITE
 from dpguard.audit.survey import Survey
+from dpguard.conditioning import conditions
 from dpguard.ledger import Ledger
 from dpguard.patches.lean import Clipping
 from dpguard.precision import computed_in
@@ -162,6 +167,13 @@ class RowValues(Check):
         self._count(optimizer, step)
         return ()
 
+    def before_update(self, step: Step, optimizer: Any) -> Failures:
+        """The rows are used."""
+        for state in step.states:
+            if state.moments:
+                state.moments = []
+        return ()
+
     def _count(self, optimizer: Any, step: Step) -> None:
         """Have the strength of the rows probed in the next step, if it is time."""
         count = self._compared[optimizer] = self._compared.get(optimizer, 0) + 1
@@ -188,11 +200,15 @@ class RowValues(Check):
         step.run(CONSERVATION, count=len(compared))
         limits = self._limit(step, found.rows, compared, residuals[0].dtype)
         figures = [scales, *residuals]
-        if any(limits.composed):
+        conditioned = [k for k, i in enumerate(compared) for _ in step.states[i].moments]
+        if conditioned or any(limits.composed):
             total = found.shares @ found.totals
+            figures.append(total)
+            figures += conditions([m for i in compared for m in step.states[i].moments])
+        if any(limits.composed):
             figures += self._strengths(step, found, compared, total)
         root = math.sqrt(sum(found.rows.sizes))
-        receive = functools.partial(_verdict, step, compared, limits, root)
+        receive = functools.partial(_verdict, step, compared, limits, root, conditioned=conditioned)
         step.collect((FINITE, CONSERVATION), figures, receive)
 
     def _strengths(
@@ -200,10 +216,10 @@ class RowValues(Check):
     ) -> list[torch.Tensor]:
         """What the rows of each parameter would add up to if nothing cancelled in them, at most.
 
-        One number for all of them if that was not probed.
+        Nothing if that was not probed.
         """
         if not any(step.states[i].probed for i in compared):
-            return [total]
+            return []
         sizes = found.rows.sizes
         shares = [found.shares[sum(sizes[:k])] for k, size in enumerate(sizes) if size]
         strengths = []
@@ -306,6 +322,8 @@ def _verdict(
     limits: _Limits,
     root: float,
     values: list[float],
+    *,
+    conditioned: Sequence[int],
 ) -> Failures:
     """What to make of the figures.
 
@@ -315,27 +333,34 @@ def _verdict(
         limits: of these.
         root: of the number of rows.
         values: for each parameter the weighted sum of the norms of its rows; for those that were
-            compared the residual, and the strength of the rows or one number for all of them.
+            compared the residual; where that is not all, the same sum for all parameters together,
+            the condition of each call that has normalised inputs, and where they were probed the
+            strengths of the rows.
+        conditioned: for each such call which of those that were compared has scaled its values.
     """
     scales, values = values[: len(step.names)], values[len(step.names) :]
     if not isfinite(sum(scales)):
         return finiteness(step.names, map(isfinite, scales))
-    residuals, strengths = values[: len(compared)], values[len(compared) :]
+    residuals, (total, *further) = values[: len(compared)], values[len(compared) :] or (0.0,)
+    worst, strengths = further[: len(conditioned)], further[len(conditioned) :]
     if len(compared) < len(scales):
         scales = [scales[i] for i in compared]
-    if len(strengths) == len(compared):
+    if strengths:
         most = sum(scales)
         for i, strength in zip(compared, strengths, strict=True):
             # In these nearly everything cancels, and nothing else tells how much of it is rounding.
             state = step.states[i]
             state.cancels = strength > most
             state.probed = state.probed or state.cancels
-    if strengths:
-        each = strengths * len(compared) if len(strengths) == 1 else strengths
-        scales = [
-            max(scale, strength) if composed else scale
-            for scale, strength, composed in zip(scales, each, limits.composed, strict=True)
-        ]
+    scales = [
+        max(scale, strength) if composed else scale
+        for scale, strength, composed in zip(
+            scales, strengths or [total] * len(scales), limits.composed, strict=True
+        )
+    ]
+    for k, condition in zip(conditioned, worst, strict=True):
+        if not condition <= LAMBDA:
+            scales[k] = max(scales[k], condition * total)
     bounds = [
         max((plain * root + low) * scale + lost * root, limits.tiny)
         for plain, low, scale, lost in zip(

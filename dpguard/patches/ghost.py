@@ -439,7 +439,9 @@ class GhostPairing(Pairing):
         self, record: Record, arranged: Arranged, wanted: list[torch.nn.Parameter]
     ) -> None:
         for parameter, rows in self._rows(record, arranged, wanted).items():
-            self._sums.add_rows(parameter, rows, arranged, self._share(record))
+            scales = parameter is record.module._parameters.get("weight")
+            moments = record.moments if scales else None
+            self._sums.add_rows(parameter, rows, arranged, self._share(record), moments)
             found = self._found.setdefault(id(parameter), _Contribution())
             self._materialise(found, parameter)
             found.add_rows(rows)

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 
 from dpguard import _compat
-from dpguard.patches.products import Products, matrix_products, unfolded_products
+from dpguard.conditioning import Measure, measure_of
+from dpguard.patches.products import (
+    Products,
+    matrix_products,
+    scaled_channels,
+    scaled_values,
+    unfolded_products,
+)
 
 __all__ = ["LayerKind", "Roster", "row_by_row"]
 
@@ -23,6 +30,7 @@ class LayerKind:
         sampler: computes the rows, ``sampler(module, activations, backprops)``.
         is_fresh: the sampler keeps no reference to the rows that it returns.
         is_cell_layer: a layer of one of Opacus's recurrent cells.
+        measure: normalises as the layer does, if it takes off a mean.
         products: what the sampler computes as well, in fewer calls; ``None`` if there is no such
             function.
         reads_memory: the sampler is right only if inputs lie in memory row by row.
@@ -34,6 +42,7 @@ class LayerKind:
         "is_cell_layer",
         "is_fresh",
         "is_replayed",
+        "measure",
         "products",
         "reads_memory",
         "registered",
@@ -46,6 +55,7 @@ class LayerKind:
         self.sampler: Callable[..., Any] = _compat.grad_sampler(hooks, module)
         self.is_fresh = _compat.rows_are_fresh(hooks, module)
         self.is_cell_layer = _compat.is_rnn_linear(module)
+        self.measure: Measure | None = measure_of(type(module))
         self.products: Products | None = None
         if not self.is_replayed:
             self.products = _PRODUCTS.get(_compat.known_sampler(self.registered))
@@ -92,6 +102,8 @@ def row_by_row(tensor: torch.Tensor) -> torch.Tensor:
 _PRODUCTS: dict[str | None, Products] = {
     "linear": matrix_products,
     "convolution": unfolded_products,
+    "layer norm": scaled_values,
+    "group norm": scaled_channels,
 }
 
 

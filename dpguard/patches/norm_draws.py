@@ -27,6 +27,7 @@ import torch
 from dpguard import _compat
 from dpguard._errors import DPGuardError
 from dpguard.audit.rows import LAMBDA
+from dpguard.conditioning import conditions
 from dpguard.patches.draws import Draws
 from dpguard.precision import precision_of
 from dpguard.vjp import Pair, Unfit, propagate
@@ -50,7 +51,8 @@ class Part:
         figures: norm of the person's gradient; how far ``p.grad`` is off the gradient of all
             losses, and the norm of that, both as of their sum.
         kinds: precisions of what its layer was given.
-        scale: norm that the person's gradient would have if nothing cancelled in it.
+        scale: norm that the person's gradient would have if nothing cancelled in it, times the
+            condition of normalised inputs.
         square: what rounding may add to the square of a norm that is not that of a row.
         norms: sum of all people's norms of which clip factors are made, and the person's.
     """
@@ -76,6 +78,10 @@ class _Layer:
     scale: torch.Tensor | None = None
     square: torch.Tensor | None = None
     is_known: bool = True
+
+    def strengthen(self, scale: torch.Tensor) -> None:
+        """There is another call."""
+        self.scale = scale if self.scale is None else self.scale + scale
 
 
 @dataclass(frozen=True)
@@ -193,11 +199,12 @@ class NormDraw:
         if backprops.dim() > dimension and backprops.shape[dimension] == self.rows:
             row = self._row if people is None else None
             scale, square = self._strength(inputs, backprops, dimension, row)
+        record.measure([a.movedim(dimension, 0) if _is_float(a) else a for a in inputs])
         for parameter in record.trained:
             layer = self._layers.setdefault(id(parameter), _Layer(set()))
             layer.kinds |= kinds
             if scale is not None:
-                layer.scale = scale if layer.scale is None else layer.scale + scale
+                layer.strengthen(scale * _condition(record, parameter))
             if not is_ghost:
                 continue
             if square is None:
@@ -417,6 +424,14 @@ class NormDraws(Draws):
     def give_up(self) -> None:
         """What was found is not told."""
         self._found.clear()
+
+
+def _condition(record: Record, parameter: torch.nn.Parameter) -> torch.Tensor | float:
+    """By how much rounding errors of normalised inputs are larger than those of others."""
+    moments = record.moments
+    if moments is None or parameter is not record.module._parameters.get("weight"):
+        return 1.0
+    return conditions([moments])[0].clamp(min=1)
 
 
 def _is_float(value: Any) -> bool:

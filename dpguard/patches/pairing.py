@@ -351,6 +351,7 @@ class Pairing:
         if not record.hook.computes:
             task.published.update(id(p) for p in wanted)
             self._note_terms(task, record, backprops, wanted)
+            self._note_moments(record)
             return
         if record.activations is None:
             self.condemn(record, diagnosis.GRAPH_FREED)
@@ -360,6 +361,7 @@ class Pairing:
             return
         arranged = self._arranged(task, record, record.activations, backprops)
         self._take(record, task, arranged, wanted)
+        self._note_moments(record)
         if not task.keeps_graph:
             record.activations = record.outline = None
 
@@ -384,6 +386,13 @@ class Pairing:
             task.terms[id(parameter)] = terms
             state = self.ledger.state(parameter)
             state.summands = max(state.summands, terms)
+
+    def _note_moments(self, record: Record) -> None:
+        """What is scaled by a weight was normalised before, with an error that its rows have."""
+        if record.moments is not None:
+            weight = record.module._parameters.get("weight")
+            if weight is not None:
+                self.ledger.state(weight).note_moments(record.moments)
 
     def _enter(self, task: GraphTask) -> None:
         """The first call of this model is met in a backward."""
@@ -458,8 +467,10 @@ class Pairing:
             yield from ((p, p.new_zeros((0, *p.shape)), []) for p in wanted)
             return
         activations, backprops = arranged
+        values = record.measure(activations) if kind.measure is not None else None
         if kind.products is not None:
-            products = kind.products(module, activations[0], backprops, wanted)
+            first = activations[0] if kind.measure is None else values
+            products = kind.products(module, first, backprops, wanted)
             if products is not None:
                 # With a mean loss, the backprops are a product of our own.
                 lent = [] if self.loss_reduction == "mean" else [backprops]

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from dpguard.audit.probes import Probes
+from dpguard.conditioning import Moments, conditions
 from dpguard.precision import computed_in, full_precision, precision_of
 
 __all__ = ["PassSums", "Sketched"]
@@ -29,8 +30,9 @@ class Sketched:
 
     Attributes:
         parameters: those that could be compared, weakly.
-        figures: of shape ``(2, P)``: differences of the sketches, and the scale of what was added
-            up, which rounding errors are relative to.
+        figures: of shape ``(3, P)``: differences of the sketches, the scale of what was added up,
+            which rounding errors are relative to, and the same where these are larger by the
+            condition of normalised inputs.
         summands: of how many products each sketch is the sum, those of the sketch included.
         dtypes: precision of the backprops.
     """
@@ -42,21 +44,30 @@ class Sketched:
 
 
 class _Sum:
-    """Of one parameter: sketch and scale so far."""
+    """Of one parameter: sketch and scales so far."""
 
-    __slots__ = ("dtype", "parameter", "scale", "sketch", "summands")
+    __slots__ = ("dtype", "parameter", "rounded", "scale", "sketch", "summands")
 
     def __init__(self, parameter: torch.nn.Parameter) -> None:
         self.parameter = parameter
         wide = _wide(parameter)
         self.sketch = torch.zeros((), dtype=wide, device=parameter.device)
-        self.scale = self.sketch
+        self.scale = self.rounded = self.sketch
         self.summands = 0
         self.dtype = parameter.dtype
 
-    def add(self, sketch: torch.Tensor, scale: torch.Tensor, summands: int) -> None:
+    def add(
+        self,
+        sketch: torch.Tensor,
+        scale: torch.Tensor,
+        summands: int,
+        moments: Moments | None = None,
+    ) -> None:
         self.sketch = self.sketch + sketch
         self.scale = self.scale + scale
+        if moments is not None:
+            scale = scale * conditions([moments])[0].clamp(min=1)
+        self.rounded = self.rounded + scale
         self.summands += summands
 
 
@@ -93,8 +104,12 @@ class PassSums:
         rows: torch.Tensor,
         arranged: tuple[list[Any], torch.Tensor],
         share: float,
+        moments: Moments | None = None,
     ) -> None:
-        """A call of which rows of shape ``(B, *S)`` were computed; ``share`` is their weight."""
+        """A call of which rows of shape ``(B, *S)`` were computed; ``share`` is their weight.
+
+        ``moments`` are those of inputs that the parameter has scaled.
+        """
         inputs, backprops = arranged
         self._of(parameter, precision_of(backprops))  # that in which autograd makes the gradient
         mine = self._of(parameter, computed_in(rows))
@@ -109,7 +124,8 @@ class PassSums:
         with full_precision(rows):
             sketch = _sketch_of(parameter, rows).sum()
         positions = backprops.numel() // max(1, backprops.shape[-1])
-        mine.add(sketch * share, (scale + norms.sum()) * share, max(1, len(rows), positions))
+        scale, summands = (scale + norms.sum()) * share, max(1, len(rows), positions)
+        mine.add(sketch * share, scale, summands, moments)
 
     def add_call(
         self,
@@ -144,7 +160,8 @@ class PassSums:
                 with full_precision(grad):
                     difference = (mine.sketch - _sketch_of(mine.parameter, grad)).abs()
                 found.append(mine)
-                figures.append(torch.stack((difference.float(), mine.scale.float())))
+                scales = mine.scale.float(), mine.rounded.float()
+                figures.append(torch.stack((difference.float(), *scales)))
         if not found or len({mine.parameter.device for mine in found}) > 1:
             return None
         return Sketched(

@@ -12,13 +12,15 @@ import torch
 
 from dpguard import _compat
 
-__all__ = ["Products", "matrix_products", "unfolded_products"]
+__all__ = ["Products", "matrix_products", "scaled_channels", "scaled_values", "unfolded_products"]
 
 Rows: TypeAlias = "list[tuple[torch.nn.Parameter, torch.Tensor]]"
 Products: TypeAlias = Callable[
     [Any, Any, torch.Tensor, Sequence[torch.nn.Parameter]], "Rows | None"
 ]
 """From a layer, its input, its backprops and the parameters wanted to these and their rows.
+
+The input of a normalisation is what it scales, see :mod:`dpguard.conditioning`.
 
 ``None`` if the rows of such a call are to be computed by Opacus's sampler. Rows of a bias may be
 the backprops themselves."""
@@ -54,6 +56,41 @@ def unfolded_products(
         return _summed(flat, patches.transpose(1, 2)).view(len(flat), *module.weight.shape)
 
     return _rows(module, wanted, weight, lambda: flat.sum(2))
+
+
+def scaled_values(
+    module: Any, values: Any, backprops: torch.Tensor, wanted: Sequence[torch.nn.Parameter]
+) -> Rows | None:
+    """Layers that normalise features, for such ``values`` of shape ``(B, ..., *S)``."""
+    if not _are_alike(values, backprops):
+        return None
+    between = tuple(range(1, backprops.dim() - len(module.normalized_shape)))
+    return _rows(
+        module,
+        wanted,
+        lambda: _over(values * backprops, between),
+        lambda: _over(backprops, between),
+    )
+
+
+def scaled_channels(
+    module: Any, values: Any, backprops: torch.Tensor, wanted: Sequence[torch.nn.Parameter]
+) -> Rows | None:
+    """Layers that normalise groups of channels, for such ``values`` of shape ``(B, C, ...)``."""
+    if not _are_alike(values, backprops):
+        return None
+    behind = tuple(range(2, backprops.dim()))
+    return _rows(
+        module,
+        wanted,
+        lambda: _over(values * backprops, behind),
+        lambda: _over(backprops, behind),
+    )
+
+
+def _over(numbers: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
+    """The sum over some dimensions, over none if there are none."""
+    return numbers.sum(axes) if axes else numbers
 
 
 def _summed(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -141,4 +178,8 @@ def _are_alike(inputs: Any, backprops: torch.Tensor) -> bool:
 
     Others are left to Opacus, which converts or flattens them.
     """
-    return inputs.dim() == backprops.dim() > 1 and inputs.dtype is backprops.dtype
+    return (
+        inputs is not None
+        and inputs.dim() == backprops.dim() > 1
+        and inputs.dtype is backprops.dtype
+    )

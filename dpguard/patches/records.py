@@ -23,6 +23,7 @@ from dpguard.patches.replay import outline
 from dpguard.precision import autocast_of
 
 if TYPE_CHECKING:
+    from dpguard.conditioning import Moments
     from dpguard.patches.pairing import Pairing
 
 __all__ = ["ForwardHook", "Record", "differentiable", "no_hook", "plain_hook"]
@@ -50,6 +51,7 @@ class Record:
         "index",
         "kind",
         "module",
+        "moments",
         "order",
         "outline",
         "people",
@@ -92,6 +94,8 @@ class Record:
         """For functorch to replay, if the module has no registered grad sampler."""
         self.cast: torch.dtype | None = None
         """The precision of autocast at the call of such a module, if it was on."""
+        self.moments: Moments | None = None
+        """Of the inputs of a normalisation, once they are known."""
 
     def keep(self, inputs: Iterable[Any]) -> None:
         """Keep what it takes to compute rows from the backprop of this call."""
@@ -104,6 +108,25 @@ class Record:
         self.order = pairing.orders.get(id(module))
         self.dimension = kind.batch_dimension(module)
         self.batch = kind.batch_size(module, self.activations, self.dimension)
+
+    @torch.no_grad()
+    def measure(self, inputs: Sequence[Any]) -> torch.Tensor | None:
+        """Learn the moments of the inputs of a normalisation.
+
+        Args:
+            inputs: of the call, batch first.
+
+        Returns:
+            The inputs as they are before the layer scales them, if that is all that it does.
+        """
+        module = self.module
+        measure = self.hook.pairing.kind_of(module).measure
+        if measure is None or "forward" in module.__dict__ or not inputs:
+            return None
+        if not isinstance(inputs[0], torch.Tensor) or not inputs[0].numel():
+            return None
+        values, self.moments = measure(module, inputs[0])
+        return values if autocast_of(inputs[0]) is None else None
 
     def __call__(self, grad_outputs: tuple[torch.Tensor | None, ...]) -> None:
         """The backprop of this call has arrived."""
@@ -171,7 +194,9 @@ class ForwardHook:
             return None
         structured = outputs[0] is not output
         if not self.computes:
-            self._record(module, outputs, trained, structured=structured)
+            record = self._record(module, outputs, trained, structured=structured)
+            if record is not None:
+                record.measure(args)  # there are no inputs later
             return None
         inputs = _in_order(module, args, kwargs) if kwargs else args
         replaced = product = None
