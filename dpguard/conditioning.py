@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-__all__ = ["Measure", "Moments", "Normalised", "conditions", "joined", "measure_of"]
+__all__ = ["Measure", "Moments", "Normalised", "conditions", "joined", "measure_of", "roundings"]
 
 
 class Moments(NamedTuple):
@@ -26,10 +26,12 @@ class Moments(NamedTuple):
     Attributes:
         mean: of any shape.
         rstd: the inverse of the standard deviation, likewise.
+        size: norm of the backprops that have met the call, a tensor without dimensions.
     """
 
     mean: torch.Tensor
     rstd: torch.Tensor
+    size: torch.Tensor | None = None
 
 
 class Normalised(NamedTuple):
@@ -104,11 +106,21 @@ def conditions(calls: Sequence[Moments]) -> list[torch.Tensor]:
     """The largest condition that each call has had, as tensors without dimensions."""
     if not calls:
         return []
-    means, rstds = ([moments[i] for moments in calls] for i in range(2))
+    means, rstds = [moments.mean for moments in calls], [moments.rstd for moments in calls]
     return list(torch._foreach_norm(torch._foreach_mul(means, rstds), torch.inf))
 
 
+@torch.no_grad()
+def roundings(calls: Sequence[Moments]) -> list[torch.Tensor]:
+    """For each call that was met what the rounding errors of its weight's rows are relative to."""
+    if not calls:
+        return []
+    sizes: list[Any] = [moments.size for moments in calls]
+    return list(torch._foreach_mul(conditions(calls), sizes))
+
+
+@torch.no_grad()
 def joined(calls: Sequence[Moments]) -> Moments:
-    """Moments with the largest condition of these calls."""
-    most = torch.stack(conditions(calls)).amax()
-    return Moments(most, torch.ones_like(most))
+    """Moments that stand for those of all these calls."""
+    together = torch.stack(roundings(calls)).sum()
+    return Moments(together, torch.ones_like(together), torch.ones_like(together))

@@ -323,7 +323,7 @@ class ParameterState:
             self.kept = sample_of(_detach(parameter))
 
     def note_moments(self, moments: Moments) -> None:
-        """Another call has scaled normalised inputs."""
+        """Another call that has scaled normalised inputs was met."""
         if len(self.moments) >= _MOMENTS_KEPT:
             self.moments = [joined(self.moments)]
         self.moments.append(moments)

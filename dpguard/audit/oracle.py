@@ -11,12 +11,13 @@ unless the rows add up to that, a loss on something inside of the model, a hook 
 gradients, a wrong batch dimension or a wrong sum (see :mod:`dpguard.audit.rows`) is at work, and
 nothing is said of that parameter.
 
-The bound is that of :mod:`dpguard.audit.rows`, twice, for row and share are both computed; where
-the products of a row cancel, those of low precision do not cancel exactly, so that the share of the
-whole has their roundoff as well. Of how many products they are sums is not known; it is taken to be
-the number of elements per person of the largest gradient on the way, which is not less. Rows of a
-weight that scales normalised inputs have their condition, as there. What was lost below the range
-of float16 is larger in a row than in her share by the same factor as the rest.
+The bound is that of :mod:`dpguard.audit.rows`, twice, for row and share are both computed, with the
+strength that rows of this batch were found to have on the way. Where their products cancel, those
+of low precision do not cancel exactly, so that the share of the whole has their roundoff as well.
+Of how many products they are sums is not known; it is taken to be the number of elements per person
+of the largest gradient on the way, which is not less. Rows of a weight that scales normalised
+inputs have their condition, as there. What was lost below the range of float16 is larger in a row
+than in her share by the same factor as the rest.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from dpguard import diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.rows import factors, floor
-from dpguard.conditioning import conditions
+from dpguard.conditioning import roundings
 from dpguard.ledger import Ledger
 from dpguard.patches.lean import Clipping, Rows
 from dpguard.patches.sums import flat
@@ -105,30 +106,40 @@ class RowOracle(Check):
         found = []
         for name, parameter, pieces in zip(step.names, rows.parameters, rows.pieces, strict=True):
             shares = draw.found.get(id(parameter))
-            piece = self._rows_of(draw, parameter, pieces) if shares is not None else None
-            if shares is None or piece is None or piece.shape[0] != draw.rows:
+            if shares is None:
+                continue
+            piece, strength = self._rows_of(draw, parameter, pieces)
+            if piece is None or piece.shape[0] != draw.rows:
                 continue
             state = self._ledger.state(parameter)
-            narrow, moments = state.narrow, tuple(state.moments)
             wide = torch.promote_types(parameter.dtype, torch.float32)
             mine, whole = (share.reshape(-1).to(wide) * draw.factor for share in shares[1])
-            matrix = flat(piece).to(wide)
             found.append(
-                _Compared(name, parameter, computed_in(piece), narrow, matrix, mine, whole, moments)
+                _Compared(
+                    name,
+                    parameter,
+                    dtype=computed_in(piece),
+                    narrow=state.narrow,
+                    rows=flat(piece).to(wide),
+                    mine=mine,
+                    whole=whole,
+                    strength=strength,
+                    moments=tuple(state.moments),
+                )
             )
         return found
 
     def _rows_of(
         self, draw: Draw, parameter: torch.Tensor, pieces: list[torch.Tensor]
-    ) -> torch.Tensor | None:
-        """Those of the batch of the draw, if they are in its order."""
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Those of the batch of the draw, if they are in its order, and their strength."""
         entries = self._ledger.entries_of(parameter)
         if len(entries) != len(pieces):
-            return None
+            return None, None
         for entry, piece in zip(entries, pieces, strict=True):
             if len(pieces) == 1 or entry.first <= draw.segment <= entry.last:
-                return piece if entry.order is None else None
-        return None
+                return (piece if entry.order is None else None), entry.strength
+        return None, None
 
 
 @dataclass(frozen=True)
@@ -141,6 +152,7 @@ class _Compared:
         rows: of shape ``(B, p.numel())``, as the next two in single precision at least.
         mine: what the row of the person drawn should be.
         whole: what all rows together should be.
+        strength: see :attr:`dpguard.row_state.Entry.strength`.
         moments: of the inputs that it has scaled.
     """
 
@@ -151,28 +163,65 @@ class _Compared:
     rows: torch.Tensor
     mine: torch.Tensor
     whole: torch.Tensor
+    strength: torch.Tensor | None
     moments: tuple[Moments, ...]
+
+
+class _Figures(NamedTuple):
+    """What is measured of one parameter, as numbers or as tensors without dimensions.
+
+    Attributes:
+        wrong: how far her row is off what it should be.
+        row: norm of her row.
+        mine: norm of what it should be.
+        short: how far all rows together are off what they should be.
+        whole: norm of what they should be together.
+        size: sum of the norms of all rows.
+        strength: what that would be if nothing cancelled in them; 0 if it is not known.
+    """
+
+    wrong: Any
+    row: Any
+    mine: Any
+    short: Any
+    whole: Any
+    size: Any
+    strength: Any
+
+    @property
+    def own(self) -> float:
+        """The larger of both norms."""
+        return float(max(self.row, self.mine))
+
+    @property
+    def products(self) -> float:
+        """What the rounding errors of all rows together are relative to."""
+        return float(max(self.size, self.strength))
 
 
 def _figures(
     compared: Sequence[_Compared], draw: Draw, norms: torch.Tensor | None
 ) -> list[torch.Tensor]:
-    """Six figures for each parameter, as :func:`_verdict` reads them, then three of all.
+    """Figures of each parameter, as in :class:`_Figures`, then three of all.
 
-    And the condition of each call that has normalised inputs.
+    And for each call that has normalised inputs what rounding is relative to.
     """
     norm = torch.linalg.vector_norm
-    columns, parts, lengths = [], [], []
+    columns: list[torch.Tensor] = []
+    parts, lengths = [], []
     for found in compared:
         row = found.rows[draw.row]
         sizes = norm(found.rows, dim=1)
-        columns.append(norm(row - found.mine))
-        columns.append(norm(row))
         size = norm(found.mine)
-        columns.append(size)
-        columns.append(norm(found.rows.sum(0) - found.whole))
-        columns.append(norm(found.whole))
-        columns.append(sizes.sum())
+        columns += _Figures(
+            norm(row - found.mine),
+            norm(row),
+            size,
+            norm(found.rows.sum(0) - found.whole),
+            norm(found.whole),
+            sizes.sum(),
+            size.new_zeros(()) if found.strength is None else found.strength,
+        )
         apart = sizes.square() - 2 * (found.rows @ found.mine) + size.square()
         parts.append(apart.double())
         lengths.append(sizes.square().double())
@@ -180,8 +229,8 @@ def _figures(
     apart.narrow(0, draw.row, 1).fill_(math.inf)
     totals = torch.stack(lengths).sum(0).sqrt().sum()
     finite = totals if norms is None else norms.sum()
-    worst = conditions([moments for found in compared for moments in found.moments])
-    return [*columns, apart.min().clamp(min=0).sqrt(), totals, finite, *worst]
+    rounded = roundings([moments for found in compared for moments in found.moments])
+    return [*columns, apart.min().clamp(min=0).sqrt(), totals, finite, *rounded]
 
 
 def _verdict(
@@ -198,38 +247,40 @@ def _verdict(
     lost = [larger * floor(f.parameter, f.dtype, 1) for f in compared]
 
     def receive(values: list[float]) -> list[Failure]:
-        count = 6 * len(names)
-        by_parameter, (elsewhere, totals, finite, *measured) = values[:count], values[count:]
-        per = [by_parameter[i : i + 6] for i in range(0, len(by_parameter), 6)]
+        each = len(_Figures._fields)
+        count = each * len(names)
+        elsewhere, totals, finite, *measured = values[count:]
+        per = [_Figures(*values[i : i + each]) for i in range(0, count, each)]
         if not math.isfinite(finite + totals):
             return []  # that is another check's, and not for the log to tell
-        worst = [1.0] * len(names)
-        for i, condition in zip(scaling, measured, strict=True):
-            worst[i] = max(worst[i], condition)
+        rounded = [0.0] * len(names)
+        for i, more in zip(scaling, measured, strict=True):
+            rounded[i] += more
         known = [
             i
-            for i, (_, _, _, short, _, size) in enumerate(per)
-            if short <= together[i] * (size + worst[i] * totals) + lost[i]
+            for i, one in enumerate(per)
+            if one.short <= together[i] * (one.products + rounded[i] + totals) + lost[i]
         ]
         if not known:
             step.ran.pop(ORACLE, None)
             return []
         step.ran[ORACLE] = len(known)
-        sizes = [max(row, mine) for _, row, mine, *_ in per]
-        whole = math.hypot(*sizes)
-        if math.hypot(*(each[4] for each in per)) <= TIMES * max(together) * totals:
+        whole = math.hypot(*(one.own for one in per))
+        if math.hypot(*(one.whole for one in per)) <= TIMES * max(together) * totals:
             return []  # rows that cancel add up to anything
         found: dict[str, list[tuple[str, float, float]]] = {}
         for i in known:
-            wrong, own = per[i][0], sizes[i]
-            bound = 2 * alone[i] * (own + worst[i] * whole) + lost[i]
-            if wrong <= bound:
+            one = per[i]
+            # Of the strength of all rows hers has a part that is not known, one of average size.
+            own = max(one.own, one.strength / draw.rows)
+            bound = 2 * alone[i] * (own + rounded[i] + whole) + lost[i]
+            if one.wrong <= bound:
                 continue
-            certain = wrong > max(CERTAIN * own, TIMES * bound)
+            certain = one.wrong > max(CERTAIN * one.own, TIMES * bound)
             cause = diagnosis.ROW_OF_ANOTHER if certain else diagnosis.ROW_INEXACT
             if elsewhere <= _ELSEWHERE * whole:
                 cause = diagnosis.ROWS_REORDERED
-            found.setdefault(cause, []).append((names[i], wrong, bound))
+            found.setdefault(cause, []).append((names[i], one.wrong, bound))
         return [failure(cause, which) for cause, which in found.items()]
 
     return receive

@@ -29,9 +29,9 @@ What measures partial sums:
   which is larger, so a small fault is found in the next step that is probed. Where Opacus computes
   the rows (``observe``) nothing is probed, and a small fault in such rows is not found.
 
-* Rows of a weight that scales normalised inputs are as wrong as these are, see
-  :mod:`dpguard.conditioning`. A condition that the factors above do not cover is multiplied with
-  the sum over the people of the norm of their gradients, of which backprops are a part.
+* Rows of a weight that scales normalised inputs are as wrong as these are, relative to the
+  backprops (:mod:`dpguard.conditioning`). The norm of these, over all people, times the condition
+  is added, for each call.
 
 Finiteness is read off the norms, which clipping needs anyway.
 """
@@ -53,7 +53,7 @@ from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.coverage import FINITE
 from dpguard.audit.survey import Survey
-from dpguard.conditioning import conditions
+from dpguard.conditioning import roundings
 from dpguard.ledger import Ledger
 from dpguard.patches.lean import Clipping
 from dpguard.precision import computed_in
@@ -168,10 +168,12 @@ class RowValues(Check):
         return ()
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
-        """The rows are used."""
+        """The rows are used; what was measured of them is not needed any more."""
         for state in step.states:
             if state.moments:
                 state.moments = []
+            for entry in state.entries:
+                entry.strength = None
         return ()
 
     def _count(self, optimizer: Any, step: Step) -> None:
@@ -181,8 +183,6 @@ class RowValues(Check):
         if turn <= 1:
             for state in step.states:
                 state.probed = turn == 0 or state.cancels
-                for entry in state.entries:
-                    entry.strength = None
 
     def _compare(
         self,
@@ -201,12 +201,12 @@ class RowValues(Check):
         limits = self._limit(step, found.rows, compared, residuals[0].dtype)
         figures = [scales, *residuals]
         conditioned = [k for k, i in enumerate(compared) for _ in step.states[i].moments]
-        if conditioned or any(limits.composed):
-            total = found.shares @ found.totals
-            figures.append(total)
-            figures += conditions([m for i in compared for m in step.states[i].moments])
+        if conditioned:
+            rounded = roundings([m for i in compared for m in step.states[i].moments])
+            figures += torch._foreach_mul(rounded, found.shares.amax())
         if any(limits.composed):
-            figures += self._strengths(step, found, compared, total)
+            total = found.shares @ found.totals
+            figures += [total, *self._strengths(step, found, compared, total)]
         root = math.sqrt(sum(found.rows.sizes))
         receive = functools.partial(_verdict, step, compared, limits, root, conditioned=conditioned)
         step.collect((FINITE, CONSERVATION), figures, receive)
@@ -333,16 +333,17 @@ def _verdict(
         limits: of these.
         root: of the number of rows.
         values: for each parameter the weighted sum of the norms of its rows; for those that were
-            compared the residual; where that is not all, the same sum for all parameters together,
-            the condition of each call that has normalised inputs, and where they were probed the
-            strengths of the rows.
+            compared the residual; for each call that has normalised inputs what its rounding is
+            relative to; where rows are composed the same sum for all parameters together, and where
+            they were probed the strengths of the rows.
         conditioned: for each such call which of those that were compared has scaled its values.
     """
     scales, values = values[: len(step.names)], values[len(step.names) :]
     if not isfinite(sum(scales)):
         return finiteness(step.names, map(isfinite, scales))
-    residuals, (total, *further) = values[: len(compared)], values[len(compared) :] or (0.0,)
-    worst, strengths = further[: len(conditioned)], further[len(conditioned) :]
+    residuals, values = values[: len(compared)], values[len(compared) :]
+    rounded, values = values[: len(conditioned)], values[len(conditioned) :]
+    total, strengths = values[0] if values else 0.0, values[1:]
     if len(compared) < len(scales):
         scales = [scales[i] for i in compared]
     if strengths:
@@ -358,9 +359,8 @@ def _verdict(
             scales, strengths or [total] * len(scales), limits.composed, strict=True
         )
     ]
-    for k, condition in zip(conditioned, worst, strict=True):
-        if not condition <= LAMBDA:
-            scales[k] = max(scales[k], condition * total)
+    for k, more in zip(conditioned, rounded, strict=True):
+        scales[k] += more
     bounds = [
         max((plain * root + low) * scale + lost * root, limits.tiny)
         for plain, low, scale, lost in zip(

@@ -155,13 +155,13 @@ class _Mark:
 class _OutputHook:
     """The forward hook on a model that Opacus hooked."""
 
-    __slots__ = ("__weakref__", "draw", "outputs", "pairing")
+    __slots__ = ("__weakref__", "_drawn", "outputs", "pairing")
 
     def __init__(self, outputs: Outputs, pairing: Pairing) -> None:
         self.outputs = outputs
         self.pairing = pairing
         self.armed = True
-        self.draw: Draw | None = None
+        self.draw = None
         outputs.hooks.add(self)
 
     @property
@@ -172,6 +172,16 @@ class _OutputHook:
     @armed.setter
     def armed(self, armed: bool) -> None:
         self.pairing.marked = armed
+
+    @property
+    def draw(self) -> Draw | None:
+        """The person who is followed."""
+        return self._drawn
+
+    @draw.setter
+    def draw(self, draw: Draw | None) -> None:
+        self._drawn: Draw | None = draw
+        self.pairing.follows = draw is not None
 
     @property
     def model(self) -> torch.nn.Module:

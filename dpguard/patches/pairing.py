@@ -69,6 +69,8 @@ class Pairing:
         """For layers of a recurrent cell fed with packed sequences: see ``Entry.order``."""
         self.marked = False
         """Whether the row oracle waits for the next batch, see :mod:`dpguard.patches.outputs`."""
+        self.follows = False
+        """Whether it has drawn somebody of the batch at hand."""
         self._members: set[int] | None = None
         """Identities of the modules of the model; of those that were in it, too."""
         self._registry = registry
@@ -349,9 +351,7 @@ class Pairing:
             record.uncounted = False
             record.tally.fired += 1
         if not record.hook.computes:
-            task.published.update(id(p) for p in wanted)
-            self._note_terms(task, record, backprops, wanted)
-            self._note_moments(record)
+            self._note_watched(task, record, backprops, wanted)
             return
         if record.activations is None:
             self.condemn(record, diagnosis.GRAPH_FREED)
@@ -361,25 +361,31 @@ class Pairing:
             return
         arranged = self._arranged(task, record, record.activations, backprops)
         self._take(record, task, arranged, wanted)
-        self._note_moments(record)
+        self._note_moments(record, arranged[1])
         if not task.keeps_graph:
             record.activations = record.outline = None
 
     def on_clipped_backprops(self, record: Record, backprops: torch.Tensor) -> None:
         """A call is met in a backward for which Opacus has disabled its hooks."""
 
-    def _note_terms(
+    def _note_watched(
         self,
         task: GraphTask,
         record: Record,
         backprops: torch.Tensor,
         wanted: list[torch.nn.Parameter],
     ) -> None:
-        """Of how many products the rows are that Opacus computes, of all calls in this backward."""
+        """Learn of rows that Opacus computes how much rounding there is in them.
+
+        Of how many products they are, of all calls in this backward.
+        """
+        task.published.update(id(p) for p in wanted)
         module = record.module
         dimension = self.kind_of(module).batch_dimension(module)
         if backprops.dim() <= dimension:
             return
+        rows = backprops.shape[dimension] if self.loss_reduction == "mean" else 1
+        self._note_moments(record, backprops, rows)
         backprops = backprops.movedim(dimension, 0)
         for parameter in wanted:
             terms = task.terms.get(id(parameter), 0) + _terms(module, parameter, backprops)
@@ -387,12 +393,18 @@ class Pairing:
             state = self.ledger.state(parameter)
             state.summands = max(state.summands, terms)
 
-    def _note_moments(self, record: Record) -> None:
-        """What is scaled by a weight was normalised before, with an error that its rows have."""
-        if record.moments is not None:
-            weight = record.module._parameters.get("weight")
-            if weight is not None:
-                self.ledger.state(weight).note_moments(record.moments)
+    def _note_moments(self, record: Record, backprops: torch.Tensor, times: int = 1) -> None:
+        """What is scaled by a weight was normalised before, with an error that its rows have.
+
+        The backprops of the losses alone are so many times larger than these.
+        """
+        moments, weight = record.moments, record.module._parameters.get("weight")
+        if moments is None or weight is None:
+            return
+        wide = torch.promote_types(backprops.dtype, torch.float32)
+        size = torch.linalg.vector_norm(backprops, dtype=wide)
+        size = size if times == 1 else size * times
+        self.ledger.state(weight).note_moments(moments._replace(size=size))
 
     def _enter(self, task: GraphTask) -> None:
         """The first call of this model is met in a backward."""
@@ -515,7 +527,7 @@ class Pairing:
             ledger.blocks.add(opened)
             now = opened  # rows of a block are of no other segment, whenever they come
         strengths = {}
-        if ledger.state(wanted[0]).probed:
+        if self.follows or ledger.state(wanted[0]).probed:
             strengths = self._strengths(record, arranged, wanted)
         most = 1 if people is None else people.most
         for parameter, rows, lenders in self._sampled(record, arranged, wanted):
@@ -558,7 +570,7 @@ class Pairing:
             steps.add(inputs, backprops)
             task.published.update(map(id, wanted))
         self.ledger.close()
-        if self.ledger.state(wanted[0]).probed:
+        if self.follows or self.ledger.state(wanted[0]).probed:
             steps.strengthen(self._strengths(record, arranged, wanted))
         if steps.is_full or record.tally.fired >= record.tally.opened:
             self._catch_up(task, key)
