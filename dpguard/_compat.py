@@ -1091,6 +1091,22 @@ def accountants_of(hook: Any, depth: int = _HOOK_DEPTH) -> list[tuple[Any, float
     return list(found.values())
 
 
+def accountants_at_hand(hook: Any, depth: int = _HOOK_DEPTH) -> list[Any]:
+    """The accountants that a step hook of somebody's own has at hand, to tell or to ask them."""
+    if hook is None or not depth:
+        return []
+    engine = _attribute_of("opacus", "PrivacyEngine")
+    found: dict[int, Any] = {}
+    for inner in at_hand(hook):
+        if engine is not None and isinstance(inner, engine):
+            inner = inner.accountant  # noqa: PLW2901
+        if _is_accountant(inner):
+            found[id(inner)] = inner
+        elif callable(inner) and inner is not hook:
+            found.update((id(one), one) for one in accountants_at_hand(inner, depth - 1))
+    return list(found.values())
+
+
 def _is_accountant(found: Any) -> bool:
     base = _attribute_of("opacus.accountants.accountant", "IAccountant")
     return base is not None and isinstance(found, base)

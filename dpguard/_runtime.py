@@ -105,6 +105,7 @@ class Runtime:
             report,
             signals=Signals(self._loading.tags, self._deliveries, self._rows_at_hand, verdicts),
             meet=self.grad_sample.meet,
+            attached=self.accounting.attached,
         )
         self._transaction = Transaction()
         self._intervened = 0

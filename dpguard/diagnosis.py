@@ -402,7 +402,8 @@ _DIAGNOSES = {
     ),
     NOT_ACCOUNTED: Diagnosis(
         "the step is missing in the history of the accountant, which reports less than was spent",
-        "keep the accountant's step hook attached, also while other hooks are",
+        "keep the accountant's step hook attached, also while other hooks are; if another "
+        "accountant is to account, set engine.accountant to it",
         Severity.CRITICAL,
     ),
     ACCOUNTED_OFTEN: Diagnosis(

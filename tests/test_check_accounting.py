@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import warnings
 
 import pytest
@@ -412,6 +413,64 @@ def test_an_accountant_with_a_history_of_its_own(guard):
     assert guard.violations == ()
 
 
+def _asked_through_its_object(training):
+    class Loop:
+        engine = training.engine
+
+        def hook(self, optimizer):
+            self.engine.accountant.step(
+                noise_multiplier=optimizer.noise_multiplier, sample_rate=1 / 5
+            )
+
+    training.loop = Loop()
+    training.replace_hook(training.loop.hook)
+
+
+def _told_right(training):
+    told_by_hand()(training)
+
+
+def _another_for_the_engine(training):
+    training.engine.accountant = another = RDPAccountant()
+    training.replace_hook(another.get_optimizer_hook_fn(sample_rate=1 / 5))
+
+
+def _another_besides(training):
+    training.another = accountant = RDPAccountant()
+    training.optimizer.attach_step_hook(telling(lambda: accountant))
+
+
+def _only_asking(training):
+    engine = training.engine
+    training.optimizer.attach_step_hook(lambda _: engine.accountant.history)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        _told_right,
+        _asked_through_its_object,
+        _another_for_the_engine,
+        _another_besides,
+        _only_asking,
+    ],
+    ids=["by hand", "object", "another for the engine", "another besides", "only asking"],
+)
+def test_hooks_of_the_users_own(change, late):
+    """Whoever tells the accountant: what it was told is compared."""
+    with dpguard.install(mode="strict") as guard:
+        training = Training()
+        if late:
+            training.epoch()
+        change(training)
+        training.epoch()
+        training.epoch()
+        guard.flush()
+        assert causes(guard) == set()
+        assert guard.last_step.checks[STEPS].verdict == "pass"
+
+
 def test_a_step_that_is_refused_is_no_failure(guard):
     """What the accountant has heard of and was not taken counts as spent."""
     training = Training()
@@ -507,8 +566,48 @@ def engine_with_another(training):
     training.engine.accountant = type(training.engine.accountant)()
 
 
+def another_told(training):
+    training.another = RDPAccountant()
+    training.replace_hook(training.another.get_optimizer_hook_fn(sample_rate=1 / 5))
+
+
+def telling(accountant_of, sigma=1.0, rate=1.0):
+    """A step hook of the user's own, whose numbers are off by these factors."""
+
+    def hook(optimizer):
+        accountant_of().step(
+            noise_multiplier=sigma * optimizer.noise_multiplier, sample_rate=rate / 5
+        )
+
+    return hook
+
+
+def told_by_hand(**factors):
+    def fault(training):
+        engine = training.engine
+        training.replace_hook(telling(lambda: engine.accountant, **factors))
+
+    return fault
+
+
+def own_accountant(training):
+    training.another = accountant = RDPAccountant()
+    former, tell = training.optimizer.step_hook, telling(lambda: accountant, sigma=3.0)
+
+    def both(optimizer):
+        former(optimizer)
+        tell(optimizer)
+
+    training.replace_hook(both)
+
+
 FAULTS = {
     "engine with another": (engine_with_another, STEPS, diagnosis.ACCOUNTANT_REPLACED),
+    "another told": (another_told, STEPS, diagnosis.NOT_ACCOUNTED),
+    "hook by hand, sigma": (told_by_hand(sigma=3), SIGMA, diagnosis.ACCOUNTED_SIGMA),
+    "hook by hand, rate": (told_by_hand(rate=0.1), RATE, diagnosis.ACCOUNTED_RATE),
+    "hook by hand, nonsense": (told_by_hand(rate=math.nan), RATE, diagnosis.ACCOUNTED_RATE),
+    "own accountant, sigma": (own_accountant, SIGMA, diagnosis.ACCOUNTED_SIGMA),
     "detached at once": (detached_at_once, STEPS, diagnosis.NOT_ACCOUNTED),
     "none attached": (detached_by_attaching_none, STEPS, diagnosis.NOT_ACCOUNTED),
     "detached later": (detached_later, STEPS, diagnosis.NOT_ACCOUNTED),

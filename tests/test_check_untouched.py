@@ -47,6 +47,29 @@ def test_sums_changed_between_physical_batches(change, mode):
         assert {(v.check, v.cause) for v in guard.violations} == {(SUM, diagnosis.SUM_TOUCHED)}
 
 
+@pytest.mark.parametrize("kind", ["plain", "split"])
+@pytest.mark.parametrize("change", [multiplied, rows_added, negated])
+def test_sums_changed_after_the_last_clipping(change, kind):
+    """Whoever decides whether a step is skipped has them in hand before noise is added."""
+    with dpguard.install(mode="repair") as guard:
+        training = Training(kind)
+        training.run(3)
+        optimizer = training.optimizer
+        decide = optimizer._check_skip_next_step
+
+        def changed(*args, **kwargs):
+            skips = decide(*args, **kwargs)
+            if not skips:
+                change(training)
+            return skips
+
+        optimizer._check_skip_next_step = changed
+        with pytest.raises(dpguard.PrivacyViolation, match=r"clip\.sum.*Remedy: leave"):
+            training.run(3)
+        assert training.steps <= 4
+        assert {(v.check, v.cause) for v in guard.violations} == {(SUM, diagnosis.SUM_TOUCHED)}
+
+
 @pytest.mark.parametrize("mode", ["repair", "strict"])
 def test_a_sum_that_no_clipping_has_made(mode):
     """Rows that are there before the first clipping of a step are not clipped."""
@@ -89,6 +112,17 @@ def test_changes_by_which_nobody_moves_more(change):
         training.before_step = change
         training.run(6)
         assert (guard.violations, guard.interventions) == ((), ())
+
+
+@pytest.mark.parametrize("change", [shortened, emptied])
+def test_such_changes_after_the_last_clipping(change):
+    """Likewise."""
+    with dpguard.install(mode="strict") as guard:
+        training = Training()
+        add_noise = training.optimizer.add_noise
+        training.optimizer.add_noise = lambda: (change(training), add_noise())
+        training.run(6)
+        assert guard.violations == ()
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -1,8 +1,10 @@
 """Accounting: each step is in the accountant's history once, with the sigma and rate in force.
 
 An accountant is known by the step hook that it made. It is followed from the moment its hook is
-first seen on the optimizer, and missed when the hook is gone. What was observed is kept in the form
-of a history of its own, from which the accountant's own class computes the epsilon that is due.
+attached, and missed when the hook is gone, as long as it is the one that its engine asks. One that
+a hook of somebody's own has at hand is followed once a step was told it. What was observed is kept
+in the form of a history of its own, from which the accountant's own class computes the epsilon that
+is due.
 
 The rate in force is that with which the batch of the step was drawn, if it is known whence it came,
 else one with which the samplers draw that the accountant's engine has made. Opacus accounts one
@@ -97,18 +99,33 @@ class _Book:
         added = None if self.seen is None else self.seen.steps_until(history)
         self.seen = _Seen.of(history)
         if sigma is None and added == 1:
-            sigma = float(history[-1][0])
+            sigma = _entry(history[-1])[0]
         if sigma is not None:
             _append(self.observed, sigma, rate)
         return added
 
 
+class _Told(NamedTuple):
+    """An accountant that is told of steps, and the rate of its hook, if that is known."""
+
+    accountant: Callable[[], Any]
+    rate: float | None
+    book: _Book
+
+
 @dataclass
 class _State:
-    """What is known of one optimizer, and of the step that is under way."""
+    """What is known of one optimizer, and of the step that is under way.
+
+    Attributes:
+        hook: the step hook that was looked at last.
+        accountants: those that have to be told of each step.
+        others: those that the hook has at hand, which may be told by it.
+    """
 
     hook: Any = ABSENT
-    accountants: list[tuple[weakref.ref[Any], float, _Book]] = field(default_factory=list)
+    accountants: list[_Told] = field(default_factory=list)
+    others: list[_Told] = field(default_factory=list)
     number: int = 0
     sigma: float | None = None
     had: bool = False
@@ -125,7 +142,13 @@ class Accounting(Check):
         self._owners: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
         self._strays: set[float] = set()
 
-    # -- told by the patch of samplers ------------------------------------------------------------
+    # -- told by the patches of step hooks and samplers --------------------------------------------
+
+    def attached(self, optimizer: Any, hook: Any) -> None:
+        """A step hook was attached."""
+        state = self._states.of(optimizer)
+        state.hook = hook
+        self._learn(state, hook)
 
     def prepared(self, engine: Any, sampler: Any) -> None:
         """An engine has made a loader; without ``sampler``, one that does no Poisson sampling."""
@@ -154,11 +177,14 @@ class Accounting(Check):
         state.sigma = _compat.plain_number(_compat.due_sigma(optimizer))
         self._know(state, optimizer)
         failures: list[Failure] = []
-        for reference, _, book in state.accountants:
-            accountant = reference()
-            history = None if accountant is None else _compat.history_of(accountant)
-            if history is not None and book.look(history):
-                failures += _say_gone(book)
+        for told in state.accountants:
+            history = _history_of(told)
+            if history is not None and told.book.look(history):
+                failures += _say_gone(told.book)
+        for told in state.others:
+            history = _history_of(told)
+            if history is not None:
+                told.book.look(history)
         return failures
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
@@ -170,6 +196,7 @@ class Accounting(Check):
         if not state.had or not step.parameters:
             return ()
         state.number = step.number
+        self._meet(state)
         failures: list[Failure] = []
         iterations = _compat.accumulated_iterations(optimizer, step.parameters)
         missed = True
@@ -195,9 +222,8 @@ class Accounting(Check):
         """Whether epsilon of what was observed is that of the accountants: so are the histories."""
         found = []
         for state in self._states.values():
-            for reference, _, book in state.accountants:
-                accountant = reference()
-                history = None if accountant is None else _compat.history_of(accountant)
+            for told in state.accountants:
+                history, book = _history_of(told), told.book
                 if history is not None and book.seen is not None:
                     entries = [_entry(found) for found in history]
                     gone = book.look(history) or _merged(entries) != _merged(book.observed)
@@ -218,30 +244,50 @@ class Accounting(Check):
             ``None`` if no accountant was seen.
         """
         state = self._states.get(optimizer)
-        for reference, _, book in state.accountants if state is not None else ():
-            accountant = reference()
+        for told in state.accountants if state is not None else ():
+            accountant = told.accountant()
             if accountant is not None:
-                due = _compat.with_history(accountant, list(book.observed))
+                due = _compat.with_history(accountant, list(told.book.observed))
                 return float(due.get_epsilon(delta))
         return None
 
     # -- inside ----------------------------------------------------------------------------------
 
     def _know(self, state: _State, optimizer: Any) -> None:
-        """The accountants that the step hook tells; if it tells none, those it told before."""
+        """Learn which accountants the step hook tells, and which it should tell."""
         hook = getattr(optimizer, "step_hook", None)
         if hook is not state.hook:
             state.hook = hook
-            found = _compat.accountants_of(hook)
-            if found:
-                state.accountants = [(weakref.ref(a), rate, self._books.of(a)) for a, rate in found]
+            self._learn(state, hook)
         state.had = state.had or bool(state.accountants) or hasattr(optimizer, ACCOUNTED)
+
+    def _learn(self, state: _State, hook: Any) -> None:
+        """If the hook tells none, those that were told before are due; else those still asked."""
+        told = [self._told(*pair) for pair in _compat.accountants_of(hook)]
+        kept = [one for one in state.accountants if not told or _is_asked(one)]
+        new = {id(one.book) for one in told}
+        state.accountants = [*told, *(one for one in kept if id(one.book) not in new)]
+        known = {id(one.book) for one in state.accountants}
+        at_hand = [self._told(one, None) for one in _compat.accountants_at_hand(hook)]
+        state.others = [one for one in at_hand if id(one.book) not in known]
+
+    def _told(self, accountant: Any, rate: float | None) -> _Told:
+        return _Told(weakref.ref(accountant), rate, self._books.of(accountant))
+
+    def _meet(self, state: _State) -> None:
+        """Those that the hook has at hand and told of this step are followed from here on."""
+        for told in list(state.others):
+            history, seen = _history_of(told), told.book.seen
+            if history and seen is not None and _Seen.of(history) != seen:
+                state.others.remove(told)
+                state.accountants.append(told)
+                state.had = True
 
     def _compare(
         self,
         step: Step,
         sigma: float | None,
-        rates: tuple[float, int | None],
+        rates: tuple[float | None, int | None],
         history: Sequence[Any],
         book: _Book,
     ) -> list[Failure]:
@@ -249,10 +295,7 @@ class Accounting(Check):
         if book.seen is None:
             book.look(history)
             return []
-        base, iterations = rates
-        if iterations is None:
-            iterations = max(1, round(float(history[-1][1]) / base)) if history and base else 1
-        rate = base * iterations
+        base, rate = _rates(*rates, history)
         step.run(STEPS, SIGMA, RATE, count=1)
         added = book.note(history, sigma, rate)
         drawn = step.rates or self._drawn(book)
@@ -282,6 +325,35 @@ class Accounting(Check):
     def _drawn(self, book: _Book) -> set[float]:
         """The rates with which batches of this accountant's training were drawn."""
         return book.rates or (self._strays if book.is_poisson is None else set())
+
+
+def _history_of(told: _Told) -> list[tuple[float, float, int]] | None:
+    accountant = told.accountant()
+    return None if accountant is None else _compat.history_of(accountant)
+
+
+def _is_asked(told: _Told) -> bool:
+    """Whether it is the accountant that its engine asks for epsilon."""
+    engine, accountant = told.book.engine(), told.accountant()
+    return engine is not None and accountant is not None and engine.accountant is accountant
+
+
+def _rates(
+    base: float | None, iterations: int | None, history: Sequence[Any]
+) -> tuple[float, float]:
+    """The sample rates of a batch and of a step.
+
+    Args:
+        base: with which the hook was made; if that is not known, it follows from the history.
+        iterations: number of batches in the step; likewise.
+        history: to which the step was added.
+    """
+    counted = _entry(history[-1])[1] if history else 0.0
+    if base is None:
+        return counted / (iterations or 1), counted
+    if iterations is None:
+        iterations = max(1, round(counted / base)) if counted > 0 and base else 1
+    return base, base * iterations
 
 
 def _once(failure: Failure, book: _Book) -> list[Failure]:
@@ -316,7 +388,7 @@ def _misfits(
         cause = diagnosis.ACCOUNTED_SIGMA_LOW if low else diagnosis.ACCOUNTED_SIGMA
         found.append(Failure(SIGMA, cause))
     lowest, highest = min(drawn, default=0.0), max(drawn, default=math.inf)
-    if counted < rate * (1 - _EXACT) or base < lowest * (1 - _EXACT):
+    if not (counted >= rate * (1 - _EXACT) and base >= lowest * (1 - _EXACT)):
         found.append(Failure(RATE, diagnosis.ACCOUNTED_RATE))
     elif counted > rate * (1 + _EXACT) or base > _rounded(highest):
         found.append(Failure(RATE, diagnosis.ACCOUNTED_RATE_HIGH))
@@ -330,7 +402,15 @@ def _rounded(rate: float) -> float:
 
 def _entry(found: Any) -> _Entry:
     sigma, rate, steps = found
-    return float(sigma), float(rate), int(steps)
+    return _number(sigma), _number(rate), int(steps)
+
+
+def _number(told: Any) -> float:
+    """What an accountant was told, which may be anything."""
+    try:
+        return float(told)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _append(history: list[_Entry], sigma: float, rate: float) -> None:

@@ -1,7 +1,8 @@
 """Clipped sums hold what clipping has put there: nobody adds to them, or makes them longer.
 
-Between the physical batches of one logical batch the sums wait in ``p.summed_grad``. They are known
-by their identity and version after each clipping, so a step that begins with others shows. A change
+Between the physical batches of one logical batch the sums wait in ``p.summed_grad``, and after the
+last for their noise. They are known by their identity and version after each clipping, so a step
+that begins with others shows, and one whose noise is to be added to others. A change
 proves nothing: a sum that somebody has set to zero, or made shorter, moves less by one person. So
 what the sums were is kept from the first change on, and a sum that then is not that times a factor
 of 0 to 1 was touched by what no clipping bounds. A sum where there was none needs no comparison.
@@ -12,6 +13,7 @@ Where that is somebody's own, what it adds is compared with what it was given in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +51,7 @@ class _Known:
 
 
 class Untouched(Check):
-    """Compares clipped sums at the beginning of a step with what the last one has left."""
+    """Compares clipped sums with what clipping has left: when a step begins, and before noise."""
 
     def __init__(self) -> None:
         self._known = PerOwner(lambda _: _Known())
@@ -57,29 +59,10 @@ class Untouched(Check):
     def begin(self, step: Step, optimizer: Any) -> Failures:
         """Rows are there, and have not entered the sums yet."""
         known = self._known.of(optimizer)
-        sums, versions, copies = known.sums, known.versions, known.copies
-        known.forget()
         totals = [getattr(parameter, "summed_grad", None) for parameter in step.parameters]
-        if sums is None or not any(total is not None for total in totals):
-            return ()
-        if not _adds_up(optimizer):
-            return ()
-        names, found, were = [], [], []
-        for parameter, name, total in zip(step.parameters, step.names, totals, strict=False):
-            if type(total) is not torch.Tensor or hasattr(total, "_processed"):
-                continue  # cleared, or left over from a step that is done, which is not used again
-            key = id(parameter)
-            identity, copy = sums.get(key, 0), copies.get(key)
-            if identity == id(total) and versions[key] == total._version:
-                continue
-            known.suspect = True
-            if identity and copy is None:
-                continue
-            names.append(name)
-            found.append(total)
-            were.append(copy)
-        if names:
-            _compare(step, tuple(names), found, were)
+        if any(total is not None for total in totals) and _adds_up(optimizer):
+            _look(step, known, totals)
+        known.forget()
         return ()
 
     def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:
@@ -94,6 +77,12 @@ class Untouched(Check):
                 known.sums[key], known.versions[key] = id(total), total._version
                 if known.suspect:
                     known.copies[key] = total.clone()
+        return ()
+
+    def before_noise(self, step: Step, optimizer: Any) -> Failures:
+        """The sums are complete."""
+        if _compat.clips_rows(optimizer):
+            _look(step, self._known.of(optimizer), step.sums.tensors)
         return ()
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
@@ -150,6 +139,28 @@ class Accumulated(Check):
     def forget(self, optimizer: Any) -> None:
         """The step has raised."""
         self._given.of(optimizer).clear()
+
+
+def _look(step: Step, known: _Known, totals: Sequence[Any]) -> None:
+    """Compare the sums that are not what clipping has left with copies of that, if there are."""
+    if known.sums is None:
+        return
+    names, found, were = [], [], []
+    for parameter, name, total in zip(step.parameters, step.names, totals, strict=False):
+        if type(total) is not torch.Tensor or hasattr(total, "_processed"):
+            continue  # cleared, or left over from a step that is done, which is not used again
+        key = id(parameter)
+        identity, copy = known.sums.get(key, 0), known.copies.get(key)
+        if identity == id(total) and known.versions[key] == total._version:
+            continue
+        known.suspect = True
+        if identity and copy is None:
+            continue
+        names.append(name)
+        found.append(total)
+        were.append(copy)
+    if names:
+        _compare(step, tuple(names), found, were)
 
 
 @torch.no_grad()

@@ -46,6 +46,7 @@ class OptimizerPatch:
         *,
         signals: Signals,
         meet: Callable[[], None],
+        attached: Callable[[Any, Any], None],
     ) -> None:
         self._signals = signals
         self._meet_models = meet
@@ -62,7 +63,7 @@ class OptimizerPatch:
             ledger,
             functools.partial(self._audit, auditor.after_update),
         )
-        self._hooks = StepHooks(verdicts, self._family.owner)
+        self._hooks = StepHooks(verdicts, self._family.owner, attached)
         self._bounds = Bounds(verdicts, self._family.owner)
         self._scale = LossScale(verdicts, self._family)
         self._sigma = DueSigma(verdicts)

@@ -42,11 +42,18 @@ class StepHooks:
     Args:
         verdicts: where it is said.
         owner: from a façade to the DP optimizer it stands for.
+        attached: is told a DP optimizer and the hook that it has from now on.
     """
 
-    def __init__(self, verdicts: Verdicts, owner: Callable[[Any], Any]) -> None:
+    def __init__(
+        self,
+        verdicts: Verdicts,
+        owner: Callable[[Any], Any],
+        attached: Callable[[Any, Any], None],
+    ) -> None:
         self._verdicts = verdicts
         self._owner = owner
+        self._attached = attached
 
     def install(self, transaction: Transaction, cls: type) -> None:
         """Wrap ``attach_step_hook`` where ``cls`` defines it."""
@@ -113,6 +120,7 @@ class StepHooks:
         hook = vars(real)[_ATTACHED] = getattr(real, "step_hook", None)
         if _compat.accountants_of(hook):
             vars(real)[ACCOUNTED] = True
+        self._attached(real, hook)
 
 
 def _name(hook: Any) -> str:
