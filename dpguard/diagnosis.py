@@ -119,6 +119,7 @@ BATCH_REUSED = "batch_reused"
 BATCH_DRAWN_AGAIN = "batch_drawn_again"
 DRAWN_TWICE = "drawn_twice"
 DRAWN_TOO_MANY = "drawn_too_many"
+DRAWN_DEPENDENTLY = "drawn_dependently"
 BATCH_UNDELIVERED = "batch_undelivered"
 BATCHES_MERGED = "logical_batches_merged"
 GROUPS_MISFIT = "groups_misfit"
@@ -781,6 +782,14 @@ _DIAGNOSES = {
         "more people are drawn than the sampler's sample_rate lets expect, and that is the rate "
         "that is accounted",
         "draw with Opacus's samplers as they are, from an unchanged source of random numbers",
+        Severity.CRITICAL,
+    ),
+    DRAWN_DEPENDENTLY: Diagnosis(
+        "who is drawn depends on the batches before (all are of one size, or of shuffled data, or "
+        "some people come more often than others), while the accountant assumes that each person "
+        "is drawn anew for each batch, with the same probability",
+        "draw with Opacus's samplers as they are, from an unchanged source of random numbers; "
+        "for other ways to draw make the loader with poisson_sampling=False, and account for them",
         Severity.CRITICAL,
     ),
     BATCH_REUSED: Diagnosis(

@@ -8,6 +8,7 @@ about: a subclass, a generator with a constant seed, a patched source of random 
   ``T`` batches of ``n`` with a probability of at most ``exp(-T n KL(K / (T n) || q))``; over all
   ``T`` of a run it is below :data:`_CHANCE` by a factor of ``1 / (T (T + 1))`` each. Fewer people
   than expected are no less private.
+* Who is in a batch does not depend on the batches before it, see :mod:`dpguard.independence`.
 * Batches are new. A certain batch of ``k`` people is drawn with a probability of
   ``q**k (1 - q)**(n - k)``. One that was used and comes again is told where that, times the number
   of those that were used, is below :data:`_CHANCE`, divided as above; smaller ones may come again.
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpguard import diagnosis
+from dpguard.independence import Independence
 
 __all__ = ["Drawn", "Rate", "Uses"]
 
@@ -51,9 +53,10 @@ class Rate:
     declared: tuple[int, float] | None = None
     batches: int = 0
     people: int = 0
+    independence: Independence = field(default_factory=Independence)
 
-    def draw(self, indices: Any, count: int, rate: float) -> Drawn:
-        """A batch of ``indices`` was drawn from ``count`` people."""
+    def draw(self, indices: Any, count: int, rate: float, in_pass: int = 0) -> Drawn:
+        """A batch of ``indices`` was drawn from ``count`` people, in some pass over them."""
         numbers = indices.tolist() if hasattr(indices, "tolist") else list(indices)
         causes = []
         if len(set(numbers)) < len(numbers):
@@ -64,6 +67,10 @@ class Rate:
         self.people += len(numbers)
         if 0 < rate < 1 and self._is_too_many(count, rate):
             causes.append(diagnosis.DRAWN_TOO_MANY)
+        if 0 < rate < 1 and all(type(number) is int and number >= 0 for number in numbers):
+            evidence = self.independence.take(numbers, count, rate, in_pass)
+            if evidence > -math.log(_CHANCE):
+                causes.append(diagnosis.DRAWN_DEPENDENTLY)
         surprise = 0.0
         if 0 < rate < 1:
             absent = max(0, count - len(numbers))

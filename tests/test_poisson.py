@@ -50,10 +50,41 @@ class TheSameEachEpoch(UniformWithReplacementSampler):
         return super().__iter__()
 
 
+class Shuffled(UniformWithReplacementSampler):
+    def __iter__(self):
+        order = torch.randperm(self.num_samples).tolist()
+        for i in range(self.steps):
+            yield order[i * BATCH : (i + 1) * BATCH]
+
+
+class OfOneSize(UniformWithReplacementSampler):
+    def __iter__(self):
+        for _ in range(self.steps):
+            yield torch.randperm(self.num_samples)[:BATCH].tolist()
+
+
+class SomebodyAlways(UniformWithReplacementSampler):
+    def __iter__(self):
+        for batch in super().__iter__():
+            yield batch if 17 in batch else [*batch, 17]
+
+
+class SomeMoreOften(UniformWithReplacementSampler):
+    def __iter__(self):
+        rates = torch.full((self.num_samples,), 5 / 9 * self.sample_rate)
+        rates[::10] = 5 * self.sample_rate
+        for _ in range(self.steps):
+            yield (torch.rand(self.num_samples) < rates).nonzero().flatten().tolist()
+
+
 FAULTS = {
     SomeTwice: (ROWS, diagnosis.DRAWN_TWICE, 1),
     ThreeTimesAsMany: (RATE, diagnosis.DRAWN_TOO_MANY, 1),
     SomeMore: (RATE, diagnosis.DRAWN_TOO_MANY, 60),
+    Shuffled: (SAMPLING, diagnosis.DRAWN_DEPENDENTLY, 60),
+    OfOneSize: (SAMPLING, diagnosis.DRAWN_DEPENDENTLY, 30),
+    SomebodyAlways: (SAMPLING, diagnosis.DRAWN_DEPENDENTLY, 60),
+    SomeMoreOften: (SAMPLING, diagnosis.DRAWN_DEPENDENTLY, 60),
     TheSameEachEpoch: (BATCHES, diagnosis.BATCH_DRAWN_AGAIN, PEOPLE // BATCH + 2),
 }
 

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from dpguard import _compat, diagnosis
-from dpguard.audit.accounting import RATE
+from dpguard.audit.accounting import RATE, SAMPLING
 from dpguard.audit.calls import Calls, Note
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.explain import explain, joined
@@ -346,6 +346,7 @@ def _drawn_wrong(uses: Uses, used: Sequence[Delivery]) -> list[Failure]:
 _CHECKS = {
     diagnosis.DRAWN_TWICE: ROWS,
     diagnosis.DRAWN_TOO_MANY: RATE,
+    diagnosis.DRAWN_DEPENDENTLY: SAMPLING,
     diagnosis.BATCH_DRAWN_AGAIN: BATCHES,
 }
 

@@ -162,7 +162,8 @@ class LoadingPatch:
         if not _is_key(sampler):
             return
         rate = self._rates.setdefault(sampler, Rate())
-        delivery.drawn = rate.draw(indices, count, delivery.rate)
+        number = delivery.iteration.number
+        delivery.drawn = rate.draw(indices, count, delivery.rate, number)
 
     def _delivered(self, iterator: Any, data: Any) -> None:
         iteration = self._iterations.get(iterator)

@@ -1,0 +1,110 @@
+"""Whether drawing a person depends on what was drawn before, told by bets against it.
+
+In Poisson sampling each of ``n`` people is in a batch with the probability ``q``, whatever else
+happens. So of any ``s`` people that are named beforehand ``K`` are in the next one, binomially
+distributed, and whoever bets on ``K`` at fair odds wins nothing in the mean. Bets are made on what
+other ways to draw have in common:
+
+* none of those comes that the pass over the data has had (batches of shuffled data);
+* the batch is as large as the one before (batches of one size);
+* those come again that were in each of the last few batches (somebody who always takes part);
+* twice as many of the last batch come again as expected (some are drawn more often than others).
+
+By Ville's inequality a capital that is multiplied by fair odds ever reaches ``1 / alpha`` with a
+probability of at most ``alpha``; so does a mean of several, and one that is invested bit by bit,
+for what goes wrong in mid-run: with the ``k``-th batch comes ``1 / (k (k + 1))`` of it, as in
+:mod:`dpguard.audit.spread`. Samplers that leave empty batches out draw others more often, by one
+over the probability that a batch is not empty, which is taken off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+__all__ = ["Independence"]
+
+_BETS = 4
+
+
+class Independence:
+    """The evidence that one sampler's batches are not drawn independently.
+
+    Kept are the people of the pass at hand, a byte for each.
+    """
+
+    def __init__(self) -> None:
+        self._pass: int | None = None
+        self._seen = bytearray()
+        self._count_seen = 0
+        self._last: set[int] | None = None
+        self._steady: set[int] = set()
+        self._batches = 0
+        self._capital = [-math.inf] * _BETS
+
+    def take(self, batch: Sequence[int], count: int, rate: float, in_pass: int) -> float:
+        """A batch was drawn from ``count`` people at ``rate``, between 0 and 1.
+
+        Returns:
+            The logarithm of what fair bets have made of a capital of 1.
+        """
+        people = set(batch)
+        if in_pass != self._pass:
+            self._pass = in_pass
+            self._seen, self._count_seen = bytearray(), 0
+            self._last, self._steady = None, set()
+        odds = self._odds(people, count, rate)
+        self._remember(people)
+        self._batches += 1
+        added = -math.log(self._batches * (self._batches + 1))
+        fair = math.log1p(-((1 - rate) ** count)) if count else 0.0
+        self._capital = [
+            fair + more + _log_sum(own, added)
+            for own, more in zip(self._capital, odds, strict=True)
+        ]
+        most = max(self._capital)
+        return most + math.log(sum(math.exp(own - most) for own in self._capital) / _BETS)
+
+    def _odds(self, people: set[int], count: int, rate: float) -> tuple[float, ...]:
+        """Logarithms of what each bet pays for one."""
+        if self._last is None:
+            return (0.0,) * _BETS
+        seen, size = self._seen, len(self._last)
+        none_again = not any(person < len(seen) and seen[person] for person in people)
+        again = len(people & self._last)
+        more = min(2 * rate, (1 + rate) / 2)
+        return (
+            _half(none_again, self._count_seen * math.log1p(-rate)),
+            _half(len(people) == size, _log_binomial(size, count, rate)),
+            _half(self._steady <= people, len(self._steady) * math.log(rate)),
+            again * math.log(more / rate) + (size - again) * math.log((1 - more) / (1 - rate)),
+        )
+
+    def _remember(self, people: set[int]) -> None:
+        self._last = people
+        self._steady = (self._steady & people) or people
+        most = max(people, default=-1)
+        if most >= len(self._seen):
+            self._seen.extend(bytes(most + 1 - len(self._seen)))
+        for person in people:
+            self._count_seen += not self._seen[person]
+            self._seen[person] = 1
+
+
+def _half(won: bool, log_chance: float) -> float:
+    """What half of a capital that is put on an event pays, with the half that is kept."""
+    return math.log(0.5) + (_log_sum(0.0, -log_chance) if won else 0.0)
+
+
+def _log_sum(one: float, other: float) -> float:
+    """``log(exp(one) + exp(other))``."""
+    high, low = max(one, other), min(one, other)
+    return high if low == -math.inf else high + math.log1p(math.exp(low - high))
+
+
+def _log_binomial(size: int, count: int, rate: float) -> float:
+    """Logarithm of the probability that ``size`` of ``count`` people are drawn."""
+    if size > count:
+        return 0.0
+    ways = math.lgamma(count + 1) - math.lgamma(size + 1) - math.lgamma(count - size + 1)
+    return ways + size * math.log(rate) + (count - size) * math.log1p(-rate)
