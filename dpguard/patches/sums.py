@@ -4,8 +4,9 @@ Rows of parameters that are small are put next to each other first: with a param
 each, calls would cost more than numbers. On a GPU a product with two rows of weights gives both
 sums in one read; there it may round in another way than Opacus.
 
-On the CPUs that this was tried on bits are those of Opacus: an element of a product of one row with
-a matrix is summed up in the same order wherever it lies, which one of two rows is not always.
+On a CPU the clipped sum of a parameter has the bits of Opacus, whose ``einsum`` asks for the same
+kernel: that of a batch of one product. On some CPUs the kernel for a matrix alone adds up in
+another order, and so does the same kernel where parameters share a product.
 """
 
 from __future__ import annotations
@@ -38,20 +39,29 @@ class Weights:
         room = min(most // max(1, len(first)), all_rows // _OF_ALL)
         self.room = room if room >= _LEAST else 0
         """Elements of a row that may be copied."""
-        both = [first] if second is None else [first, second]
-        self._each = [weights.unsqueeze(0) for weights in both] if first.is_cpu else []
-        self._all = None if first.is_cpu else torch.stack(both)
+        self._first = first.view(1, 1, -1)
+        self._second = None if second is None else second.unsqueeze(0)
+        self._both: torch.Tensor | None = None
+        if not first.is_cpu:
+            self._both = torch.stack([first] if second is None else [first, second])
 
     def sums(self, matrix: torch.Tensor) -> list[torch.Tensor]:
-        """The weighted sums of the rows of a matrix, in its precision, of shape ``(1, N)``."""
+        """The weighted sums of the rows of a matrix, in its precision, of shape ``(..., 1, N)``."""
         dtype = matrix.dtype
-        if self._all is None:
-            each = [w if w.dtype is dtype else w.to(dtype) for w in self._each]
-            return [torch.mm(weights, matrix) for weights in each]
-        found = list(torch.mm(self._all.to(dtype), matrix).split(1))
+        if self._both is None:
+            first, second = _cast(self._first, dtype), self._second
+            found = [torch.bmm(first, matrix.unsqueeze(0))]
+            if second is not None:
+                found.append(torch.mm(_cast(second, dtype), matrix))
+            return found
+        found = list(torch.mm(self._both.to(dtype), matrix).split(1))
         if len(found) > 1 and found[0].numel() > _SMALL:
             found[0] = found[0].clone()
         return found
+
+
+def _cast(weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return weights if weights.dtype is dtype else weights.to(dtype)
 
 
 _SMALL = 1 << 14
@@ -147,7 +157,7 @@ def _sum_together(
     sizes = [parameters[i].numel() for i in which]
     for row, sums in zip(rows, found, strict=False):
         # As tensors with versions of their own: a change of one is not one of all.
-        split = torch.unsafe_split_with_sizes(row, sizes, dim=1)
+        split = torch.unsafe_split_with_sizes(row, sizes, dim=-1)
         for i, total in zip(which, split, strict=True):
             sums[i] = total.view_as(parameters[i])  # view(shape) takes three times as long
     return rows[0]
