@@ -20,7 +20,7 @@ from torch import nn
 
 import dpguard
 from dpguard import _compat, diagnosis
-from dpguard.audit import gaussian
+from dpguard.audit import gaussian, repeats
 from dpguard.audit.gaussian import BATCH, NoiseTest
 from dpguard.audit.noise import FRESH, SCALE
 
@@ -616,6 +616,56 @@ def test_repetition_in_a_model_with_many_parameters(fault):
         assert causes(guard) == {cause}
 
 
+class Deep(nn.Module):
+    """Many small parameters of the same shapes."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(*(nn.Linear(6, 6) for _ in range(12)))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("shared", [(3, 9), (4, 10)], ids=["biases", "weights"])
+def test_noise_that_two_small_parameters_share(shared, sign):
+    """Of parameters whose values are not sent the norms tell, over some steps."""
+    one, other = (2 * k + (shared == (3, 9)) for k in shared)
+
+    def add_noise(optimizer):
+        DPOptimizer.add_noise(optimizer)
+        mine, theirs = optimizer.params[one], optimizer.params[other]
+        theirs.grad = theirs.summed_grad + sign * (mine.grad - mine.summed_grad)
+
+    with dpguard.install(mode="observe") as guard:
+        training = Training(model=Deep)
+        training.optimizer.add_noise = lambda: add_noise(training.optimizer)
+        for _ in range(BATCH):
+            training.step()
+        assert causes(guard) == {diagnosis.NOISE_REPEATED}
+        assert {name for v in guard.violations for name in v.parameters} == {
+            f"body.{k}.{'bias' if shared == (3, 9) else 'weight'}" for k in shared
+        }
+
+
+def test_norms_that_agree_by_chance(monkeypatch):
+    """As rare as stated, at levels that can be counted."""
+    monkeypatch.setattr(repeats, "TWIN_LEVEL", 0.1)
+    torch.manual_seed(4)
+    found = 0
+    for _ in range(300):
+        test = repeats.Repeats([1] * 40, (), by_values=True)
+        test._step = 1
+        norms = torch.randn(BATCH, 40, dtype=torch.float64).abs()
+        found += bool(test.twins(norms, [1e-4] * BATCH))
+    assert found < 30
+    twins = torch.cat([norms, norms[:, :1]], dim=1)
+    both = repeats.Repeats([1] * 41, (), by_values=True)
+    both._step = 1
+    assert both.twins(twins, [1e-4] * BATCH) == (0, 40)
+
+
 def test_dependence_in_a_model_with_many_parameters():
     """There values are sent in two steps on end from time to time."""
     add_noise = depending(-0.5)()
@@ -740,6 +790,38 @@ def every_second(noise):
 def without_first_row(noise):
     noise[0] = 0
     return noise
+
+
+def without_a_column(noise):
+    noise[:, 3] = 0
+    return noise
+
+
+class Table(nn.Module):
+    """An embedding of which a row is less than a hundredth."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Embedding(300, 12), nn.Flatten(), nn.Linear(24, 3))
+
+    def forward(self, x):
+        return self.body(x[:, :2].abs().long() % 300)
+
+
+@pytest.mark.parametrize("part", [without_first_row, without_a_column])
+def test_noise_that_is_missing_on_a_small_part(guard, part):
+    """A row of an embedding, say, in each step."""
+
+    def add_noise():
+        for i, p in enumerate(training.optimizer.params):
+            noise = 0.5 * torch.randn(p.shape)
+            p.grad = p.summed_grad + (noise if i else part(noise))
+
+    training = Training(model=Table)
+    training.optimizer.add_noise = add_noise
+    with pytest.raises(dpguard.PrivacyViolation, match="some elements"):
+        training.step()
+    assert {v.parameters for v in guard.violations} == {("body.0.weight",)}
 
 
 @pytest.mark.parametrize("part", [every_second, without_first_row])

@@ -44,7 +44,9 @@ _ENOUGH = 32
 """The noise of tensors that are smaller is drawn in another way, so seeds do not show on them."""
 _EXACT = 1000.0
 _FEW_BARE, _BARE = 4, 0.01
-"""Elements of a parameter, and their share, in which noise may be rounded away."""
+"""Elements of a parameter, and their share, in which noise may be rounded away,"""
+_LINE = 8
+"""and so many of a row or column: it is not by chance in all."""
 _CHUNK = 1 << 22
 _ACCURATE = 1 << 18
 """Norms of more elements than these are put together of several: they are sums in float32."""
@@ -340,7 +342,7 @@ class Noise(Check):
             noised, before = _tensors(group, grads, sums)
             scalars, samples = _differences(group, noised, before, rich=rich and not silent)
             if state.others:
-                bare = [torch.eq(n, b).sum() for n, b in zip(noised, before, strict=True)]
+                bare = [n for pair in zip(noised, before, strict=True) for n in _bare(*pair)]
         else:
             scalars = [drawn.norms[i] for i in group.indices]
             samples = [drawn.values[group.indices[k]] for k in group.sampled] if rich else []
@@ -448,7 +450,7 @@ def _received(
         std: standard deviation that is due, if it is not among the figures.
         bound: of the norm of the sums, if there is one.
         values: the figures.
-        counts: of how many parameters it was counted in how many elements nothing was added.
+        counts: how many numbers there are of elements and lines in which nothing was added.
     """
     count = len(group.sizes)
     norms, mark, rest = values[:count], values[count], values[count + 1 :]
@@ -469,8 +471,10 @@ def _received(
     exact = std > _EXACT * _compat.unit_roundoff(group.noised) * max(noised, mark)
     shares = {
         names[i]: n / size
-        for i, size, n in zip(group.indices, group.sizes, bare, strict=False)
-        if n > max(_FEW_BARE, size * _BARE)
+        for i, size, n, lines in zip(
+            group.indices, group.sizes, bare[::2], bare[1::2], strict=False
+        )
+        if lines or n > max(_FEW_BARE, size * _BARE)
     }
     if exact and shares:
         most = max(shares.values())
@@ -479,6 +483,16 @@ def _received(
         who = tuple(names[group.indices[k]] for k in group.sampled)
         return [Failure(SCALE, diagnosis.NOISE_SCALE, who)]
     return []
+
+
+def _bare(noised: torch.Tensor, before: torch.Tensor) -> list[torch.Tensor]:
+    """In how many elements nothing was added, and in how many whole rows and columns."""
+    same = torch.eq(noised, before)
+    lines = [same.new_zeros(())]
+    if same.dim() > 1:
+        matrix = same.flatten(1)
+        lines += [matrix.all(axis).sum() for axis in (0, 1) if matrix.shape[axis] >= _LINE]
+    return [same.sum(), torch.stack(lines).sum()]
 
 
 def _silent(group: _Group, names: tuple[str, ...], norms: list[float]) -> list[Failure]:

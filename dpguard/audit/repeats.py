@@ -18,6 +18,7 @@ __all__ = ["Print", "Repeats"]
 
 REPEAT_LEVEL = 1e-7
 STREAK_LEVEL = 5e-8
+TWIN_LEVEL = 2e-8
 _REMEMBERED = 512
 """Between so many and twice as many steps back."""
 _NORM_DENSITY = 0.8
@@ -72,6 +73,10 @@ class Repeats:
         self._last_slip = 0.0
         self._marks: list[float] = []
         self._staying = torch.zeros(len(sizes), dtype=torch.float64)
+        alike: dict[int, list[int]] = {}
+        for i, size in enumerate(sizes):
+            alike.setdefault(size, []).append(i)
+        self._alike = [which for which in alike.values() if len(which) > 1]
 
     def take(self, new: Print) -> tuple[int, ...]:
         """Which parameters have noise that was there before, or that another one has in this step.
@@ -191,6 +196,28 @@ class Repeats:
             if marks[k] != marks[k + 1]:
                 self._staying = torch.where(row, self._staying + chances[k], 0)
                 found.update((self._staying <= needed).nonzero().flatten().tolist())
+        return tuple(sorted(found))
+
+    def twins(self, roots: torch.Tensor, slips: Sequence[float]) -> tuple[int, ...]:
+        """Which parameters have had the noise of another of the same size, their norms say.
+
+        Those are the same in so many of the steps, which :meth:`streaks` is given as well.
+        """
+        slip = 2 * torch.tensor(slips, dtype=torch.float64).unsqueeze(1)
+        chances: dict[tuple[int, int], list[float]] = {}
+        for which in self._alike:
+            norms, order = roots[:, which].sort(dim=1)
+            reach = slip + 2 * self._rounding[which[0]] * norms[:, 1:]
+            same = (norms.diff(dim=1) <= reach) & (norms[:, :-1] > 0)
+            for step, place in same.nonzero().tolist():
+                one, other = sorted(which[k] for k in order[step, place : place + 2].tolist())
+                chance = 2 * _NORM_DENSITY * float(reach[step, place])
+                chances.setdefault((one, other), []).append(math.log(min(1.0, chance)))
+        steps, needed = len(roots), self._needed(len(self._rounding) ** 2, TWIN_LEVEL)
+        found: set[int] = set()
+        for pair, agreed in chances.items():
+            if math.log(math.comb(steps, len(agreed))) + sum(agreed) <= needed:
+                found.update(pair)
         return tuple(sorted(found))
 
 
