@@ -750,6 +750,30 @@ def steps(training, number):
         training.step()
 
 
+@pytest.mark.parametrize("model", [Wide, CNN])
+def test_one_seed_for_several_optimizers(model):
+    """Each epoch has one of its own, and its noise from the same generator."""
+    with dpguard.install(mode="repair") as guard:
+        training = Training(model=model)
+
+        def epoch(seed, number):
+            training.optimizer = DPOptimizer(
+                torch.optim.SGD(training.model.parameters(), lr=0.1),
+                noise_multiplier=1.0,
+                max_grad_norm=0.5,
+                expected_batch_size=8,
+                generator=torch.Generator().manual_seed(seed),
+            )
+            steps(training, number)
+
+        for seed in range(5):
+            epoch(seed, BATCH + 3)
+        assert guard.violations == ()
+        with pytest.raises(dpguard.PrivacyViolation, match=r"noise\.fresh"):
+            epoch(4, 3)
+        assert causes(guard) == {diagnosis.NOISE_REPEATED}
+
+
 def test_the_same_release_twice_is_no_new_one(guard):
     """A step that repeats an earlier one in every bit gives nothing away that was not given."""
     training = Training()

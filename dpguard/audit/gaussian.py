@@ -171,7 +171,7 @@ class NoiseTest:
         half_eps: largest relative error of one rounding of a noised sum.
         sampled: indices of the parameters whose first values are given.
         by_values: whether they are given in each step, to know a step's noise by them.
-        former: the test of the same optimizer up to now, if other parameters were trainable.
+        former: the test up to now, if other parameters were trainable, or of another optimizer.
     """
 
     def __init__(
@@ -212,7 +212,17 @@ class NoiseTest:
         self._streaks: dict[int, tuple[int, int]] = {}
         self._sampled = tuple(sampled)
         self._signs: tuple[int, float, _Signs] = (-1, math.nan, [])
-        self._repeats = Repeats(self.sizes, sampled, by_values=by_values, step=self._steps)
+        self._by_values: bool = by_values
+        self._repeats: Repeats
+        if former is not None and former._remembers(self):
+            self._repeats = former._repeats
+        else:
+            self._repeats = Repeats(self.sizes, sampled, by_values=by_values, step=self._steps)
+
+    def _remembers(self, other: NoiseTest) -> bool:
+        """Whether the noise of the other test can be compared with what was there."""
+        mine, theirs = ((test.sizes, test._sampled, test._by_values) for test in (self, other))
+        return mine == theirs
 
     def take(
         self,

@@ -9,10 +9,12 @@ Where no noise is due, on all ranks but the first, nothing may be added.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
 import weakref
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import is_, mul
@@ -47,6 +49,8 @@ _FEW_BARE, _BARE = 4, 0.01
 """Elements of a parameter, and their share, in which noise may be rounded away,"""
 _LINE = 8
 """and so many of a row or column: it is not by chance in all."""
+_OPTIMIZERS = 8
+"""So many are remembered: noise that another one has added to the same parameters is not new."""
 _CHUNK = 1 << 22
 _ACCURATE = 1 << 18
 """Norms of more elements than these are put together of several: they are sums in float32."""
@@ -168,8 +172,10 @@ class _State:
 
     def is_arranged(self, parameters: Sequence[Any], kinds: list[_Kind | None]) -> bool:
         """Whether the groups are made for these parameters and kinds."""
-        if kinds != self.kinds:
-            return False
+        return kinds == self.kinds and self.is_of(parameters)
+
+    def is_of(self, parameters: Sequence[Any]) -> bool:
+        """Whether these are the parameters."""
         known = [reference() for reference in self.references]
         return len(known) == len(parameters) and all(map(is_, known, parameters))
 
@@ -186,6 +192,8 @@ class Noise(Check):
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._states = PerOwner(lambda _: _State())
+        self._past: deque[_State] = deque(maxlen=_OPTIMIZERS)
+        """What is known of the last few optimizers, which may be gone."""
 
     def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:
         """Note how large the clipped sum can be: so much rounding can do."""
@@ -303,6 +311,9 @@ class Noise(Check):
         if state.is_arranged(parameters, kinds):
             return
         state.kinds = kinds
+        if not state.references:
+            state.groups = self._known_of(parameters)
+            self._past.append(state)
         state.references = [weakref.ref(p) for p in parameters]
         found: dict[_Kind, list[int]] = {kind: [] for kind in state.groups}
         for i, kind in enumerate(kinds):
@@ -316,6 +327,13 @@ class Noise(Check):
                 state.groups[kind] = _Group.of(kind, indices, shapes, former)
             elif former is not None:
                 former.indices = []
+
+    def _known_of(self, parameters: Sequence[Any]) -> dict[_Kind, _Group]:
+        """The groups that another optimizer of the same parameters has had."""
+        for past in reversed(self._past):
+            if past.is_of(parameters):
+                return {kind: dataclasses.replace(g) for kind, g in past.groups.items()}
+        return {}
 
     def _send(
         self,
