@@ -266,7 +266,7 @@ class Fault:
 
 REPLACED = frozenset([diagnosis.STEP_HOOK_REPLACED])
 WITHOUT_NOISE = frozenset([diagnosis.NOISE_TAKEN_OUT, diagnosis.MOVED_WITHOUT_NOISE])
-SAME_PEOPLE = frozenset([diagnosis.BATCH_DRAWN_AGAIN])
+SAME_PEOPLE = frozenset([diagnosis.BATCH_DRAWN_AGAIN, diagnosis.DRAWN_DEPENDENTLY])
 FAULTS = {
     "1 batch clipped": Fault(clipping(batch_gradient, one_factor), SUM, diagnosis.CLIP_SENSITIVITY),
     "2 micro-batches clipped": Fault(

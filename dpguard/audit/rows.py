@@ -163,7 +163,7 @@ class RowValues(Check):
         if odd := tuple([state.name for state in step.states if state.reduction not in right]):
             step.run(CONSERVATION)
             return [Failure(CONSERVATION, diagnosis.LOSS_REDUCTION, odd)]
-        self._compare(step, found, compared, residuals)
+        self._compare(step, found, compared, residuals, mean=right[1] == "mean")
         self._count(optimizer, step)
         return ()
 
@@ -190,6 +190,8 @@ class RowValues(Check):
         found: Clipping | Survey,
         compared: list[int],
         residuals: list[torch.Tensor],
+        *,
+        mean: bool,
     ) -> None:
         step.run(FINITE)
         scales = torch.mm(found.shares.unsqueeze(0), found.norms)
@@ -202,13 +204,15 @@ class RowValues(Check):
         figures = [scales, *residuals]
         conditioned = [k for k, i in enumerate(compared) for _ in step.states[i].moments]
         if conditioned:
-            rounded = roundings([m for i in compared for m in step.states[i].moments])
-            figures += torch._foreach_mul(rounded, found.shares.amax())
+            figures += roundings([m for i in compared for m in step.states[i].moments])
         if any(limits.composed):
             total = found.shares @ found.totals
             figures += [total, *self._strengths(step, found, compared, total)]
-        root = math.sqrt(sum(found.rows.sizes))
-        receive = functools.partial(_verdict, step, compared, limits, root, conditioned=conditioned)
+        sizes = found.rows.sizes
+        share = 1.0 / max(1, min(filter(None, sizes), default=1)) if mean else 1.0
+        scaling = conditioned, share
+        root = math.sqrt(sum(sizes))
+        receive = functools.partial(_verdict, step, compared, limits, root, scaling=scaling)
         step.collect((FINITE, CONSERVATION), figures, receive)
 
     def _strengths(
@@ -323,7 +327,7 @@ def _verdict(
     root: float,
     values: list[float],
     *,
-    conditioned: Sequence[int],
+    scaling: tuple[Sequence[int], float],
 ) -> Failures:
     """What to make of the figures.
 
@@ -336,12 +340,14 @@ def _verdict(
             compared the residual; for each call that has normalised inputs what its rounding is
             relative to; where rows are composed the same sum for all parameters together, and where
             they were probed the strengths of the rows.
-        conditioned: for each such call which of those that were compared has scaled its values.
+        scaling: for each such call which of those that were compared has scaled its values; and the
+            largest weight of a row.
     """
     scales, values = values[: len(step.names)], values[len(step.names) :]
     if not isfinite(sum(scales)):
         return finiteness(step.names, map(isfinite, scales))
     residuals, values = values[: len(compared)], values[len(compared) :]
+    conditioned, share = scaling
     rounded, values = values[: len(conditioned)], values[len(conditioned) :]
     total, strengths = values[0] if values else 0.0, values[1:]
     if len(compared) < len(scales):
@@ -360,7 +366,7 @@ def _verdict(
         )
     ]
     for k, more in zip(conditioned, rounded, strict=True):
-        scales[k] += more
+        scales[k] += more * share
     bounds = [
         max((plain * root + low) * scale + lost * root, limits.tiny)
         for plain, low, scale, lost in zip(
