@@ -105,11 +105,17 @@ class Runtime:
             report,
             signals=Signals(self._loading.tags, self._deliveries, self._rows_at_hand, verdicts),
             meet=self.grad_sample.meet,
-            attached=self.accounting.attached,
+            attached=_weakly(self._attached),
         )
         self._transaction = Transaction()
         self._intervened = 0
         self._violated = 0
+
+    def _attached(self, optimizer: Any, hook: Any) -> None:
+        try:
+            self.accounting.attached(optimizer, hook)
+        except Exception as error:  # noqa: BLE001 - the hook is attached all the same
+            self.report_internal("accounting", error)
 
     def _checks(self) -> list[Check]:
         """What is looked at in each step besides the coverage, in this order."""
