@@ -26,9 +26,10 @@ RELEASES = 1.0.2 1.4.1 1.5.1 1.5.4
 # What these depend on is the release; the other tests are the same on each.
 RELEASE_TESTS = grad_sample ghost ghost_gradient ghost_models ghost_by_hand late_layers replay \
 	one_batch regressions control_flow right_today random_programs other_modes audit attributes \
-	protocol facades mechanism amp lean distributed layers check_accounting check_clip check_noise \
-	check_applied check_moved check_oracle check_oracle_ghost check_passes check_people check_rows \
-	check_scaling check_untouched check_update faults poisson shape stored time_steps due_sigma wrappers
+	protocol facades mechanism amp lean distributed layers conditioning check_accounting check_clip \
+	check_noise check_applied check_moved check_oracle check_oracle_ghost check_passes check_people \
+	check_rows check_scaling check_untouched check_update faults poisson shape stored time_steps \
+	due_sigma wrappers
 # Releases of Lightning that stand for an optimizer in other ways than the pinned one.
 LIGHTNING = 1.9.5 2.0.9 2.1.4
 OPACUS_TESTS ?=

@@ -806,6 +806,15 @@ _LEAN_SINCE = (1, 4)
 _CASTS_ROWS_SINCE = (1, 6)
 
 
+@functools.cache
+def sums_as_one_batch() -> bool:
+    """Whether Opacus adds clipped rows up by ``torch.einsum``, which asks for a batched product.
+
+    Releases from 1.4 to before 1.5.4 have it done by ``opt_einsum``, which asks for a plain one.
+    """
+    return _attribute_of(_MECHANISM, "contract") is None
+
+
 def stock_mechanism(*names: str) -> dict[str, Any]:
     """These methods of Opacus's ``DPOptimizer`` as its source has them, without our wrappers.
 

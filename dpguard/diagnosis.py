@@ -85,6 +85,7 @@ FOREIGN_STEP = "foreign_step"
 RAW_UPDATE = "raw_update"
 FROZEN_LATE = "frozen_after_backward"
 NOISE_TAKEN_OUT = "noise_taken_out"
+NOISE_DILUTED = "noise_diluted"
 MOVED_WITHOUT_NOISE = "moved_without_noise"
 BATCH_STATISTICS = "batch_statistics"
 BUFFERS_CHANGE = "buffers_change"
@@ -533,6 +534,13 @@ _DIAGNOSES = {
     NOISE_TAKEN_OUT: Diagnosis(
         "the update was to be made from a gradient without noise: none was added, or something put "
         "a gradient from before the noise in the place of the noised one",
+        "change p.grad in hooks and in scale_grad() only by what is computed from the noised "
+        "p.grad itself; do not keep gradients from before optimizer.step()",
+        Severity.CRITICAL,
+    ),
+    NOISE_DILUTED: Diagnosis(
+        "after the noise, a multiple of the clipped sum or of the gradient of the batch was added "
+        "to the gradient, of which no noise covers that part",
         "change p.grad in hooks and in scale_grad() only by what is computed from the noised "
         "p.grad itself; do not keep gradients from before optimizer.step()",
         Severity.CRITICAL,

@@ -442,7 +442,7 @@ def _another_besides(training):
 
 def _only_asking(training):
     engine = training.engine
-    training.optimizer.attach_step_hook(lambda _: engine.accountant.history)
+    training.optimizer.attach_step_hook(lambda _: history(engine.accountant))
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -116,6 +116,57 @@ def test_noise_that_is_taken_out_is_refused(mode, fault, kind):
         assert all(violation.parameters for violation in guard.violations)
 
 
+def raw_added(share, *, inner):
+    """A part of the gradient of the batch, as it was before the step."""
+
+    def fault(training):
+        kept = keep_raw(training)
+
+        def add(*_):
+            for p, raw in kept.items():
+                p.grad.add_(share * raw)
+
+        if inner:
+            training.optimizer.original_optimizer.register_step_pre_hook(add)
+        else:
+            training.optimizer.attach_step_hook(add)
+
+    return fault
+
+
+def sum_added(training):
+    """In scale_grad, with another multiple for each parameter."""
+    optimizer, scale_grad = training.optimizer, training.optimizer.scale_grad
+
+    def more():
+        scale_grad()
+        for i, p in enumerate(optimizer.params):
+            p.grad = 0.5 * p.grad + 0.01 * (1 + i) * p.summed_grad.view_as(p)
+
+    optimizer.scale_grad = more
+
+
+MIXTURES = {
+    "raw in a step hook": raw_added(0.5, inner=False),
+    "some raw in a hook of the inner optimizer": raw_added(0.05, inner=True),
+    "sum in scale_grad": sum_added,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fault", MIXTURES)
+def test_what_has_no_noise_added_to_what_has(fault, kind):
+    """The noise of the rest does not cover it."""
+    with dpguard.install(mode="repair") as guard:
+        training = Training(kind)
+        training.run(3)
+        MIXTURES[fault](training)
+        with pytest.raises(dpguard.PrivacyViolation, match=r"update\.private.*was added"):
+            training.run(5)
+        assert training.steps - 3 <= 2
+        assert {v.cause for v in guard.violations} == {diagnosis.NOISE_DILUTED}
+
+
 def sum_through_data(optimizer):
     for p in optimizer.params:
         p.grad.data.copy_(p.summed_grad.view_as(p) / optimizer.expected_batch_size)
@@ -248,6 +299,20 @@ def sparse(grads, _memory):
     return [g * (g.abs() > g.abs().median()) for g in grads]
 
 
+def with_decay(grads, memory):
+    parameters = memory["parameters"]
+    return [g + 0.1 * p.detach() for g, p in zip(grads, parameters, strict=True)]
+
+
+def with_former(grads, memory):
+    former, memory["former"] = memory.get("former", grads), [g.clone() for g in grads]
+    return [g + 0.5 * f for g, f in zip(grads, former, strict=True)]
+
+
+def smoothed(grads, _memory):
+    return [g + 0.1 * g.roll(1) for g in grads]
+
+
 def centred(grads, _memory):
     return [g - g.mean() for g in grads]
 
@@ -263,7 +328,20 @@ def in_half_precision(grads, _memory):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "change",
-    [scaled, in_place, clipped, signs, averaged, sparse, centred, cleared, in_half_precision],
+    [
+        scaled,
+        in_place,
+        clipped,
+        signs,
+        averaged,
+        sparse,
+        centred,
+        cleared,
+        in_half_precision,
+        with_decay,
+        with_former,
+        smoothed,
+    ],
     ids=lambda f: f.__name__,
 )
 @pytest.mark.parametrize("where", ["step hook", "inner hook"])
@@ -271,9 +349,9 @@ def test_what_is_computed_from_noised_gradients_is_fine(where, change, kind):
     """Privacy is closed under it, and nothing is said."""
     with dpguard.install(mode="strict") as guard:
         training, memory = Training(kind), {}
+        parameters = memory["parameters"] = list(training.raw.parameters())
 
         def hook(*_):
-            parameters = list(training.raw.parameters())
             found = change([p.grad for p in parameters], memory)
             for p, grad in zip(parameters, found, strict=True):
                 p.grad = grad

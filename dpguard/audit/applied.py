@@ -3,7 +3,8 @@
 Between the noise and the update a gradient may be changed in any way that looks at nothing but the
 noised gradient. That it was changed is seen in every step, by its identity and version. A change
 proves nothing; a gradient that is a multiple of the clipped sum, or of the gradient of the batch,
-does, as :mod:`dpguard.audit.multiples` says.
+does, as :mod:`dpguard.audit.multiples` says, and so does the noised gradient with such a multiple
+added to it.
 
 The gradient of the batch is only at hand once a change was seen; so one that is put back is found
 in the second step. A change through ``.data`` has no version: in the first steps and in every
@@ -22,7 +23,7 @@ import torch
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import NOTHING, Check, Failure, Failures, Noted, PerOwner, Step
-from dpguard.audit.multiples import Samples, without_noise
+from dpguard.audit.multiples import Samples, mixed, without_noise
 from dpguard.audit.update import PRIVATE
 from dpguard.patches.lean import Clipping
 from dpguard.row_state import pieces_of, sample_of_rows
@@ -52,6 +53,7 @@ class _Noised:
         suspect: whether gradients were changed after the noise, in this step or an earlier one.
         raw: the gradients of the batch, and its number of rows, if they are kept.
         told: the gradients as they were when they were last compared.
+        samples: of the noised gradients, if changes are looked for.
     """
 
     std: Any = None
@@ -67,9 +69,10 @@ class _Noised:
     suspect: bool = False
     raw: tuple[list[Any], int] | None = None
     told: list[tuple[int, int]] = field(default_factory=list)
+    samples: Samples | None = None
 
     def clear(self) -> None:
-        self.std, self.raw, self.seen = None, None, False
+        self.std, self.raw, self.seen, self.samples = None, None, False, None
         self.parameters, self.grads, self.sums, self.told = (), NOTHING, NOTHING, []
 
 
@@ -117,6 +120,8 @@ class Applied(Check):
             mean = optimizer.loss_reduction == "mean"
             state.changes = int(mean and _compat.is_opacus_method(optimizer, "scale_grad"))
             state.parameters, state.grads = step.parameters, Noted.of(grads)
+            if (state.suspect or state.due) and not state.elsewhere:
+                state.samples = Samples.of(grads)
         else:
             state.std = None
         return ()
@@ -191,18 +196,29 @@ class Applied(Check):
         grads = [state.parameters[i].grad for i in changed]
         known = len(state.names) == len(state.parameters)
         names = tuple(state.names[i] for i in changed) if known else ()
-        sums = state.sums.unchanged()
-        if len(sums) == len(state.parameters):
-            self._compare(step, names, (grads, [sums[i] for i in changed], state.std))
-        if len(raw) == len(state.parameters):
-            std = state.std / max(1, count)
-            self._compare(step, names, (grads, [raw[i] for i in changed], std))
+        noised = None
+        if state.samples is not None and not _compat.is_distributed():
+            noised = state.samples.of_some(changed)
+        for bare, per in ((state.sums.unchanged(), 1), (raw, max(1, count))):
+            if len(bare) == len(state.parameters):
+                chosen = [bare[i] for i in changed]
+                self._compare(step, names, (grads, chosen, state.std / per), noised)
 
-    def _compare(self, step: Step, names: tuple[str, ...], compared: _Compared) -> None:
+    def _compare(
+        self,
+        step: Step,
+        names: tuple[str, ...],
+        compared: _Compared,
+        noised: Samples | None = None,
+    ) -> None:
         """Measure how far gradients are from multiples of what has no noise in it."""
         grads, bare, std = compared
-        samples = Samples.of(grads)
-        found = samples and without_noise([samples], Samples.of(bare), std, _OFF)
+        samples, others = Samples.of(grads), Samples.of(bare)
+        if samples is None or others is None:
+            return
+        if noised is not None:
+            self._compare_mixture(step, names, samples, noised, others)
+        found = without_noise([samples], others, std, _OFF)
         if not found:
             return
         chosen, figures, verdict = found
@@ -213,6 +229,24 @@ class Applied(Check):
                 return ()
             far, _, noise = values
             return [Failure(PRIVATE, diagnosis.NOISE_TAKEN_OUT, who, figure=far, bound=noise)]
+
+        step.collect((PRIVATE,), figures, receive)
+
+    @staticmethod
+    def _compare_mixture(
+        step: Step, names: tuple[str, ...], samples: Samples, noised: Samples, bare: Samples
+    ) -> None:
+        """Measure whether they are the noised ones with a multiple of the others."""
+        found = mixed(samples, noised, bare)
+        if found is None:
+            return
+        figures, verdict = found
+
+        def receive(values: list[float]) -> Failures:
+            if not verdict(values):
+                return ()
+            far, without, *_ = values
+            return [Failure(PRIVATE, diagnosis.NOISE_DILUTED, names, figure=without, bound=far)]
 
         step.collect((PRIVATE,), figures, receive)
 

@@ -7,6 +7,11 @@ probability of ``exp(-0.31 n)``: the norm of the noise is that of ``n`` independ
 least :data:`_ENOUGH`. Where that is ``10 t`` times the gradient or more, one that is off by less
 than ``t``, some roundings, has none of the noise.
 
+A multiple of the noised gradient with one of what has no noise added to it is no function of the
+noised gradient either: it is off by less than roundings from the two together, for some two
+multiples of each parameter, and by much more than that from the noised one alone. What is computed
+from that alone differs from it in other directions, and there are :data:`_ENOUGH` of them.
+
 Some elements of each tensor are enough: a multiple is one in all of them.
 """
 
@@ -23,9 +28,11 @@ from torch.nn.utils.rnn import pad_sequence
 from dpguard import _compat
 from dpguard.row_state import spread_of
 
-__all__ = ["Samples", "without_noise"]
+__all__ = ["Samples", "mixed", "without_noise"]
 
 _ROUNDINGS = 8.0
+_MUCH = 100.0
+_APART = 1e-6
 _ENOUGH = 200
 
 
@@ -57,6 +64,13 @@ class Samples(NamedTuple):
             rows = [row.to(device, wide, non_blocking=True) for row in rows]
         values, sizes = pad_sequence(rows, batch_first=True), tuple(row.numel() for row in rows)
         return cls(values, sizes, max(_compat.unit_roundoff(kind) for kind, _ in kinds))
+
+    def of_some(self, which: Sequence[int]) -> Samples:
+        """Those of some of the tensors."""
+        places = torch.tensor(which).to(self.values.device, non_blocking=True)
+        return self._replace(
+            values=self.values[places], sizes=tuple([self.sizes[i] for i in which])
+        )
 
     def is_like(self, other: Samples) -> bool:
         """Whether these are samples of tensors of the same sizes, in one place."""
@@ -118,6 +132,48 @@ def without_noise(
         )
 
     return chosen, figures, verdict
+
+
+@torch.no_grad()
+def mixed(
+    moved: Samples, noised: Samples, bare: Samples
+) -> tuple[list[torch.Tensor], Callable[[list[float]], bool]] | None:
+    """What tells whether tensors are noised ones with others added that have no noise in them.
+
+    Args:
+        moved: the tensors.
+        noised: as they were when their noise had been added.
+        bare: the others.
+
+    Returns:
+        Figures, and what to ask with their values: whether they are. ``None`` if these are too few
+        elements to prove anything.
+    """
+    if not moved.sizes == noised.sizes == bare.sizes:
+        return None
+    if sum(max(0, size - 2) for size in moved.sizes) < _ENOUGH:
+        return None
+    like = moved.values
+    y, a, b = (s.values.to(like.device, torch.float64) for s in (moved, noised, bare))
+    aa, bb, ab = a.square().sum(-1), b.square().sum(-1), (a * b).sum(-1)
+    ya, yb = (y * a).sum(-1), (y * b).sum(-1)
+    area = aa * bb - ab.square()
+    told = (area > _APART * aa * bb).unsqueeze(-1)
+    alone = y - torch.nan_to_num(ya / aa).unsqueeze(-1) * a
+    of_noised = torch.nan_to_num((ya * bb - yb * ab) / area).unsqueeze(-1) * a
+    of_bare = torch.nan_to_num((yb * aa - ya * ab) / area).unsqueeze(-1) * b
+    both = y - of_noised - of_bare
+    parts = (both, alone, of_noised, y)
+    figures = [torch.linalg.vector_norm(part * told) for part in parts]
+    limit = _ROUNDINGS * max(state.unit for state in (moved, noised, bare))
+
+    def verdict(values: list[float]) -> bool:
+        far, without, own, length = values
+        # One that is nothing but a multiple of the others is no mixture.
+        least = _MUCH * limit * length
+        return 0 < length < math.inf and far <= limit * length and min(without, own) >= least
+
+    return figures, verdict
 
 
 def _is_plain(tensor: Any) -> bool:

@@ -4,9 +4,9 @@ Rows of parameters that are small are put next to each other first: with a param
 each, calls would cost more than numbers. On a GPU a product with two rows of weights gives both
 sums in one read; there it may round in another way than Opacus.
 
-On a CPU the clipped sum of a parameter has the bits of Opacus, whose ``einsum`` asks for the same
-kernel: that of a batch of one product. On some CPUs the kernel for a matrix alone adds up in
-another order, and so does the same kernel where parameters share a product.
+On a CPU the clipped sum of a parameter has the bits of Opacus, which asks for the same kernel: that
+of a product, or of a batch of one product (:func:`dpguard._compat.sums_as_one_batch`). On some CPUs
+these add up in another order, and so does either where parameters share a product.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+
+from dpguard import _compat
 
 __all__ = ["Sums", "Weights", "flat", "parts", "sums_of"]
 
@@ -50,7 +52,10 @@ class Weights:
         dtype = matrix.dtype
         if self._both is None:
             first, second = _cast(self._first, dtype), self._second
-            found = [torch.bmm(first, matrix.unsqueeze(0))]
+            if _compat.sums_as_one_batch():
+                found = [torch.bmm(first, matrix.unsqueeze(0))]
+            else:
+                found = [torch.mm(first[0], matrix)]
             if second is not None:
                 found.append(torch.mm(_cast(second, dtype), matrix))
             return found
