@@ -539,10 +539,11 @@ _DIAGNOSES = {
         Severity.CRITICAL,
     ),
     NOISE_DILUTED: Diagnosis(
-        "after the noise, a multiple of the clipped sum or of the gradient of the batch was added "
-        "to the gradient, of which no noise covers that part",
-        "change p.grad in hooks and in scale_grad() only by what is computed from the noised "
-        "p.grad itself; do not keep gradients from before optimizer.step()",
+        "with the noise, or after it, a multiple of the clipped sum or of the gradient of the "
+        "batch was added to the gradient, and no noise covers that part",
+        "let add_noise() add nothing but noise to the clipped sum; change p.grad in hooks and in "
+        "scale_grad() only by what is computed from the noised p.grad itself; do not keep "
+        "gradients from before optimizer.step()",
         Severity.CRITICAL,
     ),
     MOVED_WITHOUT_NOISE: Diagnosis(

@@ -816,6 +816,49 @@ def without_first_row(noise):
     return noise
 
 
+def adding(share, *, raw):
+    """Noise, and with it a part of the gradient of the batch, or of the clipped sum."""
+
+    def add_noise(optimizer):
+        before = [p.grad.clone() if raw else p.summed_grad.clone() for p in optimizer.params]
+        DPOptimizer.add_noise(optimizer)
+        for p, more in zip(optimizer.params, before, strict=True):
+            p.grad = p.grad + share * more.view_as(p)
+
+    return add_noise
+
+
+@pytest.mark.parametrize(("share", "raw"), [(20.0, True), (1.0, False), (-1.0, False)])
+def test_what_is_added_with_the_noise(share, raw):
+    """It is too short to show in the size of the noise."""
+    with dpguard.install(mode="observe") as guard:
+        training = Training(bound=1.0)
+        training.optimizer.add_noise = lambda: adding(share, raw=raw)(training.optimizer)
+        before = [p.detach().clone() for p in training.model.parameters()]
+        for _ in range(120):
+            with torch.no_grad():
+                for p, first in zip(training.model.parameters(), before, strict=True):
+                    p.copy_(first)
+            training.step()
+            if causes(guard):
+                break
+        assert causes(guard) == {diagnosis.NOISE_DILUTED}
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_noise_of_ones_own_along_gradients(raw):
+    """Independent noise is in every direction alike."""
+    torch.manual_seed(2)
+    reached = 0
+    for _ in range(400):
+        test, found = gaussian.Along(), False
+        for value in torch.randn(200).tolist():
+            found = found or test.take(value * (3.0 if raw else 1.0), 3.0 if raw else 1.0, 1.0, 0.0)
+        reached += gaussian._of_sum(abs(test._total), test._count) >= math.log(10)
+        assert not found
+    assert reached < 60
+
+
 def without_a_column(noise):
     noise[:, 3] = 0
     return noise

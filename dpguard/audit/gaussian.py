@@ -39,9 +39,14 @@ is judged. Dependence on what was two or more steps ago alone is not seen.
 
 Noise that repeats within a tensor, or among them: see :mod:`dpguard.audit.spread`.
 
+Noise with something in it. Where somebody's own code adds it, its part along the clipped sum, and
+along the gradient of the batch, is a value that has the distribution N(0, 1) as any other; their
+mean is tested like that of the sampled values. What is added with the noise in each step is found
+in the first if it is a hundred standard deviations long, in some hundred if it is one.
+
 False alarms: at most ``RUN_LEVEL + STEP_LEVEL + REPEAT_LEVEL + STREAK_LEVEL + TWIN_LEVEL +
-SIGNS_LEVEL + SPREAD_LEVEL`` < 1e-6 over a whole run, for each optimizer (and each device and
-precision that its parameters are on).
+SIGNS_LEVEL + SPREAD_LEVEL + ALONG_LEVEL`` < 1e-6 over a whole run, for each optimizer (and each
+device and precision that its parameters are on).
 
 Power: each of the ``N`` values with sigma off by 1 % is worth 1e-4 nats; 200 steps of a model with
 2,500 parameters give 50, with a standard deviation of 10, where about 19 are needed: it is found
@@ -70,12 +75,13 @@ import torch
 from dpguard.audit.repeats import Print, Repeats
 from dpguard.audit.spread import Spread
 
-__all__ = ["BATCH", "NoiseTest", "NoiseVerdict"]
+__all__ = ["BATCH", "Along", "NoiseTest", "NoiseVerdict"]
 
-RUN_LEVEL = 3.4e-7
+RUN_LEVEL = 3.2e-7
 STEP_LEVEL = 4e-7
 SIGNS_LEVEL = 4e-8
 SPREAD_LEVEL = 4e-8
+ALONG_LEVEL = 2e-8
 BATCH = 32
 """After so many steps the test over the run is evaluated."""
 SLACK = 2e-4
@@ -161,6 +167,28 @@ class _Together:
     def of_signs(self) -> float:
         """Logarithm of the factor against signs that do not depend on those before."""
         return _of_sum(abs(self.sign), self.signs)
+
+
+class Along:
+    """Whether noise has a mean along some direction that was given before it was drawn."""
+
+    def __init__(self) -> None:
+        self._total, self._count = 0.0, 0
+
+    def take(self, product: float, length: float, std: float, slip: float) -> bool:
+        """Add a step; whether chance does not explain what there is along the direction.
+
+        Args:
+            product: of what was added with the direction.
+            length: of the direction.
+            std: the declared standard deviation.
+            slip: by how much rounding may have changed what was added, in these units.
+        """
+        value = product / (length * std) if length > 0 else math.nan
+        if math.isfinite(value):
+            self._count += 1
+            self._total += math.copysign(max(0.0, abs(value) - slip - SLACK), value)
+        return _of_sum(abs(self._total), self._count) >= -math.log(ALONG_LEVEL / 2)
 
 
 class NoiseTest:

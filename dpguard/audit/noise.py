@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dpguard import _compat, diagnosis
-from dpguard.audit.check import Check, Failure, Failures, Noted, PerOwner, Step
-from dpguard.audit.gaussian import NoiseTest, NoiseVerdict
+from dpguard.audit.check import NOTHING, Check, Failure, Failures, Noted, PerOwner, Step
+from dpguard.audit.gaussian import Along, NoiseTest, NoiseVerdict
 from dpguard.audit.shape import Shape
 from dpguard.ledger import Ledger
 from dpguard.patches.lean import WIDE
@@ -73,6 +73,8 @@ class _Group:
         sampled: of which of them first values are sent.
         often: whether these are sent in each step.
         due: in how many steps they are sent again; one less than 0 in the second step on end.
+        along: what there is in noise of somebody's own along the clipped sum, and along the
+            gradient of the batch.
     """
 
     dtype: torch.dtype
@@ -86,6 +88,7 @@ class _Group:
     test: NoiseTest
     shape: Shape = field(default_factory=Shape)
     due: int = 0
+    along: tuple[Along, Along] = field(default_factory=lambda: (Along(), Along()))
 
     @property
     def is_rich(self) -> bool:
@@ -104,7 +107,8 @@ class _Group:
         test = NoiseTest(sizes, half_eps, sampled, by_values=often, former=known)
         dtype = torch.promote_types(kind[0], torch.float32)
         made = cls(dtype, kind[0], indices, shapes, sizes, _parts(sizes), sampled, often, test)
-        made.shape = made.shape if former is None else former.shape
+        if former is not None:
+            made.shape, made.along = former.shape, former.along
         return made
 
 
@@ -165,9 +169,12 @@ class _State:
     said: bool = False
     others: bool = False
     """Whether ``add_noise`` is somebody's own."""
+    raw: Noted = NOTHING
+    """The gradients before that."""
 
     def begin(self) -> None:
         self.sums = self.std = self.mark = self.drawn = None
+        self.raw = NOTHING
         self.bound = 0.0
 
     def is_arranged(self, parameters: Sequence[Any], kinds: list[_Kind | None]) -> bool:
@@ -221,6 +228,7 @@ class Noise(Check):
                     # It may add the noise to the sums in place.
                     kept = [t.clone() if type(t) is _TENSOR else t for t in sums.tensors]
                     sums = Noted.of(kept)
+                    state.raw = Noted.of([p.grad for p in step.parameters])
                 state.sums, state.versions = sums
         return ()
 
@@ -249,6 +257,7 @@ class Noise(Check):
             return ()
         sums, std, bound, mark = state.sums, state.std, state.bound, state.mark
         grads, drawn = [p.grad for p in step.parameters], state.drawn
+        raw = state.raw.unchanged()
         if drawn is None or not state.is_arranged(step.parameters, drawn.kinds):
             drawn = None
             self._arrange(state, step.parameters, grads)
@@ -265,7 +274,7 @@ class Noise(Check):
         for group in state.groups.values():
             if group.indices:
                 declared = (std, bound, mark)
-                self._send(step, state, group, (grads, sums, drawn), declared)
+                self._send(step, state, group, (grads, sums, raw, drawn), declared)
         return ()
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
@@ -340,7 +349,7 @@ class Noise(Check):
         step: Step,
         state: _State,
         group: _Group,
-        tensors: tuple[Sequence[Any], Sequence[Any], _Drawn | None],
+        tensors: tuple[Sequence[Any], Sequence[Any], Sequence[Any], _Drawn | None],
         declared: tuple[Any, float | None, torch.Tensor | None],
     ) -> None:
         """Measure one group.
@@ -349,11 +358,12 @@ class Noise(Check):
             step: the step.
             state: what is known of the optimizer.
             group: the parameters concerned.
-            tensors: noised sums and sums before of all parameters, and what was measured of the
-                noise when it was drawn.
+            tensors: noised sums and sums before of all parameters, their gradients before if
+                ``add_noise`` is somebody's own, and what was measured of the noise when it was
+                drawn.
             declared: standard deviation, bound of the norm of the sums and their mark.
         """
-        names, (grads, sums, drawn), (std, bound, mark) = state.names, tensors, declared
+        names, (grads, sums, raw, drawn), (std, bound, mark) = state.names, tensors, declared
         silent, rich = isinstance(std, float) and not std, group.is_rich
         bare: list[torch.Tensor] = []
         if drawn is None:
@@ -361,6 +371,7 @@ class Noise(Check):
             scalars, samples = _differences(group, noised, before, rich=rich and not silent)
             if state.others:
                 bare = [n for pair in zip(noised, before, strict=True) for n in _bare(*pair)]
+                bare += _along(noised, before, [raw[i] for i in group.indices] if raw else [])
         else:
             scalars = [drawn.norms[i] for i in group.indices]
             samples = [drawn.values[group.indices[k]] for k in group.sampled] if rich else []
@@ -475,6 +486,7 @@ def _received(
     if std is None:
         std, rest = rest[0], rest[1:]
     bare, rest = rest[:counts], rest[counts:]
+    bare, along = bare[:-_ALONG], bare[-_ALONG:]
     noised = mark if bound is None else bound + math.sqrt(sum(map(mul, norms, norms)))
     samples = []
     if rest:
@@ -486,7 +498,12 @@ def _received(
     if verdict:
         return _failures(verdict, group, names)
     # Values that are rounded to those of the sum have another shape.
-    exact = std > _EXACT * _compat.unit_roundoff(group.noised) * max(noised, mark)
+    slip = _compat.unit_roundoff(group.noised) * max(noised, mark) / std
+    for test, product, square in zip(group.along, along[::2], along[1::2], strict=False):
+        if test.take(product, math.sqrt(square), std, slip):
+            who = tuple(names[i] for i in group.indices)
+            return [Failure(SCALE, diagnosis.NOISE_DILUTED, who)]
+    exact = slip * _EXACT < 1
     shares = {
         names[i]: n / size
         for i, size, n, lines in zip(
@@ -511,6 +528,30 @@ def _bare(noised: torch.Tensor, before: torch.Tensor) -> list[torch.Tensor]:
         matrix = same.flatten(1)
         lines += [matrix.all(axis).sum() for axis in (0, 1) if matrix.shape[axis] >= _LINE]
     return [same.sum(), torch.stack(lines).sum()]
+
+
+def _along(
+    noised: list[torch.Tensor], before: list[torch.Tensor], raw: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor]:
+    """What was added, times the sums before and times the gradients; and the squares of these.
+
+    Less the mean of each, since noise that has one is another fault.
+    """
+    found = []
+    for others in (before, raw or before):
+        pairs = [
+            ((n.double() - b.double()).flatten(), (o.double() - o.double().mean()).flatten())
+            for n, b, o in zip(noised, before, others, strict=True)
+            if isinstance(o, torch.Tensor) and o.shape == n.shape
+        ]
+        product = [added @ o for added, o in pairs] or [noised[0].new_zeros(()).double()]
+        square = [o @ o for _, o in pairs] or product
+        found += [torch.stack(product).sum(), torch.stack(square).sum()]
+    return found
+
+
+_ALONG = 4
+"""Numbers that that is."""
 
 
 def _silent(group: _Group, names: tuple[str, ...], norms: list[float]) -> list[Failure]:
