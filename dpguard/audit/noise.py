@@ -2,8 +2,8 @@
 
 Per parameter the norm of ``noised - clipped sum`` is measured in each step, or that of the noise
 itself where our own code draws and adds it, in one vector that travels to the host; some steps send
-first values of some parameters as well. What is made of them is in :mod:`dpguard.audit.gaussian`,
-which also says how often it is wrong and what it can find.
+first values of some parameters as well (:mod:`dpguard.audit.added`). What is made of them is in
+:mod:`dpguard.audit.gaussian`, which also says how often it is wrong and what it can find.
 Where no noise is due, on all ranks but the first, nothing may be added.
 """
 
@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dpguard import _compat, diagnosis
+from dpguard.audit import added
+from dpguard.audit.added import Drawn, Group, Kind
 from dpguard.audit.check import NOTHING, Check, Failure, Failures, Noted, PerOwner, Step
-from dpguard.audit.gaussian import Along, NoiseTest, NoiseVerdict
-from dpguard.audit.shape import Shape
+from dpguard.audit.gaussian import NoiseVerdict
 from dpguard.ledger import Ledger
-from dpguard.patches.lean import WIDE
 
 if TYPE_CHECKING:
     from dpguard.patches.lean import Clipping
@@ -36,117 +36,14 @@ __all__ = ["FRESH", "SCALE", "Noise"]
 
 SCALE = "noise.scale"
 FRESH = "noise.fresh"
-_FEW = 4
-"""Up to so many parameters, a step is known by first values, which are sent each time then."""
-_VALUES_EVERY = 8
-"""Otherwise they are sent in two steps on end of so many."""
-_SAMPLED = 8
-_VALUES = 8
-_ENOUGH = 32
-"""The noise of tensors that are smaller is drawn in another way, so seeds do not show on them."""
+
 _EXACT = 1000.0
 _FEW_BARE, _BARE = 4, 0.01
-"""Elements of a parameter, and their share, in which noise may be rounded away,"""
-_LINE = 8
-"""and so many of a row or column: it is not by chance in all."""
+"""Elements of a parameter, and their share, in which noise may be rounded away."""
 _OPTIMIZERS = 8
 """So many are remembered: noise that another one has added to the same parameters is not new."""
-_CHUNK = 1 << 22
-_ACCURATE = 1 << 18
-"""Norms of more elements than these are put together of several: they are sums in float32."""
 
 _TENSOR = torch.Tensor
-_Kind = tuple[torch.dtype, torch.device]
-
-
-@dataclass
-class _Group:
-    """The parameters of one precision on one device, and the test of their noise.
-
-    Attributes:
-        dtype: in which they are measured.
-        noised: of their gradients.
-        indices: their places among the trainable parameters of the optimizer.
-        shapes: their shapes.
-        sizes: numbers of their elements.
-        parts: slices of them whose differences are in memory at the same time.
-        sampled: of which of them first values are sent.
-        often: whether these are sent in each step.
-        due: in how many steps they are sent again; one less than 0 in the second step on end.
-        along: what there is in noise of somebody's own along the clipped sum, and along the
-            gradient of the batch.
-    """
-
-    dtype: torch.dtype
-    noised: torch.dtype
-    indices: list[int]
-    shapes: list[torch.Size]
-    sizes: list[int]
-    parts: list[slice]
-    sampled: list[int]
-    often: bool
-    test: NoiseTest
-    shape: Shape = field(default_factory=Shape)
-    due: int = 0
-    along: tuple[Along, Along] = field(default_factory=lambda: (Along(), Along()))
-
-    @property
-    def is_rich(self) -> bool:
-        """Whether first values are sent in the step at hand."""
-        return self.often or self.due <= 0
-
-    @classmethod
-    def of(
-        cls, kind: _Kind, indices: list[int], shapes: list[torch.Size], former: _Group | None
-    ) -> _Group:
-        sizes = [shape.numel() for shape in shapes]
-        often = len(sizes) <= _FEW
-        sampled = _spread(sizes, often=often)
-        half_eps = _compat.unit_roundoff(kind[0])
-        known = None if former is None else former.test
-        test = NoiseTest(sizes, half_eps, sampled, by_values=often, former=known)
-        dtype = torch.promote_types(kind[0], torch.float32)
-        made = cls(dtype, kind[0], indices, shapes, sizes, _parts(sizes), sampled, often, test)
-        if former is not None:
-            made.shape, made.along = former.shape, former.along
-        return made
-
-
-class _Drawn:
-    """Noise that was measured when it was drawn, and its values then.
-
-    Attributes:
-        kinds: for each parameter its precision and device.
-        norms: for each parameter.
-        values: first values of some parameters, by their places.
-    """
-
-    def __init__(self, groups: Iterable[_Group]) -> None:
-        self.kinds: list[_Kind | None] = []
-        self._known: dict[_Kind, _Kind] = {}
-        self.norms: list[torch.Tensor] = []
-        self.values: dict[int, torch.Tensor] = {}
-        self._wanted = {
-            group.indices[k]: min(_VALUES, group.sizes[k])
-            for group in groups
-            if group.indices and group.is_rich
-            for k in group.sampled
-        }
-
-    def take(self, noises: list[torch.Tensor]) -> None:
-        """Measure the noise of the next parameters."""
-        start = len(self.kinds)
-        # One tuple for each kind: the garbage collector walks through those that live on.
-        known = self._known
-        kinds = [(noise.dtype, noise.device) for noise in noises]
-        self.kinds += [known.setdefault(kind, kind) for kind in kinds]
-        if not all(noise.dtype in WIDE for noise in noises):
-            noises = [noise.to(torch.float32) for noise in noises]
-        self.norms += _norms(noises)
-        for i, count in self._wanted.items():
-            if 0 <= i - start < len(noises):
-                noise = noises[i - start]  # of another size if layers were frozen since
-                self.values[i] = noise.as_strided((min(count, noise.numel()),), (1,)).clone()
 
 
 @dataclass
@@ -154,8 +51,8 @@ class _State:
     """What is known of one optimizer, and of the step that is under way."""
 
     references: list[weakref.ref[Any]] = field(default_factory=list)
-    kinds: list[_Kind | None] = field(default_factory=list)
-    groups: dict[_Kind, _Group] = field(default_factory=dict)
+    kinds: list[Kind | None] = field(default_factory=list)
+    groups: dict[Kind, Group] = field(default_factory=dict)
     compared: int = 0
     number: int = 0
     names: tuple[str, ...] = ()
@@ -164,7 +61,7 @@ class _State:
     std: Any = None
     bound: float | None = 0.0
     mark: torch.Tensor | None = None
-    drawn: _Drawn | None = None
+    drawn: Drawn | None = None
     seen: bool = False
     said: bool = False
     others: bool = False
@@ -177,7 +74,7 @@ class _State:
         self.raw = NOTHING
         self.bound = 0.0
 
-    def is_arranged(self, parameters: Sequence[Any], kinds: list[_Kind | None]) -> bool:
+    def is_arranged(self, parameters: Sequence[Any], kinds: list[Kind | None]) -> bool:
         """Whether the groups are made for these parameters and kinds."""
         return kinds == self.kinds and self.is_of(parameters)
 
@@ -239,7 +136,7 @@ class Noise(Check):
         state = self._states.get(optimizer)
         if state is not None and state.sums is not None:
             if not first:
-                state.drawn = _Drawn(state.groups.values())
+                state.drawn = Drawn(state.groups.values())
             sums = state.sums[first : first + len(noises)]
             if state.drawn is not None and all(map(_is_noise_for, sums, noises)):
                 state.drawn.take(noises)
@@ -324,7 +221,7 @@ class Noise(Check):
             state.groups = self._known_of(parameters)
             self._past.append(state)
         state.references = [weakref.ref(p) for p in parameters]
-        found: dict[_Kind, list[int]] = {kind: [] for kind in state.groups}
+        found: dict[Kind, list[int]] = {kind: [] for kind in state.groups}
         for i, kind in enumerate(kinds):
             if kind is not None and kind[0].is_floating_point and grads[i].numel():
                 found.setdefault(kind, []).append(i)
@@ -333,11 +230,11 @@ class Noise(Check):
             former = state.groups.get(kind)
             if indices:
                 shapes = [grads[i].shape for i in indices]
-                state.groups[kind] = _Group.of(kind, indices, shapes, former)
+                state.groups[kind] = Group.of(kind, indices, shapes, former)
             elif former is not None:
                 former.indices = []
 
-    def _known_of(self, parameters: Sequence[Any]) -> dict[_Kind, _Group]:
+    def _known_of(self, parameters: Sequence[Any]) -> dict[Kind, Group]:
         """The groups that another optimizer of the same parameters has had."""
         for past in reversed(self._past):
             if past.is_of(parameters):
@@ -348,8 +245,8 @@ class Noise(Check):
         self,
         step: Step,
         state: _State,
-        group: _Group,
-        tensors: tuple[Sequence[Any], Sequence[Any], Sequence[Any], _Drawn | None],
+        group: Group,
+        tensors: tuple[Sequence[Any], Sequence[Any], Sequence[Any], Drawn | None],
         declared: tuple[Any, float | None, torch.Tensor | None],
     ) -> None:
         """Measure one group.
@@ -367,21 +264,21 @@ class Noise(Check):
         silent, rich = isinstance(std, float) and not std, group.is_rich
         bare: list[torch.Tensor] = []
         if drawn is None:
-            noised, before = _tensors(group, grads, sums)
-            scalars, samples = _differences(group, noised, before, rich=rich and not silent)
+            noised, before = added.tensors_of(group, grads, sums)
+            scalars, samples = added.differences(group, noised, before, rich=rich and not silent)
             if state.others:
-                bare = [n for pair in zip(noised, before, strict=True) for n in _bare(*pair)]
-                bare += _along(noised, before, [raw[i] for i in group.indices] if raw else [])
+                bare = [n for pair in zip(noised, before, strict=True) for n in added.bare(*pair)]
+                bare += added.along(noised, before, [raw[i] for i in group.indices] if raw else [])
         else:
             scalars = [drawn.norms[i] for i in group.indices]
             samples = [drawn.values[group.indices[k]] for k in group.sampled] if rich else []
         if silent:
             step.collect((SCALE,), scalars, functools.partial(_silent, group, names))
             return
-        group.due = group.due - 1 if group.due >= 0 else _VALUES_EVERY - 2
+        group.due = group.due - 1 if group.due >= 0 else added.VALUES_EVERY - 2
         if mark is None or (bound is None and drawn is None):
             bound = None
-            mark = torch.stack(_norms(_tensors(group, grads, sums)[0])).norm()
+            mark = torch.stack(added.norms_of(added.tensors_of(group, grads, sums)[0])).norm()
         if drawn is not None:
             bound = 0.0  # no sum was rounded
         scalars.append(mark)
@@ -394,25 +291,6 @@ class Noise(Check):
         step.collect(self.names, [*scalars, *samples], receive)
 
 
-def _spread(sizes: Sequence[int], *, often: bool) -> list[int]:
-    """Some of the parameters: all if they are few, else those whose first values tell most."""
-    every = range(len(sizes))
-    chosen = [i for i in every if often or sizes[i] >= _ENOUGH]
-    chosen = chosen or [i for i in every if sizes[i] >= _VALUES]
-    return chosen[:: max(1, -(-len(chosen) // _SAMPLED))]
-
-
-def _parts(sizes: Sequence[int]) -> list[slice]:
-    """Slices of bounded size, so that differences take little memory at a time."""
-    starts, room = [0], _CHUNK
-    for i, size in enumerate(sizes):
-        if size > room and i > starts[-1]:
-            starts.append(i)
-            room = _CHUNK
-        room -= size
-    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(sizes)], strict=True)]
-
-
 def _is_noise_for(total: Any, noise: Any) -> bool:
     return (
         type(noise) is _TENSOR is type(total)
@@ -422,48 +300,8 @@ def _is_noise_for(total: Any, noise: Any) -> bool:
     )
 
 
-def _tensors(
-    group: _Group, grads: Sequence[Any], sums: Sequence[Any]
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Noised sums of a group, and the sums before."""
-    noised = [grads[i] for i in group.indices]
-    before = [sums[i] for i in group.indices]
-    if [b.shape for b in before] != group.shapes:
-        before = [b.view_as(n) for b, n in zip(before, noised, strict=True)]
-    if noised[0].dtype is not group.dtype:
-        noised = [n.to(group.dtype) for n in noised]
-        before = [b.to(group.dtype) for b in before]
-    return noised, before
-
-
-def _differences(
-    group: _Group, noised: list[torch.Tensor], before: list[torch.Tensor], *, rich: bool
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The norms of what was added, and first values of some of it."""
-    norms: list[torch.Tensor] = []
-    samples: list[torch.Tensor] = []
-    for part in group.parts:
-        added = torch._foreach_sub(noised[part], before[part])
-        norms += _norms(added)
-        if rich:
-            for k in group.sampled:
-                if part.start <= k < part.stop:
-                    count = min(_VALUES, group.sizes[k])
-                    samples.append(added[k - part.start].as_strided((count,), (1,)).clone())
-    return norms, samples
-
-
-def _norms(tensors: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-    if max(tensor.numel() for tensor in tensors) <= _ACCURATE:
-        return list(torch._foreach_norm(tensors))
-    return [
-        torch.stack(torch._foreach_norm(tensor.flatten().split(_ACCURATE))).norm()
-        for tensor in tensors
-    ]
-
-
 def _received(
-    group: _Group,
+    group: Group,
     names: tuple[str, ...],
     std: float | None,
     bound: float | None,
@@ -486,12 +324,12 @@ def _received(
     if std is None:
         std, rest = rest[0], rest[1:]
     bare, rest = rest[:counts], rest[counts:]
-    bare, along = bare[:-_ALONG], bare[-_ALONG:]
+    bare, along = bare[: -added.ALONG], bare[-added.ALONG :]
     noised = mark if bound is None else bound + math.sqrt(sum(map(mul, norms, norms)))
     samples = []
     if rest:
         for k in group.sampled:
-            length = min(_VALUES, group.sizes[k])
+            length = min(added.VALUES, group.sizes[k])
             samples.append(rest[:length])
             rest = rest[length:]
     verdict = group.test.take(norms, std, noised, samples, mark)
@@ -520,41 +358,7 @@ def _received(
     return []
 
 
-def _bare(noised: torch.Tensor, before: torch.Tensor) -> list[torch.Tensor]:
-    """In how many elements nothing was added, and in how many whole rows and columns."""
-    same = torch.eq(noised, before)
-    lines = [same.new_zeros(())]
-    if same.dim() > 1:
-        matrix = same.flatten(1)
-        lines += [matrix.all(axis).sum() for axis in (0, 1) if matrix.shape[axis] >= _LINE]
-    return [same.sum(), torch.stack(lines).sum()]
-
-
-def _along(
-    noised: list[torch.Tensor], before: list[torch.Tensor], raw: Sequence[torch.Tensor | None]
-) -> list[torch.Tensor]:
-    """What was added, times the sums before and times the gradients; and the squares of these.
-
-    Less the mean of each, since noise that has one is another fault.
-    """
-    found = []
-    for others in (before, raw or before):
-        pairs = [
-            ((n.double() - b.double()).flatten(), (o.double() - o.double().mean()).flatten())
-            for n, b, o in zip(noised, before, others, strict=True)
-            if isinstance(o, torch.Tensor) and o.shape == n.shape
-        ]
-        product = [added @ o for added, o in pairs] or [noised[0].new_zeros(()).double()]
-        square = [o @ o for _, o in pairs] or product
-        found += [torch.stack(product).sum(), torch.stack(square).sum()]
-    return found
-
-
-_ALONG = 4
-"""Numbers that that is."""
-
-
-def _silent(group: _Group, names: tuple[str, ...], norms: list[float]) -> list[Failure]:
+def _silent(group: Group, names: tuple[str, ...], norms: list[float]) -> list[Failure]:
     """Nothing was to be added."""
     if not any(norms):
         return []
@@ -562,7 +366,7 @@ def _silent(group: _Group, names: tuple[str, ...], norms: list[float]) -> list[F
     return [Failure(SCALE, diagnosis.NOISE_NOT_DUE, tuple(odd))] if odd else []
 
 
-def _failures(verdict: NoiseVerdict, group: _Group, names: tuple[str, ...]) -> list[Failure]:
+def _failures(verdict: NoiseVerdict, group: Group, names: tuple[str, ...]) -> list[Failure]:
     causes = (
         (SCALE, diagnosis.NOISE_MISSING, verdict.missing),
         (SCALE, diagnosis.NOISE_SCALE, verdict.wrong),

@@ -1,0 +1,234 @@
+"""What was added to clipped sums: its norms, first values, and what it has in it besides noise.
+
+Parameters of one precision on one device are measured together. Nothing here waits for the device,
+and nothing is judged: that is done in :mod:`dpguard.audit.noise`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dpguard import _compat
+from dpguard.audit.gaussian import Along, NoiseTest
+from dpguard.audit.shape import Shape
+from dpguard.patches.lean import WIDE
+
+__all__ = [
+    "ALONG",
+    "VALUES",
+    "VALUES_EVERY",
+    "Drawn",
+    "Group",
+    "Kind",
+    "along",
+    "bare",
+    "differences",
+    "norms_of",
+    "tensors_of",
+]
+
+_FEW = 4
+"""Up to so many parameters, a step is known by first values, which are sent each time then."""
+VALUES_EVERY = 8
+"""Otherwise they are sent in two steps on end of so many."""
+_SAMPLED = 8
+VALUES = 8
+_ENOUGH = 32
+"""The noise of tensors that are smaller is drawn in another way, so seeds do not show on them."""
+_CHUNK = 1 << 22
+_ACCURATE = 1 << 18
+"""Norms of more elements than these are put together of several: they are sums in float32."""
+_LINE = 8
+"""So many elements of a row or column are not by chance without noise in all."""
+
+Kind = tuple[torch.dtype, torch.device]
+"""Precision and device of a gradient."""
+
+
+@dataclass
+class Group:
+    """The parameters of one precision on one device, and the test of their noise.
+
+    Attributes:
+        dtype: in which they are measured.
+        noised: of their gradients.
+        indices: their places among the trainable parameters of the optimizer.
+        shapes: their shapes.
+        sizes: numbers of their elements.
+        parts: slices of them whose differences are in memory at the same time.
+        sampled: of which of them first values are sent.
+        often: whether these are sent in each step.
+        due: in how many steps they are sent again; one less than 0 in the second step on end.
+        along: what there is in noise of somebody's own along the clipped sum, and along the
+            gradient of the batch.
+    """
+
+    dtype: torch.dtype
+    noised: torch.dtype
+    indices: list[int]
+    shapes: list[torch.Size]
+    sizes: list[int]
+    parts: list[slice]
+    sampled: list[int]
+    often: bool
+    test: NoiseTest
+    shape: Shape = field(default_factory=Shape)
+    due: int = 0
+    along: tuple[Along, Along] = field(default_factory=lambda: (Along(), Along()))
+
+    @property
+    def is_rich(self) -> bool:
+        """Whether first values are sent in the step at hand."""
+        return self.often or self.due <= 0
+
+    @classmethod
+    def of(
+        cls, kind: Kind, indices: list[int], shapes: list[torch.Size], former: Group | None
+    ) -> Group:
+        """The parameters at these places, with what is known from before."""
+        sizes = [shape.numel() for shape in shapes]
+        often = len(sizes) <= _FEW
+        sampled = _spread(sizes, often=often)
+        half_eps = _compat.unit_roundoff(kind[0])
+        known = None if former is None else former.test
+        test = NoiseTest(sizes, half_eps, sampled, by_values=often, former=known)
+        dtype = torch.promote_types(kind[0], torch.float32)
+        made = cls(dtype, kind[0], indices, shapes, sizes, _parts(sizes), sampled, often, test)
+        if former is not None:
+            made.shape, made.along = former.shape, former.along
+        return made
+
+
+class Drawn:
+    """Noise that was measured when it was drawn, and its values then.
+
+    Attributes:
+        kinds: for each parameter its precision and device.
+        norms: for each parameter.
+        values: first values of some parameters, by their places.
+    """
+
+    def __init__(self, groups: Iterable[Group]) -> None:
+        self.kinds: list[Kind | None] = []
+        self._known: dict[Kind, Kind] = {}
+        self.norms: list[torch.Tensor] = []
+        self.values: dict[int, torch.Tensor] = {}
+        self._wanted = {
+            group.indices[k]: min(VALUES, group.sizes[k])
+            for group in groups
+            if group.indices and group.is_rich
+            for k in group.sampled
+        }
+
+    def take(self, noises: list[torch.Tensor]) -> None:
+        """Measure the noise of the next parameters."""
+        start = len(self.kinds)
+        # One tuple for each kind: the garbage collector walks through those that live on.
+        known = self._known
+        kinds = [(noise.dtype, noise.device) for noise in noises]
+        self.kinds += [known.setdefault(kind, kind) for kind in kinds]
+        if not all(noise.dtype in WIDE for noise in noises):
+            noises = [noise.to(torch.float32) for noise in noises]
+        self.norms += norms_of(noises)
+        for i, count in self._wanted.items():
+            if 0 <= i - start < len(noises):
+                noise = noises[i - start]  # of another size if layers were frozen since
+                self.values[i] = noise.as_strided((min(count, noise.numel()),), (1,)).clone()
+
+
+def _spread(sizes: Sequence[int], *, often: bool) -> list[int]:
+    """Some of the parameters: all if they are few, else those whose first values tell most."""
+    every = range(len(sizes))
+    chosen = [i for i in every if often or sizes[i] >= _ENOUGH]
+    chosen = chosen or [i for i in every if sizes[i] >= VALUES]
+    return chosen[:: max(1, -(-len(chosen) // _SAMPLED))]
+
+
+def _parts(sizes: Sequence[int]) -> list[slice]:
+    """Slices of bounded size, so that differences take little memory at a time."""
+    starts, room = [0], _CHUNK
+    for i, size in enumerate(sizes):
+        if size > room and i > starts[-1]:
+            starts.append(i)
+            room = _CHUNK
+        room -= size
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(sizes)], strict=True)]
+
+
+def tensors_of(
+    group: Group, grads: Sequence[Any], sums: Sequence[Any]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Noised sums of a group, and the sums before."""
+    noised = [grads[i] for i in group.indices]
+    before = [sums[i] for i in group.indices]
+    if [b.shape for b in before] != group.shapes:
+        before = [b.view_as(n) for b, n in zip(before, noised, strict=True)]
+    if noised[0].dtype is not group.dtype:
+        noised = [n.to(group.dtype) for n in noised]
+        before = [b.to(group.dtype) for b in before]
+    return noised, before
+
+
+def differences(
+    group: Group, noised: list[torch.Tensor], before: list[torch.Tensor], *, rich: bool
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The norms of what was added, and first values of some of it."""
+    norms: list[torch.Tensor] = []
+    samples: list[torch.Tensor] = []
+    for part in group.parts:
+        added = torch._foreach_sub(noised[part], before[part])
+        norms += norms_of(added)
+        if rich:
+            for k in group.sampled:
+                if part.start <= k < part.stop:
+                    count = min(VALUES, group.sizes[k])
+                    samples.append(added[k - part.start].as_strided((count,), (1,)).clone())
+    return norms, samples
+
+
+def norms_of(tensors: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """The norm of each tensor, as accurate if it is long."""
+    if max(tensor.numel() for tensor in tensors) <= _ACCURATE:
+        return list(torch._foreach_norm(tensors))
+    return [
+        torch.stack(torch._foreach_norm(tensor.flatten().split(_ACCURATE))).norm()
+        for tensor in tensors
+    ]
+
+
+def bare(noised: torch.Tensor, before: torch.Tensor) -> list[torch.Tensor]:
+    """In how many elements nothing was added, and in how many whole rows and columns."""
+    same = torch.eq(noised, before)
+    lines = [same.new_zeros(())]
+    if same.dim() > 1:
+        matrix = same.flatten(1)
+        lines += [matrix.all(axis).sum() for axis in (0, 1) if matrix.shape[axis] >= _LINE]
+    return [same.sum(), torch.stack(lines).sum()]
+
+
+def along(
+    noised: list[torch.Tensor], before: list[torch.Tensor], raw: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor]:
+    """What was added, times the sums before and times the gradients; and the squares of these.
+
+    Less the mean of each, since noise that has one is another fault.
+    """
+    found = []
+    for others in (before, raw or before):
+        pairs = [
+            ((n.double() - b.double()).flatten(), (o.double() - o.double().mean()).flatten())
+            for n, b, o in zip(noised, before, others, strict=True)
+            if isinstance(o, torch.Tensor) and o.shape == n.shape
+        ]
+        product = [added @ o for added, o in pairs] or [noised[0].new_zeros(()).double()]
+        square = [o @ o for _, o in pairs] or product
+        found += [torch.stack(product).sum(), torch.stack(square).sum()]
+    return found
+
+
+ALONG = 4
+"""Numbers that that is."""
