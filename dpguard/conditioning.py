@@ -47,8 +47,8 @@ class Normalised(NamedTuple):
     moments: Moments
 
 
-Measure: TypeAlias = Callable[[Any, torch.Tensor], Normalised]
-"""From a layer and its input."""
+Measure: TypeAlias = Callable[[Any, torch.Tensor], "Normalised | None"]
+"""From a layer and its input; ``None`` if nothing is known of them."""
 
 
 def _layers(module: Any, inputs: torch.Tensor) -> Normalised:
@@ -93,12 +93,24 @@ _MEASURES: tuple[tuple[Any, Measure], ...] = (
 def measure_of(kind: Any) -> Measure | None:
     """What normalises as layers of this class do; ``None`` if they take off no mean.
 
-    Of a class with a ``forward`` of its own nothing is known.
+    One with a ``forward`` of its own may change its inputs first (to another precision, as a rule);
+    their moments are taken for those that count.
     """
     for cls, measure in _MEASURES:
-        if issubclass(kind, cls) and kind.forward is cls.forward:
-            return measure
+        if issubclass(kind, cls):
+            return measure if kind.forward is cls.forward else _roughly(measure)
     return None
+
+
+def _roughly(measure: Measure) -> Measure:
+    def rough(module: Any, inputs: torch.Tensor) -> Normalised | None:
+        try:
+            found = measure(module, inputs)
+        except RuntimeError:  # of another shape than torch's own layer takes
+            return None
+        return None if found is None else Normalised(None, found.moments)
+
+    return rough
 
 
 @torch.no_grad()

@@ -1,12 +1,14 @@
 """Whether drawing a person depends on what was drawn before, told by bets against it.
 
 In Poisson sampling each of ``n`` people is in a batch with the probability ``q``, whatever else
-happens. So of any ``s`` people that are named beforehand ``K`` are in the next one, binomially
-distributed, and whoever bets on ``K`` at fair odds wins nothing in the mean. Bets are made on what
-other ways to draw have in common:
+happens. So whoever bets at fair odds on what is in the next batch wins nothing in the mean. To draw
+some people less often than that, or never, is no less private, and odds are those at which that
+wins nothing either. Bets are made on what other ways to draw have in common:
 
-* none of those comes that the pass over the data has had (batches of shuffled data);
-* the batch is as large as the one before (batches of one size);
+* none of those comes that the pass over the data has had (batches of shuffled data): of the ways to
+  choose ``k`` of ``n`` people, those without ``s`` of them;
+* the batch is as large as the one before (batches of one size), at the odds of the population and
+  the rate, at most ``q``, that make that most probable;
 * those come again that were in each of the last few batches (somebody who always takes part);
 * twice as many of the last batch come again as expected (some are drawn more often than others).
 
@@ -74,8 +76,8 @@ class Independence:
         again = len(people & self._last)
         more = min(2 * rate, (1 + rate) / 2)
         return (
-            _half(none_again, self._count_seen * math.log1p(-rate)),
-            _half(len(people) == size, _log_binomial(size, count, rate)),
+            _half(none_again, _log_apart(len(people), self._count_seen, count)),
+            _half(len(people) == size, _log_of_size(size, rate)),
             _half(self._steady <= people, len(self._steady) * math.log(rate)),
             again * math.log(more / rate) + (size - again) * math.log((1 - more) / (1 - rate)),
         )
@@ -102,9 +104,23 @@ def _log_sum(one: float, other: float) -> float:
     return high if low == -math.inf else high + math.log1p(math.exp(low - high))
 
 
-def _log_binomial(size: int, count: int, rate: float) -> float:
-    """Logarithm of the probability that ``size`` of ``count`` people are drawn."""
-    if size > count:
-        return 0.0
-    ways = math.lgamma(count + 1) - math.lgamma(size + 1) - math.lgamma(count - size + 1)
-    return ways + size * math.log(rate) + (count - size) * math.log1p(-rate)
+def _log_apart(size: int, named: int, count: int) -> float:
+    """Logarithm of the probability that of ``size`` people among ``count`` none is a named one."""
+    if size + named > count:
+        return 0.0  # people that nobody has counted
+    return (
+        math.lgamma(count - named + 1)
+        - math.lgamma(count - named - size + 1)
+        - math.lgamma(count + 1)
+        + math.lgamma(count - size + 1)
+    )
+
+
+def _log_of_size(size: int, rate: float) -> float:
+    """At most what the logarithm of the probability of this size is, however many people there are.
+
+    The sum of independent draws is narrowest if all have the largest rate and there are ``size /
+    rate`` people; a half more is added to what that density is at its peak.
+    """
+    variance = max(size * (1 - rate), 1 / (2 * math.pi))
+    return min(0.0, math.log(1.5) - 0.5 * math.log(2 * math.pi * variance))

@@ -75,7 +75,7 @@ class Rate:
         if 0 < rate < 1:
             absent = max(0, count - len(numbers))
             surprise = -len(numbers) * math.log(rate) - absent * math.log1p(-rate)
-        return Drawn(hash(tuple(numbers)), surprise, tuple(causes))
+        return Drawn(hash(frozenset(numbers)), surprise, tuple(causes))
 
     def _is_too_many(self, count: int, rate: float) -> bool:
         total = self.batches * count

@@ -435,6 +435,15 @@ def _another_for_the_engine(training):
     training.replace_hook(another.get_optimizer_hook_fn(sample_rate=1 / 5))
 
 
+def _another_attached_for_the_engine(training):
+    training.engine.accountant = another = RDPAccountant()
+    training.optimizer.attach_step_hook(another.get_optimizer_hook_fn(sample_rate=1 / 5))
+
+
+def _assigned_once_more(training):
+    training.optimizer.step_hook = training.hook(1 / 5)
+
+
 def _another_besides(training):
     training.another = accountant = RDPAccountant()
     training.optimizer.attach_step_hook(telling(lambda: accountant))
@@ -452,10 +461,12 @@ def _only_asking(training):
         _told_right,
         _asked_through_its_object,
         _another_for_the_engine,
+        _another_attached_for_the_engine,
+        _assigned_once_more,
         _another_besides,
         _only_asking,
     ],
-    ids=["by hand", "object", "another for the engine", "another besides", "only asking"],
+    ids=lambda change: change.__name__.strip("_"),
 )
 def test_hooks_of_the_users_own(change, late):
     """Whoever tells the accountant: what it was told is compared."""
@@ -469,6 +480,21 @@ def test_hooks_of_the_users_own(change, late):
         guard.flush()
         assert causes(guard) == set()
         assert guard.last_step.checks[STEPS].verdict == "pass"
+
+
+@pytest.mark.parametrize("sigma", [1.0, 2.0])
+def test_a_hook_of_ones_own_without_an_engine(guard, sigma):
+    """The first hook that there is: its accountant is followed from the first step on."""
+    called, optimizer = by_hand()
+    accountant = RDPAccountant()
+    optimizer.attach_step_hook(telling(lambda: accountant, sigma=sigma))
+    called(torch.randn(4, 6)).mean().backward()
+    if sigma > 1:
+        with pytest.raises(dpguard.PrivacyViolation, match=r"accounting\.sigma"):
+            optimizer.step()
+    else:
+        optimizer.step()
+    assert causes(guard) == ({diagnosis.ACCOUNTED_SIGMA} if sigma > 1 else set())
 
 
 def test_a_step_that_is_refused_is_no_failure(guard):

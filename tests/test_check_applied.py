@@ -365,6 +365,47 @@ def test_what_is_computed_from_noised_gradients_is_fine(where, change, kind):
         assert {v.cause for v in guard.violations} == set()
 
 
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+def test_noise_that_is_put_where_the_gradient_was(mode):
+    """By an ``add_noise`` of the user's own: the gradient of the batch is gone then."""
+    with dpguard.install(mode=mode) as guard:
+        training = Training()
+        optimizer = training.optimizer
+
+        def add_noise():
+            for p in optimizer.params:
+                std = optimizer.noise_multiplier * optimizer.max_grad_norm
+                p.grad.copy_(p.summed_grad.view_as(p)).add_(std * torch.randn(p.shape))
+
+        optimizer.add_noise = add_noise
+        training.run(8)
+        guard.flush()
+        assert {v.cause for v in guard.violations} == set()
+
+
+@pytest.mark.parametrize("change", [lambda g: g.clamp_(-0.02, 0.02), lambda g: g.sign_()])
+def test_layers_whose_gradient_is_zero(change):
+    """Behind a head that begins with zeros, nothing can have been added to the noise."""
+
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = torch.nn.Linear(64, 2), torch.nn.Linear(2, 10, bias=False)
+            torch.nn.init.zeros_(self.head.weight)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.body(x.flatten(1))))
+
+    with dpguard.install(mode="strict") as guard:
+        training = Training(model=Head)
+        training.optimizer.original_optimizer.register_step_pre_hook(
+            lambda o, *_: [change(p.grad) for p in o.param_groups[0]["params"]]
+        )
+        training.run(6)
+        guard.flush()
+        assert {v.cause for v in guard.violations} == set()
+
+
 @pytest.mark.parametrize("sigma", [0.0, 1e-6])
 def test_without_noise_to_speak_of_nothing_is_said(sigma):
     """Then a noised gradient is a multiple of the clipped sum."""

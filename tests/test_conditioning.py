@@ -32,7 +32,16 @@ class Pooled(nn.Module):
         return self.head(values.movedim(self.channels, -1).flatten(1, -2).mean(1))
 
 
+class Cast(nn.LayerNorm):
+    """As in CLIP: computed in single precision, whatever the inputs are."""
+
+    def forward(self, x):
+        weight, bias = self.weight.float(), self.bias.float()
+        return nn.functional.layer_norm(x.float(), (32,), weight, bias, self.eps).type(x.dtype)
+
+
 MODELS = {
+    "layer with its own forward": (lambda: nn.Sequential(Cast(32), nn.Linear(32, 4)), (32,)),
     "layer": (lambda: nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 4)), (32,)),
     "layer of a sequence": (
         lambda: Pooled(nn.Identity(), nn.LayerNorm(32), 32, channels=-1),
@@ -191,7 +200,7 @@ def test_the_condition():
 
 
 def test_layers_of_which_nothing_is_known():
-    """Those that take off no mean, and those with a forward of their own."""
+    """Those that take off no mean; of those with a forward of their own moments may be known."""
 
     class Turned(nn.LayerNorm):
         def forward(self, x):
@@ -199,7 +208,11 @@ def test_layers_of_which_nothing_is_known():
 
     assert measure_of(nn.Linear) is None
     assert measure_of(nn.RMSNorm) is None
-    assert measure_of(Turned) is None
+    found = measure_of(Turned)
+    assert found(Turned(4), torch.ones(2, 4, 3)) is None
+    values, moments = found(Turned(4), torch.full((2, 4, 4), 3.0))
+    assert values is None
+    assert conditions([moments])[0] > 100
     assert measure_of(nn.InstanceNorm3d) is not None
 
 

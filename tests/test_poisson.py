@@ -131,6 +131,28 @@ def test_no_false_alarm(count, rate):
         assert not uses.use(drawn)
 
 
+@pytest.mark.parametrize("kind", ["some never", "half of them", "half of each batch"])
+def test_people_who_are_drawn_less_often(kind):
+    """Than the rate says: held out of a fold, say. That is no less private."""
+    generator, state = torch.Generator().manual_seed(1), Rate()
+    rates = torch.full((512,), 1 / 16)
+    if kind == "some never":
+        rates[100:] = 0
+    else:
+        rates[:: 2 if kind == "half of them" else 1] /= 2
+    for number in range(3000):
+        batch = (torch.rand(512, generator=generator) < rates).nonzero().flatten()
+        assert state.draw(batch, 512, 1 / 16, number // 16).causes == ()
+
+
+def test_a_batch_in_another_order_is_the_same_batch():
+    """Who is in it is what counts."""
+    state, uses = Rate(), Uses()
+    people = list(range(0, 512, 16))
+    assert not uses.use(state.draw(people, 512, 1 / 16))
+    assert uses.use(state.draw(people[::-1], 512, 1 / 16, 1))
+
+
 def test_samplers_that_leave_empty_batches_out():
     """They have more people in the others, and do not draw more."""
     generator, state = torch.Generator().manual_seed(1), Rate()

@@ -193,10 +193,10 @@ class Accounting(Check):
         if state.sigma is None:  # the noise is not added where it can be seen
             state.sigma = _compat.plain_number(_compat.due_sigma(optimizer))
             self._know(state, optimizer)
+        self._meet(state)
         if not state.had or not step.parameters:
             return ()
         state.number = step.number
-        self._meet(state)
         failures: list[Failure] = []
         iterations = _compat.accumulated_iterations(optimizer, step.parameters)
         missed = True
@@ -205,7 +205,7 @@ class Accounting(Check):
             if accountant is not None:
                 missed = False
                 engine = book.engine()
-                if engine is not None and engine.accountant is not accountant:
+                if engine is not None and not _is_told(state, engine.accountant):
                     replaced = Failure(STEPS, diagnosis.ACCOUNTANT_REPLACED)
                     step.fail(replaced)
                     failures += _once(replaced, book)
@@ -331,6 +331,10 @@ class Accounting(Check):
 def _history_of(told: _Told) -> list[tuple[float, float, int]] | None:
     accountant = told.accountant()
     return None if accountant is None else _compat.history_of(accountant)
+
+
+def _is_told(state: _State, accountant: Any) -> bool:
+    return any(told.accountant() is accountant for told in state.accountants)
 
 
 def _is_asked(told: _Told) -> bool:

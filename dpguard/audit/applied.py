@@ -67,7 +67,7 @@ class _Noised:
     due: bool = False
     count: int = 0
     suspect: bool = False
-    raw: tuple[list[Any], int] | None = None
+    raw: tuple[Noted, int] | None = None
     told: list[tuple[int, int]] = field(default_factory=list)
     samples: Samples | None = None
 
@@ -92,7 +92,7 @@ class Applied(Check):
             pieces = pieces_of(step.parameters[0]) or []
             count = sum(len(piece) for piece in pieces if isinstance(piece, torch.Tensor))
             mean = optimizer.loss_reduction == "mean"
-            state.raw = [p.grad for p in step.parameters], count if mean else 1
+            state.raw = Noted.of([p.grad for p in step.parameters]), count if mean else 1
         return ()
 
     def before_noise(self, step: Step, optimizer: Any) -> Failures:
@@ -192,7 +192,8 @@ class Applied(Check):
 
     def _compare_all(self, step: Step, state: _Noised, changed: Sequence[int]) -> None:
         """Compare gradients with the clipped sums and, if it is kept, the gradient of the batch."""
-        raw, count = state.raw or ([], 1)
+        # Somebody's own noise may be put where the gradient of the batch was.
+        raw, count = (state.raw[0].unchanged(), state.raw[1]) if state.raw else ([], 1)
         grads = [state.parameters[i].grad for i in changed]
         known = len(state.names) == len(state.parameters)
         names = tuple(state.names[i] for i in changed) if known else ()

@@ -146,12 +146,10 @@ def mixed(
         bare: the others.
 
     Returns:
-        Figures, and what to ask with their values: whether they are. ``None`` if these are too few
-        elements to prove anything.
+        Figures, and what to ask with their values: whether they are. ``None`` if these are tensors
+        of other sizes.
     """
     if not moved.sizes == noised.sizes == bare.sizes:
-        return None
-    if sum(max(0, size - 2) for size in moved.sizes) < _ENOUGH:
         return None
     like = moved.values
     y, a, b = (s.values.to(like.device, torch.float64) for s in (moved, noised, bare))
@@ -164,11 +162,15 @@ def mixed(
     of_bare = torch.nan_to_num((yb * aa - ya * ab) / area).unsqueeze(-1) * b
     both = y - of_noised - of_bare
     parts = (both, alone, of_noised, y)
-    figures = [torch.linalg.vector_norm(part * told) for part in parts]
+    free = torch.tensor([max(0.0, size - 2.0) for size in moved.sizes])
+    enough = free.to(like.device, torch.float64, non_blocking=True) @ told.double().squeeze(-1)
+    figures = [*(torch.linalg.vector_norm(part * told) for part in parts), enough]
     limit = _ROUNDINGS * max(state.unit for state in (moved, noised, bare))
 
     def verdict(values: list[float]) -> bool:
-        far, without, own, length = values
+        far, without, own, length, count = values
+        if count < _ENOUGH:
+            return False  # where there was no gradient, nothing can have been added
         # One that is nothing but a multiple of the others is no mixture.
         least = _MUCH * limit * length
         return 0 < length < math.inf and far <= limit * length and min(without, own) >= least

@@ -125,7 +125,10 @@ class Record:
             return None
         if not isinstance(inputs[0], torch.Tensor) or not inputs[0].numel():
             return None
-        values, self.moments = measure(module, inputs[0])
+        found = measure(module, inputs[0])
+        if found is None:
+            return None
+        values, self.moments = found
         return values if autocast_of(inputs[0]) is None else None
 
     def __call__(self, grad_outputs: tuple[torch.Tensor | None, ...]) -> None:

@@ -82,7 +82,7 @@ class StepHooks:
         if current is ABSENT or attached is current:
             return
         own[_ATTACHED] = current
-        if attached is not None and not _calls(current, attached):
+        if attached is not None and not (_calls(current, attached) or _knows(current, attached)):
             self._verdicts.complain(
                 "accounting.hook",
                 diagnosis.STEP_HOOK_REPLACED,
@@ -133,6 +133,14 @@ def _tells(hook: Any, accountants: list[Any]) -> bool:
     """Whether ``hook`` tells one of these accountants of each step."""
     mine = [accountant for accountant, _ in _compat.accountants_of(hook)]
     return any(one is other for one in mine for other in accountants)
+
+
+def _knows(hook: Any, former: Any) -> bool:
+    """Whether ``hook`` has the accountants of ``former`` at hand; whether it tells them is seen."""
+    told = [accountant for accountant, _ in _compat.accountants_of(former)]
+    mine = [accountant for accountant, _ in _compat.accountants_of(hook)]
+    mine += _compat.accountants_at_hand(hook)
+    return bool(told) and all(any(one is other for other in mine) for one in told)
 
 
 def _calls(hook: Any, former: Any) -> bool:
