@@ -398,9 +398,12 @@ def test_layers_whose_gradient_is_zero(change):
 
     with dpguard.install(mode="strict") as guard:
         training = Training(model=Head)
-        training.optimizer.original_optimizer.register_step_pre_hook(
-            lambda o, *_: [change(p.grad) for p in o.param_groups[0]["params"]]
-        )
+
+        def hook(optimizer, *_):
+            for p in optimizer.param_groups[0]["params"]:
+                change(p.grad)
+
+        training.optimizer.original_optimizer.register_step_pre_hook(hook)
         training.run(6)
         guard.flush()
         assert {v.cause for v in guard.violations} == set()
