@@ -24,6 +24,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from dpguard.logs import log_sum
+
 __all__ = ["Independence"]
 
 _BETS = 4
@@ -61,11 +63,10 @@ class Independence:
         added = -math.log(self._batches * (self._batches + 1))
         fair = math.log1p(-((1 - rate) ** count)) if count else 0.0
         self._capital = [
-            fair + more + _log_sum(own, added)
+            fair + more + log_sum((own, added))
             for own, more in zip(self._capital, odds, strict=True)
         ]
-        most = max(self._capital)
-        return most + math.log(sum(math.exp(own - most) for own in self._capital) / _BETS)
+        return log_sum(self._capital) - math.log(_BETS)
 
     def _odds(self, people: set[int], count: int, rate: float) -> tuple[float, ...]:
         """Logarithms of what each bet pays for one."""
@@ -95,13 +96,7 @@ class Independence:
 
 def _half(won: bool, log_chance: float) -> float:
     """What half of a capital that is put on an event pays, with the half that is kept."""
-    return math.log(0.5) + (_log_sum(0.0, -log_chance) if won else 0.0)
-
-
-def _log_sum(one: float, other: float) -> float:
-    """``log(exp(one) + exp(other))``."""
-    high, low = max(one, other), min(one, other)
-    return high if low == -math.inf else high + math.log1p(math.exp(low - high))
+    return math.log(0.5) + (log_sum((0.0, -log_chance)) if won else 0.0)
 
 
 def _log_apart(size: int, named: int, count: int) -> float:

@@ -23,6 +23,7 @@ from dpguard import _compat, diagnosis
 from dpguard.audit import gaussian, repeats
 from dpguard.audit.gaussian import BATCH, NoiseTest
 from dpguard.audit.noise import FRESH, SCALE
+from dpguard.logs import log_sum
 
 SIZES = (200, 2300)
 HALF_EPS = 2.0**-24
@@ -1032,7 +1033,7 @@ def simulate(sizes, steps, ratio=1.0, seed=0):
                 gaussian._evidence(pooled.squares, pooled.count, pooled.slip),
                 pooled.of_mean(),
             ]
-            largest = max(largest, gaussian._logsumexp(parts) - math.log(3))
+            largest = max(largest, log_sum(parts) - math.log(3))
     return found or bool(test.evaluate()), largest
 
 

@@ -218,13 +218,14 @@ def along(
     Less the mean of each, since noise that has one is another fault.
     """
     found = []
-    for others in (before, raw or before):
+    more = [(n.double() - b.double()).flatten() for n, b in zip(noised, before, strict=True)]
+    for others in (before, raw):
         pairs = [
-            ((n.double() - b.double()).flatten(), (o.double() - o.double().mean()).flatten())
-            for n, b, o in zip(noised, before, others, strict=True)
+            (added, (o.double() - o.double().mean()).flatten())
+            for added, n, o in zip(more, noised, others, strict=True)
             if isinstance(o, torch.Tensor) and o.shape == n.shape
         ]
-        product = [added @ o for added, o in pairs] or [noised[0].new_zeros(()).double()]
+        product = [added @ o for added, o in pairs] or [more[0].new_zeros(())]
         square = [o @ o for _, o in pairs] or product
         found += [torch.stack(product).sum(), torch.stack(square).sum()]
     return found

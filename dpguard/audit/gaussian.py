@@ -74,6 +74,7 @@ import torch
 
 from dpguard.audit.repeats import Print, Repeats
 from dpguard.audit.spread import Spread
+from dpguard.logs import log_sum
 
 __all__ = ["BATCH", "Along", "NoiseTest", "NoiseVerdict"]
 
@@ -374,7 +375,7 @@ class NoiseTest:
         parts = [self._single, pooled, self._all.of_mean()]
         bound = -math.log(RUN_LEVEL)
         wrong: tuple[int, ...] = ()
-        if _logsumexp(parts) - math.log(len(parts)) >= bound:
+        if log_sum(parts) - math.log(len(parts)) >= bound:
             guilty = (i for i, found in enumerate(evidence) if found >= bound)
             wrong = tuple(guilty) or tuple(range(len(self.sizes)))
             repeated = ()
@@ -416,7 +417,7 @@ class NoiseTest:
             _evidence(squares, size * self._taken, self._slip)
             for squares, size in zip(self._squares, self.sizes, strict=True)
         ]
-        self._single = self._carried + _logsumexp(evidence) - math.log(len(evidence))
+        self._single = self._carried + log_sum(evidence) - math.log(len(evidence))
         return evidence
 
 
@@ -454,7 +455,7 @@ def _evidence(squares: float, count: int, slip: float) -> float:
     share = kindest / count
     if share > _VANISHED and count * (share - 1 - math.log(share)) < 2 * _SMALL:
         return 0.0
-    return _logsumexp([_factor(a, count, kindest) for a in _PRIORS]) - math.log(len(_PRIORS))
+    return log_sum([_factor(a, count, kindest) for a in _PRIORS]) - math.log(len(_PRIORS))
 
 
 def _factor(a: float, count: int, squares: float) -> float:
@@ -465,8 +466,3 @@ def _factor(a: float, count: int, squares: float) -> float:
         - (a + count / 2) * math.log(a + squares / 2)
         + squares / 2
     )
-
-
-def _logsumexp(values: Sequence[float]) -> float:
-    largest = max(values)
-    return largest + math.log(math.fsum(math.exp(value - largest) for value in values))

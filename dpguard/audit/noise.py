@@ -266,9 +266,9 @@ class Noise(Check):
         if drawn is None:
             noised, before = added.tensors_of(group, grads, sums)
             scalars, samples = added.differences(group, noised, before, rich=rich and not silent)
-            if state.others:
+            if state.others and not silent:
                 bare = [n for pair in zip(noised, before, strict=True) for n in added.bare(*pair)]
-                bare += added.along(noised, before, [raw[i] for i in group.indices] if raw else [])
+                bare += added.along(noised, before, [raw[i] for i in group.indices])
         else:
             scalars = [drawn.norms[i] for i in group.indices]
             samples = [drawn.values[group.indices[k]] for k in group.sampled] if rich else []
@@ -317,7 +317,8 @@ def _received(
         std: standard deviation that is due, if it is not among the figures.
         bound: of the norm of the sums, if there is one.
         values: the figures.
-        counts: how many numbers there are of elements and lines in which nothing was added.
+        counts: how many numbers there are of elements and lines in which nothing was added, and of
+            what was added along the clipped sum and the gradient.
     """
     count = len(group.sizes)
     norms, mark, rest = values[:count], values[count], values[count + 1 :]
@@ -335,12 +336,12 @@ def _received(
     verdict = group.test.take(norms, std, noised, samples, mark)
     if verdict:
         return _failures(verdict, group, names)
-    # Values that are rounded to those of the sum have another shape.
     slip = _compat.unit_roundoff(group.noised) * max(noised, mark) / std
     for test, product, square in zip(group.along, along[::2], along[1::2], strict=False):
         if test.take(product, math.sqrt(square), std, slip):
             who = tuple(names[i] for i in group.indices)
             return [Failure(SCALE, diagnosis.NOISE_DILUTED, who)]
+    # Values that are rounded to those of the sum have another shape.
     exact = slip * _EXACT < 1
     shares = {
         names[i]: n / size
