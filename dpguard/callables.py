@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from types import FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
-__all__ = ["at_hand", "closure_of"]
+__all__ = ["at_hand", "closure_of", "names_in"]
 
 
 def at_hand(function: Any) -> Iterator[Any]:
@@ -31,6 +31,24 @@ def at_hand(function: Any) -> Iterator[Any]:
     hooks = getattr(function, "hooks", None)
     if isinstance(hooks, tuple):
         yield from hooks
+
+
+def names_in(function: Any, depth: int = 4) -> frozenset[str]:
+    """The attributes and globals that a function names, and those that what it calls names."""
+    plain, _ = _code_and_owner(function)
+    found = set() if plain is None else _names_in_code(plain.__code__)
+    if depth:
+        for inner in at_hand(function):
+            if inner is not function and isinstance(
+                inner, (FunctionType, MethodType, functools.partial)
+            ):
+                found |= names_in(inner, depth - 1)
+    return frozenset(found)
+
+
+def _names_in_code(code: CodeType) -> set[str]:
+    inner = (_names_in_code(found) for found in code.co_consts if isinstance(found, CodeType))
+    return set(code.co_names).union(*inner)
 
 
 def _code_and_owner(function: Any) -> tuple[FunctionType | None, Any]:

@@ -462,8 +462,9 @@ _DIAGNOSES = {
     STEP_HOOK: Diagnosis(
         "a second step hook was attached; Opacus has room for one and would forget the first, "
         "which is usually the accountant",
-        "nothing to do; both run, in the order in which they were attached. To remove one on "
-        "purpose, assign optimizer.step_hook",
+        "nothing to do; both run, in the order in which they were attached, but that of an "
+        "accountant not in a step that the other has told it of. To remove one on purpose, assign "
+        "optimizer.step_hook",
     ),
     STEP_HOOK_REPLACED: Diagnosis(
         "a hook that had been attached, usually the accountant, was replaced by an assignment",

@@ -430,6 +430,17 @@ def _told_right(training):
     told_by_hand()(training)
 
 
+def _attached_beside(training):
+    engine = training.engine
+    training.optimizer.attach_step_hook(telling(lambda: engine.accountant))
+
+
+def _attached_beside_and_asked(training):
+    engine, training.asked = training.engine, []
+    training.optimizer.attach_step_hook(lambda _: training.asked.append(engine.accountant))
+    _attached_beside(training)
+
+
 def _another_for_the_engine(training):
     training.engine.accountant = another = RDPAccountant()
     training.replace_hook(another.get_optimizer_hook_fn(sample_rate=1 / 5))
@@ -460,6 +471,8 @@ def _only_asking(training):
     [
         _told_right,
         _asked_through_its_object,
+        _attached_beside,
+        _attached_beside_and_asked,
         _another_for_the_engine,
         _another_attached_for_the_engine,
         _assigned_once_more,
@@ -480,6 +493,42 @@ def test_hooks_of_the_users_own(change, late):
         guard.flush()
         assert causes(guard) == set()
         assert guard.last_step.checks[STEPS].verdict == "pass"
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_hook_of_ones_own_tells_the_rate_of_the_draws(attached):
+    """Opacus's own hook may have been made with a larger one: one over the number of batches."""
+    with dpguard.install(mode="strict") as guard:
+        training = Training()
+        training.loader.batch_sampler.sample_rate = 0.19
+        tell = telling(lambda accountant=training.engine.accountant: accountant, rate=5 * 0.19)
+        if attached:
+            training.optimizer.attach_step_hook(tell)
+        else:
+            training.replace_hook(tell)
+        training.epoch()
+        guard.flush()
+        assert causes(guard) == set()
+        assert {entry[1] for entry in history(training.engine.accountant)} == {0.19}
+        assert epsilon(guard, training) == pytest.approx(training.engine.get_epsilon(1e-5))
+
+
+def test_a_hook_that_tells_now_and_then(guard):
+    """Where it does not, the engine's own does."""
+    training, calls = Training(), []
+    accountant, sigma = training.engine.accountant, training.optimizer.noise_multiplier
+
+    def tell(_):
+        calls.append(None)
+        if len(calls) % 2:
+            accountant.step(noise_multiplier=sigma, sample_rate=1 / 5)
+
+    training.optimizer.attach_step_hook(tell)
+    training.epoch()
+    training.epoch()
+    guard.flush()
+    assert causes(guard) == set()
+    assert sum(steps for *_, steps in history(accountant)) == len(calls) == 10
 
 
 @pytest.mark.parametrize("sigma", [1.0, 2.0])

@@ -94,15 +94,15 @@ class _Book:
         self.observed = entries
         return False
 
-    def note(self, history: Sequence[Any], sigma: float | None, rate: float) -> int | None:
-        """Take in a step; how many the history says there were, ``None`` if it makes no sense."""
+    def added(self, history: Sequence[Any]) -> int | None:
+        """How many steps the history says there were, ``None`` if it makes no sense."""
         added = None if self.seen is None else self.seen.steps_until(history)
         self.seen = _Seen.of(history)
-        if sigma is None and added == 1:
-            sigma = _entry(history[-1])[0]
-        if sigma is not None:
-            _append(self.observed, sigma, rate)
         return added
+
+    def observe(self, sigma: float, rate: float) -> None:
+        """Take in a step."""
+        _append(self.observed, sigma, rate)
 
 
 class _Told(NamedTuple):
@@ -297,17 +297,22 @@ class Accounting(Check):
             return []
         base, rate = _rates(*rates, history)
         step.run(STEPS, SIGMA, RATE, count=1)
-        added = book.note(history, sigma, rate)
+        added = book.added(history)
         drawn = step.rates or self._drawn(book)
         told = (sigma, rate, base, frozenset(drawn))
+        entry = _entry(history[-1]) if added == 1 else None
         failures: list[Failure] = []
-        if added != 1:
+        if entry is None:
             often = added is not None and added > 1
             cause = diagnosis.ACCOUNTED_OFTEN if often else diagnosis.NOT_ACCOUNTED
             failures = [Failure(STEPS, cause)]
         elif told != book.fine or history[-1][:2] != told[:2]:
-            failures = _misfits(_entry(history[-1]), sigma, rate, base, drawn)
+            failures = _misfits(entry, sigma, rate, base, drawn)
             book.fine = None if failures else told
+        if entry is not None:
+            sigma, rate = (entry[0] if sigma is None else sigma, rate) if failures else entry[:2]
+        if sigma is not None:
+            book.observe(sigma, rate)
         if failures:
             book.said.add(diagnosis.HISTORY_CHANGED)  # that they differ at the end is clear then
         # With all people in each step nothing is assumed of how they are drawn.
@@ -392,10 +397,13 @@ def _misfits(
         low = counted_sigma < sigma
         cause = diagnosis.ACCOUNTED_SIGMA_LOW if low else diagnosis.ACCOUNTED_SIGMA
         found.append(Failure(SIGMA, cause))
-    lowest, highest = min(drawn, default=0.0), max(drawn, default=math.inf)
-    if not (counted >= rate * (1 - _EXACT) and base >= lowest * (1 - _EXACT)):
+    # Where it was seen how batches are drawn, it is no matter which rate the hook was made with.
+    batches = rate / base if base else 1.0
+    lowest = min(drawn) * batches if drawn else rate
+    highest = _rounded(max(drawn)) * batches if drawn else rate * (1 + _EXACT)
+    if not counted >= lowest * (1 - _EXACT):
         found.append(Failure(RATE, diagnosis.ACCOUNTED_RATE))
-    elif counted > rate * (1 + _EXACT) or base > _rounded(highest):
+    elif counted > highest:
         found.append(Failure(RATE, diagnosis.ACCOUNTED_RATE_HIGH))
     return found
 

@@ -2,7 +2,8 @@
 
 A second ``attach_step_hook()`` would evict the first, and the run would report no budget spent.
 Here both run, in the order in which they were attached; but none that the later one calls itself,
-nor one that tells the same accountant, or each step would be told twice.
+nor one that tells the same accountant, or each step would be told twice. Whether a hook of
+somebody's own that has the accountant at hand tells it, or only asks it, shows when it has run.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dpguard import _callsite, _compat, diagnosis
-from dpguard.callables import at_hand
+from dpguard.callables import at_hand, names_in
 from dpguard.patches.copies import MINE
 from dpguard.patches.wrapping import EagerWrapper
 from dpguard.patching import ABSENT, Transaction
@@ -19,21 +20,49 @@ from dpguard.verdicts import Verdicts
 
 __all__ = ["ACCOUNTED", "HookChain", "StepHooks"]
 
+_TELLING = frozenset(("step", "steps", "history"))
+"""What a hook by hand calls or changes to have its accountant account for a step."""
 _ATTACHED = MINE + "step_hook"
 ACCOUNTED = MINE + "accounted"
 """Mark of a DP optimizer to which the hook of an accountant was attached."""
 
 
 class HookChain:
-    """Several step hooks in the place of one; they run in the order of ``hooks``."""
+    """Several step hooks in the place of one.
+
+    They run in the order of ``hooks``, but one of an accountant waits for a later one that may tell
+    that accountant itself, and is left out where it has. A later one that has not in its first step
+    only asks, and comes after it from then on.
+    """
 
     def __init__(self, hooks: tuple[Callable[[Any], None], ...]) -> None:
         self.hooks = hooks
+        self._waiting: list[Callable[[Any], None]] | None = None
 
     def __call__(self, optimizer: Any) -> None:
         """Run each hook."""
+        first = self._waiting is None  # all that a hook needs is at hand now
+        if self._waiting is None:
+            self._waiting = [
+                hook
+                for place, hook in enumerate(self.hooks, start=1)
+                if any(_may_tell(later, hook) for later in self.hooks[place:])
+            ]
+        before = [_ends(hook) for hook in self._waiting]
         for hook in self.hooks:
-            hook(optimizer)
+            if hook not in self._waiting:
+                hook(optimizer)
+        for hook, end in zip(tuple(self._waiting), before, strict=True):
+            if _ends(hook) == end:
+                if first:
+                    self._waiting.remove(hook)
+                hook(optimizer)
+
+
+def _ends(hook: Any) -> list[Any]:
+    """Where the histories of the accountants that ``hook`` tells end."""
+    histories = [_compat.history_of(accountant) for accountant, _ in _compat.accountants_of(hook)]
+    return [told and (len(told), told[-1]) for told in histories]
 
 
 class StepHooks:
@@ -141,6 +170,11 @@ def _knows(hook: Any, former: Any) -> bool:
     mine = [accountant for accountant, _ in _compat.accountants_of(hook)]
     mine += _compat.accountants_at_hand(hook)
     return bool(told) and all(any(one is other for other in mine) for one in told)
+
+
+def _may_tell(hook: Any, former: Any) -> bool:
+    """Whether ``hook`` may tell the accountants of ``former`` itself: it names what that takes."""
+    return _knows(hook, former) and not _TELLING.isdisjoint(names_in(hook))
 
 
 def _calls(hook: Any, former: Any) -> bool:
