@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MethodType
+
 import pytest
 import torch
 from digits import Training
@@ -193,8 +195,8 @@ def test_what_no_version_shows_is_found_now_and_then(fault):
 # -- a pre_step that never calls add_noise -----------------------------------------------------------
 
 
-def pre_step_of(make_gradient):
-    """A ``pre_step`` of the user's own, in a subclass."""
+def pre_step_of(make_gradient, where="class"):
+    """A ``pre_step`` of the user's own, in a subclass or on the instance."""
 
     def pre_step(self, closure=None):
         make_gradient(self)
@@ -203,6 +205,9 @@ def pre_step_of(make_gradient):
         return True
 
     def inject(training):
+        if where == "instance":
+            training.optimizer.pre_step = MethodType(pre_step, training.optimizer)
+            return
         cls = type(training.optimizer)
         training.optimizer.__class__ = type("Mine", (cls,), {"pre_step": pre_step})
 
@@ -213,6 +218,14 @@ def clipped_only(optimizer):
     optimizer.clip_and_accumulate()
     for p in optimizer.params:
         p.grad = p.summed_grad.view_as(p).clone()
+    optimizer.scale_grad()
+
+
+def clipped_in_place(optimizer):
+    """The gradient is in the memory of the sum, as it is in processes of a group."""
+    optimizer.clip_and_accumulate()
+    for p in optimizer.params:
+        p.grad = p.summed_grad.view_as(p)
     optimizer.scale_grad()
 
 
@@ -230,14 +243,15 @@ def noise_of_its_own(optimizer):
     optimizer.scale_grad()
 
 
+@pytest.mark.parametrize("where", ["class", "instance"])
 @pytest.mark.parametrize("begin", [0, 3])
-@pytest.mark.parametrize("gradient", [clipped_only, mean_of_rows])
-def test_a_step_of_ones_own_without_noise_is_refused(gradient, begin):
+@pytest.mark.parametrize("gradient", [clipped_only, clipped_in_place, mean_of_rows])
+def test_a_step_of_ones_own_without_noise_is_refused(gradient, begin, where):
     """There is no noise to be measured: it is the gradient that gives it away."""
     with dpguard.install(mode="repair") as guard:
         training = Training()
         training.run(begin)
-        pre_step_of(gradient)(training)
+        pre_step_of(gradient, where)(training)
         with pytest.raises(dpguard.PrivacyViolation, match=r"update\.private"):
             training.run(2)
         assert training.steps == begin
@@ -245,12 +259,13 @@ def test_a_step_of_ones_own_without_noise_is_refused(gradient, begin):
         assert found == {(PRIVATE, diagnosis.NOISE_TAKEN_OUT), (SCALE, diagnosis.NOISE_UNSEEN)}
 
 
+@pytest.mark.parametrize("where", ["class", "instance"])
 @pytest.mark.parametrize("mode", ["repair", "strict", "observe"])
-def test_noise_where_nobody_sees_it_is_said_once(mode):
+def test_noise_where_nobody_sees_it_is_said_once(mode, where):
     """It may be right, so the step is taken."""
     with dpguard.install(mode=mode) as guard:
         training = Training()
-        pre_step_of(noise_of_its_own)(training)
+        pre_step_of(noise_of_its_own, where)(training)
         training.run(5)
         assert training.steps == 5
         assert [v.cause for v in guard.violations] == [diagnosis.NOISE_UNSEEN]

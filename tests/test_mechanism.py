@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from types import MethodType
+from unittest import mock
 
 import opacus
 import pytest
@@ -83,6 +85,87 @@ def about(value):
 
 def exactly(value):
     return pytest.approx(value, rel=1e-4)
+
+
+# -- a pre_step that one instance has ----------------------------------------------------------------
+
+
+class Calls(DPOptimizer):
+    """Calls the pre_step of its base."""
+
+    def pre_step(self, closure=None):
+        return super().pre_step(closure)
+
+
+def the_text_of_opacus(optimizer):
+    def pre_step(closure=None):
+        optimizer.clip_and_accumulate()
+        optimizer._is_last_step_skipped = optimizer._check_skip_next_step()
+        if optimizer._is_last_step_skipped:
+            return False
+        optimizer.add_noise()
+        optimizer.scale_grad()
+        optimizer.step_hook(optimizer)
+        return True
+
+    return pre_step
+
+
+def the_former_one(optimizer):
+    former = optimizer.pre_step
+    return lambda closure=None: former(closure)
+
+
+def that_of_the_base(optimizer):
+    return lambda closure=None: super(Calls, optimizer).pre_step(closure)
+
+
+def that_of_the_class(optimizer):
+    return MethodType(Calls.pre_step, optimizer)
+
+
+@pytest.mark.parametrize(
+    "own", [the_text_of_opacus, the_former_one, that_of_the_base, that_of_the_class]
+)
+def test_a_pre_step_of_one_instance(own):
+    """It runs, once, and its step is audited as any."""
+    with dpguard.install(mode="strict") as guard:
+        training, twin = Training(Calls, sigma=0.5), Training(Calls, sigma=0.5)
+        training.dp.pre_step = given = own(training.dp)
+        assert vars(training.dp)["pre_step"] is given
+        for _ in range(3):
+            torch.manual_seed(7)
+            moved = training.physical(scale=1.0)
+            torch.manual_seed(7)
+            assert all(map(torch.equal, moved, twin.physical(scale=1.0)))
+        assert training.told == [0.5] * 3
+        assert guard.violations == ()
+        assert guard.status().steps == 6
+        assert guard.last_step.checks["noise.scale"].verdict == "pass"
+    assert training.dp.pre_step is given
+    training.physical()
+    assert len(training.told) == 4
+
+
+def test_a_pre_step_of_one_instance_comes_and_goes(guard):
+    """As an attribute of any object."""
+    training = Training()
+    cls, given = type(training.dp), object()
+    with mock.patch.object(training.dp, "pre_step", given):
+        assert training.dp.pre_step == given
+        assert cls.pre_step == cls.pre_step
+    assert "pre_step" not in vars(training.dp)
+    with pytest.raises(AttributeError, match="pre_step"):
+        del training.dp.pre_step
+    training.physical()
+    assert guard.status().steps == 1
+
+    class Slots:
+        __slots__ = ()
+        pre_step = vars(cls)["pre_step"]
+
+    with pytest.raises(AttributeError, match=r"'Slots' object attribute 'pre_step' is read-only"):
+        Slots().pre_step = given
 
 
 # -- step hooks ----------------------------------------------------------------------------------

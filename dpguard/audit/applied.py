@@ -54,6 +54,7 @@ class _Noised:
         raw: the gradients of the batch, and its number of rows, if they are kept.
         told: the gradients as they were when they were last compared.
         samples: of the noised gradients, if changes are looked for.
+        bare: of the clipped sums, where the step is made by somebody else.
     """
 
     std: Any = None
@@ -70,9 +71,11 @@ class _Noised:
     raw: tuple[Noted, int] | None = None
     told: list[tuple[int, int]] = field(default_factory=list)
     samples: Samples | None = None
+    bare: Samples | None = None
 
     def clear(self) -> None:
         self.std, self.raw, self.seen, self.samples = None, None, False, None
+        self.bare = None
         self.parameters, self.grads, self.sums, self.told = (), NOTHING, NOTHING, []
 
 
@@ -86,7 +89,8 @@ class Applied(Check):
         """``p.grad`` still is the gradient of the batch."""
         state = self._noised.of(optimizer)
         if not _compat.is_opacus_method(optimizer, "pre_step"):
-            state.sums = Noted.sums_of(step.parameters)
+            # Somebody may make the gradient in the very memory of the sum.
+            state.bare = Samples.of([getattr(p, "summed_grad", None) for p in step.parameters])
         state.due = state.count < LOOK_FIRST or state.count % LOOK_EVERY == 0
         if (state.suspect or state.due) and step.parameters:
             pieces = pieces_of(step.parameters[0]) or []
@@ -163,8 +167,8 @@ class Applied(Check):
         grads: list[Any] = [p.grad for p in step.parameters]
         if all(isinstance(grad, torch.Tensor) for grad in grads):
             rows = [sample_of_rows(parameter) for parameter in step.parameters]
-            for bare in (state.sums.unchanged(), rows):
-                self._compare(step, step.names, (grads, bare, std))
+            for bare in (state.bare, Samples.of(rows)):
+                self._compare(step, step.names, (Samples.of(grads), bare, std))
 
     def _look(self, step: Step, state: _Noised) -> None:
         if state.std is None or state.elsewhere:
@@ -194,7 +198,7 @@ class Applied(Check):
         """Compare gradients with the clipped sums and, if it is kept, the gradient of the batch."""
         # Somebody's own noise may be put where the gradient of the batch was.
         raw, count = (state.raw[0].unchanged(), state.raw[1]) if state.raw else ([], 1)
-        grads = [state.parameters[i].grad for i in changed]
+        samples = Samples.of([state.parameters[i].grad for i in changed])
         known = len(state.names) == len(state.parameters)
         names = tuple(state.names[i] for i in changed) if known else ()
         noised = None
@@ -202,8 +206,8 @@ class Applied(Check):
             noised = state.samples.of_some(changed)
         for bare, per in ((state.sums.unchanged(), 1), (raw, max(1, count))):
             if len(bare) == len(state.parameters):
-                chosen = [bare[i] for i in changed]
-                self._compare(step, names, (grads, chosen, state.std / per), noised)
+                others = Samples.of([bare[i] for i in changed])
+                self._compare(step, names, (samples, others, state.std / per), noised)
 
     def _compare(
         self,
@@ -213,8 +217,7 @@ class Applied(Check):
         noised: Samples | None = None,
     ) -> None:
         """Measure how far gradients are from multiples of what has no noise in it."""
-        grads, bare, std = compared
-        samples, others = Samples.of(grads), Samples.of(bare)
+        samples, others, std = compared
         if samples is None or others is None:
             return
         if noised is not None:
@@ -252,5 +255,5 @@ class Applied(Check):
         step.collect((PRIVATE,), figures, receive)
 
 
-_Compared: TypeAlias = "tuple[Sequence[Any], Sequence[Any], Any]"
-"""Gradients, what has no noise in it, and the standard deviation of the noise due on that."""
+_Compared: TypeAlias = "tuple[Samples | None, Samples | None, Any]"
+"""Samples of gradients and of what has no noise in it, and the deviation of the noise it is due."""

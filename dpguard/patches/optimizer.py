@@ -26,7 +26,7 @@ from dpguard.patches.protocol import Protocol
 from dpguard.patches.signals import Signals
 from dpguard.patches.step_hooks import StepHooks
 from dpguard.patches.wrappers import Wrappers
-from dpguard.patches.wrapping import EagerWrapper
+from dpguard.patches.wrapping import EagerWrapper, MethodWrapper
 from dpguard.patching import Transaction, living
 from dpguard.verdicts import Verdicts
 
@@ -149,8 +149,17 @@ class OptimizerPatch:
         for name, wrapper in wrappers.items():
             original = vars(cls).get(name)
             if callable(original) and not self._is_wrapped(cls, name):
-                transaction.patch(cls, name, EagerWrapper(original, wrapper))
+                wrapped = (
+                    MethodWrapper(original, wrapper, name, self._is_inside)
+                    if name == "pre_step"
+                    else EagerWrapper(original, wrapper)
+                )
+                transaction.patch(cls, name, wrapped)
                 self._wrapped.add((cls, name))
+
+    def _is_inside(self, instance: Any) -> bool:
+        """Whether a step of this optimizer is under way."""
+        return id(instance) in self._inside
 
     def _is_wrapped(self, cls: type, name: str) -> bool:
         """Whether ``cls`` was met before: it may inherit on several ways."""
@@ -236,12 +245,11 @@ class OptimizerPatch:
 
     @_compat.eager
     def _pre_step(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        key = id(instance)
         if not self._active:
             return wrapped(*args, **kwargs)
-        if key in self._inside:  # a subclass whose own pre_step calls that of its base
+        if self._is_inside(instance):  # a subclass whose own pre_step calls that of its base
             return self._mechanism.pre_step(wrapped, instance, args, kwargs)
-        self._inside.add(key)
+        self._inside.add(id(instance))
         stepped = False
         try:
             self._part("attributes", self._forwarding.raise_pending, instance)
@@ -260,7 +268,7 @@ class OptimizerPatch:
                     self._audit(self._auditor.before_update, instance)
                 stepped = True
         finally:
-            self._inside.discard(key)
+            self._inside.discard(id(instance))
             self._part("sigma", self._sigma.restore, instance)
             if not stepped:
                 self._auditor.abandon(instance)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import wrapt
 
-__all__ = ["EagerWrapper"]
+__all__ = ["EagerWrapper", "MethodWrapper"]
 
 
 class EagerWrapper(wrapt.FunctionWrapper[..., Any]):
@@ -19,3 +20,56 @@ class EagerWrapper(wrapt.FunctionWrapper[..., Any]):
 
     _torchdynamo_disable = True
     _torchdynamo_disable_msg = "dpguard looks at each step"
+
+
+class MethodWrapper(EagerWrapper):
+    """A wrapper of a method that what an instance has in the method's place does not go round.
+
+    Args:
+        wrapped: the method, as it stands in the class.
+        wrapper: is called in its place, as by wrapt.
+        name: of the method.
+        plainly: whether an instance is asked from within the method, which would find itself.
+    """
+
+    def __init__(
+        self, wrapped: Any, wrapper: Any, name: str, plainly: Callable[[Any], bool]
+    ) -> None:
+        super().__init__(wrapped, wrapper)
+        self._self_name = name
+        self._self_plainly = plainly
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        """The method, or what the instance has in its place, wrapped."""
+        own = getattr(instance, "__dict__", {}).get(self._self_name)
+        if own is None or self._self_plainly(instance):
+            return super().__get__(instance, owner)
+
+        wrapper: Any = self._self_wrapper
+
+        def run(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
+            return wrapper(wrapped, instance, args, kwargs)
+
+        return EagerWrapper(own, run)
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        """As without this wrapper: the instance has an attribute of its own."""
+        _own(instance, self._self_name)[self._self_name] = value
+
+    def __delete__(self, instance: Any) -> None:
+        """Likewise.
+
+        Raises:
+            AttributeError: it has none.
+        """
+        own = _own(instance, self._self_name)
+        if self._self_name not in own:
+            raise AttributeError(self._self_name)
+        del own[self._self_name]
+
+
+def _own(instance: Any, name: str) -> dict[str, Any]:
+    own = getattr(instance, "__dict__", None)
+    if own is None:
+        raise AttributeError(f"{type(instance).__name__!r} object attribute {name!r} is read-only")
+    return own  # type: ignore[no-any-return]
