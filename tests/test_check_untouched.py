@@ -9,6 +9,7 @@ from releases import needs_ghost, needs_reshaping
 
 import dpguard
 from dpguard import diagnosis
+from dpguard.audit.applied import LOOK_EVERY
 from dpguard.audit.clip import SUM
 
 pytestmark = needs_reshaping
@@ -47,6 +48,19 @@ def test_sums_changed_between_physical_batches(change, mode):
         assert {(v.check, v.cause) for v in guard.violations} == {(SUM, diagnosis.SUM_TOUCHED)}
 
 
+def after_clipping(training, change):
+    """Change the sums after the last clipping, where it is decided whether the step is skipped."""
+    decide = training.optimizer._check_skip_next_step
+
+    def changed(*args, **kwargs):
+        skips = decide(*args, **kwargs)
+        if not skips:
+            change(training)
+        return skips
+
+    training.optimizer._check_skip_next_step = changed
+
+
 @pytest.mark.parametrize("kind", ["plain", "split"])
 @pytest.mark.parametrize("change", [multiplied, rows_added, negated])
 def test_sums_changed_after_the_last_clipping(change, kind):
@@ -54,20 +68,42 @@ def test_sums_changed_after_the_last_clipping(change, kind):
     with dpguard.install(mode="repair") as guard:
         training = Training(kind)
         training.run(3)
-        optimizer = training.optimizer
-        decide = optimizer._check_skip_next_step
-
-        def changed(*args, **kwargs):
-            skips = decide(*args, **kwargs)
-            if not skips:
-                change(training)
-            return skips
-
-        optimizer._check_skip_next_step = changed
+        after_clipping(training, change)
         with pytest.raises(dpguard.PrivacyViolation, match=r"clip\.sum.*Remedy: leave"):
             training.run(3)
         assert training.steps <= 4
         assert {(v.check, v.cause) for v in guard.violations} == {(SUM, diagnosis.SUM_TOUCHED)}
+
+
+def through_data(factor):
+    def change(training):
+        for p in waiting(training):
+            p.summed_grad.data.mul_(factor)
+
+    return change
+
+
+@pytest.mark.parametrize("kind", ["plain", "split"])
+@pytest.mark.parametrize("begin", [0, 3])
+def test_what_no_version_shows_is_found_now_and_then(kind, begin):
+    """At the latest in the 50th step."""
+    with dpguard.install(mode="repair") as guard:
+        training = Training(kind)
+        training.run(begin)
+        after_clipping(training, through_data(3))
+        with pytest.raises(dpguard.PrivacyViolation, match=r"clip\.sum.*Remedy: leave"):
+            training.run(60)
+        assert training.steps == (LOOK_EVERY if begin else 0)
+        assert {(v.check, v.cause) for v in guard.violations} == {(SUM, diagnosis.SUM_TOUCHED)}
+
+
+@pytest.mark.parametrize("kind", ["plain", "split"])
+def test_sums_made_shorter_unseen(guard, kind):
+    """Nobody moves more."""
+    training = Training(kind)
+    after_clipping(training, through_data(0.5))
+    training.run(3)
+    assert guard.violations == ()
 
 
 @pytest.mark.parametrize("mode", ["repair", "strict"])

@@ -6,6 +6,8 @@ that begins with others shows, and one whose noise is to be added to others. A c
 proves nothing: a sum that somebody has set to zero, or made shorter, moves less by one person. So
 what the sums were is kept from the first change on, and a sum that then is not that times a factor
 of 0 to 1 was touched by what no clipping bounds. A sum where there was none needs no comparison.
+A change through ``.data`` has neither: in the first steps and in every ``LOOK_EVERY``-th some
+elements of each sum are kept and compared, changed or not.
 
 In ghost clipping it is ``p.grad`` that is clipped, and ``accumulate()`` that adds it to the sums.
 Where that is somebody's own, what it adds is compared with what it was given in each step.
@@ -20,9 +22,11 @@ from typing import Any
 import torch
 
 from dpguard import _compat, diagnosis
+from dpguard.audit.applied import LOOK_EVERY, LOOK_FIRST
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.clip import SUM
 from dpguard.patches.lean import Clipping
+from dpguard.row_state import sample_of, spread_of
 
 __all__ = ["Accumulated", "Untouched"]
 
@@ -38,16 +42,18 @@ class _Known:
             of them.
         versions: likewise the version of its sum.
         copies: likewise a copy of it, if that is kept.
+        samples: likewise some of its elements, if they are kept.
         suspect: whether sums were changed by somebody before, so that copies are kept.
     """
 
     sums: dict[int, int] | None = None
     versions: dict[int, int] = field(default_factory=dict)
     copies: dict[int, torch.Tensor] = field(default_factory=dict)
+    samples: dict[int, torch.Tensor] = field(default_factory=dict)
     suspect: bool = False
 
     def forget(self) -> None:
-        self.sums, self.versions, self.copies = None, {}, {}
+        self.sums, self.versions, self.copies, self.samples = None, {}, {}, {}
 
 
 class Untouched(Check):
@@ -70,6 +76,7 @@ class Untouched(Check):
         known = self._known.of(optimizer)
         known.forget()
         known.sums = {}  # of numbers, which the garbage collector does not walk through
+        due = step.audited and (step.number < LOOK_FIRST or step.number % LOOK_EVERY == 0)
         for parameter in step.parameters:
             total = getattr(parameter, "summed_grad", None)
             if type(total) is torch.Tensor:
@@ -77,6 +84,8 @@ class Untouched(Check):
                 known.sums[key], known.versions[key] = id(total), total._version
                 if known.suspect:
                     known.copies[key] = total.clone()
+                elif due:
+                    known.samples[key] = sample_of(total)
         return ()
 
     def before_noise(self, step: Step, optimizer: Any) -> Failures:
@@ -152,10 +161,14 @@ def _look(step: Step, known: _Known, totals: Sequence[Any]) -> None:
         key = id(parameter)
         identity, copy = known.sums.get(key, 0), known.copies.get(key)
         if identity == id(total) and known.versions[key] == total._version:
-            continue
-        known.suspect = True
-        if identity and copy is None:
-            continue
+            copy = known.samples.get(key)
+            if copy is None:
+                continue
+            total = spread_of(total)  # noqa: PLW2901
+        else:
+            known.suspect = True
+            if identity and copy is None:
+                continue
         names.append(name)
         found.append(total)
         were.append(copy)
