@@ -10,7 +10,8 @@ wins nothing either. Bets are made on what other ways to draw have in common:
 * the batch is as large as the one before (batches of one size), at the odds of the population and
   the rate, at most ``q``, that make that most probable;
 * those come again that were in each of the last few batches (somebody who always takes part);
-* twice as many of the last batch come again as expected (some are drawn more often than others).
+* twice as many of the last batch come again as expected (some are drawn more often than others);
+* who was drawn more often than others so far will be, see :mod:`dpguard.frequency`.
 
 By Ville's inequality a capital that is multiplied by fair odds ever reaches ``1 / alpha`` with a
 probability of at most ``alpha``; so does a mean of several, and one that is invested bit by bit,
@@ -24,17 +25,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from dpguard.frequency import Frequencies
 from dpguard.logs import log_sum
 
 __all__ = ["Independence"]
 
-_BETS = 4
+_BETS = 6
 
 
 class Independence:
     """The evidence that one sampler's batches are not drawn independently.
 
-    Kept are the people of the pass at hand, a byte for each.
+    Kept are the people of the pass at hand, a byte for each, and how often each was drawn.
     """
 
     def __init__(self) -> None:
@@ -44,6 +46,7 @@ class Independence:
         self._last: set[int] | None = None
         self._steady: set[int] = set()
         self._batches = 0
+        self._frequencies = Frequencies(0, 0.0)
         self._capital = [-math.inf] * _BETS
 
     def take(self, batch: Sequence[int], count: int, rate: float, in_pass: int) -> float:
@@ -57,7 +60,9 @@ class Independence:
             self._pass = in_pass
             self._seen, self._count_seen = bytearray(), 0
             self._last, self._steady = None, set()
-        odds = self._odds(people, count, rate)
+        if self._frequencies.declared != (count, rate):
+            self._frequencies = Frequencies(count, rate)
+        odds = (*self._odds(people, count, rate), *self._frequencies.take(people))
         self._remember(people)
         self._batches += 1
         added = -math.log(self._batches * (self._batches + 1))
@@ -71,7 +76,7 @@ class Independence:
     def _odds(self, people: set[int], count: int, rate: float) -> tuple[float, ...]:
         """Logarithms of what each bet pays for one."""
         if self._last is None:
-            return (0.0,) * _BETS
+            return (0.0,) * 4
         seen, size = self._seen, len(self._last)
         none_again = not any(person < len(seen) and seen[person] for person in people)
         again = len(people & self._last)

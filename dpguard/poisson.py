@@ -17,7 +17,7 @@ about: a subclass, a generator with a constant seed, a patched source of random 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,12 +38,12 @@ class Drawn:
     Attributes:
         key: the same for the same people.
         surprise: how improbable it was to draw these people, as a negative logarithm.
-        causes: what is wrong with it or with those before it.
+        causes: what is wrong with it or with those before it, with a figure and its bound.
     """
 
     key: Hashable
     surprise: float
-    causes: tuple[str, ...] = ()
+    causes: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -58,24 +58,24 @@ class Rate:
     def draw(self, indices: Any, count: int, rate: float, in_pass: int = 0) -> Drawn:
         """A batch of ``indices`` was drawn from ``count`` people, in some pass over them."""
         numbers = indices.tolist() if hasattr(indices, "tolist") else list(indices)
-        causes = []
+        causes: dict[str, tuple[float, float]] = {}
         if len(set(numbers)) < len(numbers):
-            causes.append(diagnosis.DRAWN_TWICE)
+            causes[diagnosis.DRAWN_TWICE] = float(len(numbers)), float(len(set(numbers)))
         if self.declared != (count, rate):
             self.declared, self.batches, self.people = (count, rate), 0, 0
         self.batches += 1
         self.people += len(numbers)
         if 0 < rate < 1 and self._is_too_many(count, rate):
-            causes.append(diagnosis.DRAWN_TOO_MANY)
+            causes[diagnosis.DRAWN_TOO_MANY] = self.people / (self.batches * count), rate
         if 0 < rate < 1 and all(type(number) is int and number >= 0 for number in numbers):
             evidence = self.independence.take(numbers, count, rate, in_pass)
             if evidence > -math.log(_CHANCE):
-                causes.append(diagnosis.DRAWN_DEPENDENTLY)
+                causes[diagnosis.DRAWN_DEPENDENTLY] = evidence, -math.log(_CHANCE)
         surprise = 0.0
         if 0 < rate < 1:
             absent = max(0, count - len(numbers))
             surprise = -len(numbers) * math.log(rate) - absent * math.log1p(-rate)
-        return Drawn(hash(frozenset(numbers)), surprise, tuple(causes))
+        return Drawn(hash(frozenset(numbers)), surprise, causes)
 
     def _is_too_many(self, count: int, rate: float) -> bool:
         total = self.batches * count
@@ -96,10 +96,16 @@ class Uses:
 
     known: set[Hashable] = field(default_factory=set)
 
-    def use(self, drawn: Drawn) -> bool:
-        """A step uses a batch; whether chance does not explain that it was used before."""
+    def use(self, drawn: Drawn) -> Mapping[str, tuple[float, float]]:
+        """A step uses a batch; what is wrong with that, as in :class:`Drawn`.
+
+        That it was used before is, unless chance explains it.
+        """
         if drawn.key not in self.known:
             if len(self.known) < _KEPT:
                 self.known.add(drawn.key)
-            return False
-        return drawn.surprise > -math.log(_CHANCE) + 3 * math.log(len(self.known) + 1)
+            return drawn.causes
+        least = -math.log(_CHANCE) + 3 * math.log(len(self.known) + 1)
+        if drawn.surprise <= least:
+            return drawn.causes
+        return {**drawn.causes, diagnosis.BATCH_DRAWN_AGAIN: (drawn.surprise, least)}

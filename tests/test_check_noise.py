@@ -854,7 +854,9 @@ def test_noise_of_ones_own_along_gradients(raw):
     for _ in range(400):
         test, found = gaussian.Along(), False
         for value in torch.randn(200).tolist():
-            found = found or test.take(value * (3.0 if raw else 1.0), 3.0 if raw else 1.0, 1.0, 0.0)
+            length = 3.0 if raw else 1.0
+            evidence = test.take(value * length, length, 1.0, 0.0)
+            found = found or evidence >= gaussian.ALONG_EVIDENCE
         reached += gaussian._of_sum(abs(test._total), test._count) >= math.log(10)
         assert not found
     assert reached < 60

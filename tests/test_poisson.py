@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+import math
+import random
+
 import pytest
 import torch
 from digits import BATCH, BOUND, PEOPLE, Training, digits
@@ -16,6 +21,7 @@ import dpguard
 from dpguard import diagnosis
 from dpguard.audit.accounting import RATE, SAMPLING
 from dpguard.audit.people import BATCHES, ROWS
+from dpguard.frequency import Frequencies
 from dpguard.poisson import Rate, Uses
 
 pytestmark = needs_reshaping
@@ -77,6 +83,22 @@ class SomeMoreOften(UniformWithReplacementSampler):
             yield (torch.rand(self.num_samples) < rates).nonzero().flatten().tolist()
 
 
+class HalfOfThemMoreOften(UniformWithReplacementSampler):
+    def __iter__(self):
+        rates = torch.full((self.num_samples,), 1.6 * self.sample_rate)
+        rates[::2] = 0.4 * self.sample_rate
+        for _ in range(self.steps):
+            yield (torch.rand(self.num_samples) < rates).nonzero().flatten().tolist()
+
+
+class SomebodyEverySecondTime(UniformWithReplacementSampler):
+    def __iter__(self):
+        for batch in super().__iter__():
+            others = [person for person in batch if person != 17]
+            self.turn = not getattr(self, "turn", False)
+            yield [*others, 17] if self.turn else others
+
+
 FAULTS = {
     SomeTwice: (ROWS, diagnosis.DRAWN_TWICE, 1),
     ThreeTimesAsMany: (RATE, diagnosis.DRAWN_TOO_MANY, 1),
@@ -85,6 +107,8 @@ FAULTS = {
     OfOneSize: (SAMPLING, diagnosis.DRAWN_DEPENDENTLY, 30),
     SomebodyAlways: (SAMPLING, diagnosis.DRAWN_DEPENDENTLY, 60),
     SomeMoreOften: (SAMPLING, diagnosis.DRAWN_DEPENDENTLY, 60),
+    HalfOfThemMoreOften: (SAMPLING, diagnosis.DRAWN_DEPENDENTLY, 80),
+    SomebodyEverySecondTime: (SAMPLING, diagnosis.DRAWN_DEPENDENTLY, 150),
     TheSameEachEpoch: (BATCHES, diagnosis.BATCH_DRAWN_AGAIN, PEOPLE // BATCH + 2),
 }
 
@@ -127,8 +151,35 @@ def test_no_false_alarm(count, rate):
     state, uses = Rate(), Uses()
     for batch in sampler:
         drawn = state.draw(batch, count, rate)
-        assert drawn.causes == ()
+        assert drawn.causes == {}
         assert not uses.use(drawn)
+
+
+def batches_of(people):
+    return itertools.chain.from_iterable(
+        itertools.combinations(range(people), size) for size in range(people + 1)
+    )
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("rarer", [1.0, 0.7, 0.0])
+def test_bets_win_nothing_in_the_mean(rate, rarer):
+    """Over all batches there are, whatever was drawn before; also if some are drawn less often."""
+    generator, people = random.Random(1), 6
+    rates = [rate * (rarer if person % 2 else 1.0) for person in range(people)]
+    for _ in range(10):
+        before = [[i for i in range(people) if generator.random() < 0.6] for _ in range(15)]
+        frequencies = Frequencies(people, rate)
+        for batch in before:
+            frequencies.take(batch)
+        mean = [0.0, 0.0]
+        for batch in batches_of(people):
+            chances = [r if person in batch else 1 - r for person, r in enumerate(rates)]
+            paid = copy.deepcopy(frequencies).take(batch)
+            mean = [m + math.prod(chances) * math.exp(p) for m, p in zip(mean, paid, strict=True)]
+        assert max(mean) <= 1 + 1e-9
+        if rarer == 1:
+            assert mean == pytest.approx([1.0, 1.0])
 
 
 @pytest.mark.parametrize("kind", ["some never", "half of them", "half of each batch"])
@@ -142,7 +193,17 @@ def test_people_who_are_drawn_less_often(kind):
         rates[:: 2 if kind == "half of them" else 1] /= 2
     for number in range(3000):
         batch = (torch.rand(512, generator=generator) < rates).nonzero().flatten()
-        assert state.draw(batch, 512, 1 / 16, number // 16).causes == ()
+        assert state.draw(batch, 512, 1 / 16, number // 16).causes == {}
+
+
+def test_people_that_nobody_has_counted():
+    """The indices of a process of a group are those of all, and its number is its own share."""
+    generator, state = torch.Generator().manual_seed(1), Rate()
+    for number in range(600):
+        if number % 16 == 0:
+            mine = torch.randperm(512, generator=generator)[:128]
+        drawn = torch.rand(128, generator=generator) < 1 / 16
+        assert state.draw(mine[drawn], 128, 1 / 16, number // 16).causes == {}
 
 
 def test_a_batch_in_another_order_is_the_same_batch():
@@ -159,7 +220,7 @@ def test_samplers_that_leave_empty_batches_out():
     for _ in range(3000):
         batch = (torch.rand(40, generator=generator) < 0.05).nonzero().flatten()
         if len(batch):
-            assert state.draw(batch, 40, 0.05).causes == ()
+            assert state.draw(batch, 40, 0.05).causes == {}
 
 
 def test_several_trainings_with_one_seed():

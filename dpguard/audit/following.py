@@ -123,11 +123,14 @@ def _judge(known: _Known, bound: float, last: float, values: list[float]) -> Fai
     """Whether the bound has followed one of the statistics for some time."""
     if not known.equations:
         known.equations = [deque(maxlen=CHANGES) for _ in values]
-    found = False
+    followed = None
     for equations, value in zip(known.equations, values, strict=True):
         equations.append((bound, value, last))
-        found = found or (len(equations) == CHANGES and _follows(equations))
-    return [Failure(BOUND, diagnosis.BOUND_FROM_DATA)] if found else []
+        if len(equations) == CHANGES and _follows(equations):
+            followed = value
+    if followed is None:
+        return []
+    return [Failure(BOUND, diagnosis.BOUND_FROM_DATA, figure=bound, bound=followed)]
 
 
 def _follows(equations: Sequence[_Equation]) -> bool:

@@ -83,6 +83,8 @@ STEP_LEVEL = 4e-7
 SIGNS_LEVEL = 4e-8
 SPREAD_LEVEL = 4e-8
 ALONG_LEVEL = 2e-8
+ALONG_EVIDENCE = -math.log(ALONG_LEVEL / 2)
+"""From where on noise is said to lie along one of two directions."""
 BATCH = 32
 """After so many steps the test over the run is evaluated."""
 SLACK = 2e-4
@@ -108,6 +110,8 @@ class NoiseVerdict:
         dependent: indices of those on which it shows that noise depends on that of the step before.
         within: indices of those whose noise repeats within a step.
         ratio: root mean square of the noise, in units of the declared standard deviation.
+        evidence: that noise is dependent or repeats within a step, as the logarithm of a capital
+            that fair bets have made of one, and from where on it is said.
     """
 
     missing: tuple[int, ...] = ()
@@ -116,6 +120,7 @@ class NoiseVerdict:
     dependent: tuple[int, ...] = ()
     within: tuple[int, ...] = ()
     ratio: float = 1.0
+    evidence: tuple[float, float] | None = None
 
     def __bool__(self) -> bool:
         found = (self.missing, self.wrong, self.repeated, self.dependent, self.within)
@@ -176,8 +181,8 @@ class Along:
     def __init__(self) -> None:
         self._total, self._count = 0.0, 0
 
-    def take(self, product: float, length: float, std: float, slip: float) -> bool:
-        """Add a step; whether chance does not explain what there is along the direction.
+    def take(self, product: float, length: float, std: float, slip: float) -> float:
+        """Add a step; the evidence that chance does not explain what is along the direction.
 
         Args:
             product: of what was added with the direction.
@@ -189,7 +194,7 @@ class Along:
         if math.isfinite(value):
             self._count += 1
             self._total += math.copysign(max(0.0, abs(value) - slip - SLACK), value)
-        return _of_sum(abs(self._total), self._count) >= -math.log(ALONG_LEVEL / 2)
+        return _of_sum(abs(self._total), self._count)
 
 
 class NoiseTest:
@@ -382,13 +387,18 @@ class NoiseTest:
         self._all.is_odd = self._all.is_odd or bool(wrong or repeated)
         dependent: tuple[int, ...] = ()
         within: tuple[int, ...] = ()
+        proof: tuple[float, float] | None = None
         if not self._all.is_odd:
-            if self._all.of_signs() >= -math.log(SIGNS_LEVEL):
-                dependent = self._sampled
-            within = self._spread.guilty(-math.log(SPREAD_LEVEL))
+            least = -math.log(SPREAD_LEVEL)
+            within = self._spread.guilty(least)
+            if within:
+                proof = self._spread.total, least
+            least, signs = -math.log(SIGNS_LEVEL), self._all.of_signs()
+            if signs >= least:
+                dependent, proof = self._sampled, (signs, least)
         if not (wrong or repeated or dependent or within):
             return NOTHING
-        return NoiseVerdict((), wrong, repeated, dependent, within, self._all.ratio)
+        return NoiseVerdict((), wrong, repeated, dependent, within, self._all.ratio, proof)
 
     def _take_in(self) -> tuple[int, ...]:
         """Add what is pending; returns which parameters' noise has stayed the same in it."""

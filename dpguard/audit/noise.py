@@ -26,7 +26,7 @@ from dpguard import _compat, diagnosis
 from dpguard.audit import added
 from dpguard.audit.added import Drawn, Group, Kind
 from dpguard.audit.check import NOTHING, Check, Failure, Failures, Noted, PerOwner, Step
-from dpguard.audit.gaussian import NoiseVerdict
+from dpguard.audit.gaussian import ALONG_EVIDENCE, NoiseVerdict
 from dpguard.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -338,9 +338,11 @@ def _received(
         return _failures(verdict, group, names)
     slip = _compat.unit_roundoff(group.noised) * max(noised, mark) / std
     for test, product, square in zip(group.along, along[::2], along[1::2], strict=False):
-        if test.take(product, math.sqrt(square), std, slip):
+        evidence = test.take(product, math.sqrt(square), std, slip)
+        if evidence >= ALONG_EVIDENCE:
             who = tuple(names[i] for i in group.indices)
-            return [Failure(SCALE, diagnosis.NOISE_DILUTED, who)]
+            cause, least = diagnosis.NOISE_DILUTED, ALONG_EVIDENCE
+            return [Failure(SCALE, cause, who, figure=evidence, bound=least)]
     # Values that are rounded to those of the sum have another shape.
     exact = slip * _EXACT < 1
     shares = {
@@ -368,21 +370,17 @@ def _silent(group: Group, names: tuple[str, ...], norms: list[float]) -> list[Fa
 
 
 def _failures(verdict: NoiseVerdict, group: Group, names: tuple[str, ...]) -> list[Failure]:
-    causes = (
-        (SCALE, diagnosis.NOISE_MISSING, verdict.missing),
-        (SCALE, diagnosis.NOISE_SCALE, verdict.wrong),
-        (FRESH, diagnosis.NOISE_REPEATED, verdict.repeated),
-        (FRESH, diagnosis.NOISE_DEPENDENT, verdict.dependent),
-        (FRESH, diagnosis.NOISE_WITHIN, verdict.within),
+    scale, no_figure = (verdict.ratio, 1.0), (None, None)
+    evidence = verdict.evidence or no_figure
+    causes: tuple[tuple[str, str, tuple[int, ...], tuple[float | None, float | None]], ...] = (
+        (SCALE, diagnosis.NOISE_MISSING, verdict.missing, scale),
+        (SCALE, diagnosis.NOISE_SCALE, verdict.wrong, scale),
+        (FRESH, diagnosis.NOISE_REPEATED, verdict.repeated, no_figure),
+        (FRESH, diagnosis.NOISE_DEPENDENT, verdict.dependent, evidence),
+        (FRESH, diagnosis.NOISE_WITHIN, verdict.within, evidence),
     )
     return [
-        Failure(
-            check,
-            cause,
-            tuple(names[group.indices[k]] for k in which),
-            figure=verdict.ratio if check is SCALE else None,
-            bound=1.0 if check is SCALE else None,
-        )
-        for check, cause, which in causes
+        Failure(check, cause, tuple(names[group.indices[k]] for k in which), figure=f, bound=b)
+        for check, cause, which, (f, b) in causes
         if which
     ]

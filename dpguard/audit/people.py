@@ -337,9 +337,10 @@ def _drawn_wrong(uses: Uses, used: Sequence[Delivery]) -> list[Failure]:
     for delivery in used:
         drawn = delivery.drawn
         if drawn is not None:
-            again = uses.use(drawn)
-            causes = [*drawn.causes, *([diagnosis.BATCH_DRAWN_AGAIN] if again else ())]
-            found += [Failure(_CHECKS[cause], cause) for cause in causes]
+            found += [
+                Failure(_CHECKS[cause], cause, figure=figure, bound=bound)
+                for cause, (figure, bound) in uses.use(drawn).items()
+            ]
     return found
 
 

@@ -142,6 +142,7 @@ class Accumulated(Check):
                 were.append(given.get(id(parameter)))
         given.clear()
         if names:
+            step.run(SUM)
             _compare(step, tuple(names), found, were)
         return ()
 
@@ -169,6 +170,7 @@ def _look(step: Step, known: _Known, totals: Sequence[Any]) -> None:
             known.suspect = True
             if identity and copy is None:
                 continue
+            step.run(SUM)
         names.append(name)
         found.append(total)
         were.append(copy)
@@ -198,7 +200,6 @@ def _compare(
         who = tuple(name for name, rest, length in pairs if rest > _OFF * length)
         return [Failure(SUM, diagnosis.SUM_TOUCHED, who)] if who else []
 
-    step.run(SUM)
     step.collect((SUM,), columns, receive)
 
 
