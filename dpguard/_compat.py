@@ -977,6 +977,14 @@ def is_distributed() -> bool:
     return int(distributed.get_world_size()) > 1
 
 
+def _is_first_rank() -> bool:
+    """Whether this process is the one of its group that adds noise, whatever an optimizer says."""
+    distributed = _torch().distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    return int(distributed.get_rank()) == 0
+
+
 def device_stream(device: torch.device) -> Any:
     """The state of the random stream of an accelerator, which the host knows without waiting."""
     return _torch().cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -1032,7 +1040,7 @@ def noise_std(optimizer: Any, *, of_all: bool = False) -> float | torch.Tensor |
     multiplier = plain_number(optimizer.noise_multiplier)
     if rule == "parts" or multiplier is None or not multiplier > 0:
         return None
-    if of_one_rank and not of_all and getattr(optimizer, "rank", 0) != 0:
+    if of_one_rank and not of_all and getattr(optimizer, "rank", 0) != 0 and not _is_first_rank():
         return 0.0
     if rule == "ghost":  # adaptive clipping, from 1.6 on
         multiplier = getattr(optimizer, "_adjusted_noise_multiplier", multiplier)

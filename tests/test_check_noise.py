@@ -342,6 +342,26 @@ def test_no_noise_on_the_first_rank(guard, ranks):
     assert causes(guard) == {diagnosis.NOISE_MISSING}
 
 
+@pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="this torch has no gloo",
+)
+def test_an_optimizer_that_takes_the_first_rank_for_another(guard):
+    """Then nobody would add noise."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        training = Training(DistributedDPOptimizer)
+        training.step()
+        training.optimizer.rank = 1
+        with pytest.raises(dpguard.PrivacyViolation, match="nothing was added"):
+            training.step()
+        assert causes(guard) == {diagnosis.NOISE_MISSING}
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @needs_reshaping
 def test_empty_and_accumulated_batches(guard):
     """A step on no samples, and one of several physical batches, have noise like any other."""
