@@ -11,8 +11,9 @@ import wrapt
 
 from dpguard import _callsite, _compat
 from dpguard.ledger import Ledger
+from dpguard.patches.hooked import is_paired, is_whole
 from dpguard.patches.outputs import Outputs
-from dpguard.patches.pairing import Pairing, Registry, is_paired, is_whole
+from dpguard.patches.pairing import Pairing, Registry
 from dpguard.patches.wrapping import EagerWrapper
 from dpguard.patching import Transaction, living
 

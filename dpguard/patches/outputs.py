@@ -21,7 +21,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from dpguard import _compat
 from dpguard.patches.draws import Draws
-from dpguard.patches.pairing import Pairing, is_whole
+from dpguard.patches.hooked import is_whole
+from dpguard.patches.pairing import Pairing
 from dpguard.patches.records import differentiable, no_hook
 from dpguard.vjp import Pair, Shares, Unfit, added, propagate
 

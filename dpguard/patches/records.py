@@ -24,7 +24,7 @@ from dpguard.precision import autocast_of
 
 if TYPE_CHECKING:
     from dpguard.conditioning import Moments
-    from dpguard.patches.pairing import Pairing
+    from dpguard.patches.hooked import Hooked
 
 __all__ = ["ForwardHook", "Record", "differentiable", "no_hook", "plain_hook"]
 
@@ -165,7 +165,7 @@ class ForwardHook:
 
     __slots__ = ("_caller", "computes", "late", "name", "pairing")
 
-    def __init__(self, pairing: Pairing, name: str, *, computes: bool, late: bool = False) -> None:
+    def __init__(self, pairing: Hooked, name: str, *, computes: bool, late: bool = False) -> None:
         self.pairing = pairing
         self.name = name
         self.computes = computes
