@@ -514,9 +514,10 @@ _DIAGNOSES = {
         Severity.CRITICAL,
     ),
     SCALED_BY_PEOPLE: Diagnosis(
-        "expected_batch_size follows the number of people that were drawn, so the size of the "
-        "noise tells how many there were, which the accountant does not cover",
-        "leave expected_batch_size at what make_private has set, sample_rate * len(dataset)",
+        "expected_batch_size, or what the noised sum is divided by, follows the number of people "
+        "that were drawn, so the size of the noise tells how many there were, which the accountant "
+        "does not cover",
+        "divide by what make_private has set expected_batch_size to, sample_rate * len(dataset)",
         Severity.CRITICAL,
     ),
     RATE_BY_PEOPLE: Diagnosis(

@@ -42,6 +42,96 @@ def test_dividing_by_the_true_batch_size_is_refused(kind, mode):
         }
 
 
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+def test_dividing_by_the_size_of_the_batch_before_is_refused(mode):
+    """It is no less of a secret."""
+    with dpguard.install(mode=mode) as guard:
+        training = Training()
+        plain, before = training.backward, []
+
+        def backward(x, y):
+            if before:
+                training.optimizer.expected_batch_size = before[-1]
+            before.append(len(x))
+            plain(x, y)
+
+        training.backward = backward
+        with pytest.raises(dpguard.PrivacyViolation, match=r"noise\.scale.*expected_batch_size"):
+            training.run(30)
+        assert {v.cause for v in guard.violations} == {diagnosis.SCALED_BY_PEOPLE}
+
+
+def own_scale_grad(training, factor):
+    class Mine(type(training.optimizer)):
+        def scale_grad(self):
+            for p in self.params:
+                p.grad.mul_(factor() / BATCH)
+
+    training.optimizer.__class__ = Mine
+
+
+def hook_of_the_wrapped(training, factor):
+    def multiply(*_):
+        for p in training.optimizer.params:
+            p.grad.mul_(factor())
+
+    training.optimizer.original_optimizer.register_step_pre_hook(multiply)
+
+
+def in_a_new_tensor(training, factor):
+    def replace(optimizer):
+        for p in optimizer.params:
+            p.grad = p.grad * factor()
+
+    training.optimizer.attach_step_hook(replace)
+
+
+WAYS = [own_scale_grad, hook_of_the_wrapped, in_a_new_tensor]
+
+
+def multiplied(training, way, factor):
+    """After the noise, by a number that depends on how many people are in the batch, and on when."""
+    plain, people = training.backward, []
+
+    def backward(x, y):
+        people.append(len(x))
+        plain(x, y)
+
+    training.backward = backward
+    way(training, lambda: factor(people[-1], len(people)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+@pytest.mark.parametrize("kind", ["flat", pytest.param("ghost", marks=needs_ghost)])
+def test_noise_that_is_divided_by_the_people_is_refused(kind, mode, way):
+    """By whatever means: its size tells how many there were."""
+    with dpguard.install(mode=mode) as guard:
+        training = Training(kind)
+        multiplied(training, way, lambda people, _: BATCH / people)
+        with pytest.raises(dpguard.PrivacyViolation, match=r"noise\.scale.*divided by"):
+            training.run(30)
+        assert training.steps <= 4 * RATIOS
+        assert {(v.check, v.cause) for v in guard.violations} == {
+            (SCALE, diagnosis.SCALED_BY_PEOPLE)
+        }
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_noise_may_be_multiplied(guard, way):
+    """By what knows nothing of the batch, and by what the noised gradient itself tells."""
+    for factor in (lambda *_: 0.5, lambda _, step: 0.9**step, lambda _, step: 1 + step % 3):
+        training = Training()
+        multiplied(training, way, factor)
+        training.run(30)
+    training = Training()
+    training.optimizer.attach_step_hook(
+        lambda optimizer: torch.nn.utils.clip_grad_norm_(optimizer.params, 0.1)
+    )
+    training.run(30)
+    assert guard.violations == ()
+
+
 def test_other_batch_sizes_may_be_expected():
     """Once, or in every step, as long as nobody was counted for it."""
     with dpguard.install(mode="strict") as guard:

@@ -11,10 +11,14 @@ in the second step. A change through ``.data`` has no version: in the first step
 ``LOOK_EVERY``-th all gradients are compared, changed or not. And so they are where ``add_noise``
 was not called, by a ``pre_step`` of the user's own: what is applied is then a multiple of what has
 no noise if none was added at all.
+
+A gradient that is multiplied after its noise, by the number of people who were drawn, is found as a
+learning rate is that follows them (:mod:`dpguard.audit.scaling`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -23,7 +27,9 @@ import torch
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import NOTHING, Check, Failure, Failures, Noted, PerOwner, Step
-from dpguard.audit.multiples import Samples, mixed, without_noise
+from dpguard.audit.multiples import Samples, factor, mixed, without_noise
+from dpguard.audit.noise import SCALE
+from dpguard.audit.scaling import Ratios
 from dpguard.audit.update import PRIVATE
 from dpguard.patches.lean import Clipping
 from dpguard.row_state import pieces_of, sample_of_rows
@@ -31,6 +37,7 @@ from dpguard.row_state import pieces_of, sample_of_rows
 __all__ = ["LOOK_EVERY", "LOOK_FIRST", "Applied"]
 
 _OFF = 1e-4
+_ROUNDINGS = 64
 LOOK_FIRST = 2
 LOOK_EVERY = 50
 
@@ -55,6 +62,8 @@ class _Noised:
         told: the gradients as they were when they were last compared.
         samples: of the noised gradients, if changes are looked for.
         bare: of the clipped sums, where the step is made by somebody else.
+        people: rows in the step, and whether they were drawn.
+        ratios: of what gradients are multiplied with after their noise.
     """
 
     std: Any = None
@@ -72,6 +81,8 @@ class _Noised:
     told: list[tuple[int, int]] = field(default_factory=list)
     samples: Samples | None = None
     bare: Samples | None = None
+    people: tuple[int, bool] = (0, False)
+    ratios: Ratios = field(default_factory=Ratios)
 
     def clear(self) -> None:
         self.std, self.raw, self.seen, self.samples = None, None, False, None
@@ -133,6 +144,7 @@ class Applied(Check):
     def before_update(self, step: Step, optimizer: Any) -> Failures:
         """The step hooks have run."""
         state = self._noised.of(optimizer)
+        state.people = step.people, bool(step.rates)
         if state.seen:
             self._look(step, state)
         else:
@@ -145,6 +157,8 @@ class Applied(Check):
         if state.elsewhere and state.due and _compat.is_distributed():
             self._compare_all(step, state, range(len(state.parameters)))
         self._look(step, state)
+        if state.suspect and state.samples is not None:
+            self._follow(step, state)
         state.clear()
         return ()
 
@@ -193,6 +207,25 @@ class Applied(Check):
             return
         state.suspect, state.told = True, now
         self._compare_all(step, state, changed)
+
+    def _follow(self, step: Step, state: _Noised) -> None:
+        """Somebody changes gradients after their noise: is it a number that follows the people?"""
+        samples = Samples.of([parameter.grad for parameter in state.parameters])
+        noised, ratios = state.samples, state.ratios
+        figures = factor(samples, noised) if samples is not None and noised is not None else None
+        if figures is None or samples is None:
+            return
+        off, (people, drawn) = _ROUNDINGS * samples.unit, state.people
+
+        def receive(values: list[float]) -> Failures:
+            share, far, length = values
+            if not far <= off * length:
+                share = math.nan
+            if not ratios.take(share, people, drawn=drawn, rounding=off):
+                return ()
+            return [Failure(SCALE, diagnosis.SCALED_BY_PEOPLE, figure=share)]
+
+        step.collect((SCALE,), figures, receive)
 
     def _compare_all(self, step: Step, state: _Noised, changed: Sequence[int]) -> None:
         """Compare gradients with the clipped sums and, if it is kept, the gradient of the batch."""

@@ -78,6 +78,21 @@ class Samples(NamedTuple):
 
 
 @torch.no_grad()
+def factor(moved: Samples, noised: Samples) -> list[torch.Tensor] | None:
+    """The number that tensors are multiples of others by.
+
+    Returns:
+        That number, how far the tensors are off, and their length; ``None`` if they are of other
+        sizes.
+    """
+    if not moved.is_like(noised):
+        return None
+    y, a = (s.values.double() for s in (moved, noised))
+    share = (y * a).sum() / a.square().sum()
+    return [share, (y - share * a).norm(), y.norm()]
+
+
+@torch.no_grad()
 def without_noise(
     moved: Sequence[Samples], bare: Samples | None, std: Any, least: float
 ) -> tuple[list[int], list[torch.Tensor], Callable[[list[float]], bool]] | None:

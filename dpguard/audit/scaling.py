@@ -3,7 +3,9 @@
 Opacus divides by the *expected* batch size. Whoever sets that to the true one, of a batch that was
 drawn by Poisson sampling, makes the size of the noise depend on how many people were drawn, which
 no accountant covers: one person more or less shows in every coordinate of the update. So does a
-learning rate that is scaled with the true size, as some do with large batches.
+learning rate that is scaled with the true size, as some do with large batches, and a gradient that
+is multiplied after its noise, which :mod:`dpguard.audit.applied` looks at. The size of the batch
+before is no better.
 
 By chance a number that changes from step to step equals that of the people drawn in fewer than one
 of ten steps, if there are 16 or more of them; in :data:`MATCHES` changes in a row it does not.
@@ -21,7 +23,7 @@ from dpguard import diagnosis
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.noise import SCALE
 
-__all__ = ["MATCHES", "RATIOS", "Scaling"]
+__all__ = ["MATCHES", "RATIOS", "Ratios", "Scaling"]
 
 MATCHES = 8
 RATIOS = 3
@@ -32,22 +34,50 @@ _ROUNDING = 1e-9
 
 
 @dataclass
+class Ratios:
+    """Whether a number changes as the number of people does, or as a power of that.
+
+    Attributes:
+        last: the number in the last step.
+        people: rows in the last step.
+        matches: how often in a row it had changed as they had.
+    """
+
+    last: Any = None
+    people: int = 0
+    matches: int = 0
+
+    def take(self, value: Any, people: int, *, drawn: bool, rounding: float = _ROUNDING) -> bool:
+        """The number in this step; whether it has followed the people for some time."""
+        last, before = self.last, self.people
+        self.last, self.people = value, people
+        if value == last and people == before:
+            return False
+        if not drawn or min(people, before) < _PEOPLE:
+            self.matches = 0
+        elif people != before:
+            follows = _follows(value, last, people / before, rounding)
+            self.matches = self.matches + 1 if follows else 0
+        return self.matches >= RATIOS
+
+
+@dataclass
 class _Divided:
     """What one optimizer divides by and multiplies with.
 
     Attributes:
         last: what the last step was divided by.
-        matches: how often in a row that had changed, and to the number of rows.
-        rates: learning rates of the last step, by the place of the group.
         people: rows in the last step.
-        ratios: how often in a row each had changed as the number of rows had.
+        matches: how often in a row that had changed, and to the number of rows of this step.
+        late: likewise to that of the step before.
+        rates: of the learning rate of each group.
     """
 
     last: Any = None
-    matches: int = 0
-    rates: list[Any] = field(default_factory=list)
     people: int = 0
-    ratios: list[int] = field(default_factory=list)
+    matches: int = 0
+    late: int = 0
+    rates: list[Ratios] = field(default_factory=list)
 
 
 class Scaling(Check):
@@ -68,34 +98,36 @@ class Scaling(Check):
 
     def _divides_by_people(self, state: _Divided, step: Step, optimizer: Any) -> bool:
         divisor = getattr(optimizer, "expected_batch_size", None)
+        people, state.people = state.people, step.people
         if optimizer.loss_reduction != "mean" or not isinstance(divisor, (int, float)):
             return False
         last, state.last = state.last, divisor
-        if divisor != step.people or not step.rates:
-            state.matches = 0
-        elif last not in (None, divisor) and step.people >= _PEOPLE:
-            state.matches += 1
-        return state.matches >= MATCHES
+        changes = last not in (None, divisor)
+        state.matches = _counted(state.matches, divisor, step.people, step, changes=changes)
+        state.late = _counted(state.late, divisor, people, step, changes=changes)
+        return max(state.matches, state.late) >= MATCHES
 
     def _learns_by_people(self, state: _Divided, step: Step, optimizer: Any) -> bool:
         rates = [group.get("lr") for group in optimizer.param_groups]
-        before, state.rates = state.rates, rates
-        people, state.people = state.people, step.people
-        if rates == before and people == step.people:
-            return False
-        if not step.rates or len(rates) != len(before) or min(people, step.people) < _PEOPLE:
-            state.ratios = [0] * len(rates)
-        elif people != step.people:
-            ratio = step.people / people
-            state.ratios = [
-                matches + 1 if _follows(rate, last, ratio) else 0
-                for rate, last, matches in zip(rates, before, state.ratios, strict=True)
-            ]
-        return max(state.ratios, default=0) >= RATIOS
+        if len(rates) != len(state.rates):
+            state.rates = [Ratios() for _ in rates]
+        drawn = bool(step.rates)
+        found = [
+            ratios.take(rate, step.people, drawn=drawn)
+            for ratios, rate in zip(state.rates, rates, strict=True)
+        ]
+        return any(found)
 
 
-def _follows(rate: Any, last: Any, ratio: float) -> bool:
-    """Whether a learning rate has changed by a power of the ratio."""
-    if not (isinstance(rate, (int, float)) and isinstance(last, (int, float)) and last):
+def _counted(matches: int, divisor: float, people: int, step: Step, *, changes: bool) -> int:
+    """How often in a row the divisor has changed to a number of people."""
+    if divisor != people or not step.rates:
+        return 0
+    return matches + (changes and people >= _PEOPLE)
+
+
+def _follows(value: Any, last: Any, ratio: float, rounding: float) -> bool:
+    """Whether a number has changed by a power of the ratio."""
+    if not (isinstance(value, (int, float)) and isinstance(last, (int, float)) and last):
         return False
-    return any(math.isclose(rate / last, ratio**power, rel_tol=_ROUNDING) for power in _POWERS)
+    return any(math.isclose(value / last, ratio**power, rel_tol=rounding) for power in _POWERS)
