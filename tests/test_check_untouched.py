@@ -75,6 +75,54 @@ def test_sums_changed_after_the_last_clipping(change, kind):
         assert {(v.check, v.cause) for v in guard.violations} == {(SUM, diagnosis.SUM_TOUCHED)}
 
 
+def in_add_noise(training, change):
+    """An ``add_noise`` that changes the sums first."""
+
+    class Mine(type(training.optimizer)):
+        def add_noise(self):
+            for p in self.params:
+                p.summed_grad = change(p.summed_grad, self)
+            super().add_noise()
+
+    training.optimizer.__class__ = Mine
+
+
+def by_the_people(total, optimizer):
+    return total * (optimizer.expected_batch_size / len(optimizer.grad_samples[0]))
+
+
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+@pytest.mark.parametrize("change", [by_the_people, lambda total, _: total.mul_(1.5)])
+def test_sums_that_are_multiplied_where_noise_is_added(change, mode):
+    """A mean over the people drawn, say: by who was not drawn, one person moves it by more."""
+    with dpguard.install(mode=mode) as guard:
+        training = Training()
+        in_add_noise(training, change)
+        with pytest.raises(dpguard.PrivacyViolation, match=r"clip\.sum.*Remedy: leave"):
+            training.run(20)
+        assert training.steps <= 12
+        assert {(v.check, v.cause) for v in guard.violations} == {(SUM, diagnosis.SUM_TOUCHED)}
+
+
+def test_what_else_an_add_noise_does_with_sums(guard):
+    """It makes them shorter, or its noise in their memory."""
+    shorter = Training()
+    in_add_noise(shorter, lambda total, _: total * 0.5)
+    shorter.run(10)
+    training = Training()
+    optimizer = training.optimizer
+
+    def add_noise():
+        std = optimizer.noise_multiplier * optimizer.max_grad_norm
+        for p in optimizer.params:
+            p.summed_grad.add_(torch.randn_like(p.summed_grad), alpha=std)
+            p.grad = p.summed_grad.view_as(p).clone()
+
+    optimizer.add_noise = add_noise
+    training.run(10)
+    assert guard.violations == ()
+
+
 def through_data(factor):
     def change(training):
         for p in waiting(training):

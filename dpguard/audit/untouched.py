@@ -9,6 +9,10 @@ of 0 to 1 was touched by what no clipping bounds. A sum where there was none nee
 A change through ``.data`` has neither: in the first steps and in every ``LOOK_EVERY``-th some
 elements of each sum are kept and compared, changed or not.
 
+An ``add_noise`` of somebody's own may change the sum before it noises it, or make its noise in the
+memory of the sum. A sum that is a multiple of what it was, by more than one or less than zero, has
+no noise in it and was changed; of others nothing is known.
+
 In ghost clipping it is ``p.grad`` that is clipped, and ``accumulate()`` that adds it to the sums.
 Where that is somebody's own, what it adds is compared with what it was given in each step.
 """
@@ -23,7 +27,7 @@ import torch
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.applied import LOOK_EVERY, LOOK_FIRST
-from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
+from dpguard.audit.check import NOTHING, Check, Failure, Failures, Noted, PerOwner, Step
 from dpguard.audit.clip import SUM
 from dpguard.patches.lean import Clipping
 from dpguard.row_state import sample_of, spread_of
@@ -31,6 +35,7 @@ from dpguard.row_state import sample_of, spread_of
 __all__ = ["Accumulated", "Untouched"]
 
 _OFF = 1e-3
+_EXACT = 1e-4
 
 
 @dataclass
@@ -56,11 +61,27 @@ class _Known:
         self.sums, self.versions, self.copies, self.samples = None, {}, {}, {}
 
 
+@dataclass
+class _Before:
+    """The sums of one optimizer before an ``add_noise`` that is not Opacus's.
+
+    Attributes:
+        sums: themselves.
+        copies: some elements of each, if they are kept.
+        suspect: whether such an ``add_noise`` has changed them before.
+    """
+
+    sums: Noted = NOTHING
+    copies: list[torch.Tensor | None] = field(default_factory=list)
+    suspect: bool = False
+
+
 class Untouched(Check):
     """Compares clipped sums with what clipping has left: when a step begins, and before noise."""
 
     def __init__(self) -> None:
         self._known = PerOwner(lambda _: _Known())
+        self._multiplied = PerOwner(lambda _: _Before())
 
     def begin(self, step: Step, optimizer: Any) -> Failures:
         """Rows are there, and have not entered the sums yet."""
@@ -92,6 +113,23 @@ class Untouched(Check):
         """The sums are complete."""
         if _compat.clips_rows(optimizer):
             _look(step, self._known.of(optimizer), step.sums.tensors)
+        if step.audited and not _compat.is_opacus_method(optimizer, "add_noise"):
+            state = self._multiplied.of(optimizer)
+            state.sums = step.sums
+            if state.suspect:
+                state.copies = [
+                    sample_of(t) if type(t) is torch.Tensor else None for t in step.sums.tensors
+                ]
+        return ()
+
+    def after_noise(self, step: Step, optimizer: Any) -> Failures:
+        """The noise was made, of a sum that should be what it was before."""
+        state = self._multiplied.of(optimizer)
+        if step.audited and not _compat.is_opacus_method(optimizer, "add_noise"):
+            totals = [getattr(parameter, "summed_grad", None) for parameter in step.parameters]
+            if len(state.sums.tensors) == len(totals) == len(step.names):
+                _look_after(step, state, totals)
+        state.sums, state.copies = NOTHING, []
         return ()
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
@@ -104,6 +142,8 @@ class Untouched(Check):
     def forget(self, optimizer: Any) -> None:
         """The step has raised, perhaps in the middle of the clipping."""
         self._known.of(optimizer).forget()
+        before = self._multiplied.of(optimizer)
+        before.sums, before.copies = NOTHING, []
 
 
 class Accumulated(Check):
@@ -176,6 +216,44 @@ def _look(step: Step, known: _Known, totals: Sequence[Any]) -> None:
         were.append(copy)
     if names:
         _compare(step, tuple(names), found, were)
+
+
+@torch.no_grad()
+def _look_after(step: Step, state: _Before, totals: Sequence[Any]) -> None:
+    """Measure by what the sums were multiplied while noise was added."""
+    changed = [
+        i
+        for i, (total, before) in enumerate(zip(totals, state.sums.unchanged(), strict=True))
+        if type(total) is torch.Tensor and total is not before
+    ]
+    state.suspect = state.suspect or bool(changed)
+    pairs = [(i, state.copies[i]) for i in changed if state.copies]
+    names, columns = [], []
+    for i, former in pairs:
+        found = spread_of(totals[i])
+        if former is None or found.shape != former.shape or found.device != former.device:
+            continue
+        now, before = found.double(), former.double()
+        share = (now @ before) / (before @ before)
+        names.append(step.names[i])
+        columns += [share, (now - share * before).norm(), now.norm()]
+
+    def receive(values: list[float]) -> Failures:
+        pure = [
+            (name, share)
+            for name, share, rest, length in zip(
+                names, values[::3], values[1::3], values[2::3], strict=True
+            )
+            if rest <= _EXACT * length and not -_OFF <= share <= 1 + _OFF
+        ]
+        if not pure:
+            return []
+        figure = max((share for _, share in pure), key=abs)
+        who = tuple(name for name, _ in pure)
+        return [Failure(SUM, diagnosis.SUM_TOUCHED, who, figure=figure, bound=1.0)]
+
+    if names:
+        step.collect((SUM,), columns, receive)
 
 
 @torch.no_grad()
