@@ -494,10 +494,10 @@ _DIAGNOSES = {
         "PrivacyEngine.save_checkpoint(); for a copy in this process use copy.deepcopy()",
     ),
     FOREIGN_STEP: Diagnosis(
-        "parameters of a DP optimizer were to be updated from gradients that are neither clipped "
-        "nor noised nor accounted",
-        "call step() of the DP optimizer. If the gradients are of public data, switch the hooks "
-        "off for them (model.disable_hooks())",
+        "parameters of a DP optimizer, or of the model that it trains, were to be updated from "
+        "gradients that are neither clipped nor noised nor accounted",
+        "give the DP optimizer all parameters that are trained, and call its step(). If the "
+        "gradients are of public data, switch the hooks off for them (model.disable_hooks())",
     ),
     RAW_UPDATE: Diagnosis(
         "parameters of a DP optimizer were changed between backward and step along the gradient of "

@@ -9,9 +9,10 @@ import pickle
 import opacus
 import pytest
 import torch
-from opacus import GradSampleModule
+from opacus import GradSampleModule, PrivacyEngine
 from opacus.accountants import RDPAccountant
 from opacus.optimizers import DPOptimizer
+from releases import needs_ghost
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
@@ -502,6 +503,42 @@ def test_a_step_that_is_not_private_is_refused(guard, kind, skipped):
     (violation,) = guard.violations
     assert violation.cause == "foreign_step"
     assert violation.site.startswith("tests/test_protocol.py:")
+
+
+@pytest.mark.parametrize("kind", ["hooks", pytest.param("ghost", marks=needs_ghost)])
+def test_a_step_of_the_other_parameters_of_a_private_model_is_refused(guard, kind):
+    """They have rows of the same people; those of a model without a DP optimizer are nobody's."""
+
+    def backward(model, optimizer, criterion):
+        optimizer.zero_grad()
+        criterion(model(torch.randn(4, 3)), torch.arange(4) % 2).backward()
+
+    made = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.randn(8, 3), torch.arange(8) % 2), batch_size=4
+    )
+    ghost = {"grad_sample_mode": "ghost", "criterion": nn.CrossEntropyLoss()}
+    model, optimizer, *rest = PrivacyEngine().make_private(
+        module=made,
+        optimizer=torch.optim.SGD(made[1].parameters(), lr=0.1),
+        data_loader=loader,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        poisson_sampling=False,
+        **(ghost if kind == "ghost" else {}),
+    )
+    criterion = rest[0] if kind == "ghost" else nn.CrossEntropyLoss()
+    other = torch.optim.SGD(made[0].parameters(), lr=0.1)
+    backward(model, optimizer, criterion)
+    optimizer.step()
+    with pytest.raises(dpguard.PrivacyViolation, match=r"SGD\.step\(\) would update 2"):
+        other.step()
+    assert "foreign_step" in {v.cause for v in guard.violations}
+
+    alone = GradSampleModule(nn.Linear(3, 2))
+    plain = torch.optim.SGD(alone.parameters(), lr=0.1)
+    alone(torch.randn(4, 3)).sum(1).mean().backward()
+    plain.step()
 
 
 def test_a_scaler_that_is_given_the_wrapped_optimizer_is_refused(guard):

@@ -104,7 +104,7 @@ class ForeignSteps:
                 "update.private",
                 diagnosis.FOREIGN_STEP,
                 f"{type(optimizer).__name__}.step() would update {count} parameter(s) of a DP "
-                "optimizer from gradients that are not private.",
+                "optimizer or of its model from gradients that are not private.",
                 site=_callsite.writer(),
             )
 
@@ -113,14 +113,21 @@ class ForeignSteps:
 
         Opacus gives ``summed_grad`` to the parameters of its optimizers, and marks it when the
         noise has been added; it takes ``grad_sample`` away when the model is no longer private.
+        One that has rows and no such optimizer has them of the same people as the others of its
+        model.
         """
-        if parameter.grad is None or not hasattr(parameter, "summed_grad"):
+        if parameter.grad is None or hasattr(getattr(parameter, "summed_grad", None), "_processed"):
             return False
-        if hasattr(parameter.summed_grad, "_processed"):
-            return False
-        if getattr(parameter, "grad_sample", None) is not None:
-            return True
-        # Ghost clipping has no rows: clipped sums wait in the gradient.
+        if getattr(parameter, "grad_sample", None) is None:
+            # Ghost clipping has no rows: clipped sums wait in the gradient.
+            state = self._ledger.known(parameter)
+            note = state.clipped if state is not None else None
+            if note is None or not (note.is_private and note.is_in(parameter.grad)):
+                return False
+        return hasattr(parameter, "summed_grad") or self._is_beside(parameter)
+
+    def _is_beside(self, parameter: Any) -> bool:
+        """Whether a DP optimizer owns other parameters of the same model."""
         state = self._ledger.known(parameter)
-        note = state.clipped if state is not None else None
-        return note is not None and note.is_private and note.is_in(parameter.grad)
+        model = None if state is None or state.model is None else state.model()
+        return model is not None and any(hasattr(p, "summed_grad") for p in model.parameters())
