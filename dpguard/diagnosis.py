@@ -118,6 +118,7 @@ BATCHES_UNCOUNTED = "batches_uncounted"
 BATCH_IN_ROUNDS = "batch_in_rounds"
 BATCH_REUSED = "batch_reused"
 BATCH_DRAWN_AGAIN = "batch_drawn_again"
+RECORDS_REPEATED = "records_repeated"
 DRAWN_TWICE = "drawn_twice"
 DRAWN_TOO_MANY = "drawn_too_many"
 DRAWN_DEPENDENTLY = "drawn_dependently"
@@ -782,6 +783,13 @@ _DIAGNOSES = {
         "give the sampler no generator that is seeded again in each epoch, and seed nothing "
         "between steps",
         Severity.CRITICAL,
+    ),
+    RECORDS_REPEATED: Diagnosis(
+        "the data set has records at several places (a Subset with repeated indices, a "
+        "ConcatDataset with the same data twice), so that somebody is drawn more often than the "
+        "accountant assumes, and into one batch with several rows that are clipped apart",
+        "have each record once in the data set, and weight rare ones in the loss; for people with "
+        "several records sum their rows with dpguard.rows(), and draw people",
     ),
     DRAWN_TWICE: Diagnosis(
         "the sampler has drawn somebody more than once into one batch, so that one person has "

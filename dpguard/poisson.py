@@ -48,8 +48,13 @@ class Drawn:
 
 @dataclass
 class Rate:
-    """How many people one sampler has drawn."""
+    """How many people one sampler has drawn.
 
+    Attributes:
+        repeated: how many of those that it draws from are the record of another one.
+    """
+
+    repeated: int = 0
     declared: tuple[int, float] | None = None
     batches: int = 0
     people: int = 0
@@ -59,6 +64,8 @@ class Rate:
         """A batch of ``indices`` was drawn from ``count`` people, in some pass over them."""
         numbers = indices.tolist() if hasattr(indices, "tolist") else list(indices)
         causes: dict[str, tuple[float, float]] = {}
+        if self.repeated:
+            causes[diagnosis.RECORDS_REPEATED] = float(self.repeated), 0.0
         if len(set(numbers)) < len(numbers):
             causes[diagnosis.DRAWN_TWICE] = float(len(numbers)), float(len(set(numbers)))
         if self.declared != (count, rate):

@@ -16,11 +16,13 @@ from opacus.data_loader import DPDataLoader
 from opacus.optimizers import DPOptimizer
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from releases import needs_reshaping
+from torch.utils.data import ConcatDataset, Subset
 
 import dpguard
 from dpguard import diagnosis
 from dpguard.audit.accounting import RATE, SAMPLING
 from dpguard.audit.people import BATCHES, ROWS
+from dpguard.datasets import repeated_places
 from dpguard.frequency import Frequencies
 from dpguard.poisson import Rate, Uses
 
@@ -236,6 +238,60 @@ def test_several_trainings_with_one_seed():
             )
             training.run(3)
         assert guard.violations == ()
+
+
+# -- records that stand at several places ------------------------------------------------------------
+
+
+class Mine(torch.utils.data.Subset):
+    """What this returns is its own affair."""
+
+
+def made_of(data):
+    everybody = list(range(len(data)))
+    return {
+        "alone": (data, 0),
+        "halves": (ConcatDataset([Subset(data, everybody[::2]), Subset(data, everybody[1::2])]), 0),
+        "two": (ConcatDataset([data, copy.copy(data)]), 0),
+        "of two": (
+            Subset(ConcatDataset([data, copy.copy(data)]), [0, 5, len(data), len(data) + 5]),
+            0,
+        ),
+        "own": (Mine(data, [0, 0, 1]), 0),
+        "names": (Subset(data, ["a", "b", "b"]), 0),
+        "twice": (ConcatDataset([data, data]), len(data)),
+        "rare ones": (Subset(data, everybody + 3 * everybody[:7]), 21),
+        "arrays": (Subset(data, torch.tensor([1, 2, 2])), 1),
+        "a part again": (ConcatDataset([data, Subset(data, [3, 4])]), 2),
+        "nested": (Subset(Subset(data, [7, 7, 8]), [0, 1, 2]), 1),
+        "folds": (Subset(ConcatDataset([data, data]), [2, len(data) + 2, 3]), 1),
+    }
+
+
+KINDS_OF_DATA = tuple(made_of(range(512)))
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_DATA)
+def test_records_at_several_places_are_counted(kind):
+    """Of each data set that others are made of."""
+    made, repeated = made_of(digits())[kind]
+    assert repeated_places(made) == repeated
+
+
+@pytest.mark.parametrize("mode", ["repair", "strict", "observe"])
+@pytest.mark.parametrize("kind", ["alone", "halves", "twice", "rare ones"])
+def test_records_at_several_places_are_said(kind, mode):
+    """Once; refused in ``strict``: one person moves the clipped sum by more than C."""
+    made, repeated = made_of(digits())[kind]
+    with dpguard.install(mode=mode) as guard:
+        training = by_hand(DPDataLoader(made, sample_rate=BATCH / len(made)), BATCH / len(made))
+        if repeated and mode == "strict":
+            with pytest.raises(dpguard.DPGuardError, match=r"people\.rows.*several places"):
+                training.run(1)
+        else:
+            training.run(5)
+        found = [(v.check, v.cause, v.severity.value) for v in guard.violations]
+        assert found == ([(ROWS, diagnosis.RECORDS_REPEATED, "ERROR")] if repeated else [])
 
 
 # -- loaders that do not sample ----------------------------------------------------------------------

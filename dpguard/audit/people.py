@@ -156,7 +156,8 @@ class People(Check):
             step.run(ROWS, count=1)
             logical.parts = 0
             self._use(logical, used)
-            logical.found += _drawn_wrong(logical.uses, used)
+            drawn = _drawn_wrong(logical.uses, used)
+            logical.found += [failure for failure in drawn if _is_new(failure, logical)]
             if not declared:
                 self._note_rates(
                     step, logical, [d for d in private if d in used or d.fits_any(rows)]
@@ -345,6 +346,7 @@ def _drawn_wrong(uses: Uses, used: Sequence[Delivery]) -> list[Failure]:
 
 
 _CHECKS = {
+    diagnosis.RECORDS_REPEATED: ROWS,
     diagnosis.DRAWN_TWICE: ROWS,
     diagnosis.DRAWN_TOO_MANY: RATE,
     diagnosis.DRAWN_DEPENDENTLY: SAMPLING,

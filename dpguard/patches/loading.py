@@ -14,6 +14,7 @@ from typing import Any
 import wrapt
 
 from dpguard import _compat
+from dpguard.datasets import repeated_places
 from dpguard.deliveries import Deliveries, Delivery, Iteration
 from dpguard.ledger import Ledger
 from dpguard.patching import Transaction
@@ -142,7 +143,7 @@ class LoadingPatch:
         delivery = iteration.drawn[number] = Delivery(iteration, people, rows, rate)
         splitter = iteration.splitter() if iteration.splitter is not None else None
         if splitter is None:
-            self._note(delivery, drawn_by, index)
+            self._note(delivery, drawn_by, index, iterator._dataset)
         else:
             signals = _compat.skip_signals(splitter)
             if signals:
@@ -150,18 +151,20 @@ class LoadingPatch:
                 iteration.logical += not delivery.skip
                 iteration.parts.extend(_numbers(index) if people else ())
                 if not delivery.skip:
-                    self._note(delivery, drawn_by, iteration.parts)
+                    self._note(delivery, drawn_by, iteration.parts, iterator._dataset)
                     iteration.parts = []
                 self.tags.setdefault(splitter, []).append(delivery)
 
-    def _note(self, delivery: Delivery, sampler: Any, indices: Any) -> None:
+    def _note(self, delivery: Delivery, sampler: Any, indices: Any, dataset: Any) -> None:
         """What a whole batch of Poisson sampling tells of how it was drawn."""
         count = getattr(sampler, "num_samples", None)
         if delivery.people is None or delivery.rate is None or not isinstance(count, int):
             return
         if not _is_key(sampler):
             return
-        rate = self._rates.setdefault(sampler, Rate())
+        rate = self._rates.get(sampler)
+        if rate is None:
+            rate = self._rates[sampler] = Rate(repeated_places(dataset))
         number = delivery.iteration.number
         delivery.drawn = rate.draw(indices, count, delivery.rate, number)
 

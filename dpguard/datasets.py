@@ -1,0 +1,62 @@
+"""Whether a data set has the same record at several places, as far as its structure shows.
+
+Poisson sampling draws places. Somebody who stands at two of them is drawn more often than the
+sample rate says, and into one batch with several rows that are clipped apart. That is seen where
+torch's own classes repeat a record: a ``Subset`` that names an index more than once (rare classes,
+several times each), a ``ConcatDataset`` that has the same data twice. What a data set of somebody's
+own returns at two places nobody knows without reading it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import ConcatDataset, Subset
+
+__all__ = ["repeated_places"]
+
+_MOST = 20_000_000
+"""Data sets with more places are not looked through."""
+
+
+def repeated_places(dataset: Any) -> int:
+    """How many places of a data set hold a record that another one holds already.
+
+    Example:
+        >>> data = torch.utils.data.TensorDataset(torch.zeros(3))
+        >>> repeated_places(ConcatDataset([data, Subset(data, [0, 0])]))
+        2
+    """
+    if type(dataset) not in {ConcatDataset, Subset} or len(dataset) > _MOST:
+        return 0
+    places: dict[int, list[torch.Tensor]] = {}
+    for source, taken in _parts(dataset):
+        places.setdefault(id(source), []).append(taken)
+    of_each = [torch.cat(parts) for parts in places.values()]
+    return sum(len(taken) - len(taken.unique()) for taken in of_each)
+
+
+def _parts(dataset: Any) -> Iterator[tuple[Any, torch.Tensor]]:
+    """The data sets that are put together, and the places of each that are taken."""
+    if type(dataset) is ConcatDataset:
+        for part in dataset.datasets:
+            yield from _parts(part)
+    elif type(dataset) is Subset and (wanted := _places(dataset.indices)) is not None:
+        begin = 0
+        for source, taken in _parts(dataset.dataset):
+            inside = wanted[(wanted >= begin) & (wanted < begin + len(taken))]
+            yield source, taken[inside - begin]
+            begin += len(taken)
+    else:
+        yield dataset, torch.arange(len(dataset))
+
+
+def _places(indices: Any) -> torch.Tensor | None:
+    """Places as a tensor, ``None`` if they are no numbers."""
+    try:
+        found = torch.as_tensor(indices)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return found if found.dim() == 1 and found.dtype in {torch.int64, torch.int32} else None
