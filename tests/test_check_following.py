@@ -63,6 +63,42 @@ def test_a_bound_of_the_data_is_refused(mode, kind, how):
         }
 
 
+def medians(training):
+    """Of the norms of each parameter's rows."""
+    dp = training.optimizer
+    dp.max_grad_norms = [float(p.grad_sample.flatten(1).norm(dim=1).median()) for p in dp.params]
+
+
+def mean_of_one(training):
+    """The others stay as they are."""
+    dp = training.optimizer
+    dp.max_grad_norms[2] = float(dp.params[2].grad_sample.flatten(1).norm(dim=1).mean())
+
+
+def bounds_before(training):
+    """Of the batch before."""
+    now = [float(p.grad_sample.flatten(1).norm(dim=1).max()) for p in training.optimizer.params]
+    training.optimizer.max_grad_norms = getattr(training, "last", now)
+    training.last = now
+
+
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+@pytest.mark.parametrize("how", [medians, mean_of_one, bounds_before])
+def test_bounds_of_single_parameters_that_are_of_the_data_are_refused(mode, how):
+    """They are named."""
+    with dpguard.install(mode=mode) as guard:
+        training = Training("per_layer")
+        training.run(2)
+        training.before_step = how
+        with pytest.raises(dpguard.PrivacyViolation, match=r"clip\.bound.*median"):
+            training.run(30)
+        assert CHANGES - 1 <= training.steps - 2 <= CHANGES + 2
+        found = [v for v in guard.violations if v.cause == diagnosis.BOUND_FROM_DATA]
+        assert len(found[0].parameters) == (
+            1 if how is mean_of_one else len(training.optimizer.params)
+        )
+
+
 def test_it_is_said_in_observe():
     """There Opacus clips."""
     with dpguard.install(mode="observe") as guard:

@@ -1,8 +1,9 @@
-"""Following: the clip bound is not made of the norms that it clips, of this batch or the last one.
+"""Following: a clip bound is not made of the norms that it clips, of this batch or the last one.
 
-``max_grad_norm`` may be changed between steps, and schedules do. A bound that is the median of the
-norms of the batch, say, is a function of the data: it shows in the size of the noise, and one
-person moves it for all. Adaptive clipping makes it private by noise of its own.
+``max_grad_norm``, or the bound of one parameter in ``max_grad_norms``, may be changed between
+steps, and schedules do. A bound that is the median of the norms of the batch, say, is a function of
+the data: it shows in the size of the noise, and one person moves it for all. Adaptive clipping
+makes it private by noise of its own.
 
 Whenever the bound has changed, some statistics ``s`` of the norms of the batch at hand and of the
 logical batch before are noted, with the bound ``C`` and the one before it, ``C'``. Whoever takes
@@ -46,17 +47,18 @@ _Equation = tuple[float, float, float]
 
 @dataclass
 class _Known:
-    """What one optimizer's bound has been, and the norms of its last two logical batches.
+    """What one optimizer's bounds have been, and the norms of its last two logical batches.
 
     Attributes:
-        bound: of the last step.
-        changes: whether it has ever changed.
-        before: norms of the physical batches of the logical batch before.
+        bounds: of the last step, one for all parameters together or one for each.
+        changes: whether one has ever changed.
+        before: norms of the physical batches of the logical batch before, of shape ``(B, K)`` for
+            ``K`` bounds.
         now: of those of this one.
-        equations: for each statistic those of the last changes.
+        equations: for each statistic of each column those of the last changes.
     """
 
-    bound: Any = None
+    bounds: tuple[float, ...] | None = None
     changes: bool = False
     before: list[torch.Tensor] = field(default_factory=list)
     now: list[torch.Tensor] = field(default_factory=list)
@@ -69,68 +71,102 @@ class _Known:
 
 
 class Following(Check):
-    """Compares changes of the clip bound with the norms that are clipped."""
+    """Compares changes of clip bounds with the norms that are clipped."""
 
     def __init__(self) -> None:
         self._known = PerOwner(lambda _: _Known())
 
     def before_clip(self, step: Step, optimizer: Any) -> Failures:
         """Code that is not ours is about to clip."""
-        known, bound = self._known.of(optimizer), optimizer.max_grad_norm
-        if isinstance(bound, _NUMBERS) and (known.changes or bound != known.bound):
+        known, bounds = self._known.of(optimizer), _bounds_of(optimizer, step)
+        if bounds is not None and (known.changes or bounds != known.bounds):
             rows = Rows.of(step.parameters)
             if rows is not None:
                 with torch.no_grad():
-                    norms = torch.linalg.vector_norm(row_norms(rows), dim=1)
-                self._look(step, known, bound, norms)
+                    norms = row_norms(rows)
+                    if len(bounds) == 1:
+                        norms = torch.linalg.vector_norm(norms, dim=1, keepdim=True)
+                self._look(step, known, bounds, norms)
         return ()
 
     def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:
         """Our own code has clipped."""
         if clipping is not None:
-            known = self._known.of(optimizer)
-            self._look(step, known, optimizer.max_grad_norm, clipping.totals)
+            known, bound = self._known.of(optimizer), optimizer.max_grad_norm
+            bounds = (float(bound),) if isinstance(bound, _NUMBERS) else None
+            self._look(step, known, bounds, clipping.totals.unsqueeze(1))
         return ()
 
     def forget(self, optimizer: Any) -> None:
         """The step has raised."""
         self._known.of(optimizer).now.clear()
 
-    def _look(self, step: Step, known: _Known, bound: Any, norms: torch.Tensor) -> None:
+    def _look(
+        self, step: Step, known: _Known, bounds: tuple[float, ...] | None, norms: torch.Tensor
+    ) -> None:
         known.take(norms, first=step.physical <= 1)
         if step.physical > 1:
-            return  # the bound is that of the first
-        last, known.bound = known.bound, bound
-        if not (isinstance(last, _NUMBERS) and isinstance(bound, _NUMBERS)) or last == bound:
+            return  # the bounds are those of the first
+        last, known.bounds = known.bounds, bounds
+        if last is None or bounds is None or last == bounds or len(last) != len(bounds):
             return
         known.changes = True
-        if not step.audited or norms.numel() < _PEOPLE:
+        if not step.audited or len(norms) < _PEOPLE:
             return
-        figures = [_statistics(norms), _statistics(torch.cat(known.before or [norms]))]
-        judge = functools.partial(_judge, known, float(bound), float(last))
+        before = [found for found in known.before if found.shape[1] == len(bounds)]
+        figures = [_statistics(norms), _statistics(torch.cat(before or [norms]))]
+        judge = functools.partial(_judge, step.names, known, bounds, last)
         step.collect((BOUND,), figures, judge)
+
+
+def _bounds_of(optimizer: Any, step: Step) -> tuple[float, ...] | None:
+    """What rows are clipped to: one number, or one for each parameter; else nothing is known."""
+    bounds = getattr(optimizer, "max_grad_norms", None)
+    if bounds is None:
+        bounds = [optimizer.max_grad_norm]
+    elif not isinstance(bounds, (list, tuple)) or len(bounds) != len(step.parameters):
+        return None
+    if not all(isinstance(bound, _NUMBERS) for bound in bounds):
+        return None
+    return tuple(map(float, bounds))
 
 
 @torch.no_grad()
 def _statistics(norms: torch.Tensor) -> torch.Tensor:
-    """What one might make a bound of."""
+    """What one might make a bound of, for one column of norms after the other."""
     quantiles = torch.tensor(_QUANTILES, dtype=norms.dtype).to(norms.device, non_blocking=True)
-    found = [torch.quantile(norms, quantiles), norms.mean().reshape(1), norms.median().reshape(1)]
-    return torch.cat(found)
+    found = [
+        torch.quantile(norms, quantiles, dim=0),
+        norms.mean(dim=0, keepdim=True),
+        norms.median(dim=0, keepdim=True).values,
+    ]
+    return torch.cat(found).t().flatten()
 
 
-def _judge(known: _Known, bound: float, last: float, values: list[float]) -> Failures:
-    """Whether the bound has followed one of the statistics for some time."""
-    if not known.equations:
+def _judge(
+    names: tuple[str, ...],
+    known: _Known,
+    bounds: tuple[float, ...],
+    last: tuple[float, ...],
+    values: list[float],
+) -> Failures:
+    """Whether a bound has followed one of the statistics for some time."""
+    if len(known.equations) != len(values):
         known.equations = [deque(maxlen=CHANGES) for _ in values]
-    followed = None
-    for equations, value in zip(known.equations, values, strict=True):
-        equations.append((bound, value, last))
+    each = len(values) // 2 // len(bounds)
+    followed: dict[int, float] = {}
+    for place, (equations, value) in enumerate(zip(known.equations, values, strict=True)):
+        column = place // each % len(bounds)
+        if bounds[column] == last[column]:
+            continue
+        equations.append((bounds[column], value, last[column]))
         if len(equations) == CHANGES and _follows(equations):
-            followed = value
-    if followed is None:
+            followed[column] = value
+    if not followed:
         return []
-    return [Failure(BOUND, diagnosis.BOUND_FROM_DATA, figure=bound, bound=followed)]
+    column, value = next(iter(followed.items()))
+    who = tuple(names[i] for i in followed) if len(bounds) == len(names) > 1 else ()
+    return [Failure(BOUND, diagnosis.BOUND_FROM_DATA, who, figure=bounds[column], bound=value)]
 
 
 def _follows(equations: Sequence[_Equation]) -> bool:
