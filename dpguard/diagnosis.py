@@ -85,6 +85,7 @@ FOREIGN_STEP = "foreign_step"
 RAW_UPDATE = "raw_update"
 FROZEN_LATE = "frozen_after_backward"
 NOISE_TAKEN_OUT = "noise_taken_out"
+NOISE_OFF_ZEROS = "noise_off_zeros"
 NOISE_DILUTED = "noise_diluted"
 MOVED_WITHOUT_NOISE = "moved_without_noise"
 BATCH_STATISTICS = "batch_statistics"
@@ -540,6 +541,13 @@ _DIAGNOSES = {
         "change p.grad in hooks and in scale_grad() only by what is computed from the noised "
         "p.grad itself; do not keep gradients from before optimizer.step()",
         Severity.CRITICAL,
+    ),
+    NOISE_OFF_ZEROS: Diagnosis(
+        "the noise was taken off just where nobody in the batch has a gradient (rows of an "
+        "embedding that it does not use), so the update shows what the people in it have, unless "
+        "their rows were masked by what is no secret",
+        "leave the noise on all elements; make a mask only of what is no secret, or of the noised "
+        "p.grad itself",
     ),
     NOISE_DILUTED: Diagnosis(
         "with the noise, or after it, a multiple of the clipped sum or of the gradient of the "

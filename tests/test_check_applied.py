@@ -8,6 +8,7 @@ import pytest
 import torch
 from digits import Training
 from releases import needs_adaptive, needs_ghost, needs_reshaping
+from torch import nn
 
 import dpguard
 from dpguard import diagnosis
@@ -457,3 +458,93 @@ def test_nothing_is_kept():
         state = applied._noised[training.optimizer]
         assert (state.raw, state.std, len(state.parameters)) == (None, None, 0)
         assert state.grads == state.sums == NOTHING
+
+
+# -- masks -------------------------------------------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    """Pixels by their brightness, which most batches do not have all of."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(17 * 64, 8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        tokens = (x.flatten(1) * 16).long() + 17 * torch.arange(64)
+        return self.head(self.table(tokens).mean(1))
+
+
+def mask_of(training, mask):
+    """Before the wrapped optimizer steps, ``p.grad`` of the table is kept where ``mask`` says."""
+    weight, steps = training.raw.table.weight, []
+
+    def apply(*_):
+        steps.append(None)
+        weight.grad.mul_(mask(weight, len(steps)))
+
+    training.optimizer.original_optimizer.register_step_pre_hook(apply)
+
+
+@pytest.mark.parametrize("mode", ["repair", "strict", "observe"])
+@pytest.mark.parametrize("kind", ["flat", pytest.param("ghost", marks=needs_ghost)])
+def test_noise_that_is_taken_off_unused_rows_is_said(kind, mode):
+    """What is left tells which rows the batch has used; unless somebody has chosen these."""
+    with dpguard.install(mode=mode) as guard:
+        training = Training(kind, model=Tokens)
+        mask_of(training, lambda weight, _: (weight.summed_grad.view_as(weight) != 0).float())
+        if mode == "strict":
+            with pytest.raises(dpguard.DPGuardError, match=r"update\.private.*nobody in the batch"):
+                training.run(10)
+        else:
+            training.run(10)
+        guard.flush()
+        found = [(v.check, v.cause, v.severity.value) for v in guard.violations]
+        assert found == [(PRIVATE, diagnosis.NOISE_OFF_ZEROS, "ERROR")]
+
+
+def test_other_masks(guard):
+    """The same in each step, more of it in each step, at random, and of the noised gradient."""
+    generator = torch.Generator().manual_seed(1)
+    always = (torch.rand(17 * 64, 8, generator=generator) < 0.5).float()
+    order = torch.rand(17 * 64, 8, generator=generator)
+    for mask in (
+        lambda *_: always,
+        lambda _, step: (order > 0.05 * step).float(),
+        lambda weight, _: (torch.rand(weight.shape, generator=generator) < 0.5).float(),
+        lambda weight, _: (weight.grad.abs() > weight.grad.abs().median()).float(),
+    ):
+        training = Training(model=Tokens)
+        mask_of(training, mask)
+        training.run(10)
+    assert guard.violations == ()
+
+
+class Pruned(nn.Module):
+    """Some of its outputs are switched off."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.kept = nn.Linear(64, 10), torch.ones(10)
+
+    def forward(self, x):
+        return self.head(x.flatten(1) + 0.1) * self.kept
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_rows_that_are_pruned(guard, again):
+    """Their sums are zero as well: more of them later on, or, which is said, others in each step."""
+    training = Training(model=Pruned)
+    kept, steps = training.raw.kept, []
+
+    def prune(*_):
+        for p in training.optimizer.params:
+            p.grad.mul_(kept.view(-1, *[1] * (p.dim() - 1)))
+        steps.append(None)
+        if again:
+            kept.fill_(1.0)
+        kept[: 1 + (len(steps) % 3 if again else len(steps) // 3)] = 0
+
+    training.optimizer.original_optimizer.register_step_pre_hook(prune)
+    training.run(15)
+    assert {v.cause for v in guard.violations} == ({diagnosis.NOISE_OFF_ZEROS} if again else set())

@@ -13,7 +13,8 @@ was not called, by a ``pre_step`` of the user's own: what is applied is then a m
 no noise if none was added at all.
 
 A gradient that is multiplied after its noise, by the number of people who were drawn, is found as a
-learning rate is that follows them (:mod:`dpguard.audit.scaling`).
+learning rate is that follows them (:mod:`dpguard.audit.scaling`). One that is set to zero wherever
+nobody has a gradient, as rows of embeddings that the batch does not use, tells who is in it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import NOTHING, Check, Failure, Failures, Noted, PerOwner, Step
-from dpguard.audit.multiples import Samples, factor, mixed, without_noise
+from dpguard.audit.multiples import Samples, emptied, factor, mixed, without_noise
 from dpguard.audit.noise import SCALE
 from dpguard.audit.scaling import Ratios
 from dpguard.audit.update import PRIVATE
@@ -38,6 +39,7 @@ __all__ = ["LOOK_EVERY", "LOOK_FIRST", "Applied"]
 
 _OFF = 1e-4
 _ROUNDINGS = 64
+_EMPTIED = 2
 LOOK_FIRST = 2
 LOOK_EVERY = 50
 
@@ -64,6 +66,9 @@ class _Noised:
         bare: of the clipped sums, where the step is made by somebody else.
         people: rows in the step, and whether they were drawn.
         ratios: of what gradients are multiplied with after their noise.
+        zeros: where there was nothing but noise when gradients were last changed after it.
+        emptied: in how many steps in a row these were set to zero, and not the same.
+        told_zeros: whether that was said.
     """
 
     std: Any = None
@@ -83,6 +88,9 @@ class _Noised:
     bare: Samples | None = None
     people: tuple[int, bool] = (0, False)
     ratios: Ratios = field(default_factory=Ratios)
+    zeros: torch.Tensor | None = None
+    emptied: int = 0
+    told_zeros: bool = False
 
     def clear(self) -> None:
         self.std, self.raw, self.seen, self.samples = None, None, False, None
@@ -158,7 +166,7 @@ class Applied(Check):
             self._compare_all(step, state, range(len(state.parameters)))
         self._look(step, state)
         if state.suspect and state.samples is not None:
-            self._follow(step, state)
+            self._look_after(step, state)
         state.clear()
         return ()
 
@@ -208,12 +216,14 @@ class Applied(Check):
         state.suspect, state.told = True, now
         self._compare_all(step, state, changed)
 
-    def _follow(self, step: Step, state: _Noised) -> None:
-        """Somebody changes gradients after their noise: is it a number that follows the people?"""
-        samples = Samples.of([parameter.grad for parameter in state.parameters])
-        noised, ratios = state.samples, state.ratios
-        figures = factor(samples, noised) if samples is not None and noised is not None else None
-        if figures is None or samples is None:
+    def _look_after(self, step: Step, state: _Noised) -> None:
+        """Somebody changes gradients after their noise: does it tell who is in the batch?"""
+        samples, noised = Samples.of([p.grad for p in state.parameters]), state.samples
+        if samples is None or noised is None:
+            return
+        self._compare_zeros(step, state, samples, noised)
+        figures, ratios = factor(samples, noised), state.ratios
+        if figures is None:
             return
         off, (people, drawn) = _ROUNDINGS * samples.unit, state.people
 
@@ -226,6 +236,27 @@ class Applied(Check):
             return [Failure(SCALE, diagnosis.SCALED_BY_PEOPLE, figure=share)]
 
         step.collect((SCALE,), figures, receive)
+
+    def _compare_zeros(self, step: Step, state: _Noised, samples: Samples, noised: Samples) -> None:
+        """Is what has nothing but noise set to zero, whatever that is in the step at hand?
+
+        What stays masked, or more of it in each step, may be pruned: it is never trained again.
+        """
+        bare = Samples.of(state.sums.unchanged())
+        found = emptied(samples, noised, bare, state.zeros) if bare is not None else None
+        if found is None:
+            return
+        figures, state.zeros = found
+
+        def receive(values: list[float]) -> Failures:
+            both, one, others, back = values
+            state.emptied = state.emptied + (back > 0) if both and others and not one else 0
+            if state.emptied < _EMPTIED or state.told_zeros:
+                return ()
+            state.told_zeros = True  # once: rows may have been masked by what is no secret
+            return [Failure(PRIVATE, diagnosis.NOISE_OFF_ZEROS, figure=both, bound=0.0)]
+
+        step.collect((PRIVATE,), figures, receive)
 
     def _compare_all(self, step: Step, state: _Noised, changed: Sequence[int]) -> None:
         """Compare gradients with the clipped sums and, if it is kept, the gradient of the batch."""

@@ -93,6 +93,34 @@ def factor(moved: Samples, noised: Samples) -> list[torch.Tensor] | None:
 
 
 @torch.no_grad()
+def emptied(
+    moved: Samples, noised: Samples, bare: Samples, before: torch.Tensor | None
+) -> tuple[list[torch.Tensor], torch.Tensor] | None:
+    """Whether tensors were set to zero where others have nothing but noise.
+
+    Args:
+        moved: the tensors.
+        noised: as they were when their noise had been added.
+        bare: what the noise was added to.
+        before: where there was nothing but noise when this was asked before.
+
+    Returns:
+        How many elements are zero now where there was nothing but noise, of how many elements only
+        one of both is true, how many others there are, and how many of these had nothing but noise
+        before; and where there was nothing but noise. ``None`` if these are tensors of other sizes.
+    """
+    if not (moved.is_like(noised) and bare.is_like(noised)):
+        return None
+    noisy = noised.values != 0  # the rest fills rows up
+    taken, nothing = noisy & (moved.values == 0), noisy & (bare.values == 0)
+    others = noisy & ~nothing
+    if before is None or before.shape != others.shape:
+        before = torch.zeros_like(others)
+    found = (taken & nothing, taken ^ nothing, others, others & before)
+    return [where.sum().double() for where in found], nothing
+
+
+@torch.no_grad()
 def without_noise(
     moved: Sequence[Samples], bare: Samples | None, std: Any, least: float
 ) -> tuple[list[int], list[torch.Tensor], Callable[[list[float]], bool]] | None:
