@@ -72,6 +72,7 @@ ACCOUNTED_RATE = "accounted_rate"
 ACCOUNTED_RATE_HIGH = "accounted_rate_too_high"
 HISTORY_CHANGED = "history_changed"
 ACCOUNTANT_REPLACED = "accountant_replaced"
+ACCOUNTED_ANEW = "accounted_anew"
 NOT_POISSON = "not_poisson"
 LOADER_BYPASSED = "loader_bypassed"
 STEP_HOOK = "step_hook"
@@ -447,6 +448,14 @@ _DIAGNOSES = {
         "the engine was given another accountant after it had made the optimizer, whose steps "
         "stand in the history of the first; engine.get_epsilon() reports without them",
         "set engine.accountant before make_private(), or ask the accountant that has the steps",
+    ),
+    ACCOUNTED_ANEW: Diagnosis(
+        "the model was trained on this data set before, under another accountant, whose steps "
+        "this one does not have; its epsilon is that of the steps since",
+        "keep one PrivacyEngine for a model and its data, or load the steps of the former "
+        "accountant (engine.load_checkpoint(), accountant.load_state_dict()); else add up what "
+        "both have spent",
+        Severity.WARNING,
     ),
     NOT_POISSON: Diagnosis(
         "batches are not drawn by Opacus's Poisson sampler, which the accountant assumes; its "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 import math
@@ -493,6 +494,45 @@ def test_hooks_of_the_users_own(change, late):
         guard.flush()
         assert causes(guard) == set()
         assert guard.last_step.checks[STEPS].verdict == "pass"
+
+
+def again(training, how):
+    """The same model with a new engine."""
+    engine, data = make_engine(), DATA
+    if how == "loaded":
+        engine.accountant.history = list(history(training.engine.accountant))
+    elif how == "other data":
+        data = torch.utils.data.TensorDataset(*DATA.tensors)
+    model = training.raw if how == "unwrapped" else training.model
+    if how == "unwrapped":
+        training.model.to_standard_module()
+    new = copy.copy(training)
+    new.model, new.optimizer, new.loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(training.raw.parameters(), lr=0.05),
+        data_loader=torch.utils.data.DataLoader(data, batch_size=12),
+        noise_multiplier=1.1,
+        max_grad_norm=1.0,
+    )
+    new.engine = engine
+    return new
+
+
+@pytest.mark.skipif(not MODERN, reason="accountants of this Opacus have no history")
+@pytest.mark.parametrize("how", ["wrapped", "unwrapped", "loaded", "other data"])
+def test_a_new_engine_for_the_same_model_and_data_is_said(how):
+    """Once for each, unless it has the steps of the former one."""
+    with dpguard.install(mode="strict") as guard:
+        training = Training()
+        training.epoch()
+        for number in range(2):
+            training = again(training, how)
+            training.epoch()
+            training.epoch()
+            expected = how not in {"loaded", "other data"}
+            found = [v.cause for v in guard.violations]
+            assert found == [diagnosis.ACCOUNTED_ANEW] * (expected * (number + 1))
+            assert guard.last_step.checks[STEPS].verdict == "pass"
 
 
 @pytest.mark.parametrize("attached", [False, True])

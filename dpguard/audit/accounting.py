@@ -66,6 +66,7 @@ class _Book:
         seen: its history when it was last looked at.
         observed: what its history should be.
         engine: which it was the accountant of when a loader was made, weakly.
+        dataset: of which its engine has made a loader last, weakly.
         rates: the rates with which samplers of its engine have drawn batches.
         is_poisson: whether all its loaders draw by Poisson sampling; ``None`` if none was seen.
         said: that it is not, that steps are gone and that the engine has another are said once.
@@ -75,6 +76,7 @@ class _Book:
     seen: _Seen | None = None
     observed: list[_Entry] = field(default_factory=list)
     engine: Callable[[], Any] = lambda: None
+    dataset: Callable[[], Any] = lambda: None
     rates: set[float] = field(default_factory=set)
     is_poisson: bool | None = None
     said: set[str] = field(default_factory=set)
@@ -121,11 +123,13 @@ class _State:
         hook: the step hook that was looked at last.
         accountants: those that have to be told of each step.
         others: those that the hook has at hand, which may be told by it.
+        book: the one that was compared last with those in which earlier steps of the model stand.
     """
 
     hook: Any = ABSENT
     accountants: list[_Told] = field(default_factory=list)
     others: list[_Told] = field(default_factory=list)
+    book: _Book | None = None
     number: int = 0
     sigma: float | None = None
     had: bool = False
@@ -139,6 +143,8 @@ class Accounting(Check):
     def __init__(self) -> None:
         self._states = PerOwner(lambda _: _State())
         self._books = PerOwner(lambda _: _Book())
+        self._trained: PerOwner[list[_Book]] = PerOwner(lambda _: [])
+        """Of each model the books in which its steps stand."""
         self._owners: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
         self._strays: set[float] = set()
 
@@ -150,11 +156,13 @@ class Accounting(Check):
         state.hook = hook
         self._learn(state, hook)
 
-    def prepared(self, engine: Any, sampler: Any) -> None:
+    def prepared(self, engine: Any, sampler: Any, dataset: Any) -> None:
         """An engine has made a loader; without ``sampler``, one that does no Poisson sampling."""
         accountant = engine.accountant
         book = self._books.of(accountant)
         book.engine = weakref.ref(engine)
+        if type(dataset).__weakrefoffset__:
+            book.dataset = weakref.ref(dataset)
         book.is_poisson = sampler is not None and book.is_poisson is not False
         if sampler is not None:
             self._owners[sampler] = weakref.ref(accountant)
@@ -212,6 +220,9 @@ class Accounting(Check):
                 history = _compat.history_of(accountant)
                 if history is not None:
                     failures += self._compare(step, state.sigma, (base, iterations), history, book)
+                    if book is not state.book:
+                        state.book = book
+                        failures += self._compare_books(step, book)
         if missed:
             failures.append(Failure(STEPS, diagnosis.NOT_ACCOUNTED))
         self._strays.clear()
@@ -327,6 +338,25 @@ class Accounting(Check):
                 step.fail(failure)
                 failures += _once(failure, book)
         return failures
+
+    def _compare_books(self, step: Step, book: _Book) -> list[Failure]:
+        """Whether the model was trained on the same data under an accountant that is forgotten."""
+        model = step.states[0].model() if step.states and step.states[0].model else None
+        dataset = book.dataset()
+        if model is None or dataset is None:
+            return []
+        books = self._trained.of(model)
+        if any(known is book for known in books):
+            return []
+        has = _merged(book.observed)
+        forgotten = [
+            known
+            for known in books
+            if known.dataset() is dataset
+            and any(has.get(key, 0) < steps for key, steps in _merged(known.observed).items())
+        ]
+        books.append(book)
+        return [Failure(STEPS, diagnosis.ACCOUNTED_ANEW, only_said=True)] if forgotten else []
 
     def _drawn(self, book: _Book) -> set[float]:
         """The rates with which batches of this accountant's training were drawn."""

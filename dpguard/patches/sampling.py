@@ -16,8 +16,8 @@ __all__ = ["Sampled", "install"]
 class Sampled(Protocol):
     """What is told."""
 
-    def prepared(self, engine: Any, sampler: Any) -> None:
-        """An engine has prepared a loader for the training that its accountant accounts.
+    def prepared(self, engine: Any, sampler: Any, dataset: Any) -> None:
+        """An engine has prepared a loader of ``dataset`` for what its accountant accounts.
 
         ``sampler`` is ``None`` if its batches are not drawn by Poisson sampling.
         """
@@ -42,7 +42,8 @@ def install(transaction: Transaction, observer: Sampled) -> None:
         if getattr(instance, "accountant", None) is not None:
             sampler = getattr(loader, "batch_sampler", None)
             is_poisson = isinstance(sampler, tuple(_compat.poisson_samplers()))
-            observer.prepared(instance, sampler if is_poisson else None)
+            dataset = getattr(loader, "dataset", None)
+            observer.prepared(instance, sampler if is_poisson else None, dataset)
         return loader
 
     targets: list[tuple[Any, str, Any]] = [
