@@ -977,6 +977,18 @@ def is_distributed() -> bool:
     return int(distributed.get_world_size()) > 1
 
 
+def averages_gradients(model: Any) -> bool:
+    """Whether torch averages ``p.grad`` over the processes of a group during the backward.
+
+    Opacus takes models in ``DistributedDataParallel``, and leaves the gradients of its own
+    ``DifferentiallyPrivateDistributedDataParallel`` alone until the step.
+    """
+    if not is_distributed():
+        return False
+    reducer = _torch().nn.parallel.DistributedDataParallel
+    return any(isinstance(module, reducer) for module in model.modules())
+
+
 def _is_first_rank() -> bool:
     """Whether this process is the one of its group that adds noise, whatever an optimizer says."""
     distributed = _torch().distributed

@@ -245,6 +245,7 @@ class ParameterState:
     """What the ledger knows about one parameter."""
 
     __slots__ = (
+        "averaged",
         "cancels",
         "captured",
         "clipped",
@@ -291,6 +292,8 @@ class ParameterState:
         """Of the inputs of the calls whose rows are there, if it scales normalised ones."""
         self.narrow = False
         """Whether autograd may add its gradient up in no better precision than its own."""
+        self.averaged = False
+        """Whether ``p.grad`` is the average over processes of a group when the backward ends."""
         self.reduction: str | None = None
         """The reduction of the loss that the model was wrapped for."""
         self.version: int | None = None
@@ -306,10 +309,12 @@ class ParameterState:
     def is_whole(self) -> bool:
         """Whether the rows and ``p.grad`` are of the same backwards, with one divisor.
 
-        Not where Opacus has no hooks (expanded weights leave ``p.grad`` alone), nor where calls
-        with different numbers of rows were added.
+        Not where Opacus has no hooks (expanded weights leave ``p.grad`` alone), where calls with
+        different numbers of rows were added, nor where ``p.grad`` is that of other processes too.
         """
-        return self.model is not None and not any(entry.uneven for entry in self.entries)
+        if self.model is None or self.averaged:
+            return False
+        return not any(entry.uneven for entry in self.entries)
 
     @property
     def waiting(self) -> int:

@@ -207,6 +207,15 @@ def per_layer():
     return found
 
 
+def averaged():
+    """torch averages the gradients of the ranks, whose batches differ, in the backward."""
+    training = _Training(DistributedDPOptimizer, 1.0, parallel=DistributedDataParallel)
+    scale = 100.0 * (1 + distributed.get_rank())
+    found = {"clipped": [training.norms(scale=scale) for _ in range(3)]}
+    found["conservation"] = guard.last_step.checks["conservation"].verdict
+    return training.report(**found)
+
+
 def foreign():
     training = _Training(DistributedDPOptimizer, 1.0)
     training._backward(torch.ones(BATCH, SIZE))
@@ -235,7 +244,7 @@ def _main():
     distributed.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=int(world)
     )
-    scenarios = [flat, simple_per_layer, ghost, per_layer, foreign, unreduced]
+    scenarios = [flat, simple_per_layer, ghost, per_layer, averaged, foreign, unreduced]
     found = {scenario.__name__: scenario() for scenario in scenarios}
     found["violations"] = [v.cause for v in guard.violations]
     found["internal"] = [str(error) for _, error in guard.internal_errors]

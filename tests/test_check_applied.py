@@ -460,6 +460,27 @@ def test_nothing_is_kept():
         assert state.grads == state.sums == NOTHING
 
 
+@pytest.mark.parametrize("place", [0, 1, -1])
+def test_one_gradient_is_changed(place):
+    """After the noise, by what is computed from it alone; what is done to all later is still seen."""
+    with dpguard.install(mode="strict") as guard:
+        training = Training()
+        later = []
+
+        def change(optimizer):
+            optimizer.params[place].grad.clamp_(-0.01, 0.01)
+            if later:
+                for p in optimizer.params:
+                    p.grad = p.summed_grad.view_as(p) / optimizer.expected_batch_size
+
+        training.optimizer.attach_step_hook(change)
+        training.run(5)
+        assert guard.violations == ()
+        later.append(True)
+        with pytest.raises(dpguard.PrivacyViolation, match=r"update\.private"):
+            training.run(2)
+
+
 # -- masks -------------------------------------------------------------------------------------------
 
 

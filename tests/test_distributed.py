@@ -151,6 +151,14 @@ def test_what_clipping_in_hooks_cannot_follow_is_refused(ranks):
         assert rank["kept"]
 
 
+def test_gradients_that_torch_averages_say_nothing_of_rows(ranks):
+    """They are those of all ranks, and Opacus does not use them."""
+    for rank in seen(ranks, "averaged"):
+        assert rank["ok"]
+        assert rank["clipped"] == [exactly(BOUNDS["flat"])] * 3
+        assert rank["conservation"] == ("pass" if len(ranks) == 1 else "not_run")
+
+
 def test_foreign_steps_are_refused_on_each_rank(ranks):
     """The wrapped optimizer's own step on raw gradients; and nothing else was wrong."""
     for number, rank in enumerate(ranks):

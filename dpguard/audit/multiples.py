@@ -68,9 +68,8 @@ class Samples(NamedTuple):
     def of_some(self, which: Sequence[int]) -> Samples:
         """Those of some of the tensors."""
         places = torch.tensor(which).to(self.values.device, non_blocking=True)
-        return self._replace(
-            values=self.values[places], sizes=tuple([self.sizes[i] for i in which])
-        )
+        sizes = tuple([self.sizes[i] for i in which])
+        return self._replace(values=self.values[places, : max(sizes)], sizes=sizes)
 
     def is_like(self, other: Samples) -> bool:
         """Whether these are samples of tensors of the same sizes, in one place."""

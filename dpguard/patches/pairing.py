@@ -56,9 +56,10 @@ class Pairing(Hooked):
         self._parameters = [parameter for _, parameter in self._roster.named]
         self._states = [self.ledger.state(parameter) for parameter in self._parameters]
         model = weakref.ref(self.hooks._module)
+        averaged = _compat.averages_gradients(self.hooks._module)
         for (name, _), state in zip(self._roster.named, self._states, strict=True):
             state.name, state.paired, state.model = name, self.computes, model
-            state.reduction = self.loss_reduction
+            state.reduction, state.averaged = self.loss_reduction, averaged
         for module in self.hooks._module.modules():
             if not _compat.multiplies_matrices(module):
                 for parameter in module._parameters.values():
