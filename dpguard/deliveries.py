@@ -27,6 +27,7 @@ DECLARED = "declared"
 """Stands for the iterator of a batch whose size the user has declared."""
 
 _PENDING_AT_MOST = 1024
+_PASSED_KEPT = 1024
 _TENSORS_KEPT_OF = 8
 _DEPTH = 3
 
@@ -149,6 +150,8 @@ class Reader:
 
     Attributes:
         pending: private batches, in the order of their delivery.
+        passed: those of them that were left out when a later one was used, the last few; they may
+            be used in another order.
         fresh: no batch was used yet, so that nothing is known of how they are used.
         lost: batches had to be forgotten, so that one that is missed here proves nothing.
         declared_until: serial of the last declared batch that was used.
@@ -158,6 +161,7 @@ class Reader:
 
     def __init__(self) -> None:
         self.pending: deque[Delivery] = deque()
+        self.passed: deque[Delivery] = deque(maxlen=_PASSED_KEPT)
         self.fresh = True
         self.lost = False
         self.declared_until = 0
@@ -174,6 +178,7 @@ class Reader:
     def forget(self) -> None:
         """Nothing of what was delivered so far is waited for."""
         self.pending.clear()
+        self.passed.clear()
         self.lost = False
         self.fresh = True
         self.last = None
@@ -267,7 +272,7 @@ class Deliveries:
         return [d for d in self._declared if (d.serial or 0) > reader.declared_until]
 
     def use(self, reader: Reader, used: Delivery) -> None:
-        """A batch was taken; those before it are not waited for any more."""
+        """A batch was taken; those before it are not waited for any more, but may come later."""
         reader.fresh = self.untied.fresh = False
         serial = used.serial or 0
         if used.iteration is DECLARED:
@@ -275,9 +280,14 @@ class Deliveries:
             reader.last = None
             return
         reader.last, used.used = used, True
+        if used in reader.passed:
+            reader.passed.remove(used)
+            return
         for queue in (reader.pending, self.untied.pending):
             while queue and (queue[0].serial or 0) <= serial:
-                queue.popleft()
+                left = queue.popleft()
+                if not left.used and left.skip is None:
+                    reader.passed.append(left)
         if not reader.pending and not self.untied.pending:
             reader.lost = self.untied.lost = False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import random
 import warnings
 
 import pytest
@@ -238,6 +239,52 @@ def test_batches_kept_in_a_list(guard, poisson):
         private.train(loader=batches)
         assert violations(guard) == ()
         assert guard.last_step.checks[ROWS].not_run
+
+
+def buffered(batches):
+    """As of a shuffling buffer."""
+    kept, generator = [], random.Random(3)
+    for batch in batches:
+        kept.append(batch)
+        if len(kept) == 4:
+            yield kept.pop(generator.randrange(4))
+    yield from kept
+
+
+def shuffled(batches):
+    return random.Random(3).sample(list(batches), len(batches))
+
+
+ORDERS = [buffered, shuffled, lambda batches: list(batches)[::-1]]
+
+
+@pytest.mark.parametrize("poisson", [True, False])
+@pytest.mark.parametrize("copied", [lambda x: x, torch.clone])
+@pytest.mark.parametrize("order", ORDERS)
+def test_batches_in_an_order_of_ones_own(order, copied, poisson):
+    """Each once; whatever the order was, another step on one of them is not what is accounted."""
+    with dpguard.install(mode="strict") as guard:
+        private = Private(poisson=poisson)
+        for _ in range(3):
+            private.train(lambda p, x, y: plain(p, copied(x), y), order(private.loader))
+        assert violations(guard) == ()
+        assert passed(guard) == 1
+        kept = list(private.loader)
+        private.train(loader=kept[::-1])
+        assert violations(guard) == ()
+        if poisson:
+            with pytest.raises(dpguard.PrivacyViolation, match="used again"):
+                private.train(loader=kept)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_rows_that_are_not_people_in_an_order_of_ones_own(order):
+    """Two views of each."""
+    with dpguard.install(mode="repair") as guard:
+        private = Private()
+        with pytest.raises(dpguard.PrivacyViolation, match="people"):
+            private.train(concatenated, order(private.loader))
+        assert causes(guard) == [diagnosis.ROWS_NOT_PEOPLE]
 
 
 def again(private, copied=lambda x: x):

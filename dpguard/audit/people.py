@@ -17,7 +17,9 @@ A loop may step the parts of a batch one by one, with skip signals of its own. P
 the batch is complete, or its last part is stepped; then the rows of all of them are compared.
 
 Loaders that fetch ahead deliver a batch before the one at hand is used, and loops may leave
-batches out, so a step may take any batch that was delivered and not used yet, in order.
+batches out or take them in an order of their own, so a step may take any batch that was delivered
+and not used yet: that in whose memory its inputs lie, else the next of as many people, else one
+that was left out.
 """
 
 from __future__ import annotations
@@ -148,10 +150,13 @@ class People(Check):
         if mixed is not None:
             return mixed
         rows = [logical.parts + sum(sizes)] if logical.parts and not declared else sizes
-        used = explain(rows, declared or private)
+        waiting = [] if declared else [*logical.reader.passed, *private]
+        used = _seen(rows, waiting, notes) or explain(rows, declared or private)
         if used is None and follows and not declared and _is_part(rows, private):
             logical.parts = sum(rows)
             return None
+        if used is None and logical.reader.passed:
+            used = _in_any_order(rows, waiting)
         if used is not None:
             step.run(ROWS, count=1)
             logical.parts = 0
@@ -159,9 +164,8 @@ class People(Check):
             drawn = _drawn_wrong(logical.uses, used)
             logical.found += [failure for failure in drawn if _is_new(failure, logical)]
             if not declared:
-                self._note_rates(
-                    step, logical, [d for d in private if d in used or d.fits_any(rows)]
-                )
+                like = [d for d in private if d not in used and d.fits_any(rows)]
+                self._note_rates(step, logical, [*used, *like])
             if declared and private:
                 self._deliveries.use(logical.reader, private[-1])
             return None
@@ -330,6 +334,25 @@ def _rows_per_person(notes: Sequence[Note]) -> float | None:
         return None
     found = {note.rows / max(1, note.people.people_of(note.rows)) for note in notes}
     return found.pop() if len(found) == 1 else None
+
+
+def _seen(
+    sizes: Sequence[int], batches: Sequence[Delivery], notes: Sequence[Note]
+) -> list[Delivery] | None:
+    """The batches of a step where its calls tell which they have seen."""
+    origins = {note.origin for note in notes}
+    return _in_any_order(sizes, [batch for batch in batches if batch.serial in origins])
+
+
+def _in_any_order(sizes: Sequence[int], batches: Sequence[Delivery]) -> list[Delivery] | None:
+    """The batches of a step if a loop goes through them in an order of its own."""
+    found: list[Delivery] = []
+    for size in sizes:
+        batch = next((b for b in batches if b.fits(size) and b not in found), None)
+        if batch is None:
+            return None
+        found.append(batch)
+    return found
 
 
 def _drawn_wrong(uses: Uses, used: Sequence[Delivery]) -> list[Failure]:
