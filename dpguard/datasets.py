@@ -38,17 +38,27 @@ def repeated_places(dataset: Any) -> int:
     return sum(len(taken) - len(taken.unique()) for taken in of_each)
 
 
-def _parts(dataset: Any) -> Iterator[tuple[Any, torch.Tensor]]:
-    """The data sets that are put together, and the places of each that are taken."""
+def _parts(dataset: Any, wanted: torch.Tensor | None = None) -> Iterator[tuple[Any, torch.Tensor]]:
+    """The data sets that are put together, and the places of each that are taken.
+
+    Args:
+        dataset: what they are put together in.
+        wanted: the places of it that are taken, all by default.
+    """
     if type(dataset) is ConcatDataset:
-        for part in dataset.datasets:
-            yield from _parts(part)
-    elif type(dataset) is Subset and (wanted := _places(dataset.indices)) is not None:
         begin = 0
-        for source, taken in _parts(dataset.dataset):
-            inside = wanted[(wanted >= begin) & (wanted < begin + len(taken))]
-            yield source, taken[inside - begin]
-            begin += len(taken)
+        for part, end in zip(dataset.datasets, dataset.cumulative_sizes, strict=True):
+            if wanted is None:
+                yield from _parts(part)
+            else:
+                yield from _parts(part, wanted[(wanted >= begin) & (wanted < end)] - begin)
+            begin = end
+    elif type(dataset) is Subset and (places := _places(dataset.indices)) is not None:
+        if wanted is not None:
+            places = places[wanted[wanted.abs() < len(places)]]  # others nobody can take
+        yield from _parts(dataset.dataset, places)
+    elif wanted is not None:
+        yield dataset, wanted  # which need not have a length
     else:
         yield dataset, torch.arange(len(dataset))
 

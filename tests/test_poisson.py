@@ -247,6 +247,11 @@ class Mine(torch.utils.data.Subset):
     """What this returns is its own affair."""
 
 
+class NoLength(torch.utils.data.Dataset):
+    def __getitem__(self, place):
+        return torch.zeros(3), place % 2
+
+
 def made_of(data):
     everybody = list(range(len(data)))
     return {
@@ -263,6 +268,7 @@ def made_of(data):
         "rare ones": (Subset(data, everybody + 3 * everybody[:7]), 21),
         "arrays": (Subset(data, torch.tensor([1, 2, 2])), 1),
         "a part again": (ConcatDataset([data, Subset(data, [3, 4])]), 2),
+        "no length": (Subset(NoLength(), [1, 1, 5]), 1),
         "nested": (Subset(Subset(data, [7, 7, 8]), [0, 1, 2]), 1),
         "folds": (Subset(ConcatDataset([data, data]), [2, len(data) + 2, 3]), 1),
     }
