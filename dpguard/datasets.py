@@ -60,13 +60,13 @@ def _parts(dataset: Any, wanted: torch.Tensor | None = None) -> Iterator[tuple[A
     elif wanted is not None:
         yield dataset, wanted  # which need not have a length
     else:
-        yield dataset, torch.arange(len(dataset))
+        yield dataset, torch.arange(len(dataset), device="cpu")
 
 
 def _places(indices: Any) -> torch.Tensor | None:
     """Places as a tensor, ``None`` if they are no numbers."""
     try:
-        found = torch.as_tensor(indices)
+        found = torch.as_tensor(indices, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         return None
     return found if found.dim() == 1 and found.dtype in {torch.int64, torch.int32} else None
