@@ -27,6 +27,8 @@ from dpguard.independence import Independence
 __all__ = ["Drawn", "Rate", "Uses"]
 
 _CHANCE = 1e-12
+_PLACES = 100_000_000
+"""Larger indices are not followed, since something is kept for each."""
 _KEPT = 1_000_000
 """Batches that are remembered, by a number each."""
 
@@ -74,7 +76,8 @@ class Rate:
         self.people += len(numbers)
         if 0 < rate < 1 and self._is_too_many(count, rate):
             causes[diagnosis.DRAWN_TOO_MANY] = self.people / (self.batches * count), rate
-        if 0 < rate < 1 and all(type(number) is int and number >= 0 for number in numbers):
+        places = all(type(number) is int and 0 <= number < _PLACES for number in numbers)
+        if 0 < rate < 1 and places:
             evidence = self.independence.take(numbers, count, rate, in_pass)
             if evidence > -math.log(_CHANCE):
                 causes[diagnosis.DRAWN_DEPENDENTLY] = evidence, -math.log(_CHANCE)

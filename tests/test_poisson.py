@@ -208,6 +208,14 @@ def test_people_that_nobody_has_counted():
         assert state.draw(mine[drawn], 128, 1 / 16, number // 16).causes == {}
 
 
+@pytest.mark.parametrize("odd", [10**15, -1, "name"])
+def test_indices_that_are_no_places(odd):
+    """Nothing is kept for them."""
+    state = Rate()
+    for _ in range(20):
+        assert state.draw([3, odd], 512, 1 / 16).causes == {}
+
+
 def test_a_batch_in_another_order_is_the_same_batch():
     """Who is in it is what counts."""
     state, uses = Rate(), Uses()
