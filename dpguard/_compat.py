@@ -969,32 +969,32 @@ def code_of(owner: Any, name: str) -> Any:
     return getattr(method, "__code__", method)
 
 
+def _group() -> Any:
+    """``torch.distributed``, if this process has joined a group."""
+    distributed = _torch().distributed
+    joined = distributed.is_available() and distributed.is_initialized()
+    return distributed if joined else None
+
+
 def is_distributed() -> bool:
     """Whether this process trains together with others."""
-    distributed = _torch().distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return False
-    return int(distributed.get_world_size()) > 1
+    group = _group()
+    return group is not None and int(group.get_world_size()) > 1
 
 
-def averages_gradients(model: Any) -> bool:
-    """Whether torch averages ``p.grad`` over the processes of a group during the backward.
+def reducer_class() -> type[Any]:
+    """What averages ``p.grad`` over the processes of a group during the backward.
 
-    Opacus takes models in ``DistributedDataParallel``, and leaves the gradients of its own
+    Opacus takes models in it, and leaves the gradients of its own
     ``DifferentiallyPrivateDistributedDataParallel`` alone until the step.
     """
-    if not is_distributed():
-        return False
-    reducer = _torch().nn.parallel.DistributedDataParallel
-    return any(isinstance(module, reducer) for module in model.modules())
+    return _torch().nn.parallel.DistributedDataParallel  # type: ignore[no-any-return]
 
 
 def _is_first_rank() -> bool:
     """Whether this process is the one of its group that adds noise, whatever an optimizer says."""
-    distributed = _torch().distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return False
-    return int(distributed.get_rank()) == 0
+    group = _group()
+    return group is not None and int(group.get_rank()) == 0
 
 
 def device_stream(device: torch.device) -> Any:

@@ -207,9 +207,22 @@ def per_layer():
     return found
 
 
+class _Around(_Training):
+    def _wrap(self, parallel):
+        return DistributedDataParallel(GradSampleModule(parallel))
+
+
 def averaged():
     """torch averages the gradients of the ranks, whose batches differ, in the backward."""
-    training = _Training(DistributedDPOptimizer, 1.0, parallel=DistributedDataParallel)
+    return _different(_Training(DistributedDPOptimizer, 1.0, parallel=DistributedDataParallel))
+
+
+def averaged_around():
+    """The same of a model that was wrapped by Opacus first."""
+    return _different(_Around(DistributedDPOptimizer, 1.0, parallel=lambda model: model))
+
+
+def _different(training):
     scale = 100.0 * (1 + distributed.get_rank())
     found = {"clipped": [training.norms(scale=scale) for _ in range(3)]}
     found["conservation"] = guard.last_step.checks["conservation"].verdict
@@ -244,7 +257,16 @@ def _main():
     distributed.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=int(world)
     )
-    scenarios = [flat, simple_per_layer, ghost, per_layer, averaged, foreign, unreduced]
+    scenarios = [
+        flat,
+        simple_per_layer,
+        ghost,
+        per_layer,
+        averaged,
+        averaged_around,
+        foreign,
+        unreduced,
+    ]
     found = {scenario.__name__: scenario() for scenario in scenarios}
     found["violations"] = [v.cause for v in guard.violations]
     found["internal"] = [str(error) for _, error in guard.internal_errors]

@@ -151,9 +151,10 @@ def test_what_clipping_in_hooks_cannot_follow_is_refused(ranks):
         assert rank["kept"]
 
 
-def test_gradients_that_torch_averages_say_nothing_of_rows(ranks):
+@pytest.mark.parametrize("kind", ["averaged", "averaged_around"])
+def test_gradients_that_torch_averages_say_nothing_of_rows(ranks, kind):
     """They are those of all ranks, and Opacus does not use them."""
-    for rank in seen(ranks, "averaged"):
+    for rank in seen(ranks, kind):
         assert rank["ok"]
         assert rank["clipped"] == [exactly(BOUNDS["flat"])] * 3
         assert rank["conservation"] == ("pass" if len(ranks) == 1 else "not_run")

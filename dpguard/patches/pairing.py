@@ -20,6 +20,7 @@ from dpguard.patches.layers import Roster, row_by_row
 from dpguard.patches.records import Record
 from dpguard.patches.replay import replay
 from dpguard.patches.time_steps import TimeSteps, may_wait
+from dpguard.patching import living
 from dpguard.precision import autocast_of, note_precision
 from dpguard.row_state import ParameterState, owned_rows
 
@@ -56,10 +57,10 @@ class Pairing(Hooked):
         self._parameters = [parameter for _, parameter in self._roster.named]
         self._states = [self.ledger.state(parameter) for parameter in self._parameters]
         model = weakref.ref(self.hooks._module)
-        averaged = _compat.averages_gradients(self.hooks._module)
-        for (name, _), state in zip(self._roster.named, self._states, strict=True):
+        averaged = _averaged()
+        for (name, parameter), state in zip(self._roster.named, self._states, strict=True):
             state.name, state.paired, state.model = name, self.computes, model
-            state.reduction, state.averaged = self.loss_reduction, averaged
+            state.reduction, state.averaged = self.loss_reduction, id(parameter) in averaged
         for module in self.hooks._module.modules():
             if not _compat.multiplies_matrices(module):
                 for parameter in module._parameters.values():
@@ -446,6 +447,13 @@ class Pairing(Hooked):
         for parameter in task.reached(self._parameters):
             if id(parameter) not in task.published:
                 self._condemn(parameter, diagnosis.BYPASSED)
+
+
+def _averaged() -> set[int]:
+    """Identities of the parameters whose gradients are averaged over processes, by whomever."""
+    if not _compat.is_distributed():
+        return set()
+    return {id(p) for reducer in living({_compat.reducer_class()}) for p in reducer.parameters()}
 
 
 def _unreplayable(record: Record) -> str | None:
