@@ -9,6 +9,9 @@ from typing import Any
 
 __all__ = ["at_hand", "closure_of", "names_in"]
 
+_DEPTH = 5
+_FUNCTIONS = (FunctionType, MethodType, functools.partial)
+
 
 def at_hand(function: Any) -> Iterator[Any]:
     """What a function was written round, if it was: a step hook that calls another one, say.
@@ -33,17 +36,21 @@ def at_hand(function: Any) -> Iterator[Any]:
         yield from hooks
 
 
-def names_in(function: Any, depth: int = 4) -> frozenset[str]:
+def names_in(function: Any) -> set[str]:
     """The attributes and globals that a function names, and those that what it calls names."""
-    plain, _ = _code_and_owner(function)
-    found = set() if plain is None else _names_in_code(plain.__code__)
-    if depth:
-        for inner in at_hand(function):
-            if inner is not function and isinstance(
-                inner, (FunctionType, MethodType, functools.partial)
-            ):
-                found |= names_in(inner, depth - 1)
-    return frozenset(found)
+    found: set[str] = set()
+    level, seen = [function], {id(function)}
+    for _ in range(_DEPTH):
+        further = []
+        for outer in level:
+            plain, _owner = _code_and_owner(outer)
+            if plain is not None:
+                found |= _names_in_code(plain.__code__)
+            further += [inner for inner in at_hand(outer) if isinstance(inner, _FUNCTIONS)]
+        new = {id(inner): inner for inner in further if id(inner) not in seen}
+        level = list(new.values())
+        seen.update(new)
+    return found
 
 
 def _names_in_code(code: CodeType) -> set[str]:

@@ -27,7 +27,6 @@ DECLARED = "declared"
 """Stands for the iterator of a batch whose size the user has declared."""
 
 _PENDING_AT_MOST = 1024
-_PASSED_KEPT = 1024
 _TENSORS_KEPT_OF = 8
 _DEPTH = 3
 
@@ -161,7 +160,7 @@ class Reader:
 
     def __init__(self) -> None:
         self.pending: deque[Delivery] = deque()
-        self.passed: deque[Delivery] = deque(maxlen=_PASSED_KEPT)
+        self.passed: deque[Delivery] = deque(maxlen=_PENDING_AT_MOST)
         self.fresh = True
         self.lost = False
         self.declared_until = 0

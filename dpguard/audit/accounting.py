@@ -104,7 +104,10 @@ class _Book:
 
     def observe(self, sigma: float, rate: float) -> None:
         """Take in a step."""
-        _append(self.observed, sigma, rate)
+        if self.observed and self.observed[-1][:2] == (sigma, rate):
+            self.observed[-1] = (sigma, rate, self.observed[-1][2] + 1)
+        else:
+            self.observed.append((sigma, rate, 1))
 
 
 class _Told(NamedTuple):
@@ -349,14 +352,17 @@ class Accounting(Check):
         if any(known is book for known in books):
             return []
         has = _merged(book.observed)
-        forgotten = [
-            known
+        missing = sum(
+            max(0, steps - has.get(key, 0))
             for known in books
             if known.dataset() is dataset
-            and any(has.get(key, 0) < steps for key, steps in _merged(known.observed).items())
-        ]
+            for key, steps in _merged(known.observed).items()
+        )
         books.append(book)
-        return [Failure(STEPS, diagnosis.ACCOUNTED_ANEW, only_said=True)] if forgotten else []
+        if not missing:
+            return []
+        figure = float(missing)
+        return [Failure(STEPS, diagnosis.ACCOUNTED_ANEW, figure=figure, bound=0.0, only_said=True)]
 
     def _drawn(self, book: _Book) -> set[float]:
         """The rates with which batches of this accountant's training were drawn."""
@@ -454,13 +460,6 @@ def _number(told: Any) -> float:
         return float(told)
     except (TypeError, ValueError):
         return math.nan
-
-
-def _append(history: list[_Entry], sigma: float, rate: float) -> None:
-    if history and history[-1][:2] == (sigma, rate):
-        history[-1] = (sigma, rate, history[-1][2] + 1)
-    else:
-        history.append((sigma, rate, 1))
 
 
 def _merged(history: Sequence[Any]) -> dict[tuple[float, float], int]:

@@ -35,13 +35,18 @@ from dpguard.audit.update import PRIVATE
 from dpguard.patches.lean import Clipping
 from dpguard.row_state import pieces_of, sample_of_rows
 
-__all__ = ["LOOK_EVERY", "LOOK_FIRST", "Applied"]
+__all__ = ["LOOK_EVERY", "LOOK_FIRST", "Applied", "is_due"]
 
 _OFF = 1e-4
 _ROUNDINGS = 64
 _EMPTIED = 2
 LOOK_FIRST = 2
 LOOK_EVERY = 50
+
+
+def is_due(count: int) -> bool:
+    """Whether values are looked at in the step after ``count`` others, changed or not."""
+    return count < LOOK_FIRST or count % LOOK_EVERY == 0
 
 
 @dataclass
@@ -110,7 +115,7 @@ class Applied(Check):
         if not _compat.is_opacus_method(optimizer, "pre_step"):
             # Somebody may make the gradient in the very memory of the sum.
             state.bare = Samples.of([getattr(p, "summed_grad", None) for p in step.parameters])
-        state.due = state.count < LOOK_FIRST or state.count % LOOK_EVERY == 0
+        state.due = is_due(state.count)
         if (state.suspect or state.due) and step.parameters:
             pieces = pieces_of(step.parameters[0]) or []
             count = sum(len(piece) for piece in pieces if isinstance(piece, torch.Tensor))
@@ -222,9 +227,9 @@ class Applied(Check):
         if samples is None or noised is None:
             return
         self._compare_zeros(step, state, samples, noised)
-        figures, ratios = factor(samples, noised), state.ratios
-        if figures is None:
+        if not samples.is_like(noised):
             return
+        ratios = state.ratios
         off, (people, drawn) = _ROUNDINGS * samples.unit, state.people
 
         def receive(values: list[float]) -> Failures:
@@ -235,7 +240,7 @@ class Applied(Check):
                 return ()
             return [Failure(SCALE, diagnosis.SCALED_BY_PEOPLE, figure=share)]
 
-        step.collect((SCALE,), figures, receive)
+        step.collect((SCALE,), factor(samples.values, noised.values), receive)
 
     def _compare_zeros(self, step: Step, state: _Noised, samples: Samples, noised: Samples) -> None:
         """Is what has nothing but noise set to zero, whatever that is in the step at hand?

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dpguard import _compat, diagnosis
-from dpguard.audit.applied import LOOK_EVERY, LOOK_FIRST
+from dpguard.audit.applied import is_due
 from dpguard.audit.check import NOTHING, Check, Failure, Failures, Noted, PerOwner, Step
 from dpguard.audit.multiples import Samples, without_noise
 from dpguard.audit.update import PRIVATE
@@ -56,7 +56,7 @@ class _Path:
 
     @property
     def is_due(self) -> bool:
-        return self.suspect or self.count < LOOK_FIRST or self.count % LOOK_EVERY == 0
+        return self.suspect or is_due(self.count)
 
     def end(self) -> None:
         self.parameters, self.places, self.versions, self.sums = (), [], [], NOTHING

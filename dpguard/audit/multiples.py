@@ -77,16 +77,13 @@ class Samples(NamedTuple):
 
 
 @torch.no_grad()
-def factor(moved: Samples, noised: Samples) -> list[torch.Tensor] | None:
-    """The number that tensors are multiples of others by.
+def factor(moved: torch.Tensor, former: torch.Tensor) -> list[torch.Tensor]:
+    """The number that a tensor is a multiple of another of its shape by.
 
     Returns:
-        That number, how far the tensors are off, and their length; ``None`` if they are of other
-        sizes.
+        That number, how far the tensor is off, and its length.
     """
-    if not moved.is_like(noised):
-        return None
-    y, a = (s.values.double() for s in (moved, noised))
+    y, a = moved.double(), former.double()
     share = (y * a).sum() / a.square().sum()
     return [share, (y - share * a).norm(), y.norm()]
 

@@ -340,7 +340,9 @@ def _seen(
     sizes: Sequence[int], batches: Sequence[Delivery], notes: Sequence[Note]
 ) -> list[Delivery] | None:
     """The batches of a step where its calls tell which they have seen."""
-    origins = {note.origin for note in notes}
+    origins = {note.origin for note in notes} - {None}
+    if not origins:
+        return None
     return _in_any_order(sizes, [batch for batch in batches if batch.serial in origins])
 
 

@@ -26,9 +26,10 @@ from typing import Any
 import torch
 
 from dpguard import _compat, diagnosis
-from dpguard.audit.applied import LOOK_EVERY, LOOK_FIRST
+from dpguard.audit.applied import is_due
 from dpguard.audit.check import NOTHING, Check, Failure, Failures, Noted, PerOwner, Step
 from dpguard.audit.clip import SUM
+from dpguard.audit.multiples import factor
 from dpguard.patches.lean import Clipping
 from dpguard.row_state import sample_of, spread_of
 
@@ -75,6 +76,9 @@ class _Before:
     copies: list[torch.Tensor | None] = field(default_factory=list)
     suspect: bool = False
 
+    def forget(self) -> None:
+        self.sums, self.copies = NOTHING, []
+
 
 class Untouched(Check):
     """Compares clipped sums with what clipping has left: when a step begins, and before noise."""
@@ -97,7 +101,7 @@ class Untouched(Check):
         known = self._known.of(optimizer)
         known.forget()
         known.sums = {}  # of numbers, which the garbage collector does not walk through
-        due = step.audited and (step.number < LOOK_FIRST or step.number % LOOK_EVERY == 0)
+        due = step.audited and is_due(step.number)
         for parameter in step.parameters:
             total = getattr(parameter, "summed_grad", None)
             if type(total) is torch.Tensor:
@@ -124,12 +128,12 @@ class Untouched(Check):
 
     def after_noise(self, step: Step, optimizer: Any) -> Failures:
         """The noise was made, of a sum that should be what it was before."""
-        state = self._multiplied.of(optimizer)
-        if step.audited and not _compat.is_opacus_method(optimizer, "add_noise"):
+        state = self._multiplied.get(optimizer) if self._multiplied else None
+        if state is not None:
             totals = [getattr(parameter, "summed_grad", None) for parameter in step.parameters]
             if len(state.sums.tensors) == len(totals) == len(step.names):
                 _look_after(step, state, totals)
-        state.sums, state.copies = NOTHING, []
+            state.forget()
         return ()
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
@@ -142,8 +146,9 @@ class Untouched(Check):
     def forget(self, optimizer: Any) -> None:
         """The step has raised, perhaps in the middle of the clipping."""
         self._known.of(optimizer).forget()
-        before = self._multiplied.of(optimizer)
-        before.sums, before.copies = NOTHING, []
+        before = self._multiplied.get(optimizer)
+        if before is not None:
+            before.forget()
 
 
 class Accumulated(Check):
@@ -200,20 +205,21 @@ def _look(step: Step, known: _Known, totals: Sequence[Any]) -> None:
         if type(total) is not torch.Tensor or hasattr(total, "_processed"):
             continue  # cleared, or left over from a step that is done, which is not used again
         key = id(parameter)
-        identity, copy = known.sums.get(key, 0), known.copies.get(key)
+        identity = known.sums.get(key, 0)
         if identity == id(total) and known.versions[key] == total._version:
-            copy = known.samples.get(key)
-            if copy is None:
+            former = known.samples.get(key)
+            if former is None:
                 continue
-            total = spread_of(total)  # noqa: PLW2901
+            now = spread_of(total)
         else:
             known.suspect = True
-            if identity and copy is None:
+            former, now = known.copies.get(key), total
+            if identity and former is None:
                 continue
             step.run(SUM)
         names.append(name)
-        found.append(total)
-        were.append(copy)
+        found.append(now)
+        were.append(former)
     if names:
         _compare(step, tuple(names), found, were)
 
@@ -233,10 +239,8 @@ def _look_after(step: Step, state: _Before, totals: Sequence[Any]) -> None:
         found = spread_of(totals[i])
         if former is None or found.shape != former.shape or found.device != former.device:
             continue
-        now, before = found.double(), former.double()
-        share = (now @ before) / (before @ before)
         names.append(step.names[i])
-        columns += [share, (now - share * before).norm(), now.norm()]
+        columns += factor(found, former)
 
     def receive(values: list[float]) -> Failures:
         pure = [

@@ -69,7 +69,7 @@ class MethodWrapper(EagerWrapper):
 
 
 def _own(instance: Any, name: str) -> dict[str, Any]:
-    own = getattr(instance, "__dict__", None)
+    own: dict[str, Any] | None = getattr(instance, "__dict__", None)
     if own is None:
         raise AttributeError(f"{type(instance).__name__!r} object attribute {name!r} is read-only")
-    return own  # type: ignore[no-any-return]
+    return own
