@@ -21,6 +21,7 @@ from dpguard.audit.calls import Calls
 from dpguard.audit.check import Check
 from dpguard.audit.clip import Clip
 from dpguard.audit.following import Following
+from dpguard.audit.loss import Loss
 from dpguard.audit.moved import Moved
 from dpguard.audit.noise import Noise
 from dpguard.audit.norm_oracle import NormOracle
@@ -50,6 +51,7 @@ from dpguard.patches.attributes import AttributeForwarding
 from dpguard.patches.ghost import GhostPairing
 from dpguard.patches.grad_sample import GradSamplePatch
 from dpguard.patches.loading import LoadingPatch
+from dpguard.patches.losses import Losses
 from dpguard.patches.norm_draws import NormDraws
 from dpguard.patches.optimizer import OptimizerPatch
 from dpguard.patches.outputs import Outputs
@@ -88,6 +90,7 @@ class Runtime:
         report = _weakly(self.report_internal)
         asks = bool(settings.oracle_every and _compat.nodes())
         self.outputs = Outputs(report) if asks else None
+        self._losses = Losses(self.outputs) if self.outputs is not None else None
         self.ledger.norm_draws = NormDraws(report) if asks else None
         self.auditor = StepAuditor(self.ledger, settings, emit, self._checks(), report)
         kinds = ((Pairing, _compat.uses_stock_hooks), (GhostPairing, _compat.uses_ghost_hooks))
@@ -138,6 +141,8 @@ class Runtime:
             every = self.settings.oracle_every
             checks.append(RowOracle(self.ledger, self.outputs, every))
             checks.append(NormOracle(self.ledger, every))
+        if self._losses is not None:
+            checks.append(Loss(self._losses))
         return checks
 
     def _rows_at_hand(self, optimizer: Any) -> tuple[int, ...]:
@@ -199,6 +204,8 @@ class Runtime:
         detach.install(
             self._transaction, self.ledger, lambda error: self.report_internal("detach", error)
         )
+        if self._losses is not None:
+            self._losses.install(self._transaction)
         return self.patch_opacus()
 
     def patch_opacus(self) -> list[str]:

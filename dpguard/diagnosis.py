@@ -54,6 +54,9 @@ UNCLIPPED = "unclipped_backward"
 NOT_CLEARED = "gradients_not_cleared"
 LOSS_SHAPE = "loss_shape"
 LOSSES_OVERLAP = "losses_overlap"
+LOSS_COUPLES = "loss_couples_people"
+LOSS_WEIGHTED = "loss_divided_by_weights"
+LOSS_IGNORES = "loss_divided_by_targets"
 NOISE_MISSING = "noise_missing"
 NOISE_IN_PART = "noise_in_part"
 NOISE_SCALE = "noise_scale"
@@ -571,6 +574,28 @@ _DIAGNOSES = {
         "clipped sum or the rows: by the wrapped optimizer, or by what came after it",
         "let parameters be moved by the wrapped optimizer only, and that use nothing but p.grad",
         Severity.CRITICAL,
+    ),
+    LOSS_COUPLES: Diagnosis(
+        "the loss makes the gradient of a person depend on the outputs for other people, so "
+        "whoever is removed changes the rows of others, and clipping these does not bound it",
+        "use a mean or sum of one term for each person. In contrastive and ranking losses compare "
+        "with what is public, or with the same person (dpguard.rows(group_size=K)); take Dice, a "
+        "root or a logarithm for each person and then the mean, not of the mean over all",
+        Severity.ERROR,
+    ),
+    LOSS_WEIGHTED: Diagnosis(
+        "the loss is divided by the sum of the class weights of the batch, which depends on the "
+        "targets of all people, so whoever is removed changes the rows of others",
+        "F.cross_entropy(outputs, targets, weight=weights, reduction='none').mean(), which divides "
+        "by their number",
+        Severity.ERROR,
+    ),
+    LOSS_IGNORES: Diagnosis(
+        "the loss is divided by the number of targets of the batch that are not ignored, which "
+        "depends on the data of all people, so whoever is removed changes the rows of others",
+        "take losses with reduction='none', add up each person's, divide by what is fixed (the "
+        "length of a sequence) and take the mean over people",
+        Severity.WARNING,
     ),
     BATCH_STATISTICS: Diagnosis(
         "a layer normalised by statistics of the batch in training mode, so each sample's gradient "

@@ -15,7 +15,7 @@ import torch
 from dpguard import diagnosis
 from dpguard._errors import PrivacyViolation
 
-__all__ = ["Concatenated", "EqualGroups", "Grouping", "PersonIds"]
+__all__ = ["Concatenated", "EqualGroups", "Grouping", "PersonIds", "grouping_of", "owners"]
 
 
 class Grouping:
@@ -147,6 +147,17 @@ def grouping_of(arrangement: str | None, group_size: int | None, ids: Any, layou
             f"{whose.dtype} of {whose.dim()} dimensions"
         )
     return PersonIds(whose)
+
+
+def owners(grouping: Grouping | None, rows: int, device: torch.device) -> torch.Tensor:
+    """Whose each of ``rows`` rows is, as numbers of shape ``(rows,)``; without a grouping its own.
+
+    Raises:
+        PrivacyViolation: the rows do not fit the declaration.
+    """
+    if grouping is None:
+        return torch.arange(rows, device=device)
+    return grouping.spread(torch.arange(grouping.people_of(rows), device=device))
 
 
 def _misfit(what: str) -> PrivacyViolation:

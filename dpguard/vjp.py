@@ -18,10 +18,10 @@ import torch
 
 from dpguard import _compat
 
-__all__ = ["Pair", "Shares", "Unfit", "added", "propagate"]
+__all__ = ["Parts", "Shares", "Unfit", "added", "propagate"]
 
-Pair: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"
-"""A gradient as far as it is one person's, and the whole of it."""
+Parts: TypeAlias = "tuple[torch.Tensor, ...]"
+"""Gradients that are propagated side by side, all of one shape: one person's, and the whole."""
 
 
 class Unfit(Exception):
@@ -33,36 +33,37 @@ class Shares:
     """What has arrived where.
 
     Attributes:
-        leaves: leaf tensors with the gradients of one person and of all.
+        leaves: leaf tensors with their gradients.
         ends: nodes at which to stop, with the index of the input and what has arrived there.
         widest: largest number of elements of any gradient on the way.
         kinds: their precisions.
     """
 
-    leaves: list[tuple[torch.Tensor, Pair]] = field(default_factory=list)
-    ends: list[tuple[Any, int, Pair]] = field(default_factory=list)
+    leaves: list[tuple[torch.Tensor, Parts]] = field(default_factory=list)
+    ends: list[tuple[Any, int, Parts]] = field(default_factory=list)
     widest: int = 1
     kinds: set[torch.dtype] = field(default_factory=set)
 
 
-def added(one: Pair | None, other: Pair) -> Pair:
+def added(one: Parts | None, other: Parts) -> Parts:
     """The sum; new tensors, since gradients may be handed to several nodes."""
-    return other if one is None else (one[0] + other[0], one[1] + other[1])
+    return other if one is None else tuple(a + b for a, b in zip(one, other, strict=True))
 
 
 def propagate(
     root: Any,
-    gradients: list[Pair | None],
+    gradients: list[Parts | None],
     *,
     wanted: Callable[[torch.Tensor], bool],
     is_end: Callable[[Any], bool],
-    watch: Callable[[Any, list[Pair | None]], None] | None = None,
+    watch: Callable[[Any, list[Parts | None]], None] | None = None,
 ) -> Shares:
     """Evaluate ``root`` and the nodes above it that lead to what is wanted.
 
     Args:
         root: a node whose inputs are known.
-        gradients: for each of its inputs the gradients, or ``None`` if there is none.
+        gradients: for each of its inputs the gradients, or ``None`` if there is none; as many
+            for each.
         wanted: whether the gradient of this leaf tensor is asked for.
         is_end: whether to stop at this node, not evaluate it and say what has arrived.
         watch: is given each node before it is evaluated, and what has arrived there.
@@ -78,10 +79,10 @@ class _Run:
     def __init__(
         self,
         root: Any,
-        gradients: list[Pair | None],
+        gradients: list[Parts | None],
         wanted: Callable[[torch.Tensor], bool],
         is_end: Callable[[Any], bool],
-        watch: Callable[[Any, list[Pair | None]], None] | None,
+        watch: Callable[[Any, list[Parts | None]], None] | None,
     ) -> None:
         nodes = _compat.nodes()
         if nodes is None:
@@ -91,8 +92,9 @@ class _Run:
         self._wanted = wanted
         self._is_end = is_end
         self._watch = watch
-        self._device = next(pair[1].device for pair in gradients if pair is not None)
-        self._waiting: dict[int, list[Pair | None]] = {id(root): gradients}
+        first = next(parts for parts in gradients if parts is not None)
+        self._device, self._width = first[0].device, len(first)
+        self._waiting: dict[int, list[Parts | None]] = {id(root): gradients}
         self._ends: set[int] = set()
         self._leading: set[int] = set()
         self._shares = Shares()
@@ -103,7 +105,7 @@ class _Run:
             if arrived is None:
                 continue
             if id(node) in self._ends:
-                found = [(node, i, pair) for i, pair in enumerate(arrived) if pair is not None]
+                found = [(node, i, parts) for i, parts in enumerate(arrived) if parts is not None]
                 self._shares.ends.extend(found)
             elif self._nodes.is_leaf(node):
                 if arrived[0] is not None:
@@ -150,35 +152,36 @@ class _Run:
             return self._wanted(node.variable)
         return any(id(above) in self._leading for above, _ in node.next_functions)
 
-    def _evaluate(self, node: Any, arrived: list[Pair | None]) -> None:
-        for pair in arrived:
-            if pair is not None:
-                self._shares.widest = max(self._shares.widest, math.prod(pair[1].shape))
-                self._shares.kinds.add(pair[1].dtype)
+    def _evaluate(self, node: Any, arrived: list[Parts | None]) -> None:
+        for parts in arrived:
+            if parts is not None:
+                self._shares.widest = max(self._shares.widest, math.prod(parts[0].shape))
+                self._shares.kinds.add(parts[0].dtype)
         if self._watch is not None:
             self._watch(node, arrived)
-        pairs = arrived
+        results = arrived
         if not self._nodes.is_identity(node):
             if not self._nodes.is_plain(node):
                 raise Unfit
-            mine, whole = (
-                _as_tuple(node(*[None if pair is None else pair[k] for pair in arrived]))
-                for k in (0, 1)
-            )
-            pairs = [
-                None if m is None or w is None else (m, w) for m, w in zip(mine, whole, strict=True)
+            runs = [
+                _as_tuple(node(*[None if parts is None else parts[k] for parts in arrived]))
+                for k in range(self._width)
+            ]
+            results = [
+                None if any(part is None for part in parts) else parts
+                for parts in zip(*runs, strict=True)
             ]
         edges = node.next_functions
-        if len(edges) != len(pairs):
+        if len(edges) != len(results):
             raise Unfit
-        for (above, index), pair in zip(edges, pairs, strict=True):
-            if pair is not None and id(above) in self._leading:
-                self._hand_on(above, index, pair)
+        for (above, index), parts in zip(edges, results, strict=True):
+            if parts is not None and id(above) in self._leading:
+                self._hand_on(above, index, parts)
 
-    def _hand_on(self, node: Any, index: int, pair: Pair) -> None:
+    def _hand_on(self, node: Any, index: int, parts: Parts) -> None:
         expected = self._nodes.inputs(node)
         waiting = self._waiting.setdefault(id(node), [None] * len(expected))
-        fitting = (self._fitted(pair[0], expected[index]), self._fitted(pair[1], expected[index]))
+        fitting = tuple(self._fitted(part, expected[index]) for part in parts)
         waiting[index] = added(waiting[index], fitting)
 
     def _fitted(self, gradient: torch.Tensor, expected: Any) -> torch.Tensor:

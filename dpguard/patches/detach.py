@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import wrapt
 
 from dpguard import _callsite, _compat
 from dpguard.ledger import CallKey, Ledger, Tally
+from dpguard.patches.wrapping import TransparentWrapper
 from dpguard.patching import Transaction
 
 __all__ = ["TALLY", "install"]
@@ -28,35 +28,7 @@ _autograd = _compat.autograd()
 _inside_transform = _compat.transform_test()
 
 
-class _Transparent:
-    """Pickle and copy as the wrapped function, so that the wrapper never leaves the process."""
-
-    __wrapped__: Any
-
-    def __reduce__(self) -> Any:
-        return self.__wrapped__.__reduce__()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.__wrapped__.__reduce_ex__(protocol)
-
-    def __copy__(self) -> Any:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return self
-
-
-class _BoundDetach(_Transparent, wrapt.BoundFunctionWrapper[..., Any]):
-    pass
-
-
-class DetachWrapper(_Transparent, wrapt.FunctionWrapper[..., Any]):
-    """Equal to the function it wraps, with the same hash, and picklable as that function."""
-
-    __bound_function_wrapper__ = _BoundDetach
-
-
-class _StableDetachWrapper(DetachWrapper):
+class _StableWrapper(TransparentWrapper):
     """One object and not one for each access, if asked for as an attribute of the class."""
 
     def __get__(self, instance: Any, owner: type[Any] | None = None) -> Any:
@@ -72,9 +44,8 @@ def install(transaction: Transaction, ledger: Ledger, report: Callable[[Exceptio
         report: is given an internal error, after which attribution is switched off.
     """
     attribution = _Attribution(ledger, report)
-    cls = (
-        _StableDetachWrapper if _compat.compiled_code_knows_methods_by_identity() else DetachWrapper
-    )
+    stable = _compat.compiled_code_knows_methods_by_identity()
+    cls = _StableWrapper if stable else TransparentWrapper
     for owner, prefix in ((torch.Tensor, "Tensor."), (torch, "torch.")):
         for name in ("detach", "detach_"):
             original = vars(owner)[name]

@@ -28,12 +28,12 @@ from dpguard import _compat
 from dpguard._errors import DPGuardError
 from dpguard.audit.rows import LAMBDA
 from dpguard.conditioning import conditions
+from dpguard.grouping import Grouping, owners
 from dpguard.patches.draws import Draws
 from dpguard.precision import precision_of
-from dpguard.vjp import Pair, Unfit, propagate
+from dpguard.vjp import Parts, Unfit, propagate
 
 if TYPE_CHECKING:
-    from dpguard.grouping import Grouping
     from dpguard.patches.ghost import GhostPairing
     from dpguard.patches.records import Record
 
@@ -250,14 +250,15 @@ class NormDraw:
         if pairing is None or losses is None:
             return
         try:
-            whose, person = self._whose(losses)
+            whose = owners(self._people, self.rows, losses.device)
         except DPGuardError:
             self.give_up()  # the declared rows do not fit, which is refused elsewhere
             return
         node: Any = losses.grad_fn
+        person = whose.narrow(0, self._row, 1)
         whole = torch.full_like(losses, self._weight)
         mine = whole * (whose == person)
-        gradients: list[Pair | None] = [None] * len(_compat.nodes().inputs(node))  # type: ignore[union-attr]
+        gradients: list[Parts | None] = [None] * len(_compat.nodes().inputs(node))  # type: ignore[union-attr]
         gradients[losses.output_nr] = mine, whole
         wanted = {id(p) for p in pairing.hooks._module.parameters() if p.requires_grad}
         try:
@@ -282,16 +283,7 @@ class NormDraw:
             self.mixing = torch.zeros(2, dtype=torch.float64, device=losses.device)
         self._close()
 
-    def _whose(self, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each loss whose it is, and who was drawn, as a tensor of one number."""
-        if self._people is None:
-            count, whose = self.rows, torch.arange(self.rows, device=losses.device)
-        else:
-            count = self._people.people_of(self.rows)
-            whose = self._people.spread(torch.arange(count, device=losses.device))
-        return whose, whose.narrow(0, self._row, 1)
-
-    def _watch(self, node: Any, arrived: list[Pair | None], person: torch.Tensor) -> None:
+    def _watch(self, node: Any, arrived: list[Parts | None], person: torch.Tensor) -> None:
         """See at the output of a layer whose rows the person's loss depends on."""
         call = self._calls.get(id(node))
         pair = arrived[call.index] if call is not None else None
@@ -309,7 +301,7 @@ class NormDraw:
         is_another = (own == 0) & (others.amax() == most)
         self._mixed.append(torch.stack([most > 0, (most > 0) & ~is_another]).double())
 
-    def _part(self, parameter: Any, pair: Pair) -> Part | None:
+    def _part(self, parameter: Any, pair: Parts) -> Part | None:
         grad, layer = parameter.grad, self._layers.get(id(parameter))
         if layer is None or not layer.is_known or not _is_plain(grad):
             return None

@@ -20,13 +20,14 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from dpguard import _compat
+from dpguard._declare import declared_of
 from dpguard.patches.draws import Draws
 from dpguard.patches.hooked import is_whole
 from dpguard.patches.pairing import Pairing
 from dpguard.patches.records import differentiable, no_hook
-from dpguard.vjp import Pair, Shares, Unfit, added, propagate
+from dpguard.vjp import Parts, Shares, Unfit, added, propagate
 
-__all__ = ["Draw", "Outputs"]
+__all__ = ["Draw", "OutputHook", "Outputs", "mark_of"]
 
 _MARK = "dpguard.output"
 _OUTPUTS_AT_MOST = 4
@@ -39,20 +40,22 @@ class Draw:
 
     Attributes:
         row: which row of the batch is hers, of ``rows``.
+        people: how the rows are declared to be arranged.
         segment: see :mod:`dpguard.ledger`.
         factor: by how much the rows of Opacus are larger than shares.
         found: by identity of a parameter: the parameter, her share and the whole.
         widest: largest number of elements per person of any gradient on the way.
     """
 
-    __slots__ = ("closed", "factor", "found", "marks", "row", "rows", "segment", "widest")
+    __slots__ = ("closed", "factor", "found", "marks", "people", "row", "rows", "segment", "widest")
 
     def __init__(self, row: int, rows: int, segment: int, factor: float) -> None:
         self.row = row
         self.rows = rows
         self.segment = segment
         self.factor = factor
-        self.found: dict[int, tuple[torch.nn.Parameter, Pair]] = {}
+        self.people = declared_of(0)[1]
+        self.found: dict[int, tuple[torch.nn.Parameter, Parts]] = {}
         self.widest = 1
         self.marks = 0
         self.closed = False
@@ -76,9 +79,9 @@ class Draw:
 class _Mark:
     """Stands at the node of an output and is given its whole gradient, before the node runs."""
 
-    __slots__ = ("draw", "hook", "numbers", "passed_on")
+    __slots__ = ("draw", "first", "hook", "numbers", "passed_on")
 
-    def __init__(self, hook: _OutputHook, draw: Draw) -> None:
+    def __init__(self, hook: OutputHook, draw: Draw) -> None:
         self.hook = hook
         self.renew(draw)
 
@@ -87,7 +90,9 @@ class _Mark:
         draw.marks += 1
         self.numbers: set[int] = set()
         """Which results of the node are outputs whose first dimension is the batch."""
-        self.passed_on: dict[int, Pair] = {}
+        self.first: int | None = None
+        """Which of these is the first output of the model."""
+        self.passed_on: dict[int, Parts] = {}
         """What has come to this node from marked outputs below it."""
 
     def __call__(self, gradients: tuple[torch.Tensor | None, ...]) -> None:
@@ -133,12 +138,12 @@ class _Mark:
         )
 
     def _is_other(self, node: Any) -> bool:
-        mark = node.metadata.get(_MARK)
-        return mark is not None and mark is not self and mark.draw is self.draw
+        mark = mark_of(node, self.draw)
+        return mark is not None and mark is not self
 
     def _pair(
-        self, number: int, gradient: torch.Tensor | None, passed_on: Pair | None
-    ) -> Pair | None:
+        self, number: int, gradient: torch.Tensor | None, passed_on: Parts | None
+    ) -> Parts | None:
         """The share of one person, and of all, in the gradient of one result of the node.
 
         What came from outputs below has been parted there already: where samples are mixed
@@ -153,7 +158,13 @@ class _Mark:
         return (mine, gradient) if passed_on is None else (mine + passed_on[0], gradient)
 
 
-class _OutputHook:
+def mark_of(node: Any, draw: Draw) -> _Mark | None:
+    """The mark of this draw at a node, if it has one."""
+    mark: _Mark | None = node.metadata.get(_MARK)
+    return mark if mark is not None and mark.draw is draw else None
+
+
+class OutputHook:
     """The forward hook on a model that Opacus hooked."""
 
     __slots__ = ("__weakref__", "_drawn", "outputs", "pairing")
@@ -215,6 +226,7 @@ class _OutputHook:
             self.draw = None
             self.armed = False
             self.outputs.pending.discard(self)
+            self.outputs.unasked.discard(self)
 
     def _on_output(self, output: Any) -> None:
         pairing = self.pairing
@@ -228,7 +240,8 @@ class _OutputHook:
         draw = self._draw(batch) if batch else None
         if draw is None:
             return
-        for tensor in _of_batch(found, draw.rows)[:_OUTPUTS_AT_MOST]:
+        outputs = _of_batch(found, draw.rows)
+        for tensor in outputs[:_OUTPUTS_AT_MOST]:
             node: Any = tensor.grad_fn
             mark = node.metadata.get(_MARK)
             if mark is None:
@@ -237,6 +250,8 @@ class _OutputHook:
             elif mark.draw is not draw:
                 mark.renew(draw)
             mark.numbers.add(tensor.output_nr)
+            if tensor is outputs[0]:
+                mark.first = tensor.output_nr
 
     def _draw(self, batch: int) -> Draw | None:
         """The draw that this forward belongs to, if it does to one."""
@@ -254,6 +269,7 @@ class _OutputHook:
         row = self.outputs.random.randrange(batch)
         factor = float(batch) if self.pairing.loss_reduction == "mean" else 1.0
         self.draw = Draw(row, batch, segment, factor)
+        self.outputs.unasked.add(self)
         return self.draw
 
     def _batch_of(self, output: Any, found: list[torch.Tensor]) -> int:
@@ -281,8 +297,8 @@ class _OutputHook:
             if hook is self:
                 del registered[key]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _OutputHook:
-        return _OutputHook(self.outputs, copy.deepcopy(self.pairing, memo))
+    def __deepcopy__(self, memo: dict[int, Any]) -> OutputHook:
+        return OutputHook(self.outputs, copy.deepcopy(self.pairing, memo))
 
     def __reduce__(self) -> Any:
         return (_stored_hook, ())
@@ -326,14 +342,16 @@ class Outputs(Draws):
 
     def __init__(self, report: Callable[[str, Exception], None]) -> None:
         super().__init__(report)
-        self.hooks: weakref.WeakSet[_OutputHook] = weakref.WeakSet()
-        self.pending: weakref.WeakSet[_OutputHook] = weakref.WeakSet()
+        self.hooks: weakref.WeakSet[OutputHook] = weakref.WeakSet()
+        self.pending: weakref.WeakSet[OutputHook] = weakref.WeakSet()
         """Those that have found something since the last step."""
+        self.unasked: weakref.WeakSet[OutputHook] = weakref.WeakSet()
+        """Those with a draw whose loss is still to come, see :mod:`dpguard.patches.losses`."""
 
     def watch(self, pairing: Pairing) -> None:
         """Look at the outputs of a model that was hooked."""
         self.unwatch(pairing)
-        hook = _OutputHook(self, pairing)
+        hook = OutputHook(self, pairing)
         hook.model.register_forward_hook(hook)
 
     def unwatch(self, pairing: Pairing | None = None) -> None:
@@ -367,4 +385,5 @@ class Outputs(Draws):
                 taken.append(draw)
                 hook.draw, hook.armed, draw.closed = None, False, True
                 self.pending.discard(hook)
+                self.unasked.discard(hook)
         return taken

@@ -1,4 +1,4 @@
-"""Wrappers that compiled code does not go round."""
+"""Wrappers that compiled code does not go round, and such as pass for what they wrap."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import wrapt
 
-__all__ = ["EagerWrapper", "MethodWrapper"]
+__all__ = ["EagerWrapper", "MethodWrapper", "TransparentWrapper"]
 
 
 class EagerWrapper(wrapt.FunctionWrapper[..., Any]):
@@ -73,3 +73,31 @@ def _own(instance: Any, name: str) -> dict[str, Any]:
     if own is None:
         raise AttributeError(f"{type(instance).__name__!r} object attribute {name!r} is read-only")
     return own
+
+
+class _Transparent:
+    """Pickle and copy as the wrapped function, so that the wrapper never leaves the process."""
+
+    __wrapped__: Any
+
+    def __reduce__(self) -> Any:
+        return self.__wrapped__.__reduce__()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.__wrapped__.__reduce_ex__(protocol)
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self
+
+
+class _BoundTransparent(_Transparent, wrapt.BoundFunctionWrapper[..., Any]):
+    pass
+
+
+class TransparentWrapper(_Transparent, wrapt.FunctionWrapper[..., Any]):
+    """Equal to the function it wraps, with the same hash, and picklable as that function."""
+
+    __bound_function_wrapper__ = _BoundTransparent

@@ -1,0 +1,61 @@
+"""Loss: one person's gradient does not depend on other people's outputs and targets.
+
+What the loss shows was looked at before its backward (:mod:`dpguard.patches.losses`), whenever the
+row oracle has drawn somebody. A derivative, or a gradient, that is zero at everybody else is so
+exactly where samples only meet in a sum; where they are taken along and cancel (the largest of all
+logits subtracted from each), what rounding leaves is.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+from dpguard import diagnosis
+from dpguard.audit.check import Check, Failure, Failures, Step
+from dpguard.patches.lean import Clipping
+from dpguard.patches.losses import Coupling, Losses
+
+__all__ = ["LOSS", "Loss"]
+
+LOSS = "people.loss"
+_ROUNDINGS = 128
+"""So many roundoffs of what is the person's may be left at others."""
+
+
+class Loss(Check):
+    """Judges losses.
+
+    Args:
+        losses: looks at them.
+    """
+
+    names = (LOSS,)
+
+    def __init__(self, losses: Losses) -> None:
+        self._losses = losses
+
+    def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:
+        """All backwards of the physical batch have been."""
+        for found in self._losses.take(step.parameters):
+            step.run(LOSS, count=1)
+            figures = [figure for pair in found.pairs for figure in pair]
+            figures += [found.weights, found.ignored]
+            step.collect((LOSS,), figures, functools.partial(_verdict, found))
+        return ()
+
+
+def _verdict(found: Coupling, values: list[float]) -> list[Failure]:
+    *pairs, weights, ignored = values
+    bound = _ROUNDINGS * found.roundoff
+    failures = []
+    for own, others in zip(pairs[::2], pairs[1::2], strict=True):
+        if others > bound**2 * own and math.isfinite(own + others):
+            figure = math.sqrt(others / own) if own else math.inf
+            failures = [Failure(LOSS, diagnosis.LOSS_COUPLES, figure=figure, bound=bound)]
+    if weights > 0:
+        failures.append(Failure(LOSS, diagnosis.LOSS_WEIGHTED))
+    elif ignored > 0:
+        failures.append(Failure(LOSS, diagnosis.LOSS_IGNORES))
+    return failures

@@ -1,0 +1,405 @@
+"""Losses: whether one person's gradient depends on other people, against ground truth."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import warnings
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from opacus import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from torch import nn
+
+import dpguard
+from dpguard import diagnosis
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
+
+BATCH, FEATURES, CLASSES = 12, 6, 5
+LOSS = "people.loss"
+WEIGHTS = torch.arange(1.0, CLASSES + 1)
+
+
+def one_hot(y):
+    return F.one_hot(y, CLASSES).to(torch.get_default_dtype())
+
+
+def shifted(outputs, y):
+    """Log-softmax by hand, stabilised by the largest of all logits."""
+    outputs = outputs - outputs.max()
+    return -(outputs.gather(1, y[:, None])[:, 0] - outputs.exp().sum(1).log()).mean()
+
+
+def info_nce(outputs, y):
+    z = F.normalize(outputs, dim=1)
+    similar = (z @ z.T / 0.5).masked_fill(torch.eye(len(z), dtype=torch.bool), -1e9)
+    return F.cross_entropy(similar, torch.arange(len(z)).roll(1))
+
+
+def dice(outputs, y):
+    p = outputs.sigmoid()
+    return 1 - 2 * (p * one_hot(y)).sum() / (p.sum() + 1)
+
+
+def own_dice(outputs, y):
+    p = outputs.sigmoid()
+    return (1 - 2 * (p * one_hot(y)).sum(1) / (p.sum(1) + 1)).mean()
+
+
+def focal(outputs, y):
+    p = outputs.softmax(1).gather(1, y[:, None])[:, 0]
+    return ((1 - p) ** 2 * F.cross_entropy(outputs, y, reduction="none")).mean()
+
+
+def ranking(outputs, y):
+    scores = outputs[:, 0]
+    return F.margin_ranking_loss(scores, scores.roll(1), torch.ones(len(scores)), margin=0.1)
+
+
+def barlow(outputs, y):
+    return ((outputs.T @ outputs / len(outputs) - torch.eye(CLASSES)) ** 2).sum()
+
+
+def diverse(outputs, y):
+    p = outputs.softmax(1).mean(0)
+    return F.cross_entropy(outputs, y) + (p * p.log()).sum()
+
+
+SEPARATE = {
+    "cross entropy": F.cross_entropy,
+    "sum": lambda o, y: F.cross_entropy(o, y, reduction="sum") / BATCH,
+    "smoothed": lambda o, y: F.cross_entropy(o, y, label_smoothing=0.1),
+    "soft targets": lambda o, y: F.cross_entropy(o, one_hot(y), weight=WEIGHTS),
+    "weighted without a mean": lambda o, y: F.cross_entropy(
+        o, y, weight=WEIGHTS, reduction="none"
+    ).mean(),
+    "equal weights": lambda o, y: F.cross_entropy(o, y, weight=torch.full((CLASSES,), 3.0)),
+    "squares": lambda o, y: F.mse_loss(o, one_hot(y)),
+    "mean over people first": lambda o, y: (
+        F.mse_loss(o, one_hot(y), reduction="none").mean(0).sum()
+    ),
+    "bce": lambda o, y: F.binary_cross_entropy_with_logits(o, one_hot(y), pos_weight=WEIGHTS),
+    "l1": lambda o, y: F.l1_loss(o, one_hot(y)),
+    "huber": lambda o, y: F.smooth_l1_loss(o, one_hot(y)),
+    "kl": lambda o, y: F.kl_div(F.log_softmax(o, 1), one_hot(y), reduction="batchmean"),
+    "stabilised": shifted,
+    "hinge": lambda o, y: F.relu(1 - o[:, :1] * (2.0 * (y[:, None] > 2) - 1)).mean(),
+    "cosine": lambda o, y: -F.cosine_similarity(o, one_hot(y)).mean(),
+    "focal": focal,
+    "norms": lambda o, y: o.norm(dim=1).mean(),
+    "dice of each": own_dice,
+    "clamped": lambda o, y: o.clamp(-0.3, 0.3).pow(2).mean(),
+    "einsum": lambda o, y: torch.einsum("bi,bi->", o, o),
+    "triplet of one person": lambda o, y: F.triplet_margin_loss(o[:, :1], o[:, 1:2], o[:, 2:3]),
+    "in bfloat16": lambda o, y: F.cross_entropy(o.bfloat16().float(), y),
+}
+COUPLED = {
+    "class weights": (diagnosis.LOSS_WEIGHTED, lambda o, y: F.cross_entropy(o, y, weight=WEIGHTS)),
+    "weights and smoothing": (
+        diagnosis.LOSS_WEIGHTED,
+        lambda o, y: F.cross_entropy(o, y, weight=WEIGHTS, label_smoothing=0.1),
+    ),
+    "ignored": (
+        diagnosis.LOSS_IGNORES,
+        lambda o, y: F.cross_entropy(o, torch.where(y < 2, -100, y)),
+    ),
+    "dice": (diagnosis.LOSS_COUPLES, dice),
+    "contrastive": (diagnosis.LOSS_COUPLES, info_nce),
+    "ranking": (diagnosis.LOSS_COUPLES, ranking),
+    "pairs": (
+        diagnosis.LOSS_COUPLES,
+        lambda o, y: -F.logsigmoid(o[:, 0] - o[:, 0].roll(1)).mean(),
+    ),
+    "root of a mean": (diagnosis.LOSS_COUPLES, lambda o, y: F.mse_loss(o, one_hot(y)).sqrt()),
+    "logarithm of a mean": (diagnosis.LOSS_COUPLES, lambda o, y: F.cross_entropy(o, y).log()),
+    "norm of all": (diagnosis.LOSS_COUPLES, lambda o, y: o.norm()),
+    "spread": (diagnosis.LOSS_COUPLES, lambda o, y: o.std(0).mean()),
+    "centred": (diagnosis.LOSS_COUPLES, lambda o, y: F.cross_entropy(o - o.mean(0), y)),
+    "triplet": (
+        diagnosis.LOSS_COUPLES,
+        lambda o, y: F.triplet_margin_loss(o, o.roll(1, 0), o.roll(2, 0)),
+    ),
+    "covariance": (diagnosis.LOSS_COUPLES, barlow),
+    "diversity": (diagnosis.LOSS_COUPLES, diverse),
+    "batch norm": (
+        diagnosis.LOSS_COUPLES,
+        lambda o, y: F.cross_entropy(F.batch_norm(o, None, None, training=True), y),
+    ),
+}
+
+
+def model_of():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+
+
+def batch_of(count=BATCH):
+    return torch.randn(count, FEATURES), torch.randint(CLASSES, (count,))
+
+
+class Training:
+    def __init__(self, make=model_of):
+        self.model = GradSampleModule(make())
+        self.optimizer = DPOptimizer(
+            torch.optim.SGD(self.model.parameters(), lr=0.05),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            expected_batch_size=BATCH,
+        )
+
+    def step(self, loss, batch=None):
+        x, y = batch or batch_of()
+        self.optimizer.zero_grad()
+        loss(self.model(x), y).backward()
+        self.optimizer.step()
+
+
+def train(loss, steps=4, mode="repair", **settings):
+    """Causes found of the loss, and how often it was looked at."""
+    with dpguard.install(mode=mode, oracle_every=1, **settings) as guard:
+        training = Training()
+        looked = 0
+        for _ in range(steps):
+            training.step(loss)
+            count = guard.last_step.checks[LOSS]
+            looked += count.passed + count.failed
+    return [v.cause for v in guard.violations if v.check == LOSS], looked, guard
+
+
+def changes_others(loss):
+    """By how much the gradients of all others change, scaled by their number, without one."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        x, y = (t.double() if t.is_floating_point() else t for t in batch_of())
+        y[0], y[1:4] = 0, torch.tensor([4, 3, 2])
+        model = model_of().double()
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(f"{__name__}.WEIGHTS", WEIGHTS.double())
+            found = []
+            for kept in (slice(0, None), slice(1, None)):
+                outputs = model(x[kept]).detach().requires_grad_()
+                scale = BATCH if loss is SEPARATE["sum"] else len(outputs)
+                if loss is SEPARATE["einsum"]:
+                    scale = 1
+                (grad,) = torch.autograd.grad(loss(outputs, y[kept]), outputs)
+                found.append(scale * grad)
+    finally:
+        torch.set_default_dtype(default)
+    return float((found[0][1:] - found[1]).abs().max() / found[0].abs().max())
+
+
+@pytest.mark.parametrize("name", SEPARATE)
+def test_terms_of_one_person_each(name):
+    """Nobody's gradient depends on others, which is so, and nothing is said."""
+    causes, looked, guard = train(SEPARATE[name], mode="strict")
+    if name != "in bfloat16":
+        assert changes_others(SEPARATE[name]) < 1e-9
+    assert causes == []
+    assert looked == 4
+    assert guard.violations == ()
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_losses_that_compare_people(name):
+    """Somebody who is removed changes the gradients of others, which is so, and it is said."""
+    cause, loss = COUPLED[name]
+    assert changes_others(loss) > 1e-3
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        causes, _, guard = train(loss, steps=6)
+    assert cause in causes
+    assert set(causes) == {cause}
+    assert {v.cause for v in guard.violations} == {cause}
+
+
+def test_strict_refuses_and_says_why():
+    """The message names what to do; a mean over what is not ignored is a warning only."""
+    with pytest.raises(dpguard.DPGuardError, match="contrastive and ranking losses compare"):
+        train(info_nce, mode="strict")
+    with pytest.raises(dpguard.DPGuardError, match=r"reduction='none'\)\.mean\(\)"):
+        train(COUPLED["class weights"][1], mode="strict")
+    causes, *_ = train(COUPLED["ignored"][1], mode="strict")
+    assert causes[0] == diagnosis.LOSS_IGNORES
+
+
+def two_views(outputs, y):
+    """Both views of a person are each other's only positive, compared with nobody else."""
+    one, other = outputs.chunk(2)
+    return -F.logsigmoid(F.cosine_similarity(one, other)).sum()
+
+
+def two_views_of_all(outputs, y):
+    one, other = (F.normalize(view, dim=1) for view in outputs.chunk(2))
+    return F.cross_entropy(one @ other.T, torch.arange(len(one)), reduction="sum")
+
+
+@pytest.mark.parametrize(("loss", "couples"), [(two_views, False), (two_views_of_all, True)])
+def test_rows_of_one_person_may_be_compared(loss, couples):
+    """As they are declared."""
+    with (
+        warnings.catch_warnings(),
+        dpguard.install(mode="repair", oracle_every=1) as guard,
+    ):
+        warnings.simplefilter("ignore")
+        training = Training()
+        for _ in range(4):
+            x, y = batch_of()
+            training.optimizer.zero_grad()
+            with dpguard.rows(group_size=2, layout="blocks"):
+                loss(training.model(torch.cat([x, x + 0.1])), y).backward()
+            training.optimizer.step()
+        count = guard.last_step.checks[LOSS]
+    causes = {v.cause for v in guard.violations if v.check == LOSS}
+    assert causes == ({diagnosis.LOSS_COUPLES} if couples else set())
+    assert (count.passed, count.failed) == ((0, 1) if couples else (1, 0))
+
+
+def test_several_forwards():
+    """Row by row two forwards may meet; a third of a model whose outputs are compared is seen."""
+    with (
+        warnings.catch_warnings(),
+        dpguard.install(mode="repair", oracle_every=1) as guard,
+    ):
+        warnings.simplefilter("ignore")
+        training = Training()
+        (x, y), (other, _) = batch_of(), batch_of()
+
+        def siamese(outputs, y):
+            return -F.cosine_similarity(outputs, training.model(other)).mean()
+
+        def crossed(outputs, y):
+            return -F.cosine_similarity(outputs, training.model(other).roll(1, 0)).mean()
+
+        for _ in range(3):
+            training.step(siamese, (x, y))
+        assert guard.last_step.checks[LOSS].passed == 1
+        assert guard.violations == ()
+        for _ in range(3):
+            training.step(crossed, (x, y))
+        assert {v.cause for v in guard.violations} == {diagnosis.LOSS_COUPLES}
+
+
+def test_roots_and_gradients():
+    """Several roots, a root that is no number with a gradient of its own."""
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        training = Training()
+
+        def losses(outputs, y):
+            return F.cross_entropy(outputs, y, reduction="none")
+
+        x, y = batch_of()
+        for begin in (
+            lambda out: losses(out, y).backward(torch.full((BATCH,), 1 / BATCH)),
+            lambda out: torch.autograd.backward([losses(out, y).mean(), out.pow(2).mean()]),
+            lambda out: torch.autograd.backward(tensors=losses(out, y).mean()),
+        ):
+            training.optimizer.zero_grad()
+            begin(training.model(x))
+            training.optimizer.step()
+            assert guard.last_step.checks[LOSS].passed == 1
+
+
+def test_what_cannot_be_evaluated_is_not_looked_at():
+    """Functions in Python, losses that have no second derivative: nothing runs twice."""
+    calls = []
+
+    class Own(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            calls.append(1)
+            return grad
+
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        training = Training()
+        training.step(lambda o, y: F.cross_entropy(Own.apply(o), y))
+        assert guard.last_step.checks[LOSS].not_run
+        assert len(calls) == 1
+        training.step(F.multi_margin_loss)
+        assert guard.last_step.checks[LOSS].not_run
+
+
+def test_only_what_is_drawn_is_looked_at():
+    """Every so many steps, as the row oracle."""
+    with dpguard.install(mode="strict", oracle_every=3) as guard:
+        training, looked = Training(), []
+        for _ in range(7):
+            training.step(F.cross_entropy)
+            looked.append(bool(guard.last_step.checks[LOSS].passed))
+    assert looked == [True, False, False, True, False, False, True]
+
+
+def trace(mode):
+    """A run with hooks on everything, and all that could be seen of it."""
+    seen = []
+    torch.manual_seed(11)
+    with dpguard.install(mode=mode, **({} if mode == "off" else {"oracle_every": 1})):
+        training = Training()
+        for _ in range(3):
+            x, y = batch_of()
+            training.optimizer.zero_grad()
+            outputs = training.model(x)
+            outputs.register_hook(lambda grad: seen.append(grad.clone()))
+            losses = F.cross_entropy(F.relu(outputs), y, reduction="none")
+            losses.register_hook(lambda grad: seen.append(grad.clone()))
+            losses.grad_fn.register_prehook(lambda grads: seen.append(grads[0].clone()))
+            losses.mean().backward()
+            training.optimizer.step()
+        seen += [p.detach().clone() for p in training.model.parameters()]
+        seen.append(torch.get_rng_state())
+    return seen
+
+
+def test_nothing_of_the_host_is_touched():
+    """Hooks run once, with what they had; the random stream and the update are the same."""
+    plain, guarded = trace("off"), trace("repair")
+    assert len(plain) == len(guarded)
+    assert all(torch.equal(a, b) for a, b in zip(plain, guarded, strict=True))
+
+
+def test_the_graph_goes_as_soon_as_without():
+    """Neither outputs nor losses are kept."""
+    with dpguard.install(mode="strict", oracle_every=1):
+        training = Training()
+        x, y = batch_of()
+        outputs = training.model(x)
+        loss = F.cross_entropy(outputs, y)
+        loss.backward()
+        references = weakref.ref(outputs), weakref.ref(loss)
+        del outputs, loss
+        gc.collect()
+        assert [reference() for reference in references] == [None] * 2
+        training.optimizer.step()
+
+
+def test_backward_passes_for_the_original():
+    """Equal to it, picklable, with its signature and errors; and it is itself again afterwards."""
+    original = torch.autograd.backward
+    with dpguard.install(mode="repair", oracle_every=1):
+        patched = torch.autograd.backward
+        assert patched is not original
+        assert patched == original
+        assert hash(patched) == hash(original)
+        assert pickle.loads(pickle.dumps(patched)) is patched
+        assert copy.deepcopy(patched) is patched
+        training = Training()
+        x, _ = batch_of()
+        training.model(x)  # somebody is drawn
+        with pytest.raises(TypeError, match="tensors"):
+            torch.autograd.backward()
+        with pytest.raises(RuntimeError, match="grad can be implicitly created only for scalar"):
+            training.model(x).backward()
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            torch.zeros(()).backward()
+    assert torch.autograd.backward is original
