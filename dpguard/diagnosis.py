@@ -76,6 +76,7 @@ ACCOUNTED_RATE_HIGH = "accounted_rate_too_high"
 HISTORY_CHANGED = "history_changed"
 ACCOUNTANT_REPLACED = "accountant_replaced"
 ACCOUNTED_ANEW = "accounted_anew"
+ACCOUNTED_IN_PART = "accounted_in_part"
 NOT_POISSON = "not_poisson"
 LOADER_BYPASSED = "loader_bypassed"
 STEP_HOOK = "step_hook"
@@ -458,6 +459,13 @@ _DIAGNOSES = {
         "keep one PrivacyEngine for a model and its data, or load the steps of the former "
         "accountant (engine.load_checkpoint(), accountant.load_state_dict()); else add up what "
         "both have spent",
+        Severity.WARNING,
+    ),
+    ACCOUNTED_IN_PART: Diagnosis(
+        "another DP optimizer trains a part of the same model and has its steps accounted; those "
+        "of this one are in no accountant that is seen, and its noise protects its own part only",
+        "train all of a model with one DP optimizer, or attach the same accountant's step hook to "
+        "each (optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(sample_rate)))",
         Severity.WARNING,
     ),
     NOT_POISSON: Diagnosis(

@@ -535,6 +535,35 @@ def test_a_new_engine_for_the_same_model_and_data_is_said(how):
             assert guard.last_step.checks[STEPS].verdict == "pass"
 
 
+@pytest.mark.skipif(not MODERN, reason="accountants of this Opacus have no history")
+@pytest.mark.parametrize("accounted", [False, True])
+def test_two_optimizers_of_one_model(accounted):
+    """Both have noise of their own; if only one is accounted, it is said, once."""
+    with dpguard.install(mode="strict") as guard:
+        training = Training()
+        engine, first = training.engine, training.optimizer
+        body = list(training.raw.parameters())
+        first.param_groups[0]["params"] = body[:2]
+        second = DPOptimizer(
+            torch.optim.SGD(body[2:], lr=0.05),
+            noise_multiplier=first.noise_multiplier,
+            max_grad_norm=first.max_grad_norm,
+            expected_batch_size=first.expected_batch_size,
+        )
+        if accounted:
+            hook = engine.accountant.get_optimizer_hook_fn(sample_rate=0.2)
+            second.attach_step_hook(hook)
+        for _ in range(2):
+            for x, y in training.loader:
+                first.zero_grad()
+                second.zero_grad()
+                torch.nn.functional.cross_entropy(training.model(x), y).backward()
+                first.step()
+                second.step()
+        found = [v.cause for v in guard.violations]
+        assert found == ([] if accounted else [diagnosis.ACCOUNTED_IN_PART])
+
+
 @pytest.mark.parametrize("attached", [False, True])
 def test_a_hook_of_ones_own_tells_the_rate_of_the_draws(attached):
     """Opacus's own hook may have been made with a larger one: one over the number of batches."""

@@ -124,6 +124,7 @@ COUPLED = {
         diagnosis.LOSS_COUPLES,
         lambda o, y: F.triplet_margin_loss(o, o.roll(1, 0), o.roll(2, 0)),
     ),
+    "distances": (diagnosis.LOSS_COUPLES, lambda o, y: torch.cdist(o, o).pow(2).mean()),
     "covariance": (diagnosis.LOSS_COUPLES, barlow),
     "diversity": (diagnosis.LOSS_COUPLES, diverse),
     "batch norm": (

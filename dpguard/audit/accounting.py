@@ -136,6 +136,8 @@ class _State:
     number: int = 0
     sigma: float | None = None
     had: bool = False
+    alone: bool = True
+    """Nobody is known to train the rest of its model and to have accounted for that."""
 
 
 class Accounting(Check):
@@ -148,6 +150,8 @@ class Accounting(Check):
         self._books = PerOwner(lambda _: _Book())
         self._trained: PerOwner[list[_Book]] = PerOwner(lambda _: [])
         """Of each model the books in which its steps stand."""
+        self._accounted: weakref.WeakSet[Any] = weakref.WeakSet()
+        """Models some of whose steps are accounted."""
         self._owners: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
         self._strays: set[float] = set()
 
@@ -205,8 +209,10 @@ class Accounting(Check):
             state.sigma = _compat.plain_number(_compat.due_sigma(optimizer))
             self._know(state, optimizer)
         self._meet(state)
-        if not state.had or not step.parameters:
+        if not step.parameters:
             return ()
+        if not state.had:
+            return self._beside(state, step)
         state.number = step.number
         failures: list[Failure] = []
         iterations = _compat.accumulated_iterations(optimizer, step.parameters)
@@ -226,6 +232,7 @@ class Accounting(Check):
                     if book is not state.book:
                         state.book = book
                         failures += self._compare_books(step, book)
+                        self._accounted.update(_models_of(step))
         if missed:
             failures.append(Failure(STEPS, diagnosis.NOT_ACCOUNTED))
         self._strays.clear()
@@ -342,13 +349,19 @@ class Accounting(Check):
                 failures += _once(failure, book)
         return failures
 
+    def _beside(self, state: _State, step: Step) -> list[Failure]:
+        """Whether the steps of an optimizer without accountant go with some that are accounted."""
+        if state.alone and any(model in self._accounted for model in _models_of(step)):
+            state.alone = False
+            return [Failure(STEPS, diagnosis.ACCOUNTED_IN_PART, only_said=True)]
+        return []
+
     def _compare_books(self, step: Step, book: _Book) -> list[Failure]:
         """Whether the model was trained on the same data under an accountant that is forgotten."""
-        model = step.states[0].model() if step.states and step.states[0].model else None
-        dataset = book.dataset()
-        if model is None or dataset is None:
+        models, dataset = _models_of(step), book.dataset()
+        if not models or dataset is None:
             return []
-        books = self._trained.of(model)
+        books = self._trained.of(models[0])
         if any(known is book for known in books):
             return []
         has = _merged(book.observed)
@@ -372,6 +385,13 @@ class Accounting(Check):
 def _history_of(told: _Told) -> list[tuple[float, float, int]] | None:
     accountant = told.accountant()
     return None if accountant is None else _compat.history_of(accountant)
+
+
+def _models_of(step: Step) -> list[Any]:
+    """The hooked model that the step trains, if there is one."""
+    reference = step.states[0].model if step.states else None
+    model = None if reference is None else reference()
+    return [] if model is None else [model]
 
 
 def _is_told(state: _State, accountant: Any) -> bool:

@@ -39,7 +39,8 @@ class Loss(Check):
     def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:
         """All backwards of the physical batch have been."""
         for found in self._losses.take(step.parameters):
-            step.run(LOSS, count=1)
+            if found.whole:
+                step.run(LOSS, count=1)
             figures = [figure for pair in found.pairs for figure in pair]
             figures += [found.weights, found.ignored]
             step.collect((LOSS,), figures, functools.partial(_verdict, found))

@@ -12,8 +12,8 @@ between the loss and the outputs is evaluated once more before the backward begi
 * The gradient of the person's outputs is differentiated, in a random direction, by the outputs:
   by those of others it is zero.
 * What decides between two slopes (``relu``, ``clamp``, ``abs``) is constant on either side, so its
-  derivative does not show whom it depends on. One element that is let through is followed to the
-  outputs: they are one person's.
+  derivative does not show whom it depends on, and torch has no derivative of that of ``cdist``. One
+  element that is let through is followed to the outputs: they are one person's.
 * A negative log-likelihood whose mean is over the weights of the classes of the batch, or over the
   targets that are not ignored, has a divisor that depends on everybody's targets.
 
@@ -50,7 +50,7 @@ _MEAN = 1
 _GATES = frozenset(
     f"{name}Backward{number}"
     for name in (
-        "Abs", "Clamp", "ClampMax", "ClampMin", "Elu", "Fmax", "Fmin", "Hardshrink",
+        "Abs", "Cdist", "Clamp", "ClampMax", "ClampMin", "Elu", "Fmax", "Fmin", "Hardshrink",
         "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyRelu", "Maximum", "Minimum", "PreluKernel",
         "Relu", "Softshrink", "Threshold",
     )
@@ -68,7 +68,8 @@ class Coupling:
     Attributes:
         hook: at the model whose outputs they are.
         pairs: squares of what was the person's, and of what was other people's and should be zero:
-            of the derivative of the gradient, and of the element that each gate has let through.
+            of the derivative of the gradient, and of one element of each gate.
+        whole: whether there is such a derivative.
         weights: by how much class weights differ that a mean is taken over.
         ignored: how many targets were left out of a mean.
         roundoff: of the lowest precision on the way.
@@ -76,6 +77,7 @@ class Coupling:
 
     hook: weakref.ref[OutputHook]
     pairs: list[tuple[torch.Tensor, torch.Tensor]]
+    whole: bool
     weights: torch.Tensor
     ignored: torch.Tensor
     roundoff: float
@@ -192,15 +194,18 @@ class _Examination:
             person = whose.narrow(0, self._draw.row, 1)
             looked_at = self._looked_at(gradients, whose == person)
         pairs = []
-        if looked_at.requires_grad:
-            sizes = _sizes(self._run(looked_at), whose)
-            pairs.append((sizes.index_select(0, person)[0], sizes.index_fill(0, person, 0).sum()))
         for gate in self._gates:
             sizes = _sizes(self._one_through(*gate), whose)
             pairs.append((sizes.amax(), sizes.sum() - sizes.amax()))
+        try:
+            sizes = _sizes(self._run(looked_at) if looked_at.requires_grad else [], whose)
+            pairs.append((sizes.index_select(0, person)[0], sizes.index_fill(0, person, 0).sum()))
+            whole = True
+        except (Unfit, RuntimeError):
+            whole = False  # torch knows no such derivative
         weights, ignored = self._divisors(whose.new_zeros((), dtype=torch.float64))
         roundoff = max(map(_compat.unit_roundoff, self._kinds))
-        return Coupling(weakref.ref(self._hook), pairs, weights, ignored, roundoff)
+        return Coupling(weakref.ref(self._hook), pairs, whole, weights, ignored, roundoff)
 
     def _run(self, root: torch.Tensor, watch: Any = None) -> list[torch.Tensor]:
         """Gradients of a number by the first output of each forward."""
@@ -249,9 +254,8 @@ class _Examination:
         """Gradients of one element that a gate lets through."""
         results = node(arrived)
         results = results if isinstance(results, tuple) else (results,)
-        through = next((r for r in results if r is not None and r.shape == arrived.shape), None)
-        if through is None:
-            return []
+        fitting = (r for r in results if r is not None and r.shape == arrived.shape)
+        through = next(fitting, arrived)
         noise = torch.rand(
             through.shape, generator=self._probes.generator(through.device), device=through.device
         )
