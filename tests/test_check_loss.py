@@ -17,6 +17,7 @@ from torch import nn
 
 import dpguard
 from dpguard import diagnosis
+from dpguard.patches import losses
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
 
@@ -293,14 +294,14 @@ def test_roots_and_gradients():
     with dpguard.install(mode="strict", oracle_every=1) as guard:
         training = Training()
 
-        def losses(outputs, y):
+        def each(outputs, y):
             return F.cross_entropy(outputs, y, reduction="none")
 
         x, y = batch_of()
         for begin in (
-            lambda out: losses(out, y).backward(torch.full((BATCH,), 1 / BATCH)),
-            lambda out: torch.autograd.backward([losses(out, y).mean(), out.pow(2).mean()]),
-            lambda out: torch.autograd.backward(tensors=losses(out, y).mean()),
+            lambda out: each(out, y).backward(torch.full((BATCH,), 1 / BATCH)),
+            lambda out: torch.autograd.backward([each(out, y).mean(), out.pow(2).mean()]),
+            lambda out: torch.autograd.backward(tensors=each(out, y).mean()),
         ):
             training.optimizer.zero_grad()
             begin(training.model(x))
@@ -341,6 +342,26 @@ def test_only_what_is_drawn_is_looked_at():
     assert looked == [True, False, False, True, False, False, True]
 
 
+def test_losses_that_do_not_begin_at_the_outputs(monkeypatch):
+    """They are looked at a few times, not in every step of a run."""
+    looked = []
+    look = losses._Examination.of
+    monkeypatch.setattr(
+        losses._Examination, "of", lambda self, seeds: looked.append(1) or look(self, seeds)
+    )
+    with dpguard.install(mode="repair", oracle_every=8) as guard:
+        training, kept = Training(), []
+        training.model._module[1].register_forward_hook(lambda *args: kept.append(args[2]))
+        for _ in range(12):
+            x, _ = batch_of()
+            training.optimizer.zero_grad()
+            training.model(x)
+            kept.pop().pow(2).mean().backward()
+            training.optimizer.step()
+    assert len(looked) == 8
+    assert not [v for v in guard.violations if v.check == LOSS]
+
+
 def trace(mode):
     """A run with hooks on everything, and all that could be seen of it."""
     seen = []
@@ -352,10 +373,10 @@ def trace(mode):
             training.optimizer.zero_grad()
             outputs = training.model(x)
             outputs.register_hook(lambda grad: seen.append(grad.clone()))
-            losses = F.cross_entropy(F.relu(outputs), y, reduction="none")
-            losses.register_hook(lambda grad: seen.append(grad.clone()))
-            losses.grad_fn.register_prehook(lambda grads: seen.append(grads[0].clone()))
-            losses.mean().backward()
+            each = F.cross_entropy(F.relu(outputs), y, reduction="none")
+            each.register_hook(lambda grad: seen.append(grad.clone()))
+            each.grad_fn.register_prehook(lambda grads: seen.append(grads[0].clone()))
+            each.mean().backward()
             training.optimizer.step()
         seen += [p.detach().clone() for p in training.model.parameters()]
         seen.append(torch.get_rng_state())

@@ -141,9 +141,10 @@ class Losses:
             return
         for hook in list(self._outputs.unasked):
             draw = hook.draw
-            if draw is None or draw.rows < 2:  # noqa: PLR2004 - nobody else is there
+            if draw is None or draw.rows < 2 or not hook.losses:  # noqa: PLR2004 - nobody else
                 self._outputs.unasked.discard(hook)
                 continue
+            hook.losses -= 1
             # Not to be run twice, freed already, rows that fit no declaration, or no memory.
             with contextlib.suppress(Unfit, RuntimeError, DPGuardError), torch.no_grad():
                 found = _Examination(hook, draw, self._probes).of(seeds)

@@ -31,6 +31,7 @@ __all__ = ["Draw", "OutputHook", "Outputs", "mark_of"]
 
 _MARK = "dpguard.output"
 _OUTPUTS_AT_MOST = 4
+_LOSSES_AT_MOST = 4
 _autograd = _compat.autograd()
 _inside_transform = _compat.transform_test()
 
@@ -167,11 +168,13 @@ def mark_of(node: Any, draw: Draw) -> _Mark | None:
 class OutputHook:
     """The forward hook on a model that Opacus hooked."""
 
-    __slots__ = ("__weakref__", "_drawn", "outputs", "pairing")
+    __slots__ = ("__weakref__", "_drawn", "losses", "outputs", "pairing")
 
     def __init__(self, outputs: Outputs, pairing: Pairing) -> None:
         self.outputs = outputs
         self.pairing = pairing
+        self.losses = _LOSSES_AT_MOST
+        """How many more backwards may be looked at for one that begins at the outputs."""
         self.armed = True
         self.draw = None
         outputs.hooks.add(self)
@@ -216,6 +219,7 @@ class OutputHook:
         """The next batch is to be looked at."""
         self.give_up(self.draw)
         self.armed = True
+        self.losses = _LOSSES_AT_MOST
 
     def give_up(self, draw: Draw | None) -> None:
         """Nothing can be said of this batch; not before the next time."""
@@ -269,7 +273,8 @@ class OutputHook:
         row = self.outputs.random.randrange(batch)
         factor = float(batch) if self.pairing.loss_reduction == "mean" else 1.0
         self.draw = Draw(row, batch, segment, factor)
-        self.outputs.unasked.add(self)
+        if self.losses:
+            self.outputs.unasked.add(self)
         return self.draw
 
     def _batch_of(self, output: Any, found: list[torch.Tensor]) -> int:
