@@ -7,32 +7,28 @@ together, and once without that person. What it makes of the others then shows w
 do at worst: a rule that clips the gradient of the batch, or of groups of people, turns round by
 up to ``2 C``; one that does not clip moves without bound.
 
-Nothing of the data enters, so the verdict tells nothing of it. Everything that the rule may have
-changed is put back: the attributes of the optimizer, those of Opacus on the parameters, random
-streams.
+Nothing of the data enters, so the verdict tells nothing of it. What the rule may have changed is
+put back (:mod:`dpguard.audit.rewinding`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import random
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from dpguard import _compat
+from dpguard.audit.rewinding import as_it_was
 from dpguard.patches.lean import Rows
-from dpguard.patching import ABSENT
 
-__all__ = ["Unproved", "as_it_was", "person_and_others", "sensitivity"]
+__all__ = ["Unproved", "person_and_others", "sensitivity"]
 
 _OTHERS = 10.0
 """Norm of the other people's rows over ``C``: so large that a sound rule has to clip them."""
 _LARGE = 1e4
 """Norm of the large one over that of all others together."""
-_OURS = ("grad_sample", "summed_grad", "grad")
 
 
 class Unproved(Exception):
@@ -54,8 +50,8 @@ def sensitivity(
         A tensor without dimensions on the device of the parameters.
 
     Raises:
-        Unproved: the rule does not take other rows, or takes part in a distributed run, where
-            it may wait for others.
+        Unproved: the rule does not take other rows, draws from a random stream that other threads
+            draw from, or takes part in a distributed run, where it may wait for others.
     """
     if _compat.is_distributed():
         raise Unproved
@@ -164,72 +160,3 @@ def _clipped(
             raise Unproved
         sums.append(held.summed_grad.detach().clone())
     return sums
-
-
-# -- everything as it was --------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def as_it_was(
-    optimizer: Any, parameters: Any, device: torch.device
-) -> Iterator[Callable[[], None]]:
-    """Put back at the end, and whenever the function that is given is called, what has changed."""
-    own = optimizer.__dict__
-    attributes = {name: (value, _copy(value)) for name, value in own.items()}
-    fields = [(p, {name: _field(p, name) for name in _OURS}) for p in parameters]
-    own_generator = own.get("generator")
-    generators = [own_generator] if isinstance(own_generator, torch.Generator) else []
-    states = [generator.get_state() for generator in generators]
-    streams = torch.get_rng_state(), _compat.device_stream(device), random.getstate()
-
-    def rewind() -> None:
-        for name in own.keys() - attributes.keys():
-            del own[name]
-        for name, (value, copy) in attributes.items():
-            own[name] = _restored(value, copy)
-        for parameter, values in fields:
-            for name, value in values.items():
-                _set_field(parameter, name, value)
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-        torch.set_rng_state(streams[0])
-        _compat.set_device_stream(device, streams[1])
-        random.setstate(streams[2])
-
-    try:
-        yield rewind
-    finally:
-        rewind()
-
-
-def _field(parameter: Any, name: str) -> Any:
-    return parameter.grad if name == "grad" else getattr(parameter, name, ABSENT)
-
-
-def _set_field(parameter: Any, name: str, value: Any) -> None:
-    if value is not ABSENT:
-        setattr(parameter, name, value)
-    elif hasattr(parameter, name):
-        delattr(parameter, name)
-
-
-def _copy(value: Any) -> Any:
-    """What is needed to put back what is changed in place: tensors, and plain containers."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone(), value._version
-    if type(value) in (list, set):
-        return value.copy()
-    return dict(value) if isinstance(value, dict) else None
-
-
-def _restored(value: Any, copy: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        if value._version != copy[1]:
-            with torch.no_grad():
-                value.copy_(copy[0])
-    elif type(value) is list:
-        value[:] = copy
-    elif isinstance(value, (set, dict)) and copy is not None:
-        value.clear()
-        value.update(copy)
-    return value

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from dpguard import _compat
-from dpguard.audit.sensitivity import Unproved, as_it_was, person_and_others
+from dpguard.audit.rewinding import as_it_was
+from dpguard.audit.sensitivity import Unproved, person_and_others
 from dpguard.ledger import Ledger
 from dpguard.patching import ABSENT
 
