@@ -84,10 +84,10 @@ class Runtime:
         self.ledger = Ledger()
         self.accounting = Accounting()
         self._deliveries = Deliveries()
-        self._calls = Calls(self.ledger, self._deliveries)
         emit = _weakly(self.emit)
         changes = settings.mode.changes_the_host
         report = _weakly(self.report_internal)
+        self._calls = Calls(self.ledger, self._deliveries, report)
         asks = bool(settings.oracle_every and _compat.nodes())
         self.outputs = Outputs(report) if asks else None
         self._losses = Losses(self.outputs) if self.outputs is not None else None

@@ -190,8 +190,10 @@ def _set_entries(
 
 def join_blocks(ledger: Ledger, parameters: Sequence[torch.nn.Parameter]) -> None:
     """Concatenate the rows of blocks that were declared to be other people, in their order."""
+    joined: set[int] = set()
     for parameter in parameters:
         entries = ledger.entries_of(parameter)
+        joined |= {b for b in ledger.blocks for e in entries if e.first <= b <= e.last}
         if len({entry.first in ledger.blocks for entry in entries}) != 1 or len(entries) == 1:
             continue
         state = ledger.state(parameter)
@@ -199,7 +201,8 @@ def join_blocks(ledger: Ledger, parameters: Sequence[torch.nn.Parameter]) -> Non
             total = torch.cat([_rows(entry) for entry in entries])
             state.entries = [Entry(total, entries[0].first, entries[-1].last, owned=True)]
             state.publish(parameter, [total])
-    ledger.blocks.clear()
+    # Those of other models wait for a step of their own.
+    ledger.blocks -= joined
 
 
 def _rows(entry: Entry) -> torch.Tensor:

@@ -308,13 +308,13 @@ class Deliveries:
 
     def was_used(self, serial: int | None) -> bool:
         """Whether a step has taken this private batch, one of the last few."""
-        return any(delivery.serial == serial and delivery.used for delivery in self._recent)
+        return any(delivery.serial == serial and delivery.used for delivery in tuple(self._recent))
 
     def origin(self, inputs: Iterable[Any]) -> int | None:
         """Serial of the private batch in whose memory the inputs of a call lie, if they do."""
         for value in inputs:
             if isinstance(value, torch.Tensor) and value.numel():
-                for delivery in self._recent:
+                for delivery in tuple(self._recent):  # other threads draw as well
                     if delivery.holds(value):
                         return delivery.serial
         return None

@@ -57,6 +57,8 @@ LOSSES_OVERLAP = "losses_overlap"
 LOSS_COUPLES = "loss_couples_people"
 LOSS_WEIGHTED = "loss_divided_by_weights"
 LOSS_IGNORES = "loss_divided_by_targets"
+LOSS_IS_SUM = "loss_is_sum"
+LOSS_IS_MEAN = "loss_is_mean"
 NOISE_MISSING = "noise_missing"
 NOISE_IN_PART = "noise_in_part"
 NOISE_SCALE = "noise_scale"
@@ -604,6 +606,16 @@ _DIAGNOSES = {
         "take losses with reduction='none', add up each person's, divide by what is fixed (the "
         "length of a sequence) and take the mean over people",
         Severity.WARNING,
+    ),
+    LOSS_IS_SUM: Diagnosis(
+        "the loss is a sum over the batch, but the model was wrapped for a mean, so each row is "
+        "multiplied by the number of people in the batch, whoever they are",
+        "take the mean, or say make_private(loss_reduction='sum')",
+    ),
+    LOSS_IS_MEAN: Diagnosis(
+        "the loss is a mean over the batch, but the model was wrapped for a sum, so each row is "
+        "divided by the number of people in the batch, whoever they are",
+        "take the sum, or leave make_private(loss_reduction='mean')",
     ),
     BATCH_STATISTICS: Diagnosis(
         "a layer normalised by statistics of the batch in training mode, so each sample's gradient "

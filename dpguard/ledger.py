@@ -113,7 +113,7 @@ class Ledger:
         self._parameters: dict[int, ParameterState] = {}
         self._cuts: dict[str, _Cut] = {}
         self._passes: deque[Any] = deque(maxlen=_PASSES_KEPT)
-        self.factors: deque[Any] = deque(maxlen=_PASSES_KEPT)
+        self.factors: list[Any] = []
         """What is known of the clip factors of batches of ghost clipping that no step has taken."""
         self.tries_clipping: Callable[[Any, Any], bool] | None = None
         """Asked, with hooks of ghost clipping and their rule, whether the rule is to be tried."""
@@ -219,16 +219,26 @@ class Ledger:
         """Whether a backward in which a call of this model was met is under way."""
         return any(id(owner) in task.owners for task in list(self._tasks.values()))
 
+    def note_factors(self, found: Any) -> None:
+        """Keep what is known of the clip factors of a batch, together with those like them."""
+        for i, known in enumerate(self.factors):
+            both = known.joined(found)
+            if both is not None:
+                self.factors[i] = both
+                return
+        self.factors.append(found)
+
     def note_pass(self, sketched: Any) -> None:
         """Keep what a first backward of ghost clipping has found until the step looks at it."""
         if sketched is not None:
             self._passes.append(sketched)
 
-    def take_passes(self) -> list[Any]:
-        """What first backwards have found since the last step."""
-        found = list(self._passes)
-        self._passes.clear()
-        return found
+    def take_passes(self, parameters: Iterable[torch.Tensor]) -> list[Any]:
+        """What first backwards have found of these parameters since their last step."""
+        wanted = {id(p) for p in parameters}
+        parts = [found.parted(wanted) for found in self._passes]
+        self._passes = deque((rest for _, rest in parts if rest is not None), _PASSES_KEPT)
+        return [mine for mine, _ in parts if mine is not None]
 
     def summands_of(self, parameter: torch.Tensor) -> int:
         """Of how many products an element of a row of ``parameter`` is the sum."""
@@ -293,7 +303,7 @@ class Ledger:
         for parameter in parameters:
             state = self._parameters.get(id(parameter))
             if state is not None:
-                state.epoch = self.segment
+                state.epoch, state.probes = self.segment, 0
         return self._attribute(dead)
 
     def _forget_failed(self, parameters: Iterable[torch.Tensor]) -> None:

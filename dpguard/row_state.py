@@ -33,6 +33,7 @@ UNKNOWN = -1
 
 _SAMPLED = 256
 _MOMENTS_KEPT = 64
+_PROBES_AT_MOST = 4096
 _detach = torch._C.TensorBase.detach
 
 
@@ -260,6 +261,7 @@ class ParameterState:
         "narrow",
         "paired",
         "probed",
+        "probes",
         "reduction",
         "ref",
         "summands",
@@ -286,6 +288,8 @@ class ParameterState:
         """Of how many products an element of a row is the sum, at most so far."""
         self.probed = True
         """Whether the strength of rows is wanted."""
+        self.probes = 0
+        """How often it was taken since the last step."""
         self.cancels = False
         """Whether nearly everything cancels in its rows, so that it is wanted in each step."""
         self.moments: list[Moments] = []
@@ -304,6 +308,13 @@ class ParameterState:
         """Whether it was ever changed in place between backward and step."""
         self.kept: torch.Tensor | None = None
         """Some of its values then, see :func:`sample_of`."""
+
+    def is_probed(self) -> bool:
+        """Whether the strength of the rows of a call is to be taken; not for ever without steps."""
+        if self.probed:
+            self.probes += 1
+            self.probed = self.probes <= _PROBES_AT_MOST
+        return self.probed
 
     @property
     def is_whole(self) -> bool:

@@ -145,13 +145,14 @@ def batch_of(count=BATCH):
 
 
 class Training:
-    def __init__(self, make=model_of):
-        self.model = GradSampleModule(make())
+    def __init__(self, make=model_of, reduction="mean"):
+        self.model = GradSampleModule(make(), loss_reduction=reduction)
         self.optimizer = DPOptimizer(
             torch.optim.SGD(self.model.parameters(), lr=0.05),
             noise_multiplier=1.0,
             max_grad_norm=1.0,
             expected_batch_size=BATCH,
+            loss_reduction=reduction,
         )
 
     def step(self, loss, batch=None):
@@ -230,6 +231,32 @@ def test_strict_refuses_and_says_why():
         train(COUPLED["class weights"][1], mode="strict")
     causes, *_ = train(COUPLED["ignored"][1], mode="strict")
     assert causes[0] == diagnosis.LOSS_IGNORES
+
+
+@pytest.mark.parametrize("declared", ["mean", "sum"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("of_each", [False, True])
+def test_the_reduction_is_the_one_that_is_declared(declared, reduction, of_each):
+    """Rows are B times too large, or too small; what was divided by hand is not known."""
+
+    def loss(outputs, y):
+        if not of_each:
+            return F.cross_entropy(outputs, y, reduction=reduction)
+        losses = F.cross_entropy(outputs, y, reduction="none")
+        return losses.mean() if reduction == "mean" else losses.sum()
+
+    with (
+        warnings.catch_warnings(),
+        dpguard.install(mode="repair", oracle_every=1) as guard,
+    ):
+        warnings.simplefilter("ignore")
+        training = Training(reduction=declared)
+        training.step(loss)
+        training.step(lambda o, y: F.cross_entropy(o, y, reduction="sum") / BATCH)
+        training.step(lambda o, y: (F.cross_entropy(o, y, reduction="none") / BATCH).sum())
+    causes = [v.cause for v in guard.violations]
+    right = {"mean": diagnosis.LOSS_IS_MEAN, "sum": diagnosis.LOSS_IS_SUM}[reduction]
+    assert causes == ([] if declared == reduction else [right])
 
 
 def two_views(outputs, y):

@@ -6,7 +6,7 @@ optimizer, and when several private batches wait for one step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,20 +63,33 @@ class Calls:
     Args:
         ledger: asks for the notes.
         deliveries: knows whose memory it is.
+        report: is told of an error of ours, after which no call is noted.
     """
 
-    def __init__(self, ledger: Ledger, deliveries: Deliveries) -> None:
+    def __init__(
+        self, ledger: Ledger, deliveries: Deliveries, report: Callable[[str, Exception], None]
+    ) -> None:
         self._ledger = ledger
         self._deliveries = deliveries
+        self._report = report
         self._notes: list[Note] = []
+        self._on = True
         self.watch()
 
     def watch(self) -> None:
         """Calls are to be noted from now on."""
-        self._ledger.watcher = self.note
+        if self._on:
+            self._ledger.watcher = self.note
 
     def note(self, record: Record) -> None:
         """A call was backpropagated."""
+        try:
+            self._note(record)
+        except Exception as error:  # noqa: BLE001 - the backward of the host goes on
+            self._on, self._ledger.watcher = False, None
+            self._report("calls", error)
+
+    def _note(self, record: Record) -> None:
         if len(self._notes) >= _AT_MOST:
             self._notes.clear()
         inputs = record.activations or ()

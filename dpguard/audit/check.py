@@ -290,6 +290,9 @@ class Check:
     def forget(self, optimizer: Any) -> None:
         """The step was refused or has raised: what was noted for it does not count."""
 
+    def stop(self) -> None:
+        """It is switched off: nothing of it is called any more."""
+
     def flush(self) -> Iterable[tuple[int, Failure]]:
         """All figures have arrived: what else is to be said, each with the step it belongs to."""
         return ()

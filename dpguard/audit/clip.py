@@ -274,8 +274,7 @@ class Clip(Check):
             if hooks is not None:
                 is_mine = any(id(p) in wanted for p in hooks.trainable_parameters)
                 (mine if is_mine else others).append(found)
-        self._ledger.factors.clear()
-        self._ledger.factors.extend(others)
+        self._ledger.factors = others
         if not step.audited or not mine:
             return ()
         self._bound_of_batches(step, optimizer, mine)

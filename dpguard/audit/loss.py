@@ -49,6 +49,7 @@ class Loss(Check):
 
 def _verdict(found: Coupling, values: list[float]) -> list[Failure]:
     *pairs, weights, ignored = values
+    reduction, declared = found.reductions
     bound = _ROUNDINGS * found.roundoff
     failures = []
     for own, others in zip(pairs[::2], pairs[1::2], strict=True):
@@ -59,4 +60,7 @@ def _verdict(found: Coupling, values: list[float]) -> list[Failure]:
         failures.append(Failure(LOSS, diagnosis.LOSS_WEIGHTED))
     elif ignored > 0:
         failures.append(Failure(LOSS, diagnosis.LOSS_IGNORES))
+    if reduction is not None and reduction != declared:
+        cause = diagnosis.LOSS_IS_SUM if reduction == "sum" else diagnosis.LOSS_IS_MEAN
+        failures.append(Failure(LOSS, cause))
     return failures

@@ -40,10 +40,9 @@ class PassValues(Check):
         if _compat.clips_rows(optimizer):
             return ()
         names = {id(p): name for p, name in zip(step.parameters, step.names, strict=False)}
-        for found in self._ledger.take_passes():
+        for found in self._ledger.take_passes(step.parameters):
             parameters = [reference() for reference in found.parameters]
-            mine = [p is not None and id(p) in names for p in parameters]
-            if step.audited and all(mine):
+            if step.audited and all(id(p) in names for p in parameters):
                 step.run(CONSERVATION, count=len(parameters))
                 known = tuple(names[id(p)] for p in parameters)
                 figures = [found.figures]

@@ -304,6 +304,7 @@ class StepAuditor:
     def _switch_off(self, check: Check, error: Exception) -> None:
         for hook, hooks in self._hooks.items():
             self._hooks[hook] = tuple(pair for pair in hooks if pair[0] is not check)
+        check.stop()
         if self._report is None:
             raise error
         self._report(type(check).__name__, error)
@@ -318,12 +319,16 @@ class StepAuditor:
         collector: Any = step.collector
 
         def received(values: list[float]) -> None:
-            failures = list(receive(values))
-            if failures:
-                error = self._findings.say(step, failures)
-                if not step.refused:
-                    collector.overdue = collector.overdue or error
             step.awaited -= 1
+            try:
+                failures = list(receive(values))
+            except Exception as error:  # noqa: BLE001 - the host goes on without this check
+                failures = []
+                self._give_up(step, checks, error)
+            if failures:
+                asked = self._findings.say(step, failures)
+                if not step.refused:
+                    collector.overdue = collector.overdue or asked
             self._finish(step)
 
         step.awaited += 1
@@ -333,6 +338,17 @@ class StepAuditor:
             step.awaited -= 1
             for check in checks:
                 step.ran.pop(check, None)
+
+    def _give_up(self, step: Step, checks: tuple[str, ...], error: Exception) -> None:
+        """Nothing can be made of the figures of these checks; those that sent them are off."""
+        for check in checks:
+            step.ran.pop(check, None)
+        on = dict.fromkeys(check for hooks in self._hooks.values() for check, _ in hooks)
+        senders = [check for check in on if not set(checks).isdisjoint(check.names)]
+        for sender in senders:
+            self._switch_off(sender, error)
+        if not senders and self._report is not None:
+            self._report(", ".join(checks), error)
 
     def _adopt(self) -> None:
         """What optimizers that are gone have left is raised in the next step of any."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -38,6 +39,8 @@ OWNED = "model.owned"
 KEEP_FIRST = 3
 KEEP_EVERY = 50
 ALONG = 0.5
+_PENDING_AT_MOST = 64
+"""Gradients may be cleared for ever where no step of a DP optimizer comes."""
 _ENOUGH = 200
 """Elements that have to have changed: ``exp(-200 * 0.5**2 / 2)`` = 1e-11."""
 MOVES_WITHIN = 10
@@ -56,7 +59,7 @@ class _Mine(threading.local):
     """What was measured when gradients were cleared, in the thread that trains the model."""
 
     def __init__(self) -> None:
-        self.pending: list[tuple[Receiver, list[torch.Tensor]]] = []
+        self.pending: deque[tuple[Receiver, list[torch.Tensor]]] = deque(maxlen=_PENDING_AT_MOST)
 
 
 class Update(Check):
@@ -74,6 +77,10 @@ class Update(Check):
         self._optimizers = PerOwner(lambda _: _Watched())
         self._mine = _Mine()
         self._named: set[tuple[str, str]] = set()
+
+    def stop(self) -> None:
+        """Nothing is looked at when gradients are cleared."""
+        self._ledger.before_clearing = None
 
     # -- changes by hand ---------------------------------------------------------------------------
 
@@ -147,8 +154,9 @@ class Update(Check):
         self._mine.pending.append((_judge(tuple(names), sizes), figures))
 
     def _tell(self, step: Step) -> None:
-        pending, self._mine.pending = self._mine.pending, []
-        for receive, figures in pending:
+        pending = self._mine.pending
+        while pending:
+            receive, figures = pending.popleft()
             step.collect((PRIVATE,), figures, receive)
 
     # -- once per logical step ---------------------------------------------------------------------

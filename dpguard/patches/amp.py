@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,11 +38,13 @@ class LossScale:
     Args:
         verdicts: where repairs are said.
         family: tells DP optimizers from others.
+        abandon: is told of an optimizer whose batch at hand does not count.
     """
 
-    def __init__(self, verdicts: Verdicts, family: Family) -> None:
+    def __init__(self, verdicts: Verdicts, family: Family, abandon: Callable[[Any], None]) -> None:
         self._verdicts = verdicts
         self._family = family
+        self._abandon = abandon
         self._entered: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._discarding: weakref.WeakSet[Any] = weakref.WeakSet()
         self._said: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -75,6 +78,7 @@ class LossScale:
 
     def _discard(self, instance: Any) -> None:
         """This physical batch and what was summed before it do not count."""
+        self._abandon(instance)
         for parameter in instance.params:
             parameter.summed_grad = None
         more = bool(instance._check_skip_next_step())

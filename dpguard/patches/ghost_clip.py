@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,15 @@ class Factors:
     sensitivity: torch.Tensor | None = None
     unproved: bool = False
 
+    def joined(self, other: Factors) -> Factors | None:
+        """What is known of both batches together, if they were clipped alike and not tried."""
+        if any(f.sensitivity is not None or f.unproved for f in (self, other)):
+            return None
+        alike = self.hooks() is other.hooks() and self.rule == other.rule
+        if not (alike and self.dtype is other.dtype and _same(self.bound, other.bound)):
+            return None
+        return replace(self, people=self.people + other.people)
+
 
 @contextlib.contextmanager
 def watch(
@@ -81,7 +90,7 @@ def watch(
         factors = original(*args, **kwargs)
         if isinstance(factors, torch.Tensor) and factors.dim() == 1:
             found = tried[0] if tried else None
-            ledger.factors.append(
+            ledger.note_factors(
                 Factors(
                     weakref.ref(hooks),
                     len(factors),

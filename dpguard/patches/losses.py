@@ -17,6 +17,8 @@ between the loss and the outputs is evaluated once more before the backward begi
 * A negative log-likelihood whose mean is over the weights of the classes of the batch, or over the
   targets that are not ignored, has a divisor that depends on everybody's targets.
 
+On the way it is seen whether the loss is the mean, or the sum, for which the model was wrapped.
+
 What depends on other people through values that were detached is not seen.
 """
 
@@ -45,8 +47,11 @@ __all__ = ["Coupling", "Losses"]
 
 _KEPT = 16
 _GATES_AT_MOST = 4
-_MEAN = 1
-"""``reduction="mean"``, as the nodes of losses have it."""
+_NONE, _MEAN = 0, 1
+_REDUCTIONS = {_MEAN: "mean", 2: "sum"}
+"""Reductions, as the nodes of losses have them,"""
+_OF_EACH = {"MeanBackward0": "mean", "SumBackward0": "sum"}
+"""and of losses of one person each."""
 _GATES = frozenset(
     f"{name}Backward{number}"
     for name in (
@@ -72,6 +77,7 @@ class Coupling:
         whole: whether there is such a derivative.
         weights: by how much class weights differ that a mean is taken over.
         ignored: how many targets were left out of a mean.
+        reductions: of the loss, if that is a plain one, and for which the model was wrapped.
         roundoff: of the lowest precision on the way.
     """
 
@@ -80,6 +86,7 @@ class Coupling:
     whole: bool
     weights: torch.Tensor
     ignored: torch.Tensor
+    reductions: tuple[str | None, str]
     roundoff: float
 
 
@@ -205,8 +212,15 @@ class _Examination:
         except (Unfit, RuntimeError):
             whole = False  # torch knows no such derivative
         weights, ignored = self._divisors(whose.new_zeros((), dtype=torch.float64))
-        roundoff = max(map(_compat.unit_roundoff, self._kinds))
-        return Coupling(weakref.ref(self._hook), pairs, whole, weights, ignored, roundoff)
+        return Coupling(
+            weakref.ref(self._hook),
+            pairs,
+            whole,
+            weights,
+            ignored,
+            (_reduction_of(seeds), self._hook.pairing.loss_reduction),
+            max(map(_compat.unit_roundoff, self._kinds)),
+        )
 
     def _run(self, root: torch.Tensor, watch: Any = None) -> list[torch.Tensor]:
         """Gradients of a number by the first output of each forward."""
@@ -278,6 +292,22 @@ class _Examination:
             counted = node._saved_total_weight.double() / heaviest
             ignored = torch.maximum(ignored, node._saved_target.numel() - counted)
         return weights, ignored
+
+
+def _reduction_of(seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> str | None:
+    """The reduction of the loss where it is certain: nothing was done to it since."""
+    if len(seeds) != 1 or seeds[0][0].numel() != 1:
+        return None
+    node: Any = seeds[0][0].grad_fn
+    own = _REDUCTIONS.get(getattr(node, "_saved_reduction", _NONE))
+    if own is not None:
+        return own
+    ((above, _),) = node.next_functions[:1] or ((None, 0),)
+    return _OF_EACH.get(type(node).__name__) if _is_of_each(above) else None
+
+
+def _is_of_each(node: Any) -> bool:
+    return getattr(node, "_saved_reduction", None) == _NONE
 
 
 def _sizes(gradients: list[torch.Tensor], whose: torch.Tensor) -> torch.Tensor:

@@ -65,7 +65,7 @@ class OptimizerPatch:
         )
         self._hooks = StepHooks(verdicts, self._family.owner, attached)
         self._bounds = Bounds(verdicts, self._family.owner)
-        self._scale = LossScale(verdicts, self._family)
+        self._scale = LossScale(verdicts, self._family, auditor.abandon)
         self._sigma = DueSigma(verdicts)
         self._wrappers = Wrappers(verdicts)
         self._mechanism = Mechanism(_Guarded(self), lean=verdicts.repairs)

@@ -32,6 +32,8 @@ __all__ = ["Draw", "OutputHook", "Outputs", "mark_of"]
 _MARK = "dpguard.output"
 _OUTPUTS_AT_MOST = 4
 _LOSSES_AT_MOST = 4
+_DRAWS_AT_MOST = 16
+_MARKS_AT_MOST = 256
 _autograd = _compat.autograd()
 _inside_transform = _compat.transform_test()
 
@@ -168,13 +170,15 @@ def mark_of(node: Any, draw: Draw) -> _Mark | None:
 class OutputHook:
     """The forward hook on a model that Opacus hooked."""
 
-    __slots__ = ("__weakref__", "_drawn", "losses", "outputs", "pairing")
+    __slots__ = ("__weakref__", "_drawn", "draws", "losses", "outputs", "pairing")
 
     def __init__(self, outputs: Outputs, pairing: Pairing) -> None:
         self.outputs = outputs
         self.pairing = pairing
         self.losses = _LOSSES_AT_MOST
         """How many more backwards may be looked at for one that begins at the outputs."""
+        self.draws = _DRAWS_AT_MOST
+        """How many more people may be drawn, until a step takes what was found of one."""
         self.armed = True
         self.draw = None
         outputs.hooks.add(self)
@@ -219,7 +223,7 @@ class OutputHook:
         """The next batch is to be looked at."""
         self.give_up(self.draw)
         self.armed = True
-        self.losses = _LOSSES_AT_MOST
+        self.losses, self.draws = _LOSSES_AT_MOST, _DRAWS_AT_MOST
 
     def give_up(self, draw: Draw | None) -> None:
         """Nothing can be said of this batch; not before the next time."""
@@ -262,14 +266,18 @@ class OutputHook:
         segment = self.pairing.ledger.segment
         draw = self.draw
         if draw is not None and draw.segment == segment:
-            if draw.rows != batch:
+            if draw.rows != batch or draw.marks >= _MARKS_AT_MOST:
                 self.give_up(draw)
                 return None
             return draw
         if draw is not None:
             if draw.is_pending:
                 return None  # one batch of several that are accumulated will do
-            draw.closed = True
+            self.give_up(draw)
+            self.draws -= 1
+            self.armed = self.draws > 0
+            if not self.armed:
+                return None
         row = self.outputs.random.randrange(batch)
         factor = float(batch) if self.pairing.loss_reduction == "mean" else 1.0
         self.draw = Draw(row, batch, segment, factor)

@@ -279,7 +279,7 @@ class Pairing(Hooked):
             ledger.blocks.add(opened)
             now = opened  # rows of a block are of no other segment, whenever they come
         strengths = {}
-        if self.follows or ledger.state(wanted[0]).probed:
+        if self.follows or ledger.state(wanted[0]).is_probed():
             strengths = self._strengths(record, arranged, wanted)
         most = 1 if people is None else people.most
         for parameter, rows, lenders in self._sampled(record, arranged, wanted):
@@ -322,7 +322,7 @@ class Pairing(Hooked):
             steps.add(inputs, backprops)
             task.published.update(map(id, wanted))
         self.ledger.close()
-        if self.follows or self.ledger.state(wanted[0]).probed:
+        if self.follows or self.ledger.state(wanted[0]).is_probed():
             steps.strengthen(self._strengths(record, arranged, wanted))
         if steps.is_full or record.tally.fired >= record.tally.opened:
             self._catch_up(task, key)

@@ -42,6 +42,28 @@ class Sketched:
     summands: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
 
+    def parted(self, wanted: set[int]) -> tuple[Sketched | None, Sketched | None]:
+        """What is of parameters with these identities, and of others that live."""
+        mine: list[int] = []
+        rest: list[int] = []
+        for i, reference in enumerate(self.parameters):
+            parameter = reference()
+            if parameter is not None:
+                (mine if id(parameter) in wanted else rest).append(i)
+        return self._only(mine), self._only(rest)
+
+    def _only(self, which: list[int]) -> Sketched | None:
+        if len(which) == len(self.parameters):
+            return self
+        if not which:
+            return None
+        return Sketched(
+            tuple(self.parameters[i] for i in which),
+            torch.stack([self.figures[:, i] for i in which], dim=1),
+            tuple(self.summands[i] for i in which),
+            tuple(self.dtypes[i] for i in which),
+        )
+
 
 class _Sum:
     """Of one parameter: sketch and scales so far."""
