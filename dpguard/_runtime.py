@@ -44,6 +44,7 @@ from dpguard.events import (
     Violation,
 )
 from dpguard.grouping import Grouping
+from dpguard.interrupts import let_through
 from dpguard.journal import Journal
 from dpguard.ledger import Ledger
 from dpguard.patches import detach, empty_batches, ghost_gradient, sampling
@@ -118,6 +119,7 @@ class Runtime:
         try:
             self.accounting.attached(optimizer, hook)
         except Exception as error:  # noqa: BLE001 - the hook is attached all the same
+            let_through(error)
             self.report_internal("accounting", error)
 
     def _checks(self) -> list[Check]:

@@ -31,6 +31,7 @@ from dpguard.events import (
     StepAudit,
     Violation,
 )
+from dpguard.interrupts import let_through
 from dpguard.sink import MAX_BYTES, Sink, check_log_dir, read_key, say
 
 __all__ = ["Journal"]
@@ -139,6 +140,7 @@ class Journal:
             if self._sensitive is not None:
                 self._private.write(event)
         except Exception as error:  # noqa: BLE001 - the host must not see any of it
+            let_through(error)
             (self._sink or self._said).drop(type(error).__name__)
 
     def close(self) -> None:

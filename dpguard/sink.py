@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpguard._errors import SettingsError
+from dpguard.interrupts import let_through
 
 if TYPE_CHECKING:
     from dpguard.chain import ChainedFile, Line
@@ -239,6 +240,7 @@ class _Writer:
             try:
                 self._store(self._queue[0])
             except Exception as error:  # noqa: BLE001 - the host must not see any of it
+                let_through(error)
                 self.count(1, _name(error))
             # Not in a finally: after a KeyboardInterrupt the line is tried again.
             self._queue.popleft()

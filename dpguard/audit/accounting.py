@@ -338,7 +338,7 @@ class Accounting(Check):
             book.said.add(diagnosis.HISTORY_CHANGED)  # that they differ at the end is clear then
         # With all people in each step nothing is assumed of how they are drawn.
         bypasses = step.bypasses or (step.unsampled and base < 1)
-        seen = book.is_poisson is False or (book.is_poisson and step.rates)
+        seen = (book.is_poisson is False and base < 1) or (book.is_poisson and step.rates)
         if seen or bypasses:
             step.run(SAMPLING, count=1)
             prepared = book.is_poisson is not None and (step.bypasses or book.is_poisson)

@@ -15,6 +15,7 @@ import torch
 from dpguard import diagnosis
 from dpguard.audit.check import Failure
 from dpguard.deliveries import Deliveries, Delivery
+from dpguard.interrupts import let_through
 from dpguard.ledger import Ledger
 from dpguard.row_state import UNKNOWN
 
@@ -86,6 +87,7 @@ class Calls:
         try:
             self._note(record)
         except Exception as error:  # noqa: BLE001 - the backward of the host goes on
+            let_through(error)
             self._on, self._ledger.watcher = False, None
             self._report("calls", error)
 

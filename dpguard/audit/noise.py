@@ -326,7 +326,8 @@ def _received(
         std, rest = rest[0], rest[1:]
     bare, rest = rest[:counts], rest[counts:]
     bare, along = bare[: -added.ALONG], bare[-added.ALONG :]
-    noised = mark if bound is None else bound + math.sqrt(sum(map(mul, norms, norms)))
+    size = math.sqrt(sum(map(mul, norms, norms)))
+    noised = mark if bound is None else bound + size
     samples = []
     if rest:
         for k in group.sampled:
@@ -343,8 +344,10 @@ def _received(
             who = tuple(names[i] for i in group.indices)
             cause, least = diagnosis.NOISE_DILUTED, ALONG_EVIDENCE
             return [Failure(SCALE, cause, who, figure=evidence, bound=least)]
-    # Values that are rounded to those of the sum have another shape.
-    exact = slip * _EXACT < 1
+    # Values that are rounded to those of the sum have another shape. Of the noise only the size
+    # that is due decides on that: where it did itself, what is left would be the smaller noise.
+    due = max(0.0, max(noised, mark) - size) + std * math.sqrt(sum(group.sizes))
+    exact = _compat.unit_roundoff(group.noised) * due * _EXACT < std
     shares = {
         names[i]: n / size
         for i, size, n, lines in zip(

@@ -21,6 +21,7 @@ import torch
 
 from dpguard import _compat
 from dpguard.audit.rewinding import as_it_was
+from dpguard.interrupts import let_through
 from dpguard.patches.lean import Rows
 
 __all__ = ["Unproved", "person_and_others", "sensitivity"]
@@ -62,13 +63,15 @@ def sensitivity(
         try:
             everyone = _clipped(clip, rows, made_up, mean=mean)
         except Exception as error:  # whatever the user's code may raise at rows of ours
+            let_through(error)
             raise Unproved from error
         for absent in (_removed, _zeroed):
             rewind()
             try:
                 fewer = [absent(mine, person) for mine in made_up]
                 others = _clipped(clip, rows, fewer, mean=mean)
-            except Exception:  # noqa: BLE001, S112 - e.g. a rule that needs pairs of rows
+            except Exception as error:  # noqa: BLE001 - e.g. a rule that needs pairs of rows
+                let_through(error)
                 continue
             with torch.no_grad():
                 moved = torch._foreach_norm(torch._foreach_sub(everyone, others))

@@ -20,6 +20,7 @@ from dpguard.audit.collector import Collector, finite_flags
 from dpguard.audit.findings import Findings
 from dpguard.audit.rows import finiteness
 from dpguard.events import CheckCount, Event, Intervention, Severity, StepAudit
+from dpguard.interrupts import let_through
 from dpguard.ledger import Dead, Ledger
 
 if TYPE_CHECKING:
@@ -258,6 +259,7 @@ class StepAuditor:
                     error = self._findings.say(Step(number, audited=True, optimizer=""), [failure])
                     self._late = self._late or error
             except Exception as error:  # noqa: BLE001 - the host goes on without this check
+                let_through(error)
                 self._switch_off(check, error)
 
     def coverage(self) -> dict[str, CheckCount]:
@@ -297,6 +299,7 @@ class StepAuditor:
             except DPGuardError:
                 raise
             except Exception as error:  # noqa: BLE001 - the host goes on without this check
+                let_through(error)
                 self._switch_off(check, error)
         if failures:
             self._refuse(step, failures)
@@ -323,6 +326,7 @@ class StepAuditor:
             try:
                 failures = list(receive(values))
             except Exception as error:  # noqa: BLE001 - the host goes on without this check
+                let_through(error)
                 failures = []
                 self._give_up(step, checks, error)
             if failures:

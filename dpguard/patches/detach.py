@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dpguard import _callsite, _compat
+from dpguard.interrupts import let_through
 from dpguard.ledger import CallKey, Ledger, Tally
 from dpguard.patches.wrapping import TransparentWrapper
 from dpguard.patching import Transaction
@@ -85,6 +86,7 @@ class _Attribution:
             if _autograd.graph_task_id() == -1:
                 self._note(api, tensor)
         except Exception as error:  # noqa: BLE001 - detach itself must go on
+            let_through(error)
             self._on = False
             self._report(error)
 

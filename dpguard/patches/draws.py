@@ -7,6 +7,8 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
+from dpguard.interrupts import let_through
+
 __all__ = ["Draws"]
 
 
@@ -33,6 +35,7 @@ class Draws:
         try:
             function(*args)
         except Exception as error:  # noqa: BLE001 - the host goes on without it
+            let_through(error)
             self.failed = True
             self.give_up()
             self._report("oracle", error)

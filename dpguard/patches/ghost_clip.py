@@ -17,6 +17,7 @@ import torch
 from dpguard import _compat
 from dpguard.audit.rewinding import as_it_was
 from dpguard.audit.sensitivity import Unproved, person_and_others
+from dpguard.interrupts import let_through
 from dpguard.ledger import Ledger
 from dpguard.patching import ABSENT
 
@@ -148,7 +149,8 @@ def _try(hooks: Any, bound: Any, rule: Callable[[], Any]) -> Any:
             rewind()
             norms[person] = 0
             others, _ = _asked(hooks, rule, parameters, held, norms)
-        except Exception:  # noqa: BLE001 - whatever the user's code may raise at norms of ours
+        except Exception as error:  # noqa: BLE001 - whatever the user's code may raise
+            let_through(error)
             return Unproved
         finally:
             for parameter, norm in zip(parameters, held, strict=True):

@@ -17,6 +17,7 @@ import wrapt
 
 from dpguard import _compat, diagnosis
 from dpguard._errors import DPGuardError, PrivacyViolation
+from dpguard.interrupts import let_through
 from dpguard.ledger import Ledger
 from dpguard.patches import ghost_clip
 from dpguard.patches.amp import is_scaled
@@ -215,6 +216,7 @@ class _Wrappers:
         except DPGuardError:
             raise
         except Exception as error:  # noqa: BLE001 - the host goes on without this part
+            let_through(error)
             self._ledger.tries_clipping = None
             self._report("ghost_clip", error)
 

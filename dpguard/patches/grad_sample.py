@@ -10,6 +10,7 @@ import torch
 import wrapt
 
 from dpguard import _callsite, _compat
+from dpguard.interrupts import let_through
 from dpguard.ledger import Ledger
 from dpguard.patches.hooked import is_paired, is_whole
 from dpguard.patches.outputs import Outputs
@@ -172,6 +173,7 @@ class GradSamplePatch:
         try:
             self._waiting = [reference for reference in waiting if not self._met(reference())]
         except Exception as error:  # noqa: BLE001 - the host goes on with Opacus's hooks
+            let_through(error)
             self._report("stored models", error)
 
     def _met(self, hooks: Any) -> bool:

@@ -16,6 +16,7 @@ import wrapt
 from dpguard import _compat
 from dpguard.datasets import repeated_places
 from dpguard.deliveries import Deliveries, Delivery, Iteration
+from dpguard.interrupts import let_through
 from dpguard.ledger import Ledger
 from dpguard.patching import Transaction
 from dpguard.poisson import Rate
@@ -114,6 +115,7 @@ class LoadingPatch:
         try:
             function(*args)
         except Exception as error:  # noqa: BLE001 - the host goes on without this part
+            let_through(error)
             self._active = False
             self._deliveries.stop()
             self._report("loading", error)

@@ -14,6 +14,7 @@ from typing import Any
 from dpguard import _compat
 from dpguard._errors import DPGuardError
 from dpguard.audit.steps import StepAuditor
+from dpguard.interrupts import let_through
 from dpguard.ledger import Ledger
 from dpguard.patches.amp import LossScale
 from dpguard.patches.attributes import AttributeForwarding
@@ -304,6 +305,7 @@ class OptimizerPatch:
         except DPGuardError:
             raise
         except Exception as error:  # noqa: BLE001 - the host goes on without this part
+            let_through(error)
             self._off.add(part)
             self._report(part, error)
             return None
@@ -321,6 +323,7 @@ class OptimizerPatch:
                 _void(instance)
             raise
         except Exception as error:  # noqa: BLE001 - the host goes on without this part
+            let_through(error)
             self._audits = False
             self._report("audit", error)
 

@@ -97,24 +97,21 @@ class Pairing(Hooked):
         wanted = task.reached(record.trained)
         if not wanted:
             return
-        if self.ledger.watcher is not None:
-            self.ledger.watcher(record)
         if record.uncounted:
             record.uncounted = False
             record.tally.fired += 1
+        cause = _hopeless(record)
         if not record.hook.computes:
             self._note_watched(task, record, backprops, wanted)
-            return
-        if record.activations is None:
-            self.condemn(record, diagnosis.GRAPH_FREED)
-            return
-        if record.outline is not None and (cause := _unreplayable(record)) is not None:
+        elif cause is not None:
             self.condemn(record, cause)
-            return
-        arranged = self._arranged(task, record, record.activations, backprops)
-        self._take(record, task, arranged, wanted)
-        self._note_moments(record, arranged[1])
-        if not task.keeps_graph:
+        else:
+            arranged = self._arranged(task, record, record.activations or [], backprops)
+            self._take(record, task, arranged, wanted)
+            self._note_moments(record, arranged[1])
+        if self.ledger.watcher is not None:  # not of a call whose rows could not be computed
+            self.ledger.watcher(record)
+        if record.hook.computes and cause is None and not task.keeps_graph:
             record.activations = record.outline = None
 
     def on_clipped_backprops(self, record: Record, backprops: torch.Tensor) -> None:
@@ -454,6 +451,13 @@ def _averaged() -> set[int]:
     if not _compat.is_distributed():
         return set()
     return {id(p) for reducer in living({_compat.reducer_class()}) for p in reducer.parameters()}
+
+
+def _hopeless(record: Record) -> str | None:
+    """Why there can be no rows of a call."""
+    if record.activations is None:
+        return diagnosis.GRAPH_FREED
+    return _unreplayable(record) if record.outline is not None else None
 
 
 def _unreplayable(record: Record) -> str | None:

@@ -1,0 +1,111 @@
+"""What handlers of signals raise is the host's, wherever it comes."""
+
+from __future__ import annotations
+
+import functools
+import signal
+
+import pytest
+import torch
+from opacus import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from torch import nn
+
+import dpguard
+from dpguard.audit.coverage import OF_EACH
+from dpguard.audit.noise import Noise
+from dpguard.audit.rows import RowValues
+from dpguard.interrupts import let_through
+from dpguard.patches.protocol import Protocol
+from dpguard.patches.wrappers import Wrappers
+
+
+class Timeout(Exception):
+    pass
+
+
+def on_alarm(_number, _frame):
+    raise Timeout
+
+
+class Alarm:
+    def __call__(self, number, frame):
+        on_alarm(number, frame)
+
+    def method(self, number, frame):
+        on_alarm(number, frame)
+
+
+HANDLERS = [on_alarm, Alarm(), Alarm().method, functools.partial(on_alarm)]
+
+
+@pytest.fixture(params=range(len(HANDLERS)))
+def _alarm(request):
+    before = signal.signal(signal.SIGALRM, HANDLERS[request.param])
+    yield
+    signal.signal(signal.SIGALRM, before)
+
+
+def train(steps):
+    model = GradSampleModule(nn.Linear(6, 4))
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.01),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        expected_batch_size=8,
+    )
+    timeouts = 0
+    for _ in range(steps):
+        try:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(torch.randn(8, 6)), torch.arange(8) % 4).backward()
+            optimizer.step()
+        except Timeout:
+            timeouts += 1
+    return timeouts
+
+
+@pytest.mark.usefixtures("_alarm")
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (RowValues, "rows_summed"),
+        (Noise, "after_noise"),
+        (Protocol, "before_step"),
+        (Wrappers, "before_step"),
+    ],
+)
+def test_a_time_limit_in_a_part_of_ours(monkeypatch, owner, name):
+    """It reaches the host, and the part goes on."""
+    original, calls = getattr(owner, name), []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGALRM)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    with dpguard.install(mode="strict") as guard:
+        assert train(5) == 1
+        assert len(calls) == 5
+        assert guard.internal_errors == ()
+        assert guard.violations == ()
+        assert guard.last_step.checks[OF_EACH[0]].passed
+
+
+def test_other_errors_stay_ours():
+    """Whether handlers are there or not."""
+    before = signal.signal(signal.SIGALRM, on_alarm)
+    try:
+        try:
+            raise Timeout
+        except Timeout as error:
+            let_through(error)
+        with pytest.raises(Timeout):
+            try:
+                signal.raise_signal(signal.SIGALRM)
+            except Timeout as error:
+                let_through(error)
+    finally:
+        signal.signal(signal.SIGALRM, before)
