@@ -78,7 +78,8 @@ ACCOUNTED_RATE_HIGH = "accounted_rate_too_high"
 HISTORY_CHANGED = "history_changed"
 ACCOUNTANT_REPLACED = "accountant_replaced"
 ACCOUNTED_ANEW = "accounted_anew"
-ACCOUNTED_IN_PART = "accounted_in_part"
+ACCOUNTED_BEFORE = "accounted_before"
+TWO_OPTIMIZERS = "two_optimizers"
 NOT_POISSON = "not_poisson"
 LOADER_BYPASSED = "loader_bypassed"
 STEP_HOOK = "step_hook"
@@ -463,11 +464,19 @@ _DIAGNOSES = {
         "both have spent",
         Severity.WARNING,
     ),
-    ACCOUNTED_IN_PART: Diagnosis(
-        "another DP optimizer trains a part of the same model and has its steps accounted; those "
-        "of this one are in no accountant that is seen, and its noise protects its own part only",
-        "train all of a model with one DP optimizer, or attach the same accountant's step hook to "
-        "each (optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(sample_rate)))",
+    ACCOUNTED_BEFORE: Diagnosis(
+        "steps on these parameters were accounted, and those of this DP optimizer are in no "
+        "accountant that is seen: it has no step hook",
+        "attach that of the same accountant (optimizer.attach_step_hook(accountant."
+        "get_optimizer_hook_fn(sample_rate))), or make the optimizer by make_private of the same "
+        "engine",
+    ),
+    TWO_OPTIMIZERS: Diagnosis(
+        "two DP optimizers train parts of one model from the same batch, each with noise for its "
+        "own part, so a person moves both sums at once, by up to the root of two times the bound "
+        "that an accountant is told of",
+        "train all of a model with one DP optimizer; else let each have a noise multiplier larger "
+        "by the root of two, and account for one of them with the smaller one",
         Severity.WARNING,
     ),
     NOT_POISSON: Diagnosis(

@@ -246,6 +246,7 @@ class ParameterState:
     """What the ledger knows about one parameter."""
 
     __slots__ = (
+        "accounted",
         "averaged",
         "cancels",
         "captured",
@@ -304,6 +305,8 @@ class ParameterState:
         """Version of the parameter at its first backward since the last step."""
         self.keeps = True
         """Whether its values are wanted as well."""
+        self.accounted = False
+        """Whether steps that trained it were accounted."""
         self.suspect = False
         """Whether it was ever changed in place between backward and step."""
         self.kept: torch.Tensor | None = None

@@ -535,24 +535,25 @@ def test_a_new_engine_for_the_same_model_and_data_is_said(how):
             assert guard.last_step.checks[STEPS].verdict == "pass"
 
 
-@pytest.mark.skipif(not MODERN, reason="accountants of this Opacus have no history")
+def second_optimizer(first, parameters):
+    return DPOptimizer(
+        torch.optim.Adam(parameters, lr=0.01),
+        noise_multiplier=first.noise_multiplier,
+        max_grad_norm=first.max_grad_norm,
+        expected_batch_size=first.expected_batch_size,
+    )
+
+
 @pytest.mark.parametrize("accounted", [False, True])
 def test_two_optimizers_of_one_model(accounted):
-    """Both have noise of their own; if only one is accounted, it is said, once."""
+    """Each has noise for its own part, and a person moves both: said once for the second one."""
     with dpguard.install(mode="strict") as guard:
         training = Training()
-        engine, first = training.engine, training.optimizer
-        body = list(training.raw.parameters())
+        first, body = training.optimizer, list(training.raw.parameters())
         first.param_groups[0]["params"] = body[:2]
-        second = DPOptimizer(
-            torch.optim.SGD(body[2:], lr=0.05),
-            noise_multiplier=first.noise_multiplier,
-            max_grad_norm=first.max_grad_norm,
-            expected_batch_size=first.expected_batch_size,
-        )
+        second = second_optimizer(first, body[2:])
         if accounted:
-            hook = engine.accountant.get_optimizer_hook_fn(sample_rate=0.2)
-            second.attach_step_hook(hook)
+            second.attach_step_hook(training.hook(0.2))
         for _ in range(2):
             for x, y in training.loader:
                 first.zero_grad()
@@ -560,8 +561,42 @@ def test_two_optimizers_of_one_model(accounted):
                 torch.nn.functional.cross_entropy(training.model(x), y).backward()
                 first.step()
                 second.step()
-        found = [v.cause for v in guard.violations]
-        assert found == ([] if accounted else [diagnosis.ACCOUNTED_IN_PART])
+        assert [v.cause for v in guard.violations] == [diagnosis.TWO_OPTIMIZERS]
+
+
+def test_two_optimizers_of_one_model_in_turns():
+    """Each of batches of its own: two mechanisms, which are accounted one after the other."""
+    with dpguard.install(mode="strict") as guard:
+        training = Training()
+        first, body = training.optimizer, list(training.raw.parameters())
+        second = second_optimizer(first, body[2:])
+        first.param_groups[0]["params"] = body[:2]
+        second.attach_step_hook(training.hook(0.2))
+        for number, (x, y) in enumerate([*training.loader, *training.loader]):
+            training.optimizer = (first, second)[number % 2]
+            first.zero_grad()
+            second.zero_grad()
+            torch.nn.functional.cross_entropy(training.model(x), y).backward()
+            training.optimizer.step()
+        assert [v.cause for v in guard.violations] == []
+
+
+@pytest.mark.skipif(not MODERN, reason="accountants of this Opacus have no history")
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_new_optimizer_in_the_middle_of_a_run(hooked):
+    """Made by hand: without the hook of the accountant its steps are in no epsilon."""
+    with warnings.catch_warnings(), dpguard.install(mode="repair") as guard:
+        warnings.simplefilter("ignore")
+        training = Training()
+        training.epoch()
+        former = training.optimizer
+        training.optimizer = second_optimizer(former, list(training.raw.parameters()))
+        if hooked:
+            training.optimizer.attach_step_hook(training.hook(0.2))
+        training.epoch()
+        training.epoch()
+    found = [v.cause for v in guard.violations]
+    assert found == ([] if hooked else [diagnosis.ACCOUNTED_BEFORE])
 
 
 @pytest.mark.parametrize("attached", [False, True])

@@ -94,18 +94,17 @@ def test_a_time_limit_in_a_part_of_ours(monkeypatch, owner, name):
         assert guard.last_step.checks[OF_EACH[0]].passed
 
 
-def test_other_errors_stay_ours():
-    """Whether handlers are there or not."""
-    before = signal.signal(signal.SIGALRM, on_alarm)
+def raised_by(function, *args):
     try:
-        try:
-            raise Timeout
-        except Timeout as error:
-            let_through(error)
-        with pytest.raises(Timeout):
-            try:
-                signal.raise_signal(signal.SIGALRM)
-            except Timeout as error:
-                let_through(error)
-    finally:
-        signal.signal(signal.SIGALRM, before)
+        function(*args)
+    except Timeout as error:
+        return error
+
+
+@pytest.mark.usefixtures("_alarm")
+def test_other_errors_stay_ours():
+    """Of the same kind, while there is a handler."""
+    let_through(Timeout())
+    error = raised_by(signal.raise_signal, signal.SIGALRM)
+    with pytest.raises(Timeout):
+        let_through(error)

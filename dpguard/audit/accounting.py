@@ -32,6 +32,8 @@ SIGMA = "accounting.sigma"
 RATE = "accounting.rate"
 SAMPLING = "accounting.sampling"
 _EXACT = 1e-9
+_FIRST, _EVERY = 3, 50
+"""In so many first steps, and in every such, it is looked for optimizers beside."""
 _Entry = tuple[float, float, int]
 
 
@@ -136,8 +138,10 @@ class _State:
     number: int = 0
     sigma: float | None = None
     had: bool = False
-    alone: bool = True
-    """Nobody is known to train the rest of its model and to have accounted for that."""
+    shares: bool = False
+    """Another was seen to make steps of rows of the same backward."""
+    misses: bool = False
+    """It was seen to train what was accounted before."""
 
 
 class Accounting(Check):
@@ -150,8 +154,8 @@ class Accounting(Check):
         self._books = PerOwner(lambda _: _Book())
         self._trained: PerOwner[list[_Book]] = PerOwner(lambda _: [])
         """Of each model the books in which its steps stand."""
-        self._accounted: weakref.WeakSet[Any] = weakref.WeakSet()
-        """Models some of whose steps are accounted."""
+        self._rounds: PerOwner[list[Any]] = PerOwner(lambda _: [None, None])
+        """Of each model the last rows of which a step was made, and the optimizer, weakly."""
         self._owners: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
         self._strays: set[float] = set()
 
@@ -211,29 +215,15 @@ class Accounting(Check):
         self._meet(state)
         if not step.parameters:
             return ()
+        failures = self._shared(state, step, optimizer)
         if not state.had:
-            return self._beside(state, step)
+            return [*failures, *_unaccounted(state, step)]
         state.number = step.number
-        failures: list[Failure] = []
         iterations = _compat.accumulated_iterations(optimizer, step.parameters)
-        missed = True
-        for reference, base, book in state.accountants:
-            accountant = reference()
-            if accountant is not None:
-                missed = False
-                engine = book.engine()
-                if engine is not None and not _is_told(state, engine.accountant):
-                    replaced = Failure(STEPS, diagnosis.ACCOUNTANT_REPLACED)
-                    step.fail(replaced)
-                    failures += _once(replaced, book)
-                history = _compat.history_of(accountant)
-                if history is not None:
-                    failures += self._compare(step, state.sigma, (base, iterations), history, book)
-                    if book is not state.book:
-                        state.book = book
-                        failures += self._compare_books(step, book)
-                        self._accounted.update(_models_of(step))
-        if missed:
+        living = [told for told in state.accountants if told.accountant() is not None]
+        for told in living:
+            failures += self._follow(state, step, told, iterations)
+        if not living:
             failures.append(Failure(STEPS, diagnosis.NOT_ACCOUNTED))
         self._strays.clear()
         state.sigma = None
@@ -304,6 +294,26 @@ class Accounting(Check):
                 state.accountants.append(told)
                 state.had = True
 
+    def _follow(
+        self, state: _State, step: Step, told: _Told, iterations: int | None
+    ) -> list[Failure]:
+        """What is wrong with one accountant and with how it was told of this step."""
+        book, failures = told.book, []
+        engine, history = book.engine(), _history_of(told)
+        if engine is not None and not _is_told(state, engine.accountant):
+            replaced = Failure(STEPS, diagnosis.ACCOUNTANT_REPLACED)
+            step.fail(replaced)
+            failures = _once(replaced, book)
+        if history is None:
+            return failures
+        failures += self._compare(step, state.sigma, (told.rate, iterations), history, book)
+        if book is not state.book:
+            state.book = book
+            failures += self._compare_books(step, book)
+            for known in step.states:
+                known.accounted = True
+        return failures
+
     def _compare(
         self,
         step: Step,
@@ -349,12 +359,20 @@ class Accounting(Check):
                 failures += _once(failure, book)
         return failures
 
-    def _beside(self, state: _State, step: Step) -> list[Failure]:
-        """Whether the steps of an optimizer without accountant go with some that are accounted."""
-        if state.alone and any(model in self._accounted for model in _models_of(step)):
-            state.alone = False
-            return [Failure(STEPS, diagnosis.ACCOUNTED_IN_PART, only_said=True)]
-        return []
+    def _shared(self, state: _State, step: Step, optimizer: Any) -> list[Failure]:
+        """Whether another optimizer has made a step of rows of the same backward."""
+        rows = step.states[0].entries if step.states else []
+        if not rows or (step.number >= _FIRST and step.number % _EVERY):
+            return []
+        found = []
+        for model in _models_of(step):
+            rounds = self._rounds.of(model)
+            known, other = rounds
+            rounds[:] = rows[-1].last, weakref.ref(optimizer)
+            if known == rows[-1].last and other() not in {None, optimizer} and not state.shares:
+                state.shares = True
+                found = [Failure(STEPS, diagnosis.TWO_OPTIMIZERS, only_said=True)]
+        return found
 
     def _compare_books(self, step: Step, book: _Book) -> list[Failure]:
         """Whether the model was trained on the same data under an accountant that is forgotten."""
@@ -385,6 +403,14 @@ class Accounting(Check):
 def _history_of(told: _Told) -> list[tuple[float, float, int]] | None:
     accountant = told.accountant()
     return None if accountant is None else _compat.history_of(accountant)
+
+
+def _unaccounted(state: _State, step: Step) -> list[Failure]:
+    """Whether an optimizer without accountant trains what was accounted before."""
+    if state.misses or not any(known.accounted for known in step.states):
+        return []
+    state.misses = True
+    return [Failure(STEPS, diagnosis.ACCOUNTED_BEFORE)]
 
 
 def _models_of(step: Step) -> list[Any]:
