@@ -42,7 +42,7 @@ import torch
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.probes import CERTAIN, Probes
-from dpguard.audit.sensitivity import Unproved, sensitivity
+from dpguard.audit.sensitivity import KINDS, Unproved, sensitivity
 from dpguard.ledger import Ledger
 from dpguard.patches.lean import Clipping, Rows, row_norms
 from dpguard.patches.sums import flat
@@ -96,7 +96,7 @@ class Clip(Check):
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        ledger.tries_clipping = self._is_due
+        ledger.tries_clipping = self._trial
         self._mine = _Mine()
         self._turns: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._rules: weakref.WeakKeyDictionary[Any, tuple[Any, int]] = weakref.WeakKeyDictionary()
@@ -196,8 +196,15 @@ class Clip(Check):
 
         A person who is drawn may be the only one of a group of rows that are clipped together.
         """
+        return self._is_turn(owner) or self._passed(owner, rule) < TRIALS
+
+    def _trial(self, owner: Any, rule: Any) -> int | None:
+        """Which trial of a rule this is; ``None`` if there is to be none."""
+        return self._passed(owner, rule) if self._is_due(owner, rule) else None
+
+    def _passed(self, owner: Any, rule: Any) -> int:
         known, passed = self._rules.get(owner, (None, 0))
-        return self._is_turn(owner) or known != rule or passed < TRIALS
+        return passed if known == rule else 0
 
     def _measure(self, step: Step, optimizer: Any, rows: Rows) -> Failures:
         """How much one person can change by the rule that is about to be used."""
@@ -205,8 +212,9 @@ class Clip(Check):
         if step.clip is None or not self._is_due(optimizer, rule):
             return ()
         generator = self._mine.probes.generator(rows.parameters[0].device)
+        turn = self._passed(optimizer, rule)
         try:
-            figure = sensitivity(optimizer, step.clip, rows, generator)
+            figure = sensitivity(optimizer, step.clip, rows, generator, turn)
         except Unproved:
             return self._unproved(step, optimizer, rule)
         parameter = rows.parameters[0]
@@ -216,7 +224,8 @@ class Clip(Check):
         )
         limit = 1 + ALLOWED + CERTAIN * own * count
         if low > own:
-            limit += CERTAIN * low * (math.sqrt(count) + 1)
+            # Rows in one direction add up to as many times the bound as there are.
+            limit += CERTAIN * low * (count if turn % KINDS else math.sqrt(count) + 1)
         self._hold_to(step, optimizer, (optimizer, rule), figure, limit)
         return ()
 
@@ -237,8 +246,7 @@ class Clip(Check):
             whose = owner()
             if values[0] <= limit:
                 if whose is not None:
-                    known, passed = self._rules.get(whose, (None, 0))
-                    self._rules[whose] = rule, passed + 1 if known == rule else 1
+                    self._rules[whose] = rule, self._passed(whose, rule) + 1
                 return ()
             if whose is not None:
                 self._rules.pop(whose, None)  # what is refused is measured in the next step again

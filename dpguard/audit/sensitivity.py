@@ -2,10 +2,19 @@
 
 Noise of standard deviation ``sigma C`` is made for a sum that no person moves by more than ``C``.
 Any rule that keeps this is sound, so that is what is measured of a rule that is not known: it is
-given rows made up for the purpose, once with one person who is far larger than all others
-together, and once without that person. What it makes of the others then shows what one person can
-do at worst: a rule that clips the gradient of the batch, or of groups of people, turns round by
-up to ``2 C``; one that does not clip moves without bound.
+given rows made up for the purpose, once with one person and once without. What it makes of the
+others then shows what the person can do. The rows are, in turns:
+
+* of one size, in random directions, with one person who is far larger than all others together. A
+  rule that clips the gradient of the batch, or of groups of people, turns round by up to ``2 C``;
+  one that does not clip moves without bound.
+* all in one direction, so that whatever changes of other people's factors adds up, and of many
+  sizes: for rules that weigh people against each other.
+* the same, half of them small and half of them large, with one person of size ``C`` in the middle:
+  for rules that follow a median, or leave out who is unusual.
+
+Before the person is forgotten, the rule is given another batch: it must not remember who was in the
+one before.
 
 Nothing of the data enters, so the verdict tells nothing of it. What the rule may have changed is
 put back (:mod:`dpguard.audit.rewinding`).
@@ -24,12 +33,16 @@ from dpguard.audit.rewinding import as_it_was
 from dpguard.interrupts import let_through
 from dpguard.patches.lean import Rows
 
-__all__ = ["Unproved", "person_and_others", "sensitivity"]
+__all__ = ["KINDS", "Unproved", "person_and_others", "sensitivity"]
 
 _OTHERS = 10.0
 """Norm of the other people's rows over ``C``: so large that a sound rule has to clip them."""
 _LARGE = 1e4
 """Norm of the large one over that of all others together."""
+_SPREAD = 2.0
+"""Norms of many sizes are between ``C`` over ten to this and ``C`` times that."""
+KINDS = 3
+"""Kinds of made-up rows."""
 
 
 class Unproved(Exception):
@@ -37,7 +50,7 @@ class Unproved(Exception):
 
 
 def sensitivity(
-    optimizer: Any, clip: Callable[[], Any], rows: Rows, generator: torch.Generator
+    optimizer: Any, clip: Callable[[], Any], rows: Rows, generator: torch.Generator, turn: int
 ) -> torch.Tensor:
     """How far one person moves what ``clip`` adds up, over ``C``.
 
@@ -46,9 +59,11 @@ def sensitivity(
         clip: adds the clipped rows of ``p.grad_sample`` to ``p.summed_grad``.
         rows: the rows that are about to be clipped; only their shapes are used.
         generator: of the made-up rows.
+        turn: which kind of rows, counted on and on.
 
     Returns:
-        A tensor without dimensions on the device of the parameters.
+        A tensor without dimensions on the device of the parameters: by how much the sum moves, and
+        by how much that of the batch after it does.
 
     Raises:
         Unproved: the rule does not take other rows, draws from a random stream that other threads
@@ -56,67 +71,83 @@ def sensitivity(
     """
     if _compat.is_distributed():
         raise Unproved
-    person = secrets.randbelow(sum(rows.sizes))
     bound, mean = optimizer.max_grad_norm, optimizer.loss_reduction == "mean"
-    made_up = _made_up(rows, bound, person, generator)
+    person, norms = person_and_others(sum(rows.sizes), turn)
+    made_up = _made_up(rows, bound * norms, generator, alike=turn % KINDS > 0)
+    later = _made_up(rows, bound * torch.full_like(norms, _OTHERS), generator, alike=False)
+
+    def clipped(given: list[list[torch.Tensor]]) -> tuple[list[torch.Tensor], ...]:
+        return tuple(_clipped(clip, rows, batch, mean=mean) for batch in (given, later))
+
     with as_it_was(optimizer, rows.parameters, rows.parameters[0].device) as rewind:
         try:
-            everyone = _clipped(clip, rows, made_up, mean=mean)
+            everyone = clipped(made_up)
         except Exception as error:  # whatever the user's code may raise at rows of ours
             let_through(error)
             raise Unproved from error
         for absent in (_removed, _zeroed):
             rewind()
             try:
-                fewer = [absent(mine, person) for mine in made_up]
-                others = _clipped(clip, rows, fewer, mean=mean)
+                others = clipped([absent(mine, person) for mine in made_up])
             except Exception as error:  # noqa: BLE001 - e.g. a rule that needs pairs of rows
                 let_through(error)
                 continue
             with torch.no_grad():
-                moved = torch._foreach_norm(torch._foreach_sub(everyone, others))
-                wide = torch.promote_types(moved[0].dtype, torch.float32)
-                total: torch.Tensor = torch.stack([norm.to(wide) for norm in moved]).norm() / bound
+                moved = [_distance(one, other) for one, other in zip(everyone, others, strict=True)]
+                total: torch.Tensor = torch.stack(moved).sum() / bound
                 return total
     raise Unproved
 
 
+def _distance(one: list[torch.Tensor], other: list[torch.Tensor]) -> torch.Tensor:
+    norms = torch._foreach_norm(torch._foreach_sub(one, other))
+    wide = torch.promote_types(norms[0].dtype, torch.float32)
+    distance: torch.Tensor = torch.stack([norm.to(wide) for norm in norms]).norm()
+    return distance
+
+
 def _made_up(
-    rows: Rows, bound: Any, person: int, generator: torch.Generator
+    rows: Rows, norms: torch.Tensor, generator: torch.Generator, *, alike: bool
 ) -> list[list[torch.Tensor]]:
-    """Rows of the same shapes, with random directions."""
+    """Rows of the same shapes and of these norms, all in one random direction or each in one."""
     size = sum(p.numel() for p in rows.parameters) ** 0.5
-    count = sum(rows.sizes)
     found = []
     for mine in rows.pieces:
-        pieces, start = [], 0
-        for piece in mine:
-            made = torch.randn(
-                piece.shape, generator=generator, device=piece.device, dtype=torch.float32
-            )
-            made *= bound * _OTHERS / size
-            if 0 <= person - start < len(piece):
-                made[person - start] *= _LARGE * count**0.5
-            pieces.append(made.to(piece.dtype))
-            start += len(piece)
+        device = mine[0].device
+        shares = (norms / size).to(device, torch.float32).split(list(rows.sizes))
+        one = torch.randn(
+            (1, *mine[0].shape[1:]), generator=generator, device=device, dtype=torch.float32
+        )
+        pieces = []
+        for piece, share in zip(mine, shares, strict=True):
+            made = one
+            if not alike:
+                made = torch.randn(
+                    piece.shape, generator=generator, device=device, dtype=torch.float32
+                )
+            pieces.append((made * share.view(-1, *[1] * (piece.dim() - 1))).to(piece.dtype))
         found.append(pieces)
     return found
 
 
-def person_and_others(
-    count: int, bound: float, *, most: float, device: torch.device
-) -> tuple[int, torch.Tensor]:
-    """Somebody, and made-up norms of all rows, of which theirs is by far the largest.
+def person_and_others(count: int, turn: int) -> tuple[int, torch.Tensor]:
+    """Somebody, and made-up norms of all rows, over the clip bound.
 
     Args:
         count: how many rows.
-        bound: the clip bound.
-        most: the largest number that the norms will be held in.
-        device: where.
+        turn: which kind of norms, counted on and on.
     """
-    person = secrets.randbelow(count)
-    norms = torch.full((count,), bound * _OTHERS, dtype=torch.float64, device=device)
-    norms[person] = min(bound * _OTHERS * _LARGE * count**0.5, most / 4)
+    person, kind = secrets.randbelow(count), turn % KINDS
+    if kind == 0:
+        norms = torch.full((count,), _OTHERS, dtype=torch.float64, device="cpu")
+        norms[person] = _OTHERS * _LARGE * count**0.5
+    elif kind == 1:
+        exponents = torch.linspace(-_SPREAD, _SPREAD, count, dtype=torch.float64, device="cpu")
+        norms = (10.0**exponents).roll(secrets.randbelow(count))
+    else:
+        norms = torch.full((count,), 1 / _OTHERS, dtype=torch.float64, device="cpu")
+        norms[::2] = _OTHERS
+        norms[person] = 1.0
     return person, norms
 
 

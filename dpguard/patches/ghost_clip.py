@@ -86,8 +86,9 @@ def watch(
         bound = hooks.max_grad_norm if repairs else optimizer.max_grad_norm
         rule = _compat.code_of(hooks, _RULE), _same(hooks.max_grad_norm, bound)
         type(hooks).get_norm_sample(hooks)  # norms are settled before any are made up
-        if ledger.tries_clipping is not None and ledger.tries_clipping(hooks, rule):
-            guarded(lambda: tried.append(_try(hooks, bound, original)))
+        trial = ledger.tries_clipping and ledger.tries_clipping(hooks, rule)
+        if trial is not None:
+            guarded(lambda: tried.append(_try(hooks, bound, original, trial)))
         factors = original(*args, **kwargs)
         if isinstance(factors, torch.Tensor) and factors.dim() == 1:
             found = tried[0] if tried else None
@@ -128,7 +129,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 @torch.no_grad()
-def _try(hooks: Any, bound: Any, rule: Callable[[], Any]) -> Any:
+def _try(hooks: Any, bound: Any, rule: Callable[[], Any], turn: int) -> Any:
     """By how many bounds one person can move the sum at worst; ``Unproved`` if it cannot be told.
 
     The rows of the others may all point in one direction. Then what changes of their factors adds
@@ -142,7 +143,8 @@ def _try(hooks: Any, bound: Any, rule: Callable[[], Any]) -> Any:
     if count < 2:  # noqa: PLR2004 - nobody else is there
         return None
     most = min(torch.finfo(norm.dtype).max for norm in held)
-    person, norms = person_and_others(count, bound, most=most, device=device)
+    person, norms = person_and_others(count, turn)
+    norms = (bound * norms).clamp(max=most / 4).to(device)
     with as_it_was(hooks, (), device) as rewind:
         try:
             everyone, all_norms = _asked(hooks, rule, parameters, held, norms)
