@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
+from dpguard.identity import IdentityMap, IdentitySet
 from dpguard.patches.step_hooks import ACCOUNTED
 from dpguard.patching import ABSENT
 
@@ -150,9 +151,9 @@ class Accounting(Check):
         self._books = PerOwner(lambda _: _Book())
         self._trained: PerOwner[list[_Book]] = PerOwner(lambda _: [])
         """Of each model the books in which its steps stand."""
-        self._accounted: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._accounted = IdentitySet()
         """Models some of whose steps are accounted."""
-        self._owners: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+        self._owners: IdentityMap[weakref.ref[Any]] = IdentityMap()
         self._strays: set[float] = set()
 
     # -- told by the patches of step hooks and samplers --------------------------------------------

@@ -13,12 +13,12 @@ in its scale; this is the scaler's nature, see the README.
 from __future__ import annotations
 
 import copy
-import weakref
 from typing import Any
 
 import torch
 
 from dpguard import _compat, diagnosis
+from dpguard.identity import IdentityMap, IdentitySet
 from dpguard.patches.copies import MINE
 from dpguard.patches.facades import Family
 from dpguard.patches.wrapping import EagerWrapper
@@ -42,9 +42,9 @@ class LossScale:
     def __init__(self, verdicts: Verdicts, family: Family) -> None:
         self._verdicts = verdicts
         self._family = family
-        self._entered: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        self._discarding: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._said: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._entered: IdentityMap[int] = IdentityMap()
+        self._discarding = IdentitySet()
+        self._said = IdentitySet()
         self._ghost: dict[int, Any] = {}
 
     def install(self, transaction: Transaction) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpguard import _compat, diagnosis
+from dpguard.identity import IdentityMap, IdentitySet
 from dpguard.patches.wrapping import EagerWrapper
 from dpguard.patching import Transaction
 from dpguard.verdicts import Verdicts
@@ -73,11 +74,11 @@ class Bounds:
     def __init__(self, verdicts: Verdicts, owner: Callable[[Any], Any]) -> None:
         self._verdicts = verdicts
         self._owner = owner
-        self._layers: weakref.WeakKeyDictionary[Any, _Layers] = weakref.WeakKeyDictionary()
-        self._logical: weakref.WeakKeyDictionary[Any, _Logical] = weakref.WeakKeyDictionary()
-        self._drawn: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        self._layers: IdentityMap[_Layers] = IdentityMap()
+        self._logical: IdentityMap[_Logical] = IdentityMap()
+        self._drawn: IdentityMap[Any] = IdentityMap()
         self._clipped: dict[int, tuple[weakref.ref[Any], float]] = {}
-        self._said: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._said = IdentitySet()
 
     def install(self, transaction: Transaction) -> None:
         """Patch where ghost clipping runs its backwards and where it computes clip factors."""
@@ -167,7 +168,7 @@ class Bounds:
         return wrapped(*args, **kwargs)
 
     def _refuse_other_noise(self, instance: Any) -> None:
-        drawn = self._drawn.pop(instance, None)
+        drawn = self._drawn.pop(instance)
         if drawn is not None and not _same(drawn, instance.noise_multiplier):
             self._verdicts.refuse(
                 "mechanism.noise",

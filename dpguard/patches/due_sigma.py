@@ -9,10 +9,10 @@ noise on the gradient is made with a larger one accordingly. Before 1.6 that lar
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 from dpguard import _compat, diagnosis
+from dpguard.identity import IdentitySet
 from dpguard.patches.wrapping import EagerWrapper
 from dpguard.patching import Transaction
 from dpguard.verdicts import Verdicts
@@ -30,7 +30,7 @@ class DueSigma:
     def __init__(self, verdicts: Verdicts) -> None:
         self._verdicts = verdicts
         self._shown: dict[int, tuple[float, float]] = {}
-        self._said: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._said = IdentitySet()
 
     def install(self, transaction: Transaction) -> None:
         """Note what a loss of adaptive ghost clipping was made for."""

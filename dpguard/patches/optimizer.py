@@ -7,13 +7,13 @@ goes round a wrapper there.
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from dpguard import _compat
 from dpguard._errors import DPGuardError
 from dpguard.audit.steps import StepAuditor
+from dpguard.identity import IdentitySet
 from dpguard.ledger import Ledger
 from dpguard.patches.amp import LossScale
 from dpguard.patches.attributes import AttributeForwarding
@@ -74,7 +74,7 @@ class OptimizerPatch:
         self._audits = True
         self._off: set[str] = set()
         self._inside: set[int] = set()
-        self._instances: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._instances = IdentitySet()
         self._transaction: Transaction | None = None
         self._wrapped: set[tuple[type, str]] = set()
         self._bases: set[type] = set()
