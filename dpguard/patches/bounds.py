@@ -138,8 +138,10 @@ class Bounds:
         if used is not None and not _same(used, logical.bound):
             self._refuse(
                 instance,
-                f"was clipped to {used!r} in one physical batch and to {logical.bound!r} in "
-                "another of the same logical batch",
+                "was clipped to one bound in one physical batch and to another in another of the "
+                "same logical batch",
+                used,
+                logical.bound,
             )
         rates = _rates(instance)
         if rates != logical.rates:
@@ -155,9 +157,12 @@ class Bounds:
             self._said.add(instance)
             self._verdicts.intervene(diagnosis.CLIP_BOUND, body, attribute="max_grad_norm")
 
-    def _refuse(self, instance: Any, what: str) -> None:
+    def _refuse(self, instance: Any, what: str, figure: Any = None, bound: Any = None) -> None:
         self._verdicts.refuse(
-            "mechanism.clip", diagnosis.CLIP_BOUNDS_CONTRADICT, f"{type(instance).__name__} {what}."
+            "mechanism.clip",
+            diagnosis.CLIP_BOUNDS_CONTRADICT,
+            f"{type(instance).__name__} {what}.",
+            **_figures(figure, bound),
         )
 
     # -- noise in hooks -------------------------------------------------------------------------
@@ -173,8 +178,9 @@ class Bounds:
             self._verdicts.refuse(
                 "mechanism.noise",
                 diagnosis.NOISE_DRAWN_BEFORE,
-                f"{type(instance).__name__} drew noise with the multiplier {drawn!r} in the "
-                f"backward, and has {instance.noise_multiplier!r} at its step.",
+                f"{type(instance).__name__} drew noise with one multiplier in the backward, and "
+                "has another at its step.",
+                **_figures(drawn, instance.noise_multiplier),
             )
 
     # -- per-layer clipping ---------------------------------------------------------------------
@@ -233,8 +239,9 @@ class Bounds:
             if changed_total and not _same(total, together):
                 self._refuse(
                     instance,
-                    f"has bounds {norms} per layer, which are {together} together, and a "
-                    f"max_grad_norm of {total}",
+                    "has bounds per layer which are another together than its max_grad_norm",
+                    together,
+                    total,
                 )
             return together
         if changed_total:
@@ -253,8 +260,8 @@ class Bounds:
         if not _same(module.max_grad_norm, bound):
             self._say_once(
                 module,
-                f"The model clipped to {module.max_grad_norm!r} while "
-                f"{type(optimizer).__name__} made noise for {bound!r}.",
+                "The model clipped to another max_grad_norm than that for which "
+                f"{type(optimizer).__name__} made noise.",
             )
             if self._verdicts.repairs:
                 module.max_grad_norm = bound
@@ -292,6 +299,12 @@ def _same(one: Any, other: Any) -> bool:
     if not (isinstance(one, numbers) and isinstance(other, numbers)):
         return False
     return math.isclose(one, other, rel_tol=_SAME)
+
+
+def _figures(figure: Any, bound: Any) -> dict[str, Any]:
+    """What may depend on the data and is for its own channel, if the host has it at hand."""
+    found = {"figure": figure, "bound": bound}
+    return {name: float(f) for name, f in found.items() if isinstance(f, (int, float))}
 
 
 def _rates(instance: Any) -> tuple[Any, ...]:
