@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import MLP
 from opacus import GradSampleModule, PrivacyEngine
+from opacus.accountants import RDPAccountant
 from opacus.optimizers import DPOptimizer
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from releases import needs_adaptive, needs_ghost, needs_reshaping
@@ -866,6 +867,36 @@ def test_the_guard_adds_no_wait(mode, program):
 def test_a_cut_adds_no_wait():
     """Neither do settling and attributing a cut."""
     assert waits("repair", step_with_a_cut) - waits("off", plain_step) == collections.Counter()
+
+
+def step_with_a_sigma_of_the_device(training, x):
+    if training.optimizer.step_hook is None:
+        training.optimizer.noise_multiplier = torch.tensor(1.0)
+        accountant = RDPAccountant()
+        training.optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(0.25))
+    training.step(x)
+
+
+@pytest.mark.parametrize("mode", ["repair", "observe", "strict"])
+def test_a_sigma_of_the_device_is_not_read(mode, monkeypatch):
+    """Not more often than by plain Opacus; the tensor only says that it is no tensor of the CPU."""
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda _: False), raising=False)
+    plain = waits("off", step_with_a_sigma_of_the_device, steps=12)
+    guarded = waits(mode, step_with_a_sigma_of_the_device, steps=12)
+    assert guarded - plain == collections.Counter()
+
+
+def test_a_sigma_of_the_device_is_not_compared(guard, monkeypatch):
+    """Whether it is the one that is accounted is not known, and nothing is said."""
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda _: False), raising=False)
+    training = Training(sigma=1.0)
+    for _ in range(3):
+        step_with_a_sigma_of_the_device(training, DATA.tensors[0][:4])
+    checks = guard.last_step.checks
+    assert checks["accounting.sigma"].verdict == "not_run"
+    assert checks["accounting.steps"].verdict == "pass"
+    guard.flush()
+    assert guard.violations == ()
 
 
 def test_the_counter_counts():

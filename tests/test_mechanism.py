@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import StepLR
 
 import dpguard
 from dpguard._compat import _release
+from dpguard.patches import bounds
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
 RELEASE = _release(opacus.__version__)
@@ -434,6 +435,36 @@ def test_contradicting_bounds_are_refused(guard):
     training.dp.zero_grad()
     training.dp._step_skip_queue.clear()
     assert training.clipped_to() == exactly([6.0, 8.0])
+
+
+class ByName(DPOptimizer):
+    """Keeps something else than a list of bounds under that name."""
+
+    def __init__(self, *args, norms=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.max_grad_norms = norms
+
+
+@pytest.mark.parametrize("mode", ["repair", "observe"])
+@pytest.mark.parametrize("norms", [None, {"first": 0.5}, ["0.5", "0.5"], 0.5])
+def test_bounds_that_are_no_list_of_numbers(mode, norms):
+    """They belong to a class of the user's own, which steps as without a guard."""
+    plain = Training(ByName, norms=norms).clipped_to()
+    with dpguard.install(mode=mode) as guard:
+        assert Training(ByName, norms=norms).clipped_to() == plain
+        assert guard.internal_errors == guard.interventions == guard.violations == ()
+
+
+@pytest.mark.parametrize("mode", ["repair", "observe"])
+def test_an_error_of_ours_about_bounds_is_not_the_hosts(mode, monkeypatch):
+    """It is said once, and the step is taken."""
+    monkeypatch.delenv("DPGUARD_RAISE_INTERNAL")
+    monkeypatch.setattr(bounds.Bounds, "_fit_layers", lambda *_: 1 / 0)
+    plain = per_layer().clipped_to()
+    guard = dpguard.install(mode=mode)
+    assert per_layer().clipped_to() == per_layer().clipped_to() == plain
+    guard.uninstall()
+    assert [part for part, _ in guard.internal_errors] == ["bounds"]
 
 
 def test_bounds_per_layer_in_observe():

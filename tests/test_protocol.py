@@ -679,3 +679,15 @@ def test_uninstalling_takes_everything_off():
     training.dp.zero_grad()
     training.backward()
     assert training.moved(training.inner.step) == exactly(0.1), "plain again"
+
+
+def test_no_mark_stays_on_gradients():
+    """Nor on those of an optimizer that was made before."""
+    older = Training()
+    with dpguard.install(mode="repair"):
+        newer = Training()
+        for training in (older, newer):
+            training.applied()
+            assert vars(training.model.weight.grad)
+    for training in (older, newer):
+        assert vars(training.model.weight.grad) == {}

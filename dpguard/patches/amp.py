@@ -21,7 +21,7 @@ from dpguard import _compat, diagnosis
 from dpguard.identity import IdentityMap, IdentitySet
 from dpguard.patches.copies import MINE
 from dpguard.patches.facades import Family
-from dpguard.patches.wrapping import EagerWrapper
+from dpguard.patches.wrapping import wrap_new
 from dpguard.patching import Transaction
 from dpguard.precision import computed_in, note_precision
 from dpguard.verdicts import Verdicts
@@ -42,6 +42,7 @@ class LossScale:
     def __init__(self, verdicts: Verdicts, family: Family) -> None:
         self._verdicts = verdicts
         self._family = family
+        self._wrapped: set[tuple[Any, str]] = set()
         self._entered: IdentityMap[int] = IdentityMap()
         self._discarding = IdentitySet()
         self._said = IdentitySet()
@@ -58,10 +59,7 @@ class LossScale:
                 *((cls, "backward", self._backward) for cls in _compat.ghost_loss_classes()),
                 (_compat.ghost_hooks_class(), "get_norm_sample", self._norms),
             ]
-        for owner, name, wrapper in patched:
-            original = vars(owner).get(name) if owner is not None else None
-            if original is not None:
-                transaction.patch(owner, name, EagerWrapper(original, wrapper))
+        wrap_new(transaction, self._wrapped, patched)
 
     # -- asked by the optimizer -----------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from dpguard import _compat, diagnosis
 from dpguard.identity import IdentityMap, IdentitySet
-from dpguard.patches.wrapping import EagerWrapper
+from dpguard.patches.wrapping import wrap_new
 from dpguard.patching import Transaction
 from dpguard.verdicts import Verdicts
 
@@ -74,6 +74,7 @@ class Bounds:
     def __init__(self, verdicts: Verdicts, owner: Callable[[Any], Any]) -> None:
         self._verdicts = verdicts
         self._owner = owner
+        self._wrapped: set[tuple[Any, str]] = set()
         self._layers: IdentityMap[_Layers] = IdentityMap()
         self._logical: IdentityMap[_Logical] = IdentityMap()
         self._drawn: IdentityMap[Any] = IdentityMap()
@@ -82,21 +83,19 @@ class Bounds:
 
     def install(self, transaction: Transaction) -> None:
         """Patch where ghost clipping runs its backwards and where it computes clip factors."""
-        for owner, name, wrapper in (
+        methods = (
             *((cls, "backward", self._backward) for cls in _compat.ghost_loss_classes()),
             (_compat.ghost_hooks_class(), "get_clipping_coef", self._clip_factors),
             (_compat.optimizer_with_noise_hooks(), "_scale_grad_parameter", self._drawn_in_hook),
-        ):
-            original = vars(owner).get(name) if owner is not None else None
-            if original is not None:
-                transaction.patch(owner, name, EagerWrapper(original, wrapper))
+        )
+        wrap_new(transaction, self._wrapped, methods)
 
     def adopt(self, instance: Any) -> None:
         """Learn which bound belongs to which parameter, while they are in order."""
-        norms = getattr(instance, "max_grad_norms", None)
-        if isinstance(norms, (list, tuple)) and len(norms) == len(instance.params):
-            layers = self._layers[instance] = _Layers(list(norms), instance.max_grad_norm)
-            layers.learn(instance.params, list(norms))
+        norms = _listed(instance)
+        if norms is not None and len(norms) == len(instance.params):
+            layers = self._layers[instance] = _Layers(norms, instance.max_grad_norm)
+            layers.learn(instance.params, norms)
 
     # -- around a step --------------------------------------------------------------------------
 
@@ -187,9 +186,9 @@ class Bounds:
 
     def _fit_layers(self, instance: Any) -> None:
         """Bring ``max_grad_norms`` in the order of the parameters and in line with the total."""
-        if not hasattr(instance, "max_grad_norms"):
+        norms, total = _listed(instance), instance.max_grad_norm
+        if norms is None:
             return
-        norms, total = list(instance.max_grad_norms), instance.max_grad_norm
         parameters = instance.params
         layers = self._layers.get(instance)
         if layers is None:
@@ -289,6 +288,18 @@ def _give_back(instance: Any, used: Any, given: Any, norms: Any) -> None:
         instance.max_grad_norm = given
     if norms is not None:
         instance.max_grad_norms = norms
+
+
+def _listed(instance: Any) -> list[float] | None:
+    """The bounds of layers as a new list, if they are in one and the host has all of them at hand.
+
+    A class of the user's own may keep something else under that name.
+    """
+    norms = getattr(instance, "max_grad_norms", None)
+    if not isinstance(norms, (list, tuple)):
+        return None
+    found = [_compat.plain_number(norm) for norm in (*norms, instance.max_grad_norm)]
+    return None if None in found else list(norms)
 
 
 def _same(one: Any, other: Any) -> bool:

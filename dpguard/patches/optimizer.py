@@ -86,16 +86,16 @@ class OptimizerPatch:
         Calling it again patches the classes that a reload of Opacus has made since.
         """
         base = _compat.optimizer_class()
+        if self._transaction is None:
+            transaction.on_undo("adopted optimizers", self._give_back_all)
+        for part in (self._bounds, self._scale, self._sigma):
+            part.install(transaction)
         if base in self._bases:
             return
         torchs = _compat.torch_optimizer_class()
         if self._transaction is None:
-            transaction.on_undo("adopted optimizers", self._give_back_all)
             self._foreign.install(transaction)
             self._forwarding.watch(transaction)
-            self._bounds.install(transaction)
-            self._scale.install(transaction)
-            self._sigma.install(transaction)
             hook = classmethod(self._subclass_hook(torchs, vars(torchs).get("__init_subclass__")))
             transaction.patch(torchs, "__init_subclass__", hook)
         self._transaction = transaction
@@ -195,6 +195,7 @@ class OptimizerPatch:
             self._facades.give_back(instance)
             self._forwarding.give_back(instance)
             self._hooks.give_back(instance)
+            self._protocol.give_back(instance)
             self._sigma.give_back(instance)
             self._family.unmark(instance)
 
@@ -282,12 +283,12 @@ class OptimizerPatch:
 
     def _private(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         """Clip, add noise, scale; all with one bound."""
-        give_back = self._bounds.fix(instance)
+        give_back = self._part("bounds", self._bounds.fix, instance)
         try:
             return self._mechanism.step(wrapped, instance, args, kwargs)
         finally:
             if give_back is not None:
-                give_back()
+                self._part("bounds", give_back)
 
     def _before(self, instance: Any) -> None:
         if instance not in self._instances:

@@ -124,6 +124,12 @@ class Protocol:
                 if parameter.grad is not None:
                     setattr(parameter.grad, _APPLIED, True)
 
+    def give_back(self, instance: Any) -> None:
+        """Take the marks off again."""
+        for parameter in getattr(instance, "params", ()):
+            if parameter.grad is not None:
+                vars(parameter.grad).pop(_APPLIED, None)
+
 
 def _is_processed(found: Any) -> bool:
     return hasattr(found, "_processed")
