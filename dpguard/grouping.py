@@ -82,23 +82,33 @@ class EqualGroups(Grouping):
 class PersonIds(Grouping):
     """Each row says whose it is.
 
+    Ids of a GPU are waited for once, here; all else is known of their copy on the host.
+
     Args:
         ids: whole numbers of shape ``(B,)``, equal for rows of the same person.
     """
 
     def __init__(self, ids: torch.Tensor) -> None:
-        distinct, self._inverse = torch.unique(ids, return_inverse=True)
+        distinct, self._inverse, counts = torch.unique(
+            ids.cpu(), return_inverse=True, return_counts=True
+        )
         self._people = len(distinct)
-        self._most = 0
+        self._most = int(counts.max()) if len(counts) else 1
         if self._people == len(ids):  # then rows stay where they are
-            self._inverse = torch.arange(self._people, device=ids.device)
+            self._inverse = torch.arange(self._people, device="cpu")
+        self._there: dict[torch.device, torch.Tensor] = {}
 
     @property
     def most(self) -> int:
         """How many rows one person has at most."""
-        if not self._most:
-            self._most = int(torch.bincount(self._inverse).max()) if len(self._inverse) else 1
         return self._most
+
+    def _on(self, device: torch.device) -> torch.Tensor:
+        """Whose each row is, sent to a device once and without waiting for it."""
+        found = self._there.get(device)
+        if found is None:
+            found = self._there[device] = self._inverse.to(device, non_blocking=True)
+        return found
 
     def people_of(self, rows: int) -> int:
         """How many people a call with so many rows has."""
@@ -109,11 +119,11 @@ class PersonIds(Grouping):
     def summed(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows summed per person."""
         total = rows.new_zeros((self.people_of(len(rows)), *rows.shape[1:]))
-        return total.index_add_(0, self._inverse.to(rows.device), rows)
+        return total.index_add_(0, self._on(rows.device), rows)
 
     def spread(self, norms: torch.Tensor) -> torch.Tensor:
         """Each person's value for each row."""
-        return norms[self._inverse.to(norms.device)]
+        return norms[self._on(norms.device)]
 
 
 class Concatenated(Grouping):
@@ -140,7 +150,7 @@ def grouping_of(arrangement: str | None, group_size: int | None, ids: Any, layou
         return Concatenated()
     if group_size is not None:
         return EqualGroups(group_size, blocks=layout == "blocks")
-    whose = torch.as_tensor(ids)
+    whose = ids if isinstance(ids, torch.Tensor) else torch.as_tensor(ids, device="cpu")
     if whose.dim() != 1 or whose.is_floating_point() or whose.is_complex():
         raise ValueError(
             "rows: ids must be one whole number for each row, of shape (B,), not a tensor of "
