@@ -15,7 +15,15 @@ import torch
 from dpguard import diagnosis
 from dpguard._errors import PrivacyViolation
 
-__all__ = ["Concatenated", "EqualGroups", "Grouping", "PersonIds", "grouping_of", "owners"]
+__all__ = [
+    "Concatenated",
+    "EqualGroups",
+    "Grouping",
+    "PersonIds",
+    "grouping_of",
+    "misfit_sentence",
+    "owners",
+]
 
 
 class Grouping:
@@ -29,8 +37,12 @@ class Grouping:
         """How many rows one person has at most."""
         return 1
 
+    def misfit(self, rows: int) -> str | None:
+        """By what so many rows cannot be summed, if they cannot."""
+        raise NotImplementedError
+
     def people_of(self, rows: int) -> int:
-        """How many people a call with so many rows has."""
+        """How many people a call with so many rows, which fit, has."""
         raise NotImplementedError
 
     def summed(self, rows: torch.Tensor) -> torch.Tensor:
@@ -60,12 +72,13 @@ class EqualGroups(Grouping):
         """How many rows one person has at most."""
         return self.size
 
+    def misfit(self, rows: int) -> str | None:
+        """Whether a group is not whole."""
+        return f"groups of {self.size}" if rows % self.size else None
+
     def people_of(self, rows: int) -> int:
         """How many people a call with so many rows has."""
-        people, rest = divmod(rows, self.size)
-        if rest:
-            raise _misfit(f"groups of {self.size}")
-        return people
+        return rows // self.size
 
     def summed(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows summed per person."""
@@ -110,10 +123,12 @@ class PersonIds(Grouping):
             found = self._there[device] = self._inverse.to(device, non_blocking=True)
         return found
 
-    def people_of(self, rows: int) -> int:
+    def misfit(self, rows: int) -> str | None:
+        """Whether there are more or fewer ids."""
+        return "the ids" if rows != len(self._inverse) else None
+
+    def people_of(self, rows: int) -> int:  # noqa: ARG002 - as of other groupings
         """How many people a call with so many rows has."""
-        if rows != len(self._inverse):
-            raise _misfit("the ids")
         return self._people
 
     def summed(self, rows: torch.Tensor) -> torch.Tensor:
@@ -130,6 +145,10 @@ class Concatenated(Grouping):
     """The calls of one block: other blocks are other people."""
 
     joins = True
+
+    def misfit(self, rows: int) -> str | None:  # noqa: ARG002 - as of other groupings
+        """Any number fits."""
+        return None
 
     def people_of(self, rows: int) -> int:
         """Each row is a person."""
@@ -167,11 +186,13 @@ def owners(grouping: Grouping | None, rows: int, device: torch.device) -> torch.
     """
     if grouping is None:
         return torch.arange(rows, device=device)
+    what = grouping.misfit(rows)
+    if what is not None:
+        raise PrivacyViolation(misfit_sentence(what))
     return grouping.spread(torch.arange(grouping.people_of(rows), device=device))
 
 
-def _misfit(what: str) -> PrivacyViolation:
-    diagnosed = diagnosis.explain(diagnosis.GROUPS_MISFIT)
-    return PrivacyViolation(
-        f"Rows cannot be summed by {what}: {diagnosed.statement}. Remedy: {diagnosed.remedy}."
-    )
+def misfit_sentence(what: str) -> str:
+    """That rows cannot be summed by ``what``, and why."""
+    statement = diagnosis.explain(diagnosis.GROUPS_MISFIT).statement
+    return f"Rows cannot be summed by {what}: {statement}."

@@ -42,7 +42,7 @@ class Protocol:
         self, verdicts: Verdicts, adopt: Callable[[Any], None], is_dp: Callable[[Any], bool]
     ) -> None:
         self._verdicts = verdicts
-        self._copying = Copying(adopt)
+        self._copying = Copying(adopt, verdicts)
         self._is_dp = is_dp
 
     def install(self, transaction: Transaction, cls: type) -> None:
