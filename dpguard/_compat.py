@@ -10,6 +10,7 @@ import copy
 import functools
 import importlib
 import inspect
+import numbers
 import re
 import sys
 import weakref
@@ -1028,9 +1029,16 @@ _CLIP_AND_NOISE = ("clip_and_accumulate", "add_noise")
 
 def plain_number(found: Any) -> float | None:
     """A number, also from a tensor without dimensions that the host can read without waiting."""
+    if isinstance(found, (int, float)):
+        return float(found)
     if isinstance(found, _torch().Tensor):
         return float(found) if found.is_cpu and found.numel() == 1 else None
-    return float(found) if isinstance(found, (int, float)) else None
+    return float(found) if isinstance(found, numbers.Real) else None
+
+
+def is_away(found: Any) -> bool:
+    """Whether the host would have to wait for a device to know what it is."""
+    return isinstance(found, _torch().Tensor) and not found.is_cpu
 
 
 def noise_std(optimizer: Any, *, of_all: bool = False) -> float | torch.Tensor | None:

@@ -86,7 +86,6 @@ class Runtime:
         self.accounting = Accounting()
         self._deliveries = Deliveries()
         emit = _weakly(self.emit)
-        changes = settings.mode.changes_the_host
         report = _weakly(self.report_internal)
         self._calls = Calls(self.ledger, self._deliveries, report)
         asks = bool(settings.oracle_every and _compat.nodes())
@@ -95,11 +94,11 @@ class Runtime:
         self.ledger.norm_draws = NormDraws(report) if asks else None
         self.auditor = StepAuditor(self.ledger, settings, emit, self._checks(), report)
         kinds = ((Pairing, _compat.uses_stock_hooks), (GhostPairing, _compat.uses_ghost_hooks))
+        self._verdicts = verdicts = Verdicts(emit, settings.mode)
         self.grad_sample = GradSamplePatch(
-            self.ledger, kinds, computes=changes, outputs=self.outputs, report=report
+            self.ledger, kinds, verdicts, outputs=self.outputs, report=report
         )
         self._loading = LoadingPatch(self._deliveries, self.ledger, self._calls.watch, report)
-        verdicts = Verdicts(emit, settings.mode)
         self._forwarding = AttributeForwarding(verdicts)
         self.optimizer = OptimizerPatch(
             self.ledger,
@@ -222,7 +221,7 @@ class Runtime:
             self.ledger,
             self._ghost_pairing_of,
             _weakly(self.report_internal),
-            repairs=self.settings.mode.changes_the_host,
+            self._verdicts,
         )
         self.optimizer.install(self._transaction)
         self._loading.install(self._transaction)

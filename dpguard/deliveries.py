@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from dpguard.identity import IdentityMap, IdentitySet
 from dpguard.poisson import Drawn
 
 __all__ = ["DECLARED", "Deliveries", "Delivery", "Iteration", "Reader"]
@@ -196,8 +197,8 @@ class Deliveries:
         self.unclear = True
         """Whether the calls of the next backward are to be noted: it may take more than numbers
         to tell which batch they have seen."""
-        self._readers: weakref.WeakKeyDictionary[Any, Reader] = weakref.WeakKeyDictionary()
-        self._steppers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._readers: IdentityMap[Reader] = IdentityMap()
+        self._steppers = IdentitySet()
         self.untied = Reader()
         """Is told of batches that Opacus's samplers draw, nobody knows for whom."""
         self._declared: deque[Delivery] = deque(maxlen=_PENDING_AT_MOST)

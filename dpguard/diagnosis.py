@@ -756,12 +756,14 @@ _DIAGNOSES = {
         "ghost clipping needs exactly one loss for each sample of the batch",
         "let the criterion honour reduction='none' and reduce its result to shape (B,), one loss "
         "per sample",
+        Severity.CRITICAL,
     ),
     LOSSES_OVERLAP: Diagnosis(
         "two losses were backpropagated one after the other though the forwards of both had run "
         "before; each was clipped by itself, so a person who is in both would count twice",
         "make one loss per sample of both and call backward once, or run the second forward "
         "after the first backward",
+        Severity.CRITICAL,
     ),
     SKIPPED_BATCH: Diagnosis(
         "a physical batch of BatchMemoryManager was drawn and not stepped, so that its skip signal "

@@ -158,7 +158,7 @@ class Intervention(Event):
         remedy: what the user can write instead.
         attribute: for ``alias``, the attribute that now has one owner.
         owner: for ``alias``, the class of the object that owns it.
-        before: for ``alias``, the value that was replaced, if it is a plain number or word.
+        before: for ``alias``, the value that was replaced, if it is plain and no data can be in it.
         after: for ``alias``, the value that is applied from now on, likewise.
     """
 

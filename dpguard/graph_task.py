@@ -31,13 +31,25 @@ def _number(value: int) -> torch.Tensor:
 class GraphTask:
     """What one run of the autograd engine does, asked once per parameter."""
 
-    __slots__ = ("_roles", "cast", "id", "keeps_graph", "owners", "published", "terms", "waiting")
+    __slots__ = (
+        "_roles",
+        "cast",
+        "id",
+        "keeps_graph",
+        "misfit",
+        "owners",
+        "published",
+        "terms",
+        "waiting",
+    )
 
     def __init__(self, task_id: int) -> None:
         self.id = task_id
         self.keeps_graph = _autograd.keeps_graph()
         self.cast: torch.dtype | None = None
         """The precision of autocast, if the backward runs under it."""
+        self.misfit = False
+        """Whether it was said that rows do not fit what is declared of them."""
         self.published: set[int] = set()
         self.owners: set[int] = set()
         """Identities of the models of which a call was met in this backward."""

@@ -15,7 +15,15 @@ import torch
 from dpguard import diagnosis
 from dpguard._errors import PrivacyViolation
 
-__all__ = ["Concatenated", "EqualGroups", "Grouping", "PersonIds", "grouping_of", "owners"]
+__all__ = [
+    "Concatenated",
+    "EqualGroups",
+    "Grouping",
+    "PersonIds",
+    "grouping_of",
+    "misfit_sentence",
+    "owners",
+]
 
 
 class Grouping:
@@ -29,8 +37,12 @@ class Grouping:
         """How many rows one person has at most."""
         return 1
 
+    def misfit(self, rows: int) -> str | None:
+        """By what so many rows cannot be summed, if they cannot."""
+        raise NotImplementedError
+
     def people_of(self, rows: int) -> int:
-        """How many people a call with so many rows has."""
+        """How many people a call with so many rows, which fit, has."""
         raise NotImplementedError
 
     def summed(self, rows: torch.Tensor) -> torch.Tensor:
@@ -60,12 +72,13 @@ class EqualGroups(Grouping):
         """How many rows one person has at most."""
         return self.size
 
+    def misfit(self, rows: int) -> str | None:
+        """Whether a group is not whole."""
+        return f"groups of {self.size}" if rows % self.size else None
+
     def people_of(self, rows: int) -> int:
         """How many people a call with so many rows has."""
-        people, rest = divmod(rows, self.size)
-        if rest:
-            raise _misfit(f"groups of {self.size}")
-        return people
+        return rows // self.size
 
     def summed(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows summed per person."""
@@ -82,44 +95,60 @@ class EqualGroups(Grouping):
 class PersonIds(Grouping):
     """Each row says whose it is.
 
+    Ids of a GPU are waited for once, here; all else is known of their copy on the host.
+
     Args:
         ids: whole numbers of shape ``(B,)``, equal for rows of the same person.
     """
 
     def __init__(self, ids: torch.Tensor) -> None:
-        distinct, self._inverse = torch.unique(ids, return_inverse=True)
+        distinct, self._inverse, counts = torch.unique(
+            ids.cpu(), return_inverse=True, return_counts=True
+        )
         self._people = len(distinct)
-        self._most = 0
+        self._most = int(counts.max()) if len(counts) else 1
         if self._people == len(ids):  # then rows stay where they are
-            self._inverse = torch.arange(self._people, device=ids.device)
+            self._inverse = torch.arange(self._people, device="cpu")
+        self._there: dict[torch.device, torch.Tensor] = {}
 
     @property
     def most(self) -> int:
         """How many rows one person has at most."""
-        if not self._most:
-            self._most = int(torch.bincount(self._inverse).max()) if len(self._inverse) else 1
         return self._most
 
-    def people_of(self, rows: int) -> int:
+    def _on(self, device: torch.device) -> torch.Tensor:
+        """Whose each row is, sent to a device once and without waiting for it."""
+        found = self._there.get(device)
+        if found is None:
+            found = self._there[device] = self._inverse.to(device, non_blocking=True)
+        return found
+
+    def misfit(self, rows: int) -> str | None:
+        """Whether there are more or fewer ids."""
+        return "the ids" if rows != len(self._inverse) else None
+
+    def people_of(self, rows: int) -> int:  # noqa: ARG002 - as of other groupings
         """How many people a call with so many rows has."""
-        if rows != len(self._inverse):
-            raise _misfit("the ids")
         return self._people
 
     def summed(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows summed per person."""
         total = rows.new_zeros((self.people_of(len(rows)), *rows.shape[1:]))
-        return total.index_add_(0, self._inverse.to(rows.device), rows)
+        return total.index_add_(0, self._on(rows.device), rows)
 
     def spread(self, norms: torch.Tensor) -> torch.Tensor:
         """Each person's value for each row."""
-        return norms[self._inverse.to(norms.device)]
+        return norms[self._on(norms.device)]
 
 
 class Concatenated(Grouping):
     """The calls of one block: other blocks are other people."""
 
     joins = True
+
+    def misfit(self, rows: int) -> str | None:  # noqa: ARG002 - as of other groupings
+        """Any number fits."""
+        return None
 
     def people_of(self, rows: int) -> int:
         """Each row is a person."""
@@ -140,7 +169,7 @@ def grouping_of(arrangement: str | None, group_size: int | None, ids: Any, layou
         return Concatenated()
     if group_size is not None:
         return EqualGroups(group_size, blocks=layout == "blocks")
-    whose = torch.as_tensor(ids)
+    whose = ids if isinstance(ids, torch.Tensor) else torch.as_tensor(ids, device="cpu")
     if whose.dim() != 1 or whose.is_floating_point() or whose.is_complex():
         raise ValueError(
             "rows: ids must be one whole number for each row, of shape (B,), not a tensor of "
@@ -157,11 +186,13 @@ def owners(grouping: Grouping | None, rows: int, device: torch.device) -> torch.
     """
     if grouping is None:
         return torch.arange(rows, device=device)
+    what = grouping.misfit(rows)
+    if what is not None:
+        raise PrivacyViolation(misfit_sentence(what))
     return grouping.spread(torch.arange(grouping.people_of(rows), device=device))
 
 
-def _misfit(what: str) -> PrivacyViolation:
-    diagnosed = diagnosis.explain(diagnosis.GROUPS_MISFIT)
-    return PrivacyViolation(
-        f"Rows cannot be summed by {what}: {diagnosed.statement}. Remedy: {diagnosed.remedy}."
-    )
+def misfit_sentence(what: str) -> str:
+    """That rows cannot be summed by ``what``, and why."""
+    statement = diagnosis.explain(diagnosis.GROUPS_MISFIT).statement
+    return f"Rows cannot be summed by {what}: {statement}."

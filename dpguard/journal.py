@@ -26,6 +26,7 @@ from dpguard.events import (
     Event,
     Intervention,
     PatchEvent,
+    RunEnded,
     RunStarted,
     Severity,
     StepAudit,
@@ -39,6 +40,8 @@ __all__ = ["Journal"]
 _SCHEMA = "1"
 _MAX_DEPTH = 8
 _STEP = "dpguard.step"
+_TIMED = (RunStarted, RunEnded, PatchEvent)
+"""Events that do not come while steps are taken, and are told to the microsecond."""
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
 
 
@@ -291,8 +294,8 @@ class _Renderer:
         if known != second:
             text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
             self._second = (second, text)
-        # Times of steps, told exactly, depend on the data: batch sizes can be read off them.
-        return f"{text}Z" if event.step is not None else f"{text}.{micros:06d}Z"
+        # Times in a training, told exactly, depend on the data: batch sizes can be read off them.
+        return f"{text}.{micros:06d}Z" if isinstance(event, _TIMED) else f"{text}Z"
 
 
 class _Stderr:

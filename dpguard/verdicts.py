@@ -104,14 +104,24 @@ class Verdicts:
         cause: str,
         body: str,
         error: type[DPGuardError] = PrivacyViolation,
+        *,
+        severity: Severity = Severity.CRITICAL,
         **details: Any,
     ) -> None:
         """Say that the guarantee does not hold, and raise unless nothing may be changed.
 
+        Args:
+            check: name of what was looked at.
+            cause: code of the cause.
+            body: one sentence, free of data-dependent values.
+            error: what is raised.
+            severity: how bad it is, if it is not the guarantee that does not hold.
+            details: further fields of the event.
+
         Raises:
             DPGuardError: ``error``, in ``repair`` and ``strict``.
         """
-        diagnosed = self._violated(Severity.CRITICAL, check, cause, body, **details)
+        diagnosed = self._violated(severity, check, cause, body, **details)
         if self.repairs:
             raise error(f"{body} Remedy: {diagnosed.remedy}.")
 

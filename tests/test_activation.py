@@ -20,6 +20,7 @@ from models import MLP, SimSiam
 from opacus import GradSampleModule
 from opacus.grad_sample import AbstractGradSampleModule, GradSampleHooks
 from opacus.optimizers import DPOptimizer
+from releases import needs_ghost
 from torch.nn import functional as F
 from truth import assert_rows_equal, plain_copy, rows_of
 
@@ -621,6 +622,38 @@ def test_reloading_a_submodule(module, cls, keyword):
         )
     )
     assert output(done) == ["restored"]
+
+
+@needs_ghost
+def test_reloading_the_losses_of_ghost_clipping():
+    """The new ones are wrapped as often as the old ones, whether the optimizers are new or not."""
+    done = run(
+        """
+        import importlib, dpguard, opacus.optimizers.optimizer as optimizers
+        from opacus.utils import fast_gradient_clipping_utils as losses
+
+        def wrappers():
+            found, wrapped = 0, vars(losses.DPTensorFastGradientClipping)["backward"]
+            while hasattr(wrapped, "__wrapped__"):
+                found, wrapped = found + 1, wrapped.__wrapped__
+            return found
+
+        guard = dpguard.install()
+        before = wrappers()
+        importlib.reload(losses)
+        guard._runtime.patch_opacus()
+        assert wrappers() == before > 1
+        guard._runtime.patch_opacus()
+        assert wrappers() == before
+        importlib.reload(optimizers)
+        importlib.reload(losses)
+        guard._runtime.patch_opacus()
+        assert wrappers() == before
+        guard.uninstall()
+        print(wrappers())
+        """
+    )
+    assert output(done) == ["0"]
 
 
 def test_script_that_imports_dpguard_under_a_set_variable():

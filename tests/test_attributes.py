@@ -887,3 +887,42 @@ def test_objects_that_change_their_class(guard):
     training.dp.param_groups[0]["lr"] = 0.03
     assert training.dp.param_groups is training.inner.param_groups
     assert training.applied_lr() == pytest.approx(0.03, rel=1e-12)
+
+
+# -- classes without a hash --------------------------------------------------------------------
+
+
+def unhashable(cls):
+    """A class whose objects are compared, and so have no hash."""
+    return type(f"Comparable{cls.__name__}", (cls,), {"__eq__": lambda self, other: self is other})
+
+
+@pytest.mark.parametrize("mode", ["repair", "observe"])
+def test_optimizers_without_a_hash(mode):
+    """They train as without a guard, with all else that is kept for one."""
+    model = nn.Linear(3, 1)
+    engine = opacus.PrivacyEngine()
+    engine.accountant = unhashable(type(engine.accountant))()
+    data = torch.utils.data.TensorDataset(torch.rand(8, 3), torch.rand(8, 1))
+    with dpguard.install(mode=mode) as guard:
+        inner = unhashable(torch.optim.SGD)(model.parameters(), lr=0.1)
+        inner.load_state_dict(inner.state_dict())
+        called, dp, loader = engine.make_private(
+            module=model,
+            optimizer=inner,
+            data_loader=torch.utils.data.DataLoader(data, batch_size=4),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+        )
+        dp.__class__ = unhashable(type(dp))
+        loader.batch_sampler.__class__ = unhashable(type(loader.batch_sampler))
+        for x, y in [batch for _ in range(3) for batch in loader]:
+            dp.zero_grad()
+            nn.functional.mse_loss(called(x), y).backward()
+            dp.step()
+        inner.load_state_dict(inner.state_dict())
+        guard.flush()
+        assert guard.internal_errors == ()
+        assert guard.last_step.checks["people.rows"].verdict == "pass"
+        assert guard.last_step.checks["accounting.steps"].verdict == "pass"
+        assert [v.cause for v in guard.violations] == []

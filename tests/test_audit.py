@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import MLP
 from opacus import GradSampleModule, PrivacyEngine
+from opacus.accountants import RDPAccountant
 from opacus.optimizers import DPOptimizer
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from releases import needs_adaptive, needs_ghost, needs_reshaping
@@ -20,9 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dpguard
 from dpguard import diagnosis
+from dpguard._settings import Settings
 from dpguard.audit import collector, coverage
+from dpguard.audit.check import Failure, Step
 from dpguard.audit.collector import Collector, finite_flags
+from dpguard.audit.steps import StepAuditor
 from dpguard.events import CheckCount
+from dpguard.ledger import Ledger
 
 DATA = torch.utils.data.TensorDataset(
     torch.linspace(-1, 1, 16 * 6).reshape(16, 6), torch.arange(16) % 5
@@ -669,6 +674,32 @@ def test_a_failure_in_one_physical_batch_is_one_of_the_logical_step(guard):
 
 
 @needs_reshaping
+def test_first_seen_is_told_of_each_optimizer(guard):
+    """The same failure of another one, which is in an earlier step of its own, is none of it."""
+    late, early = Training(), Training()
+    for _ in range(3):
+        late.step()
+    for training in (late, early, late):
+        training.step(with_nan())
+    guard.flush()
+    assert [(v.step, v.first_step) for v in guard.violations] == [(3, 3), (0, 0), (4, 3)]
+
+
+def test_a_step_that_fails_later_does_not_change_what_is_told_of_others():
+    """One that was refused goes on to fail when its figures arrive."""
+    auditor = StepAuditor(Ledger(), Settings.resolve(mode="observe"), lambda _: None)
+    auditor._names = ("one", "other")
+    refused, later = (Step(n, audited=True, optimizer="", names=("p",)) for n in range(2))
+    for step in (refused, later):
+        step.run("one", "other")
+        step.fail(Failure("one", diagnosis.NORM_INEXACT, ("p",)))
+    auditor._end(refused)
+    for step in (refused, later):
+        step.fail(Failure("other", diagnosis.NORM_INEXACT, ("p",)))
+    auditor._end(later)
+    assert [count.verdict for count in auditor.last_step.checks.values()] == ["fail", "fail"]
+
+
 def test_an_optimizer_without_trainable_parameters(guard):
     """Nothing to check is not a failure, as in Opacus."""
     model = MLP()
@@ -836,6 +867,36 @@ def test_the_guard_adds_no_wait(mode, program):
 def test_a_cut_adds_no_wait():
     """Neither do settling and attributing a cut."""
     assert waits("repair", step_with_a_cut) - waits("off", plain_step) == collections.Counter()
+
+
+def step_with_a_sigma_of_the_device(training, x):
+    if training.optimizer.step_hook is None:
+        training.optimizer.noise_multiplier = torch.tensor(1.0)
+        accountant = RDPAccountant()
+        training.optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(0.25))
+    training.step(x)
+
+
+@pytest.mark.parametrize("mode", ["repair", "observe", "strict"])
+def test_a_sigma_of_the_device_is_not_read(mode, monkeypatch):
+    """Not more often than by plain Opacus; the tensor only says that it is no tensor of the CPU."""
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda _: False), raising=False)
+    plain = waits("off", step_with_a_sigma_of_the_device, steps=12)
+    guarded = waits(mode, step_with_a_sigma_of_the_device, steps=12)
+    assert guarded - plain == collections.Counter()
+
+
+def test_a_sigma_of_the_device_is_not_compared(guard, monkeypatch):
+    """Whether it is the one that is accounted is not known, and nothing is said."""
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda _: False), raising=False)
+    training = Training(sigma=1.0)
+    for _ in range(3):
+        step_with_a_sigma_of_the_device(training, DATA.tensors[0][:4])
+    checks = guard.last_step.checks
+    assert checks["accounting.sigma"].verdict == "not_run"
+    assert checks["accounting.steps"].verdict == "pass"
+    guard.flush()
+    assert guard.violations == ()
 
 
 def test_the_counter_counts():

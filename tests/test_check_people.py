@@ -16,10 +16,12 @@ from opacus.optimizers import DPOptimizer
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from releases import FUNCTORCH, POISSON, needs_functorch, needs_ghost
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import dpguard
 from dpguard import diagnosis
+from dpguard.grouping import grouping_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
 
@@ -904,6 +906,41 @@ def test_bad_ids(guard, ids):
     """One whole number for each row."""
     with pytest.raises(ValueError, match="one whole number for each row"), dpguard.rows(ids=ids):
         pass
+
+
+class Copies(TorchDispatchMode):
+    """Notes copies to another device: whether the host goes on meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ == "_to_copy":
+            self.seen.append((kwargs or {}).get("non_blocking", False))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("ids", "most"),
+    [
+        ([3, 1, 3, 2], 2),
+        (torch.tensor([3, 1, 3, 2]), 2),
+        ([7, 8, 9, 1], 1),
+        (torch.zeros(0, dtype=torch.int64), 1),
+    ],
+)
+def test_ids_are_sent_to_a_device_once(ids, most):
+    """And without waiting; what is asked of them otherwise is known on the host."""
+    with Copies() as copies:
+        people = grouping_of(None, None, ids, "interleaved")
+        assert people.most == most
+        assert copies.seen == []
+        rows = torch.ones(len(ids), 2, device="meta")
+        for _ in range(3):
+            assert people.summed(rows).shape == (people.people_of(len(ids)), 2)
+            assert people.spread(people.summed(rows)).shape == rows.shape
+    assert copies.seen == [True]
 
 
 def test_without_a_guard_declarations_do_nothing():

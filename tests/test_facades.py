@@ -7,7 +7,9 @@ own.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 import weakref
@@ -134,6 +136,28 @@ def test_knobs_written_to_a_facade_are_applied(guard, make):
     assert (said.kind, said.owner, said.action) == ("alias", "DPOptimizer", "repaired")
     assert (said.before, said.after) == ("1.0", "0.25")
     assert said.site.startswith("tests/test_facades.py:")
+
+
+@pytest.mark.parametrize("mode", ["repair", "observe"])
+def test_a_batch_size_written_to_a_facade_is_not_told(tmp_path, make, mode):
+    """Neither that of a batch, nor the expected one, nor in which steps it changes."""
+    with dpguard.install(mode=mode, log_dir=tmp_path) as guard:
+        training = Training()
+        facade = make(training.dp)
+        for size in (37, 37, 41, 43):
+            facade.expected_batch_size = size
+        facade.max_grad_norm = 0.125
+        said = [(i.attribute, i.before, i.after) for i in guard.interventions]
+        assert said == [("expected_batch_size", None, None), ("max_grad_norm", None, None)]
+        if mode == "repair":
+            assert (training.dp.expected_batch_size, training.dp.max_grad_norm) == (43, 0.125)
+    (log,) = tmp_path.glob("*/*.jsonl")
+    told = [line for line in log.read_text().splitlines() if "intervention.alias" in line]
+    assert len(told) == 2
+    for line in told:
+        event = json.loads(line)
+        assert "dpguard.before" not in event
+        assert not re.search(r"\b(37|41|43|2|0\.125|0\.5)\b", event["body"])
 
 
 @pytest.mark.skipif(not SCHEDULERS, reason="this Opacus has no opacus.schedulers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from types import MethodType
 from unittest import mock
 
@@ -19,6 +20,7 @@ from torch.optim.lr_scheduler import StepLR
 
 import dpguard
 from dpguard._compat import _release
+from dpguard.patches import bounds
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
 RELEASE = _release(opacus.__version__)
@@ -424,12 +426,45 @@ def test_contradicting_bounds_are_refused(guard):
     training = per_layer()
     training.dp.max_grad_norms = [6.0, 8.0]
     training.dp.max_grad_norm = 1.0
-    with pytest.raises(dpguard.PrivacyViolation, match=r"\[6.0, 8.0\].*10.0 together.*1.0"):
+    with pytest.raises(dpguard.PrivacyViolation, match="per layer which are another together"):
         training.physical()
+    (violation,) = guard.violations
+    assert (violation.figure, violation.bound) == (10.0, 1.0)
+    assert not re.search(r"\d", violation.body)
     training.dp.max_grad_norm = 10.0
     training.dp.zero_grad()
     training.dp._step_skip_queue.clear()
     assert training.clipped_to() == exactly([6.0, 8.0])
+
+
+class ByName(DPOptimizer):
+    """Keeps something else than a list of bounds under that name."""
+
+    def __init__(self, *args, norms=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.max_grad_norms = norms
+
+
+@pytest.mark.parametrize("mode", ["repair", "observe"])
+@pytest.mark.parametrize("norms", [None, {"first": 0.5}, ["0.5", "0.5"], 0.5])
+def test_bounds_that_are_no_list_of_numbers(mode, norms):
+    """They belong to a class of the user's own, which steps as without a guard."""
+    plain = Training(ByName, norms=norms).clipped_to()
+    with dpguard.install(mode=mode) as guard:
+        assert Training(ByName, norms=norms).clipped_to() == plain
+        assert guard.internal_errors == guard.interventions == guard.violations == ()
+
+
+@pytest.mark.parametrize("mode", ["repair", "observe"])
+def test_an_error_of_ours_about_bounds_is_not_the_hosts(mode, monkeypatch):
+    """It is said once, and the step is taken."""
+    monkeypatch.delenv("DPGUARD_RAISE_INTERNAL")
+    monkeypatch.setattr(bounds.Bounds, "_fit_layers", lambda *_: 1 / 0)
+    plain = per_layer().clipped_to()
+    guard = dpguard.install(mode=mode)
+    assert per_layer().clipped_to() == per_layer().clipped_to() == plain
+    guard.uninstall()
+    assert [part for part, _ in guard.internal_errors] == ["bounds"]
 
 
 def test_bounds_per_layer_in_observe():
@@ -505,7 +540,9 @@ def test_a_clip_schedule_with_ghost_clipping(guard):
     assert training.clipped_to() == exactly(0.1)
     training.dp.noise_multiplier = 1.0
     assert training.noise() == about(0.1)
-    assert [i.kind for i in guard.interventions] == ["clip_bound"]
+    (said,) = guard.interventions
+    assert said.kind == "clip_bound"
+    assert not re.search(r"\d", said.body), "it may be made of data"
 
 
 @ghost

@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
 import dpguard
+from dpguard import diagnosis
 from dpguard._compat import _release
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
@@ -300,6 +301,9 @@ def test_storing_an_accounted_optimizer_is_refused_by_name(guard):
             pickle.dumps(thing)
         with pytest.raises(dpguard.UnsupportedError, match="DPOptimizer cannot be pickled"):
             torch.save(thing, io.BytesIO())
+    assert {(v.check, v.cause) for v in guard.violations} == {
+        ("mechanism.copy", diagnosis.NOT_COPYABLE)
+    }
     assert bystander.applied() == exactly(0.1)
     assert training.applied() == exactly(0.1)
 
@@ -308,6 +312,7 @@ def test_what_was_stored_without_its_optimizer_is_refused_by_name(guard):
     """What torch's own way of copying stores is not enough to make a DP optimizer of."""
     with pytest.raises(dpguard.UnsupportedError, match="without the optimizer that it wraps"):
         DPOptimizer.__new__(DPOptimizer).__setstate__({"state": {}, "param_groups": []})
+    assert [v.cause for v in guard.violations] == [diagnosis.NOT_COPYABLE]
 
 
 def test_torchs_own_setstate_poisons_nothing(guard):
@@ -679,3 +684,15 @@ def test_uninstalling_takes_everything_off():
     training.dp.zero_grad()
     training.backward()
     assert training.moved(training.inner.step) == exactly(0.1), "plain again"
+
+
+def test_no_mark_stays_on_gradients():
+    """Nor on those of an optimizer that was made before."""
+    older = Training()
+    with dpguard.install(mode="repair"):
+        newer = Training()
+        for training in (older, newer):
+            training.applied()
+            assert vars(training.model.weight.grad)
+    for training in (older, newer):
+        assert vars(training.model.weight.grad) == {}

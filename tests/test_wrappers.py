@@ -86,6 +86,17 @@ def test_a_knob_that_is_written_to_it_is_said(mode):
         assert len(aliases(guard)) == 2
 
 
+def test_a_batch_size_is_not_told():
+    """Nor each time that it changes."""
+    with dpguard.install(mode="repair") as guard:
+        training = Training()
+        for size in (2, 3, 2, 5):
+            training.wrapper.expected_batch_size = size
+            training.step()
+        (said,) = guard.interventions
+        assert (said.attribute, said.before, said.after) == ("expected_batch_size", None, None)
+
+
 def test_strict_refuses_the_step():
     """Before anything is applied; the next one is let through."""
     with dpguard.install(mode="strict") as guard:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
+from dpguard.identity import IdentityMap
 from dpguard.patches.step_hooks import ACCOUNTED
 from dpguard.patching import ABSENT
 
@@ -41,21 +42,21 @@ class _Seen(NamedTuple):
     """The end of an accountant's history, which says in constant time what a step has added."""
 
     length: int
-    last: Any
+    last: _Entry | None
 
     @classmethod
     def of(cls, history: Sequence[Any]) -> _Seen:
-        return cls(len(history), history[-1] if history else None)
+        return cls(len(history), _entry(history[-1]) if history else None)
 
     def steps_until(self, history: Sequence[Any]) -> int | None:
         """How many steps have been added, ``None`` if something else has happened."""
         more = len(history) - self.length
         if more == 0 and self.last is not None:
-            sigma, rate, steps = history[-1]
-            added = steps - self.last[2]
-            return int(added) if (sigma, rate) == tuple(self.last[:2]) and added >= 0 else None
+            now = _entry(history[-1])
+            added = now[2] - self.last[2]
+            return added if now[:2] == self.last[:2] and added >= 0 else None
         if more == 1:
-            kept = self.last is None or tuple(history[-2]) == tuple(self.last)
+            kept = self.last is None or _entry(history[-2]) == self.last
             return int(history[-1][2]) if kept else None
         return 0 if more == 0 else None
 
@@ -156,7 +157,7 @@ class Accounting(Check):
         """Of each model the books in which its steps stand."""
         self._rounds: PerOwner[list[Any]] = PerOwner(lambda _: [None, None])
         """Of each model the last rows of which a step was made, and the optimizer, weakly."""
-        self._owners: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+        self._owners: IdentityMap[weakref.ref[Any]] = IdentityMap()
         self._strays: set[float] = set()
 
     # -- told by the patches of step hooks and samplers --------------------------------------------
@@ -252,14 +253,16 @@ class Accounting(Check):
         when its noise was made.
 
         Returns:
-            ``None`` if no accountant was seen.
+            ``None`` if no accountant was seen, or if its noise multipliers are not at hand.
         """
         state = self._states.get(optimizer)
         for told in state.accountants if state is not None else ():
             accountant = told.accountant()
             if accountant is not None:
-                due = _compat.with_history(accountant, list(told.book.observed))
-                return float(due.get_epsilon(delta))
+                history = list(told.book.observed)
+                if any(math.isnan(number) for entry in history for number in entry):
+                    return None
+                return float(_compat.with_history(accountant, history).get_epsilon(delta))
         return None
 
     # -- inside ----------------------------------------------------------------------------------
@@ -327,18 +330,21 @@ class Accounting(Check):
             book.look(history)
             return []
         base, rate = _rates(*rates, history)
-        step.run(STEPS, SIGMA, RATE, count=1)
+        step.run(STEPS, RATE, count=1)
         added = book.added(history)
         drawn = step.rates or self._drawn(book)
         told = (sigma, rate, base, frozenset(drawn))
         entry = _entry(history[-1]) if added == 1 else None
+        due = None if entry is None or _compat.is_away(history[-1][0]) else sigma
+        if due is not None or entry is None:
+            step.run(SIGMA, count=1)
         failures: list[Failure] = []
         if entry is None:
             often = added is not None and added > 1
             cause = diagnosis.ACCOUNTED_OFTEN if often else diagnosis.NOT_ACCOUNTED
             failures = [Failure(STEPS, cause)]
-        elif told != book.fine or history[-1][:2] != told[:2]:
-            failures = _misfits(entry, sigma, rate, base, drawn)
+        elif told != book.fine or entry[:2] != told[:2]:
+            failures = _misfits(entry, due, rate, base, drawn)
             book.fine = None if failures else told
         if entry is not None:
             sigma, rate = (entry[0] if sigma is None else sigma, rate) if failures else entry[:2]
@@ -501,11 +507,9 @@ def _entry(found: Any) -> _Entry:
 
 
 def _number(told: Any) -> float:
-    """What an accountant was told, which may be anything."""
-    try:
-        return float(told)
-    except (TypeError, ValueError):
-        return math.nan
+    """What an accountant was told, which may be anything; not read where that would wait."""
+    number = _compat.plain_number(told)
+    return math.nan if number is None else number
 
 
 def _merged(history: Sequence[Any]) -> dict[tuple[float, float], int]:

@@ -11,6 +11,7 @@ import torch
 
 from dpguard import _compat
 from dpguard.events import CheckCount, StepAudit
+from dpguard.identity import IdentityMap
 
 if TYPE_CHECKING:
     from dpguard.audit.collector import Collector
@@ -191,7 +192,7 @@ class Step:
         return CheckCount(passed=max(0, ran - failed), failed=failed)
 
 
-class PerOwner(weakref.WeakKeyDictionary[Any, _T]):
+class PerOwner(IdentityMap[_T]):
     """What a check knows of each optimizer, say, for as long as that lives.
 
     Args:
@@ -204,12 +205,12 @@ class PerOwner(weakref.WeakKeyDictionary[Any, _T]):
         self._last: tuple[weakref.ref[Any], _T] | None = None
         me = weakref.ref(self)
 
-        def forget(owner: weakref.ref[Any]) -> None:
+        def forget_last(owner: weakref.ref[Any]) -> None:
             mine = me()
             if mine is not None and mine._last is not None and mine._last[0] is owner:
                 mine._last = None
 
-        self._forget = forget
+        self._forget_last = forget_last
 
     def of(self, owner: Any) -> _T:
         """What is known of ``owner``."""
@@ -224,7 +225,7 @@ class PerOwner(weakref.WeakKeyDictionary[Any, _T]):
 
     def __setitem__(self, owner: Any, known: _T) -> None:
         super().__setitem__(owner, known)
-        self._last = weakref.ref(owner, self._forget), known
+        self._last = weakref.ref(owner, self._forget_last), known
 
 
 class Check:

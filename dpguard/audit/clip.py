@@ -43,6 +43,7 @@ from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.probes import CERTAIN, Probes
 from dpguard.audit.sensitivity import KINDS, Unproved, sensitivity
+from dpguard.identity import IdentityMap, IdentitySet
 from dpguard.ledger import Ledger
 from dpguard.patches.lean import Clipping, Rows, row_norms
 from dpguard.patches.sums import flat
@@ -98,11 +99,11 @@ class Clip(Check):
         self._ledger = ledger
         ledger.tries_clipping = self._trial
         self._mine = _Mine()
-        self._turns: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        self._rules: weakref.WeakKeyDictionary[Any, tuple[Any, int]] = weakref.WeakKeyDictionary()
+        self._turns: IdentityMap[int] = IdentityMap()
+        self._rules: IdentityMap[tuple[Any, int]] = IdentityMap()
         """By which rule each optimizer, or model in ghost clipping, has clipped last, and how often
         that has passed."""
-        self._said: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._said = IdentitySet()
         self._slacks: dict[tuple[Any, ...], float] = {}
 
     def _is_turn(self, optimizer: Any) -> bool:
@@ -249,7 +250,7 @@ class Clip(Check):
                     self._rules[whose] = rule, self._passed(whose, rule) + 1
                 return ()
             if whose is not None:
-                self._rules.pop(whose, None)  # what is refused is measured in the next step again
+                self._rules.pop(whose)  # what is refused is measured in the next step again
             if own_noise or not math.isfinite(values[0]):
                 # The noise may be made for another bound than max_grad_norm.
                 return self._unproved(step, whose, rule)

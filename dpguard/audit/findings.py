@@ -8,7 +8,7 @@ from dpguard import diagnosis
 from dpguard._errors import DPGuardError, PerSampleGradientError, PrivacyViolation
 from dpguard._settings import Mode
 from dpguard.audit import coverage
-from dpguard.audit.check import Failure, Step
+from dpguard.audit.check import Failure, PerOwner, Step
 from dpguard.events import Event, Severity, Violation
 
 __all__ = ["Findings"]
@@ -25,7 +25,8 @@ class Findings:
     def __init__(self, mode: Mode, emit: Callable[[Event], None]) -> None:
         self._mode = mode
         self._emit = emit
-        self._first_seen: dict[tuple[object, ...], int] = {}
+        self._first_seen: PerOwner[dict[tuple[object, ...], int]] = PerOwner(lambda _: {})
+        """Of each optimizer, known by its collector, in which step each failure was seen first."""
 
     def say(self, step: Step, failures: Sequence[Failure]) -> DPGuardError | None:
         """Tell all failures of a step.
@@ -45,7 +46,8 @@ class Findings:
     def _violation(self, step: Step, failure: Failure) -> Violation:
         diagnosed = diagnosis.explain(failure.cause)
         concerned = failure.parameters or failure.modules
-        key = (failure.check, failure.cause, concerned)
+        seen = self._first_seen.of(step.collector or self)
+        key = (step.optimizer, failure.check, failure.cause, concerned)
         where = f" for {diagnosis.listed(concerned)}" if concerned else ""
         return Violation(
             severity=diagnosed.severity,
@@ -59,7 +61,7 @@ class Findings:
             site=failure.site,
             cause=failure.cause,
             remedy=diagnosed.remedy,
-            first_step=self._first_seen.setdefault(key, step.number),
+            first_step=seen.setdefault(key, step.number),
             figure=failure.figure,
             bound=failure.bound,
         )

@@ -332,6 +332,10 @@ def _rows_per_person(notes: Sequence[Note]) -> float | None:
         return 1.0
     if any(grouping is None or grouping.joins for grouping in groupings):
         return None
+    if not any(note.rows for note in notes):
+        return 1.0  # they are computed by Opacus, which sums nothing
+    if any(note.people.misfit(note.rows) for note in notes):
+        return None
     found = {note.rows / max(1, note.people.people_of(note.rows)) for note in notes}
     return found.pop() if len(found) == 1 else None
 

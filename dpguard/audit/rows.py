@@ -41,7 +41,6 @@ from __future__ import annotations
 import functools
 import math
 import threading
-import weakref
 from collections.abc import Iterable, Sequence
 from math import isfinite
 from operator import is_, le
@@ -54,6 +53,7 @@ from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.coverage import FINITE
 from dpguard.audit.survey import Survey
 from dpguard.conditioning import roundings
+from dpguard.identity import IdentityMap
 from dpguard.ledger import Ledger
 from dpguard.patches.lean import Clipping
 from dpguard.precision import computed_in
@@ -112,7 +112,7 @@ class RowValues(Check):
         self._ledger = ledger
         self._mine = _Mine()
         self._limits: tuple[Any, _Limits] | None = None
-        self._compared: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._compared: IdentityMap[int] = IdentityMap()
 
     def before_clip(self, step: Step, optimizer: Any) -> Failures:
         """Rows that our code does not clip are measured before anybody changes them."""

@@ -447,7 +447,10 @@ class StepAuditor:
         went = (step.ran, step.failed, len(step.parameters))
         known = self._went
         if known is None or known[0] != went:
-            known = self._went = went, {check: step.count(check) for check in self._names}
+            # A refused step may fail again when its figures arrive, after the next has begun.
+            failed = {check: set(names) for check, names in step.failed.items()}
+            kept = (dict(step.ran), failed, len(step.parameters))
+            known = self._went = kept, {check: step.count(check) for check in self._names}
         audit = self.last_step = step.audit(known[1])
         self._emit(audit)
 

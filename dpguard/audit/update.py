@@ -226,7 +226,7 @@ class Update(Check):
 
         Only with noise, which moves every element of a parameter that has a learning rate at all.
         """
-        if not optimizer.noise_multiplier or not _learns(optimizer):
+        if not _compat.plain_number(optimizer.noise_multiplier) or not _learns(optimizer):
             return
         if watched.moving is None:
             references = [weakref.ref(p) for p in step.parameters]

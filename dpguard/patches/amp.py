@@ -13,16 +13,16 @@ in its scale; this is the scaler's nature, see the README.
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from dpguard import _compat, diagnosis
+from dpguard.identity import IdentityMap, IdentitySet
 from dpguard.patches.copies import MINE
 from dpguard.patches.facades import Family
-from dpguard.patches.wrapping import EagerWrapper
+from dpguard.patches.wrapping import wrap_new
 from dpguard.patching import Transaction
 from dpguard.precision import computed_in, note_precision
 from dpguard.verdicts import Verdicts
@@ -45,9 +45,10 @@ class LossScale:
         self._verdicts = verdicts
         self._family = family
         self._abandon = abandon
-        self._entered: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        self._discarding: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._said: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._wrapped: set[tuple[Any, str]] = set()
+        self._entered: IdentityMap[int] = IdentityMap()
+        self._discarding = IdentitySet()
+        self._said = IdentitySet()
         self._ghost: dict[int, Any] = {}
 
     def install(self, transaction: Transaction) -> None:
@@ -61,10 +62,7 @@ class LossScale:
                 *((cls, "backward", self._backward) for cls in _compat.ghost_loss_classes()),
                 (_compat.ghost_hooks_class(), "get_norm_sample", self._norms),
             ]
-        for owner, name, wrapper in patched:
-            original = vars(owner).get(name) if owner is not None else None
-            if original is not None:
-                transaction.patch(owner, name, EagerWrapper(original, wrapper))
+        wrap_new(transaction, self._wrapped, patched)
 
     # -- asked by the optimizer -----------------------------------------------------------------
 

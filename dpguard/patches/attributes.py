@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import weakref
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
@@ -23,6 +22,7 @@ import wrapt
 
 from dpguard import _callsite, _compat, diagnosis
 from dpguard._errors import DPGuardError
+from dpguard.identity import IdentityMap
 from dpguard.patches.copies import FORWARDED
 from dpguard.patching import ABSENT, Transaction, is_instance
 from dpguard.verdicts import Verdicts
@@ -95,12 +95,11 @@ class AttributeForwarding:
     def __init__(self, verdicts: Verdicts) -> None:
         self._verdicts = verdicts
         self._changes = verdicts.repairs
-        self._pending: weakref.WeakKeyDictionary[Any, DPGuardError] = weakref.WeakKeyDictionary()
+        self._pending: IdentityMap[DPGuardError] = IdentityMap()
         self._forwarded: dict[type, tuple[str, ...]] = {}
         self._constructing: dict[int, int] = {}
-        self._discovered: weakref.WeakKeyDictionary[Any, tuple[str, ...]]
-        self._discovered = weakref.WeakKeyDictionary()
-        self._writers: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
+        self._discovered: IdentityMap[tuple[str, ...]] = IdentityMap()
+        self._writers: IdentityMap[str | None] = IdentityMap()
         self._transaction: Transaction | None = None
 
     def watch(self, transaction: Transaction) -> None:
@@ -257,7 +256,7 @@ class AttributeForwarding:
         if self._verdicts.is_strict:
             for name in self._names_of(instance):
                 getattr(instance, name, None)
-            error = self._pending.pop(instance.original_optimizer, None)
+            error = self._pending.pop(instance.original_optimizer)
             if error is not None:
                 raise error
 

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpguard import _compat, diagnosis
-from dpguard.patches.wrapping import EagerWrapper
+from dpguard.identity import IdentityMap, IdentitySet
+from dpguard.patches.wrapping import wrap_new
 from dpguard.patching import Transaction
 from dpguard.verdicts import Verdicts
 
@@ -73,29 +74,28 @@ class Bounds:
     def __init__(self, verdicts: Verdicts, owner: Callable[[Any], Any]) -> None:
         self._verdicts = verdicts
         self._owner = owner
-        self._layers: weakref.WeakKeyDictionary[Any, _Layers] = weakref.WeakKeyDictionary()
-        self._logical: weakref.WeakKeyDictionary[Any, _Logical] = weakref.WeakKeyDictionary()
-        self._drawn: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        self._wrapped: set[tuple[Any, str]] = set()
+        self._layers: IdentityMap[_Layers] = IdentityMap()
+        self._logical: IdentityMap[_Logical] = IdentityMap()
+        self._drawn: IdentityMap[Any] = IdentityMap()
         self._clipped: dict[int, tuple[weakref.ref[Any], float]] = {}
-        self._said: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._said = IdentitySet()
 
     def install(self, transaction: Transaction) -> None:
         """Patch where ghost clipping runs its backwards and where it computes clip factors."""
-        for owner, name, wrapper in (
+        methods = (
             *((cls, "backward", self._backward) for cls in _compat.ghost_loss_classes()),
             (_compat.ghost_hooks_class(), "get_clipping_coef", self._clip_factors),
             (_compat.optimizer_with_noise_hooks(), "_scale_grad_parameter", self._drawn_in_hook),
-        ):
-            original = vars(owner).get(name) if owner is not None else None
-            if original is not None:
-                transaction.patch(owner, name, EagerWrapper(original, wrapper))
+        )
+        wrap_new(transaction, self._wrapped, methods)
 
     def adopt(self, instance: Any) -> None:
         """Learn which bound belongs to which parameter, while they are in order."""
-        norms = getattr(instance, "max_grad_norms", None)
-        if isinstance(norms, (list, tuple)) and len(norms) == len(instance.params):
-            layers = self._layers[instance] = _Layers(list(norms), instance.max_grad_norm)
-            layers.learn(instance.params, list(norms))
+        norms = _listed(instance)
+        if norms is not None and len(norms) == len(instance.params):
+            layers = self._layers[instance] = _Layers(norms, instance.max_grad_norm)
+            layers.learn(instance.params, norms)
 
     # -- around a step --------------------------------------------------------------------------
 
@@ -137,8 +137,10 @@ class Bounds:
         if used is not None and not _same(used, logical.bound):
             self._refuse(
                 instance,
-                f"was clipped to {used!r} in one physical batch and to {logical.bound!r} in "
-                "another of the same logical batch",
+                "was clipped to one bound in one physical batch and to another in another of the "
+                "same logical batch",
+                used,
+                logical.bound,
             )
         rates = _rates(instance)
         if rates != logical.rates:
@@ -154,9 +156,12 @@ class Bounds:
             self._said.add(instance)
             self._verdicts.intervene(diagnosis.CLIP_BOUND, body, attribute="max_grad_norm")
 
-    def _refuse(self, instance: Any, what: str) -> None:
+    def _refuse(self, instance: Any, what: str, figure: Any = None, bound: Any = None) -> None:
         self._verdicts.refuse(
-            "mechanism.clip", diagnosis.CLIP_BOUNDS_CONTRADICT, f"{type(instance).__name__} {what}."
+            "mechanism.clip",
+            diagnosis.CLIP_BOUNDS_CONTRADICT,
+            f"{type(instance).__name__} {what}.",
+            **_figures(figure, bound),
         )
 
     # -- noise in hooks -------------------------------------------------------------------------
@@ -167,22 +172,23 @@ class Bounds:
         return wrapped(*args, **kwargs)
 
     def _refuse_other_noise(self, instance: Any) -> None:
-        drawn = self._drawn.pop(instance, None)
+        drawn = self._drawn.pop(instance)
         if drawn is not None and not _same(drawn, instance.noise_multiplier):
             self._verdicts.refuse(
                 "mechanism.noise",
                 diagnosis.NOISE_DRAWN_BEFORE,
-                f"{type(instance).__name__} drew noise with the multiplier {drawn!r} in the "
-                f"backward, and has {instance.noise_multiplier!r} at its step.",
+                f"{type(instance).__name__} drew noise with one multiplier in the backward, and "
+                "has another at its step.",
+                **_figures(drawn, instance.noise_multiplier),
             )
 
     # -- per-layer clipping ---------------------------------------------------------------------
 
     def _fit_layers(self, instance: Any) -> None:
         """Bring ``max_grad_norms`` in the order of the parameters and in line with the total."""
-        if not hasattr(instance, "max_grad_norms"):
+        norms, total = _listed(instance), instance.max_grad_norm
+        if norms is None:
             return
-        norms, total = list(instance.max_grad_norms), instance.max_grad_norm
         parameters = instance.params
         layers = self._layers.get(instance)
         if layers is None:
@@ -232,8 +238,9 @@ class Bounds:
             if changed_total and not _same(total, together):
                 self._refuse(
                     instance,
-                    f"has bounds {norms} per layer, which are {together} together, and a "
-                    f"max_grad_norm of {total}",
+                    "has bounds per layer which are another together than its max_grad_norm",
+                    together,
+                    total,
                 )
             return together
         if changed_total:
@@ -252,8 +259,8 @@ class Bounds:
         if not _same(module.max_grad_norm, bound):
             self._say_once(
                 module,
-                f"The model clipped to {module.max_grad_norm!r} while "
-                f"{type(optimizer).__name__} made noise for {bound!r}.",
+                "The model clipped to another max_grad_norm than that for which "
+                f"{type(optimizer).__name__} made noise.",
             )
             if self._verdicts.repairs:
                 module.max_grad_norm = bound
@@ -283,6 +290,18 @@ def _give_back(instance: Any, used: Any, given: Any, norms: Any) -> None:
         instance.max_grad_norms = norms
 
 
+def _listed(instance: Any) -> list[float] | None:
+    """The bounds of layers as a new list, if they are in one and the host has all of them at hand.
+
+    A class of the user's own may keep something else under that name.
+    """
+    norms = getattr(instance, "max_grad_norms", None)
+    if not isinstance(norms, (list, tuple)):
+        return None
+    found = [_compat.plain_number(norm) for norm in (*norms, instance.max_grad_norm)]
+    return None if None in found else list(norms)
+
+
 def _same(one: Any, other: Any) -> bool:
     """Whether two bounds are equal, without asking a device for a value."""
     if one is other:
@@ -291,6 +310,12 @@ def _same(one: Any, other: Any) -> bool:
     if not (isinstance(one, numbers) and isinstance(other, numbers)):
         return False
     return math.isclose(one, other, rel_tol=_SAME)
+
+
+def _figures(figure: Any, bound: Any) -> dict[str, Any]:
+    """What may depend on the data and is for its own channel, if the host has it at hand."""
+    found = {"figure": figure, "bound": bound}
+    return {name: float(f) for name, f in found.items() if isinstance(f, (int, float))}
 
 
 def _rates(instance: Any) -> tuple[Any, ...]:

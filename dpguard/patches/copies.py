@@ -15,6 +15,7 @@ from typing import Any
 
 from dpguard import _compat, diagnosis
 from dpguard._errors import UnsupportedError
+from dpguard.verdicts import Verdicts
 
 __all__ = ["FORWARDED", "MINE", "Copying", "slots_of"]
 
@@ -42,14 +43,16 @@ class Copying:
 
     Args:
         adopt: is given each instance that was made without a constructor.
+        verdicts: where refusals are said.
     """
 
-    def __init__(self, adopt: Callable[[Any], None]) -> None:
+    def __init__(self, adopt: Callable[[Any], None], verdicts: Verdicts) -> None:
         self._adopt = adopt
+        self._verdicts = verdicts
 
     def methods(self) -> dict[str, Callable[..., Any]]:
         """Functions to be put on the class, by name."""
-        adopt = self._adopt
+        adopt, refuse, examine = self._adopt, self._refuse, self._refuse_unstorable
 
         def shallow(self: Any) -> Any:
             made = _blank(self)
@@ -70,15 +73,14 @@ class Copying:
             return made
 
         def state(self: Any) -> dict[str, Any]:
-            _refuse_unstorable(self)
+            examine(self)
             return _state(self)
 
         def set_state(self: Any, state: dict[str, Any]) -> None:
             if "original_optimizer" not in state:
-                raise UnsupportedError(
+                refuse(
                     f"This {type(self).__name__} was stored without the optimizer that it wraps: "
-                    "it was stored by an Opacus that cannot be copied. Remedy: store "
-                    "optimizer.state_dict() instead."
+                    "it was stored by an Opacus that cannot be copied."
                 )
             _restore(self, state)
             adopt(self)
@@ -93,6 +95,31 @@ class Copying:
             "__setstate__": set_state,
             "__reduce_ex__": reduce,
         }
+
+    def _refuse_unstorable(self, instance: Any) -> None:
+        """Refuse what would be stored without its accountant, or with one that nobody reads.
+
+        Raises:
+            UnsupportedError: the step hook is not a function of a module.
+        """
+        hook = vars(instance).get("step_hook")
+        if hook is None or _is_importable(hook):
+            return
+        name = getattr(hook, "__qualname__", type(hook).__qualname__)
+        self._refuse(
+            f"{type(instance).__name__} cannot be pickled together with its step hook {name}: a "
+            "copy would account its steps nowhere, or in a copy of the accountant that nobody "
+            "reads."
+        )
+
+    def _refuse(self, body: str) -> None:
+        self._verdicts.refuse(
+            "mechanism.copy",
+            diagnosis.NOT_COPYABLE,
+            body,
+            UnsupportedError,
+            severity=diagnosis.explain(diagnosis.NOT_COPYABLE).severity,
+        )
 
 
 def _unmade(cls: Any) -> Any:
@@ -160,23 +187,6 @@ def _share_sums(original: Any, made: Any) -> None:
         summed = getattr(theirs, "summed_grad", None)
         if summed is not None and getattr(mine, "summed_grad", None) is None:
             mine.summed_grad = summed.clone()
-
-
-def _refuse_unstorable(instance: Any) -> None:
-    """Refuse what would be stored without its accountant, or with one that nobody reads.
-
-    Raises:
-        UnsupportedError: the step hook is not a function of a module.
-    """
-    hook = vars(instance).get("step_hook")
-    if hook is None or _is_importable(hook):
-        return
-    name = getattr(hook, "__qualname__", type(hook).__qualname__)
-    raise UnsupportedError(
-        f"{type(instance).__name__} cannot be pickled together with its step hook {name}: a copy "
-        "would account its steps nowhere, or in a copy of the accountant that nobody reads. "
-        f"Remedy: {diagnosis.explain(diagnosis.NOT_COPYABLE).remedy}."
-    )
 
 
 def _is_importable(hook: Any) -> bool:

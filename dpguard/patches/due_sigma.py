@@ -9,11 +9,11 @@ noise on the gradient is made with a larger one accordingly. Before 1.6 that lar
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 from dpguard import _compat, diagnosis
-from dpguard.patches.wrapping import EagerWrapper
+from dpguard.identity import IdentitySet
+from dpguard.patches.wrapping import wrap_new
 from dpguard.patching import Transaction
 from dpguard.verdicts import Verdicts
 
@@ -29,15 +29,14 @@ class DueSigma:
 
     def __init__(self, verdicts: Verdicts) -> None:
         self._verdicts = verdicts
-        self._shown: dict[int, tuple[float, float]] = {}
-        self._said: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._wrapped: set[tuple[Any, str]] = set()
+        self._shown: dict[int, tuple[Any, Any]] = {}
+        self._said = IdentitySet()
 
     def install(self, transaction: Transaction) -> None:
         """Note what a loss of adaptive ghost clipping was made for."""
-        cls = _compat.loss_that_changes_sigma()
-        if cls is not None:
-            wrapper = EagerWrapper(vars(cls)["backward"], self._backward)
-            transaction.patch(cls, "backward", wrapper)
+        methods = [(_compat.loss_that_changes_sigma(), "backward", self._backward)]
+        wrap_new(transaction, self._wrapped, methods)
 
     def _backward(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         vars(instance.optimizer)[_compat.DECLARED_SIGMA] = instance.initial_noise_multiplier
@@ -47,14 +46,14 @@ class DueSigma:
         """The noise has been made; what comes next is the step hook."""
         due = _compat.due_sigma(optimizer)
         made = optimizer.noise_multiplier
-        if due == made:
+        if _same(due, made):
             return
         if optimizer not in self._said:
             self._said.add(optimizer)
             self._verdicts.intervene(
                 diagnosis.DUE_SIGMA,
                 f"{type(optimizer).__name__}: the noise on the gradients is made with a noise "
-                f"multiplier of {made:.6g}, that of the step as a whole is {due:.6g}.",
+                f"multiplier of {_told(made)}, that of the step as a whole is {_told(due)}.",
             )
         if self._verdicts.repairs:
             self._shown[id(optimizer)] = (made, due)
@@ -63,9 +62,22 @@ class DueSigma:
     def restore(self, optimizer: Any) -> None:
         """The step hook has run; what it has set itself stays."""
         made, due = self._shown.pop(id(optimizer), (None, None))
-        if due is not None and optimizer.noise_multiplier == due:
+        if due is not None and _same(optimizer.noise_multiplier, due):
             optimizer.noise_multiplier = made
 
     def give_back(self, optimizer: Any) -> None:
         """Forget what was noted."""
         vars(optimizer).pop(_compat.DECLARED_SIGMA, None)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two noise multipliers are equal, as far as the host knows without waiting."""
+    if one is other:
+        return True
+    number = _compat.plain_number(one)
+    return number is not None and number == _compat.plain_number(other)
+
+
+def _told(sigma: Any) -> str:
+    number = _compat.plain_number(sigma)
+    return "a tensor" if number is None else f"{number:.6g}"

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from dpguard import _callsite, _compat, diagnosis
+from dpguard.identity import IdentityMap
 from dpguard.patches.copies import MINE, slots_of
 from dpguard.patching import ABSENT, Transaction, is_instance
 from dpguard.verdicts import Verdicts
 
-__all__ = ["Facades", "Family"]
+__all__ = ["PER_BATCH", "Facades", "Family", "shown_values"]
 
 KNOBS = (
     "noise_multiplier",
@@ -189,6 +190,8 @@ class Facades:
         self.owner: Callable[[Any], Any] = family.owner if verdicts.repairs else _itself
         """The DP optimizer that an object stands for, or it; in ``observe`` always that."""
         self._seen: weakref.WeakSet[type] = weakref.WeakSet()
+        self._told: IdentityMap[set[str]] = IdentityMap()
+        """Of each DP optimizer what was said once."""
 
     def install(self, transaction: Transaction) -> None:
         """Let Opacus's schedulers and batch splitters hold the DP optimizer itself."""
@@ -258,13 +261,22 @@ class Facades:
             vars(instance)[name] = value
         elif not (changes and self._verdicts.is_strict):
             setattr(real, name, value)
-        if changes:
+        if changes and self._is_news(real, name):
             self._lost(
                 f"{type(instance).__name__}.{name} was assigned",
                 real,
                 name,
-                **shown_values(before, value),
+                **shown_values(name, before, value),
             )
+
+    def _is_news(self, real: Any, name: str) -> bool:
+        """Whether a change is to be said; in ``strict`` each is, since it is refused."""
+        if name not in PER_BATCH or self._verdicts.is_strict:
+            return True
+        told = self._told.setdefault(real, set())
+        new = name not in told
+        told.add(name)
+        return new
 
     def pass_on(self, holder: Any, facade: Any, real: Any, name: str) -> None:
         """A scheduler was given a façade and writes to the DP optimizer instead.
@@ -320,13 +332,23 @@ def _itself(found: Any) -> Any:
     return found
 
 
+_SHOWN = frozenset({"noise_multiplier", "loss_reduction", "secure_mode"})
+"""Attributes whose values the log may tell; of others it could be anything."""
+
+PER_BATCH = frozenset({"expected_batch_size", "_step_skip_queue", "_is_last_step_skipped"})
+"""Attributes of which even that they change may tell the size of a batch."""
+
 _KEPT = frozenset({"original_optimizer", "param_groups", "defaults", "state", "step"})
 """Attributes of a DP optimizer that are no knobs of its mechanism."""
 
 
-def shown_values(before: Any, after: Any) -> dict[str, Any]:
-    """Both values for the log, if they are plain numbers or words and so cannot be data."""
-    if not all(isinstance(value, (bool, int, float, str)) for value in (before, after)):
+def shown_values(name: str, before: Any, after: Any) -> dict[str, Any]:
+    """Both values of an attribute for the log, if they are plain and cannot tell of the data.
+
+    A batch size is that of the data or of a batch, and a clip bound may be made of either.
+    """
+    plain = all(isinstance(value, (bool, int, float, str)) for value in (before, after))
+    if name not in _SHOWN or not plain:
         return {}
     return {"before": repr(before), "after": repr(after)}
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import enum
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,7 @@ from dpguard._errors import DPGuardError, PerSampleGradientError, PrivacyViolati
 from dpguard.graph_task import GraphTask
 from dpguard.ledger import parameters_of
 from dpguard.patches.ghost_blank import Blanks
-from dpguard.patches.ghost_gradient import Carried
+from dpguard.patches.ghost_gradient import Carried, refuse_losses
 from dpguard.patches.norm_draws import NormDraw, NormDraws
 from dpguard.patches.pairing import Pairing
 from dpguard.patches.pass_sums import PassSums
@@ -91,6 +91,8 @@ class GhostPairing(Pairing):
         self._hidden: set[int] = set()
         """Parameters that are called in checkpoints, which may yet recompute a call."""
         self._fired: list[Record] = []
+        self._watched_here: set[int] = set()
+        """Where Opacus computes norms: the parameters of which it has computed some."""
         self._condemned: dict[str, list[str]] = {}
         self._overlapping: dict[str, None] = {}
         self._batch = 0
@@ -202,13 +204,10 @@ class GhostPairing(Pairing):
             return backward()
         parameters = list(self.hooks._module.parameters())
         carried = Carried(self.ledger, parameters if self.computes else ())
-        if self.computes:
-            _refuse_shape(losses)
-            if carried.batches and declares_one_batch():
-                names = [self.ledger.name_of(p) for p in parameters if p.requires_grad]
-                raise _refused(PrivacyViolation, diagnosis.LOSSES_OVERLAP, "Refused", names)
-            if carried.batches and not _compat.allows_accumulation(self.hooks):
-                raise ValueError(diagnosis.OPACUS_NO_ACCUMULATION)
+        if losses.dim() != 1:
+            refuse_losses(self.verdicts, f"The losses have {losses.dim()} dimensions and not one")
+        if carried.batches:
+            self._refuse_another(parameters)
         self._carried_through = self._last_backward if carried.batches else None
         self.begin()
         self._losses = len(losses) if losses.dim() else None
@@ -241,6 +240,14 @@ class GhostPairing(Pairing):
         else:
             carried.give_back()  # a loss that reached no parameter is no batch
         return result
+
+    def _refuse_another(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Refuse a second batch before a step where it cannot be one."""
+        if declares_one_batch():
+            names = [self.ledger.name_of(p) for p in parameters if p.requires_grad]
+            self._refuse(diagnosis.LOSSES_OVERLAP, "Refused", names)
+        if not _compat.allows_accumulation(self.hooks):
+            raise ValueError(diagnosis.OPACUS_NO_ACCUMULATION)
 
     @property
     def is_drawn(self) -> bool:
@@ -361,6 +368,7 @@ class GhostPairing(Pairing):
     def begin(self) -> None:
         """A first backward starts: what an earlier one left unfinished does not count."""
         self._found = {}
+        self._watched_here = set()
         self._condemned = {}
         self._overlapping = {}
         self._reopened = set()
@@ -380,6 +388,16 @@ class GhostPairing(Pairing):
             self._losses = None
         self._segment = self.ledger.segment
         self.ledger.close()
+
+    def _note_watched(
+        self,
+        task: GraphTask,
+        record: Record,
+        backprops: torch.Tensor,
+        wanted: list[torch.nn.Parameter],
+    ) -> None:
+        super()._note_watched(task, record, backprops, wanted)
+        self._watched_here.update(map(id, wanted))
 
     def _take(
         self,
@@ -409,6 +427,7 @@ class GhostPairing(Pairing):
             cause = diagnosis.BLOCKS_IN_GHOST if people.joins else diagnosis.GROUPS_ADAPTIVE
             for parameter in wanted:
                 self._condemn(parameter, cause)
+        self._refuse_misfit(record, people, record.batch)
         self._people = people.people_of(record.batch)
 
     def _take_norms(
@@ -497,6 +516,7 @@ class GhostPairing(Pairing):
         """
         inside = self._stage is Stage.NORMS
         if not self.computes:
+            self._look(inside=inside)
             self._stage = Stage.CLIPPED if inside else self._stage
             self._norms_read = self._norms_read or self._stage is Stage.OUTSIDE
             return
@@ -506,7 +526,8 @@ class GhostPairing(Pairing):
             self._find_bypassed()
         trainable = [p for p in self.hooks._module.parameters() if p.requires_grad]
         try:
-            self._refuse(trainable)
+            counts = {p: len(self._norms_of(p)) for p in trainable if id(p) in self._found}
+            self._refuse_wrong(counts)
             with torch.no_grad():
                 self.hooks.trainable_parameters = trainable
                 for parameter in trainable:
@@ -521,11 +542,25 @@ class GhostPairing(Pairing):
         else:
             self._norms_read = True
 
+    def _look(self, *, inside: bool) -> None:
+        """Say what would be refused of norms that Opacus has computed."""
+        if self._stage is not Stage.CLIPPED:
+            if inside:
+                self._find_bypassed()
+            here = [p for p in self._parameters if id(p) in self._watched_here]
+            norms = ((p, getattr(p, "_norm_sample", None)) for p in here)
+            counts = {p: len(found) for p, found in norms if found is not None}
+            self._batch = max(counts.values(), default=0)
+            self._refuse_wrong(counts)
+        self._watched_here = set()
+        self._condemned = {}
+
     def _find_bypassed(self) -> None:
         """Parameters that got a gradient in a backward in which no call was met at all."""
         named = {name for names in self._condemned.values() for name in names}
+        met = self._found.keys() | self._watched_here
         for parameter, _ in self._received.values():
-            if id(parameter) not in self._found and self.ledger.name_of(parameter) not in named:
+            if id(parameter) not in met and self.ledger.name_of(parameter) not in named:
                 self._condemn(parameter, diagnosis.BYPASSED)
 
     def _drop_unclipped(self) -> None:
@@ -538,23 +573,39 @@ class GhostPairing(Pairing):
                 parameter.grad = None
         self._received = {}
 
-    def _refuse(self, trainable: list[torch.nn.Parameter]) -> None:
+    def _refuse(
+        self,
+        cause: str,
+        what: str,
+        names: Sequence[str],
+        error: type[DPGuardError] = PrivacyViolation,
+        check: str = "coverage.rows",
+    ) -> None:
+        diagnosed = diagnosis.explain(cause)
+        self.verdicts.refuse(
+            check,
+            cause,
+            f"{what} for {diagnosis.listed(names)}: {diagnosed.statement}.",
+            error,
+            severity=diagnosed.severity,
+            parameters=tuple(names),
+        )
+
+    def _refuse_wrong(self, counts: dict[torch.nn.Parameter, int]) -> None:
+        """Refuse norms that are missing, or not one for each loss; ``counts`` are how many."""
         for cause, names in self._condemned.items():
-            raise _refused(PerSampleGradientError, cause, "No per-sample gradient norms", names)
+            what = "No per-sample gradient norms"
+            self._refuse(cause, what, names, PerSampleGradientError, "coverage.present")
         if self._overlapping:
-            names = list(self._overlapping)
-            raise _refused(PrivacyViolation, diagnosis.LOSSES_OVERLAP, "Refused", names)
-        counts = {p: len(self._norms_of(p)) for p in trainable if id(p) in self._found}
+            self._refuse(diagnosis.LOSSES_OVERLAP, "Refused", list(self._overlapping))
         expected = self._batch if self._losses is None else self._losses
         odd = [p for p, count in counts.items() if count != expected]
         if not odd:
             return
-        found = ", ".join(sorted({str(counts[p]) for p in odd}))
         names = [self.ledger.name_of(p) for p in odd]
         whole = len(odd) == len(counts) and len(set(counts.values())) == 1
         cause = diagnosis.LOSS_SHAPE if whole else diagnosis.ROW_COUNT
-        what = f"{expected} losses of shape ({expected},) for a batch of {found} rows"
-        raise _refused(PrivacyViolation, cause, what, names)
+        self._refuse(cause, "There are not as many losses as rows", names)
 
     def _norms_of(self, parameter: torch.Tensor) -> torch.Tensor:
         found = self._found.get(id(parameter))
@@ -563,19 +614,3 @@ class GhostPairing(Pairing):
             size = self._batch if self._losses is None else self._losses
             return torch.zeros(size, dtype=parameter.dtype, device=parameter.device)
         return norms
-
-
-def _refuse_shape(losses: torch.Tensor) -> None:
-    if losses.dim() != 1:
-        diagnosed = diagnosis.explain(diagnosis.LOSS_SHAPE)
-        raise PrivacyViolation(
-            f"The losses have shape {tuple(losses.shape)}: {diagnosed.statement}. "
-            f"Remedy: {diagnosed.remedy}."
-        )
-
-
-def _refused(error: type[DPGuardError], cause: str, what: str, names: list[str]) -> DPGuardError:
-    diagnosed = diagnosis.explain(cause)
-    return error(
-        f"{what} for {diagnosis.listed(names)}: {diagnosed.statement}. Remedy: {diagnosed.remedy}."
-    )

@@ -16,7 +16,7 @@ import torch
 import wrapt
 
 from dpguard import _compat, diagnosis
-from dpguard._errors import DPGuardError, PrivacyViolation
+from dpguard._errors import DPGuardError
 from dpguard.interrupts import let_through
 from dpguard.ledger import Ledger
 from dpguard.patches import ghost_clip
@@ -24,6 +24,7 @@ from dpguard.patches.amp import is_scaled
 from dpguard.patches.wrapping import EagerWrapper
 from dpguard.patching import Transaction
 from dpguard.row_state import Clipped
+from dpguard.verdicts import Verdicts
 
 __all__ = ["Carried", "install"]
 
@@ -112,8 +113,23 @@ def _any(grad: torch.Tensor) -> bool:
 # -- the criterion ---------------------------------------------------------------------------------
 
 
+def refuse_losses(verdicts: Verdicts, what: str) -> None:
+    """Refuse losses that are not one for each sample.
+
+    Raises:
+        PrivacyViolation: unless nothing may be changed.
+    """
+    statement = diagnosis.explain(diagnosis.LOSS_SHAPE).statement
+    verdicts.refuse("coverage.rows", diagnosis.LOSS_SHAPE, f"{what}: {statement}.")
+
+
 def one_loss_per_sample(
-    losses: torch.Tensor, reduction: str, *, batch_first: bool, ignored: torch.Tensor | None
+    losses: torch.Tensor,
+    reduction: str,
+    verdicts: Verdicts,
+    *,
+    batch_first: bool,
+    ignored: torch.Tensor | None,
 ) -> torch.Tensor:
     """Losses of shape ``(B, ...)`` reduced to ``(B,)``.
 
@@ -123,6 +139,7 @@ def one_loss_per_sample(
     Args:
         losses: what the criterion returned.
         reduction: ``mean`` or ``sum``, over all dimensions but the first.
+        verdicts: where a refusal is said.
         batch_first: whether the first dimension is the batch.
         ignored: of the shape of ``losses``, which of them do not count in a mean.
 
@@ -133,10 +150,10 @@ def one_loss_per_sample(
         return losses
     flat = losses.flatten(start_dim=1)
     if not batch_first and flat.shape[1] > 1:
-        diagnosed = diagnosis.explain(diagnosis.LOSS_SHAPE)
-        raise PrivacyViolation(
-            f"The criterion returned losses of shape {tuple(losses.shape)} and the model is not "
-            f"batch_first: {diagnosed.statement}. Remedy: {diagnosed.remedy}."
+        refuse_losses(
+            verdicts,
+            f"The criterion returned losses of {losses.dim()} dimensions and the model is not "
+            "batch_first",
         )
     if reduction == "sum":
         return flat.sum(dim=1)
@@ -181,13 +198,13 @@ class _Wrappers:
         ledger: Ledger,
         pairing_of: Callable[[Any], Any],
         report: Callable[[str, Exception], None],
-        *,
-        repairs: bool,
+        verdicts: Verdicts,
     ) -> None:
         self._ledger = ledger
         self._report = report
         self._pairing_of = pairing_of
-        self._repairs = repairs
+        self._verdicts = verdicts
+        self._repairs = verdicts.repairs
 
     def get_norm_sample(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         pairing = self._pairing_of(instance)
@@ -231,6 +248,7 @@ class _Wrappers:
             loss.loss_per_sample = one_loss_per_sample(
                 losses,
                 loss.loss_reduction,
+                self._verdicts,
                 batch_first=pairing.batch_first,
                 ignored=_ignored(instance.criterion, losses, args, kwargs),
             )
@@ -249,8 +267,7 @@ def install(
     ledger: Ledger,
     pairing_of: Callable[[Any], Any],
     report: Callable[[str, Exception], None],
-    *,
-    repairs: bool,
+    verdicts: Verdicts,
 ) -> None:
     """Patch where Opacus reads norms, makes and backpropagates losses, and takes gradients.
 
@@ -259,9 +276,9 @@ def install(
         ledger: where it is noted what is in ``p.grad``.
         pairing_of: from Opacus's hooks object to its ghost pairing, ``None`` if it has none.
         report: is given the name of a part and the error that has switched it off.
-        repairs: whether anything of the host may be changed.
+        verdicts: where refusals are said, and whether anything of the host may be changed.
     """
-    wrappers = _Wrappers(ledger, pairing_of, report, repairs=repairs)
+    wrappers = _Wrappers(ledger, pairing_of, report, verdicts)
     for owner in _compat.ghost_loss_classes():
         _wrap(transaction, owner, "backward", wrappers.backward)
     for owner in _compat.ghost_criterion_classes():

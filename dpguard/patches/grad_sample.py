@@ -17,6 +17,7 @@ from dpguard.patches.outputs import Outputs
 from dpguard.patches.pairing import Pairing, Registry
 from dpguard.patches.wrapping import EagerWrapper
 from dpguard.patching import Transaction, living
+from dpguard.verdicts import Verdicts
 
 __all__ = ["GradSamplePatch"]
 
@@ -27,7 +28,8 @@ class GradSamplePatch:
     Args:
         ledger: where calls and rows are noted.
         kinds: kinds of pairing, each with a test of the class of Opacus's hooks that it suits.
-        computes: whether rows are computed here or calls only watched (``observe``).
+        verdicts: where refusals are said; rows are computed here, or calls only watched
+            (``observe``).
         outputs: looks at what the models return.
         report: is told of an error of ours in a place where it must not reach the host.
     """
@@ -36,14 +38,14 @@ class GradSamplePatch:
         self,
         ledger: Ledger,
         kinds: Sequence[tuple[type[Pairing], Callable[[type], bool]]],
+        verdicts: Verdicts,
         *,
-        computes: bool,
         outputs: Outputs | None = None,
         report: Callable[[str, Exception], None],
     ) -> None:
         self._ledger = ledger
         self._kinds = kinds
-        self._computes = computes
+        self._verdicts = verdicts
         self._outputs = outputs
         self._pairings: Registry = weakref.WeakValueDictionary()
         self._patched: set[type] = set()
@@ -61,7 +63,7 @@ class GradSamplePatch:
         """
         if not self._patched:
             transaction.on_undo("paired models", self._release_all)
-            if self._computes:
+            if self._verdicts.repairs:
                 stop = _compat.on_module_registration(self._on_registration)
                 transaction.on_undo("registration of modules", stop)
         self._patch_stock(transaction, _compat.stock_hooks_class())
@@ -99,7 +101,7 @@ class GradSamplePatch:
             return found
         kind = self._kind(type(hooks)) or Pairing
         reductions = (hooks.loss_reduction, hooks.batch_first)
-        return kind(hooks, self._ledger, self._pairings, *reductions, computes=self._computes)
+        return kind(hooks, self._ledger, self._pairings, *reductions, verdicts=self._verdicts)
 
     def _kind(self, cls: type) -> type[Pairing] | None:
         """How models hooked by ``cls`` are paired; ``None`` if it has hooks of its own."""

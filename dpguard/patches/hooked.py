@@ -20,6 +20,7 @@ from dpguard.ledger import Ledger
 from dpguard.patches import statistics
 from dpguard.patches.layers import LayerKind
 from dpguard.patches.records import ForwardHook, Record, no_hook, plain_hook
+from dpguard.verdicts import Verdicts
 
 __all__ = ["Hooked", "is_paired", "is_whole"]
 
@@ -32,6 +33,7 @@ class Hooked(abc.ABC):
         ledger: where calls and rows are noted.
         computes: rows are computed here (``repair``, ``strict``); in ``observe`` Opacus computes
             them and calls are only watched.
+        verdicts: where refusals are said.
     """
 
     def __init__(
@@ -42,11 +44,12 @@ class Hooked(abc.ABC):
         loss_reduction: str,
         batch_first: bool,
         *,
-        computes: bool,
+        verdicts: Verdicts,
     ) -> None:
         self.hooks = hooks
         self.ledger = ledger
-        self.computes = computes
+        self.verdicts = verdicts
+        self.computes = verdicts.repairs
         self.loss_reduction = loss_reduction
         self.batch_first = batch_first
         self.orders: dict[int, torch.Tensor] = {}
@@ -256,7 +259,7 @@ class Hooked(abc.ABC):
             # Opacus's object may be half-copied yet: nothing is asked of it here.
             reductions = (self.loss_reduction, self.batch_first)
             copied = type(self)(
-                hooks, self.ledger, self._registry, *reductions, computes=self.computes
+                hooks, self.ledger, self._registry, *reductions, verdicts=self.verdicts
             )
             copied._copied = True
             memo[id(self)] = copied

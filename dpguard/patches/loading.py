@@ -16,6 +16,7 @@ import wrapt
 from dpguard import _compat
 from dpguard.datasets import repeated_places
 from dpguard.deliveries import Deliveries, Delivery, Iteration
+from dpguard.identity import IdentityMap, IdentitySet
 from dpguard.interrupts import let_through
 from dpguard.ledger import Ledger
 from dpguard.patching import Transaction
@@ -49,13 +50,11 @@ class LoadingPatch:
         self._watch = watch
         self._report = report
         self._active = True
-        self._iterations: weakref.WeakKeyDictionary[Any, Iteration] = weakref.WeakKeyDictionary()
-        self._ties: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Any]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._iterations: IdentityMap[Iteration] = IdentityMap()
+        self._ties: IdentityMap[IdentitySet] = IdentityMap()
         self._engines: set[type] = set()
-        self._rates: weakref.WeakKeyDictionary[Any, Rate] = weakref.WeakKeyDictionary()
-        self.tags: weakref.WeakKeyDictionary[Any, list[Delivery]] = weakref.WeakKeyDictionary()
+        self._rates: IdentityMap[Rate] = IdentityMap()
+        self.tags: IdentityMap[list[Delivery]] = IdentityMap()
         """For each optimizer with a splitting loader the batches its skip signals stand for."""
 
     def install(self, transaction: Transaction) -> None:
@@ -127,7 +126,7 @@ class LoadingPatch:
         optimizer, loader = result[1], result[-1]
         sampler = getattr(loader, "batch_sampler", None)
         if sampler is not None and _is_key(sampler):
-            self._ties.setdefault(sampler, weakref.WeakSet()).add(optimizer)
+            self._ties.setdefault(sampler, IdentitySet()).add(optimizer)
         if isinstance(sampler, _compat.uniform_samplers()):
             dataset = loader.dataset
             if type(dataset).__weakrefoffset__:
@@ -225,5 +224,4 @@ def _chain(sampler: Any) -> Iterator[Any]:
 
 def _is_key(sampler: Any) -> bool:
     """Whether it can be remembered without keeping it alive."""
-    kind = type(sampler)
-    return bool(kind.__weakrefoffset__) and getattr(kind, "__hash__", None) is object.__hash__
+    return bool(type(sampler).__weakrefoffset__)

@@ -7,13 +7,13 @@ goes round a wrapper there.
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from dpguard import _compat
 from dpguard._errors import DPGuardError
 from dpguard.audit.steps import StepAuditor
+from dpguard.identity import IdentitySet
 from dpguard.interrupts import let_through
 from dpguard.ledger import Ledger
 from dpguard.patches.amp import LossScale
@@ -75,7 +75,7 @@ class OptimizerPatch:
         self._audits = True
         self._off: set[str] = set()
         self._inside: set[int] = set()
-        self._instances: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._instances = IdentitySet()
         self._transaction: Transaction | None = None
         self._wrapped: set[tuple[type, str]] = set()
         self._bases: set[type] = set()
@@ -87,16 +87,16 @@ class OptimizerPatch:
         Calling it again patches the classes that a reload of Opacus has made since.
         """
         base = _compat.optimizer_class()
+        if self._transaction is None:
+            transaction.on_undo("adopted optimizers", self._give_back_all)
+        for part in (self._bounds, self._scale, self._sigma):
+            part.install(transaction)
         if base in self._bases:
             return
         torchs = _compat.torch_optimizer_class()
         if self._transaction is None:
-            transaction.on_undo("adopted optimizers", self._give_back_all)
             self._foreign.install(transaction)
             self._forwarding.watch(transaction)
-            self._bounds.install(transaction)
-            self._scale.install(transaction)
-            self._sigma.install(transaction)
             hook = classmethod(self._subclass_hook(torchs, vars(torchs).get("__init_subclass__")))
             transaction.patch(torchs, "__init_subclass__", hook)
         self._transaction = transaction
@@ -196,6 +196,7 @@ class OptimizerPatch:
             self._facades.give_back(instance)
             self._forwarding.give_back(instance)
             self._hooks.give_back(instance)
+            self._protocol.give_back(instance)
             self._sigma.give_back(instance)
             self._family.unmark(instance)
 
@@ -283,12 +284,12 @@ class OptimizerPatch:
 
     def _private(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         """Clip, add noise, scale; all with one bound."""
-        give_back = self._bounds.fix(instance)
+        give_back = self._part("bounds", self._bounds.fix, instance)
         try:
             return self._mechanism.step(wrapped, instance, args, kwargs)
         finally:
             if give_back is not None:
-                give_back()
+                self._part("bounds", give_back)
 
     def _before(self, instance: Any) -> None:
         if instance not in self._instances:

@@ -15,6 +15,7 @@ import torch
 from dpguard import _compat, diagnosis
 from dpguard.audit.probes import Probes
 from dpguard.graph_task import GraphTask
+from dpguard.grouping import Grouping, misfit_sentence
 from dpguard.patches.hooked import Hooked
 from dpguard.patches.layers import Roster, row_by_row
 from dpguard.patches.records import Record
@@ -133,8 +134,10 @@ class Pairing(Hooked):
         dimension = self.kind_of(module).batch_dimension(module)
         if backprops.dim() <= dimension:
             return
-        rows = backprops.shape[dimension] if self.loss_reduction == "mean" else 1
-        self._note_moments(record, backprops, rows)
+        rows = backprops.shape[dimension]
+        if record.people is not None and not task.misfit:
+            task.misfit = self._refuse_misfit(record, record.people, rows)
+        self._note_moments(record, backprops, rows if self.loss_reduction == "mean" else 1)
         backprops = backprops.movedim(dimension, 0)
         for parameter in wanted:
             terms = task.terms.get(id(parameter), 0) + _terms(module, parameter, backprops)
@@ -206,8 +209,26 @@ class Pairing(Hooked):
             else:
                 rows[parameter] = owned_rows(mine, [*lenders, arranged[1]])
             if record.people is not None:
-                rows[parameter] = record.people.summed(rows[parameter])
+                rows[parameter] = self._summed(record, record.people, rows[parameter])
         return rows
+
+    def _summed(self, record: Record, people: Grouping, rows: torch.Tensor) -> torch.Tensor:
+        self._refuse_misfit(record, people, len(rows))
+        return people.summed(rows)
+
+    def _refuse_misfit(self, record: Record, people: Grouping, rows: int) -> bool:
+        """Whether the rows of a call do not fit what is declared of them, which is said.
+
+        Raises:
+            PrivacyViolation: they do not, where they are to be summed here.
+        """
+        what = people.misfit(rows)
+        if what is None:
+            return False
+        names = tuple(self.ledger.name_of(p) for p in record.trained)
+        sentence = misfit_sentence(what)
+        self.verdicts.refuse("people.rows", diagnosis.GROUPS_MISFIT, sentence, parameters=names)
+        return True
 
     def _sampled(
         self,
@@ -281,8 +302,8 @@ class Pairing(Hooked):
         most = 1 if people is None else people.most
         for parameter, rows, lenders in self._sampled(record, arranged, wanted):
             if people is not None:
-                rows = people.summed(rows if record.order is None else rows[record.order])  # noqa: PLW2901
-                order = None
+                rows = rows if record.order is None else rows[record.order]  # noqa: PLW2901
+                rows, order = self._summed(record, people, rows), None  # noqa: PLW2901
             task.published.add(id(parameter))
             ledger.close()
             self._add(

@@ -42,7 +42,7 @@ class Protocol:
         self, verdicts: Verdicts, adopt: Callable[[Any], None], is_dp: Callable[[Any], bool]
     ) -> None:
         self._verdicts = verdicts
-        self._copying = Copying(adopt)
+        self._copying = Copying(adopt, verdicts)
         self._is_dp = is_dp
 
     def install(self, transaction: Transaction, cls: type) -> None:
@@ -123,6 +123,12 @@ class Protocol:
             for parameter in instance.params:
                 if parameter.grad is not None:
                     setattr(parameter.grad, _APPLIED, True)
+
+    def give_back(self, instance: Any) -> None:
+        """Take the marks off again."""
+        for parameter in getattr(instance, "params", ()):
+            if parameter.grad is not None:
+                vars(parameter.grad).pop(_APPLIED, None)
 
 
 def _is_processed(found: Any) -> bool:

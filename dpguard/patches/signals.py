@@ -18,12 +18,12 @@ the first step of each pass, where the number of rows can tell, and else nothing
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from dpguard import _compat, diagnosis
 from dpguard.deliveries import Deliveries, Delivery, Iteration
+from dpguard.identity import IdentityMap
 from dpguard.verdicts import Verdicts
 
 __all__ = ["BATCHES", "Signals"]
@@ -43,7 +43,7 @@ class Signals:
 
     def __init__(
         self,
-        tags: weakref.WeakKeyDictionary[Any, list[Delivery]],
+        tags: IdentityMap[list[Delivery]],
         deliveries: Deliveries,
         rows_of: Callable[[Any], Sequence[int]],
         verdicts: Verdicts,
@@ -52,7 +52,7 @@ class Signals:
         self._deliveries = deliveries
         self._rows_of = rows_of
         self._verdicts = verdicts
-        self._summed: weakref.WeakKeyDictionary[Any, tuple[int, int]] = weakref.WeakKeyDictionary()
+        self._summed: IdentityMap[tuple[int, int]] = IdentityMap()
 
     def before_step(self, optimizer: Any) -> None:
         """A physical batch is about to be clipped: its signal must be the first in the queue.

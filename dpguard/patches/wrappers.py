@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dpguard import diagnosis
-from dpguard.patches.facades import shown_values
+from dpguard.patches.facades import PER_BATCH, shown_values
 from dpguard.patching import ABSENT
 from dpguard.verdicts import Verdicts
 
@@ -49,6 +49,8 @@ class _Known:
         """What the wrapper had of its own when last looked at as a whole."""
         self.looks = True
         """Whether it is in this step."""
+        self.told: set[str] = set()
+        """What is said once of its wrapper."""
 
 
 class Wrappers:
@@ -113,6 +115,9 @@ class Wrappers:
             if before is ABSENT:
                 continue  # never seen to be the same: it may be anything
             if mine is not before and _agree(before, applied):
+                if name in known.told and not self._verdicts.is_strict:
+                    continue
+                known.told.update(PER_BATCH & {name})
                 self._say(wrapper, optimizer, name, mine, applied, lost=True)
             elif name in _CONTAINERS:
                 self._say(wrapper, optimizer, name, mine, applied, lost=False)
@@ -129,7 +134,7 @@ class Wrappers:
             action="refused" if strict else "observed",
             attribute=name,
             owner=inner,
-            **(shown_values(applied, mine) if lost else {}),
+            **(shown_values(name, applied, mine) if lost else {}),
         )
         if strict:
             raise error

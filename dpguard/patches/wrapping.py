@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import wrapt
 
-__all__ = ["EagerWrapper", "MethodWrapper", "TransparentWrapper"]
+from dpguard.patching import Transaction
+
+__all__ = ["EagerWrapper", "MethodWrapper", "TransparentWrapper", "wrap_new"]
 
 
 class EagerWrapper(wrapt.FunctionWrapper[..., Any]):
@@ -20,6 +22,23 @@ class EagerWrapper(wrapt.FunctionWrapper[..., Any]):
 
     _torchdynamo_disable = True
     _torchdynamo_disable_msg = "dpguard looks at each step"
+
+
+def wrap_new(
+    transaction: Transaction, wrapped: set[tuple[Any, str]], methods: Iterable[tuple[Any, str, Any]]
+) -> None:
+    """Wrap methods of classes, each once, where they are; again after a reload of Opacus.
+
+    Args:
+        transaction: remembers how to undo it.
+        wrapped: class and name of those that were; the new ones are added.
+        methods: class, name and wrapper; without a class where this Opacus has none.
+    """
+    for owner, name, wrapper in methods:
+        original = vars(owner).get(name) if owner is not None else None
+        if original is not None and (owner, name) not in wrapped:
+            wrapped.add((owner, name))
+            transaction.patch(owner, name, EagerWrapper(original, wrapper))
 
 
 class MethodWrapper(EagerWrapper):
