@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,14 +99,15 @@ class Delivery:
         serial: number of the delivery in this process; ``None`` while it waits in a worker.
         skip: the signal that ``BatchMemoryManager`` gave for it, if it did.
         logical: the logical batch of its iteration that it is a part of.
-        used: whether a step has taken it.
+        used: whether a step has taken it, by the number of its rows.
+        met: whether a step had calls of it, by its memory.
         drawn: what is known of how it was drawn, if it was by Poisson sampling; of the last of
             several that were drawn as one.
     """
 
     __slots__ = (
-        "drawn", "iteration", "logical", "people", "rate", "rows", "serial", "skip", "tensors",
-        "used",
+        "drawn", "iteration", "logical", "met", "people", "rate", "rows", "serial", "skip",
+        "tensors", "used",
     )  # fmt: skip
 
     def __init__(
@@ -119,7 +120,7 @@ class Delivery:
         self.serial: int | None = None
         self.skip: bool | None = None
         self.logical = 0
-        self.used = False
+        self.used = self.met = False
         self.drawn: Drawn | None = None
         self.tensors: Sequence[weakref.ref[torch.Tensor]] = ()
 
@@ -307,9 +308,17 @@ class Deliveries:
         readers = (self.untied, *self._readers.values())
         self.unclear = any(reader.pending for reader in readers)
 
-    def was_used(self, serial: int | None) -> bool:
-        """Whether a step has taken this private batch, one of the last few."""
-        return any(delivery.serial == serial and delivery.used for delivery in tuple(self._recent))
+    def meet(self, serials: Collection[int | None]) -> bool:
+        """A step has had calls of these private batches; whether one before it had of any.
+
+        Of the last few batches. That a step had as many rows says less: it may have been of other
+        samples, which are nobody's.
+        """
+        met = [delivery for delivery in tuple(self._recent) if delivery.serial in serials]
+        before = any(delivery.met for delivery in met)
+        for delivery in met:
+            delivery.met = True
+        return before
 
     def origin(self, inputs: Iterable[Any]) -> int | None:
         """Serial of the private batch in whose memory the inputs of a call lie, if they do."""

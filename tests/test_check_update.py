@@ -289,7 +289,7 @@ def test_weights_that_are_put_back_before_the_step(kind):
 
 
 def test_two_optimizers_on_one_model(guard):
-    """The step of one is private, and no change by hand for the other."""
+    """The step of one is private, and no change by hand for the other; that there are two is said."""
     training = Training(parameters=lambda m: list(m[0].parameters()))
     other = DPOptimizer(
         torch.optim.SGD(training.model[2].parameters(), lr=0.1),
@@ -302,7 +302,20 @@ def test_two_optimizers_on_one_model(guard):
         training.optimizer.step()
         other.step()
         other.zero_grad()
-    assert guard.violations == ()
+    assert causes(guard) == {diagnosis.TWO_OPTIMIZERS}
+
+
+def test_an_update_by_hand_with_the_private_gradient(guard):
+    """The parts of a step are run one by one: what is applied is clipped and has its noise."""
+    training = Training()
+    for _ in range(4):
+        training.backward()
+        training.optimizer.clip_and_accumulate()
+        training.optimizer.add_noise()
+        training.optimizer.scale_grad()
+        in_place(training.model)
+        training.optimizer.zero_grad()
+    assert diagnosis.RAW_UPDATE not in causes(guard)
 
 
 # -- batch statistics ----------------------------------------------------------------------------------------

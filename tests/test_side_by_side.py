@@ -259,6 +259,21 @@ def test_an_overflow_in_the_last_part_of_a_batch():
     assert guard.violations == ()
 
 
+@pytest.mark.skipif(not POISSON, reason="this Opacus gives empty batches without their types")
+@pytest.mark.parametrize("mode", ["repair", "observe"])
+def test_a_step_on_public_samples_before_each_on_people(mode):
+    """As many of them as people: two steps are accounted, and nobody is in more than one."""
+    with warnings.catch_warnings(), dpguard.install(mode=mode) as guard:
+        warnings.simplefilter("ignore")
+        model, optimizer, loader = made_private()
+        for x, y in itertools.chain(loader, loader):
+            for inputs in (torch.randn_like(x), x):
+                optimizer.zero_grad()
+                F.cross_entropy(model(inputs), y).backward()
+                optimizer.step()
+    assert diagnosis.BATCH_REUSED not in {v.cause for v in guard.violations}
+
+
 def test_small_parameters_in_bfloat16():
     """Whether values tell of the shape of noise is not for the noise to decide."""
     with dpguard.install(mode="strict") as guard:

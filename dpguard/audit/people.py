@@ -81,6 +81,8 @@ class _Logical:
     undelivered: int = 0
     waits: bool = False
     reused: bool = False
+    met: bool = False
+    """Whether a step before had calls of the batches of this one, as far as calls were noted."""
     said: set[str] = field(default_factory=set)
     orderly: int = 0
     uses: Uses = field(default_factory=Uses)
@@ -121,6 +123,7 @@ class People(Check):
             step.rows_per_person = _rows_per_person(notes)
         signals = _compat.skip_signals(optimizer)
         follows = bool(signals and signals[0])
+        logical.met = not follows and self._deliveries.meet({note.origin for note in notes})
         found = self._compare(step, logical, sizes, notes, follows=follows)
         logical.others = self._deliveries.others
         self._calls.rest()
@@ -254,7 +257,7 @@ class People(Check):
             return None
         logical.waits = True
         logical.undelivered += 1
-        logical.reused = any(self._deliveries.was_used(note.origin) for note in notes)
+        logical.reused = logical.met
         if logical.reused:
             return _failure(diagnosis.BATCH_REUSED, sizes, [last], check=BATCHES)
         if logical.undelivered < _WEAK_STEPS:
