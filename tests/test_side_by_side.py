@@ -194,7 +194,7 @@ def test_loaders_in_another_thread():
     try:
         for _ in range(3000):
             assert deliveries.origin([batch]) is None
-            assert not deliveries.was_used(7)
+            assert not deliveries.meet({7})
     finally:
         stop.set()
         thread.join()
