@@ -86,7 +86,7 @@ def _made_up(
     rows: Rows, bound: Any, person: int, generator: torch.Generator
 ) -> list[list[torch.Tensor]]:
     """Rows of the same shapes, with random directions."""
-    size = sum(p.numel() for p in rows.parameters) ** 0.5
+    size = max(1, sum(p.numel() for p in rows.parameters)) ** 0.5
     count = sum(rows.sizes)
     found = []
     for mine in rows.pieces:
