@@ -140,7 +140,7 @@ def grouping_of(arrangement: str | None, group_size: int | None, ids: Any, layou
         return Concatenated()
     if group_size is not None:
         return EqualGroups(group_size, blocks=layout == "blocks")
-    whose = torch.as_tensor(ids)
+    whose = ids if isinstance(ids, torch.Tensor) else torch.as_tensor(ids, device="cpu")
     if whose.dim() != 1 or whose.is_floating_point() or whose.is_complex():
         raise ValueError(
             "rows: ids must be one whole number for each row, of shape (B,), not a tensor of "

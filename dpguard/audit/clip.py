@@ -341,7 +341,9 @@ class Clip(Check):
         found, lengths = self._of_sums(rows.parameters, sums)
         self._bound_of(step, optimizer, before, lengths, count)
         if before.rule == "per_layer":
-            clips = torch.tensor([float(c) for c in optimizer.max_grad_norms], dtype=norms.dtype)
+            clips = torch.tensor(
+                [float(c) for c in optimizer.max_grad_norms], dtype=norms.dtype, device="cpu"
+            )
             if len(clips) != len(norms):
                 return
             clips, against = clips.to(norms.device, non_blocking=True)[:, None], norms
@@ -408,7 +410,7 @@ class Clip(Check):
         lengths: torch.Tensor,
     ) -> torch.Tensor:
         """The bound of the deviation of each parameter, see above."""
-        made = torch.tensor(_coefficients(rows), dtype=norms.dtype)
+        made = torch.tensor(_coefficients(rows), dtype=norms.dtype, device="cpu")
         to_sum, to_rows, to_factors, to_sums, floors = made.to(norms.device, non_blocking=True)
         shares = factors * norms
         allowed: torch.Tensor = (

@@ -72,7 +72,7 @@ class Collector:
             self._pending.append((figures, None, receive))
         elif device.type == "cuda":
             joined = _joined(figures)
-            host = torch.empty(joined.shape, dtype=joined.dtype, pin_memory=True)
+            host = torch.empty(joined.shape, dtype=joined.dtype, device="cpu", pin_memory=True)
             host.copy_(joined, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record(torch.cuda.current_stream(device))

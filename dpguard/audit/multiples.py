@@ -67,7 +67,7 @@ class Samples(NamedTuple):
 
     def of_some(self, which: Sequence[int]) -> Samples:
         """Those of some of the tensors."""
-        places = torch.tensor(which).to(self.values.device, non_blocking=True)
+        places = torch.tensor(which, device="cpu").to(self.values.device, non_blocking=True)
         sizes = tuple([self.sizes[i] for i in which])
         return self._replace(values=self.values[places, : max(sizes)], sizes=sizes)
 
@@ -141,12 +141,12 @@ def without_noise(
     ours = torch.stack([state.values for state in moved])
     others = bare.values.to(ours.device, ours.dtype, non_blocking=True)
     if len(chosen) < len(bare.sizes):
-        which = torch.tensor(chosen).to(ours.device, non_blocking=True)
+        which = torch.tensor(chosen, device="cpu").to(ours.device, non_blocking=True)
         ours, others = ours[:, which], others[which]
     width = max(moved[0].sizes[i] for i in chosen)
     ours, others = ours[..., :width], others[..., :width]
     multiples = torch.nan_to_num((ours * others).sum(-1) / others.square().sum(-1))
-    roots = torch.tensor([math.sqrt(moved[0].sizes[i] - 1) for i in chosen])
+    roots = torch.tensor([math.sqrt(moved[0].sizes[i] - 1) for i in chosen], device="cpu")
     noises = multiples.abs() * roots.to(ours.device, ours.dtype, non_blocking=True)
     if isinstance(std, torch.Tensor):
         std = std.to(ours.device)
@@ -201,7 +201,7 @@ def mixed(
     of_bare = torch.nan_to_num((yb * aa - ya * ab) / area).unsqueeze(-1) * b
     both = y - of_noised - of_bare
     parts = (both, alone, of_noised, y)
-    free = torch.tensor([max(0.0, size - 2.0) for size in moved.sizes])
+    free = torch.tensor([max(0.0, size - 2.0) for size in moved.sizes], device="cpu")
     enough = free.to(like.device, torch.float64, non_blocking=True) @ told.double().squeeze(-1)
     figures = [*(torch.linalg.vector_norm(part * told) for part in parts), enough]
     limit = _ROUNDINGS * max(state.unit for state in (moved, noised, bare))
