@@ -309,20 +309,16 @@ class Clip(Check):
         unit = _roundoff(torch.float32, sums[0].device)
         slack = CERTAIN * (own * (math.sqrt(people) + 1) + unit * size)
         wide = [torch.promote_types(total.dtype, torch.float32) for total in sums]
-        parts = [
-            torch.linalg.vector_norm(t, dtype=w).to(sums[0].device)
-            for t, w in zip(sums, wide, strict=True)
-        ]
-        total = torch.stack(parts).norm()
+        parts = [torch.linalg.vector_norm(t, dtype=w) for t, w in zip(sums, wide, strict=True)]
         step.run(BOUND)
 
         def receive(values: list[float]) -> Failures:
-            limit = most * (1 + slack)
-            if values[0] <= limit or not math.isfinite(values[0]):
+            total, limit = math.hypot(*values), most * (1 + slack)
+            if total <= limit or not math.isfinite(total):
                 return ()
-            return [Failure(BOUND, diagnosis.CLIP_EXCEEDED, figure=values[0], bound=limit)]
+            return [Failure(BOUND, diagnosis.CLIP_EXCEEDED, figure=total, bound=limit)]
 
-        step.collect((BOUND,), [total], receive)
+        step.collect((BOUND,), parts, receive)
 
     @torch.no_grad()
     def _compare(self, step: Step, optimizer: Any, before: _Before) -> None:

@@ -140,7 +140,7 @@ def _statistics(norms: torch.Tensor) -> torch.Tensor:
     found = [
         torch.quantile(norms, quantiles, dim=0),
         norms.mean(dim=0, keepdim=True),
-        norms.median(dim=0, keepdim=True).values,
+        torch.quantile(norms, 0.5, dim=0, keepdim=True, interpolation="lower"),
     ]
     return torch.cat(found).t().flatten()
 

@@ -57,7 +57,9 @@ class Samples(NamedTuple):
         if not kinds:
             return None
         wide = functools.reduce(torch.promote_types, (kind for kind, _ in kinds), torch.float32)
-        device = next(tensor.device for tensor in plain if tensor is not None)
+        devices = [tensor.device for tensor in plain if tensor is not None]
+        # Copies to the host would have to be waited for.
+        device = next((device for device in devices if device.type != "cpu"), devices[0])
         nothing = torch.empty(0, dtype=wide, device=device)
         rows = [nothing if t is None else spread_of(t.detach()) for t in plain]
         if len(kinds) > 1 or rows[0].dtype is not wide:
@@ -139,7 +141,7 @@ def without_noise(
     if sum(moved[0].sizes[i] - 1 for i in chosen) < _ENOUGH:
         return None
     ours = torch.stack([state.values for state in moved])
-    others = bare.values.to(ours.device, ours.dtype, non_blocking=True)
+    others = bare.values.to(ours.device, ours.dtype, non_blocking=not ours.is_cpu)
     if len(chosen) < len(bare.sizes):
         which = torch.tensor(chosen, device="cpu").to(ours.device, non_blocking=True)
         ours, others = ours[:, which], others[which]
@@ -149,7 +151,7 @@ def without_noise(
     roots = torch.tensor([math.sqrt(moved[0].sizes[i] - 1) for i in chosen], device="cpu")
     noises = multiples.abs() * roots.to(ours.device, ours.dtype, non_blocking=True)
     if isinstance(std, torch.Tensor):
-        std = std.to(ours.device)
+        std = std.to(ours.device, non_blocking=not ours.is_cpu)
     off = ours - multiples.unsqueeze(-1) * others
     figures = [
         torch.linalg.vector_norm(off, dim=(1, 2)),

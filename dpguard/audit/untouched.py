@@ -280,7 +280,7 @@ def _compare(
             flat, former = total.flatten(), copy.to(total.dtype).flatten()
             share = torch.nan_to_num((flat @ former) / (former @ former)).clamp(0, 1)
             rest = flat - share * former
-        columns += [norm.double().to(found[0].device) for norm in (rest.norm(), total.norm())]
+        columns += [rest.norm().double(), total.norm().double()]
 
     def receive(values: list[float]) -> Failures:
         pairs = zip(names, values[::2], values[1::2], strict=True)
