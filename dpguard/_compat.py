@@ -1229,10 +1229,38 @@ def operand_roundoff(dtype: torch.dtype, device: torch.device, *, convolves: boo
         return 0.0
     if dtype is not torch_.float32:
         return unit_roundoff(dtype)
+    of_cuda = device.type == "cuda"
+    backend = torch_.backends.cuda if of_cuda else torch_.backends.mkldnn
+    setting = _setting_of(backend, "matmul")
+    if setting is None:
+        return _former_operand_roundoff(of_cuda=of_cuda, convolves=convolves)
+    found = _operand_roundoff_by(setting)
+    if convolves:
+        backend = torch_.backends.cudnn if of_cuda else torch_.backends.mkldnn
+        found = max(found, _operand_roundoff_by(_setting_of(backend, "conv")))
+    return found
+
+
+def _setting_of(backend: Any, operation: str) -> str | None:
+    """How products of single precision are computed; ``None`` before torch 2.9.
+
+    Where it was set this way, what asks for it in the former way raises.
+    """
+    return getattr(getattr(backend, operation, None), "fp32_precision", None)
+
+
+def _operand_roundoff_by(setting: str | None) -> float:
+    if setting in ("none", "ieee"):
+        return 0.0
+    return 2.0**-11 if setting == "tf32" else 2.0**-8
+
+
+def _former_operand_roundoff(*, of_cuda: bool, convolves: bool) -> float:
+    torch_ = _torch()
     precision = torch_.get_float32_matmul_precision()
     if precision == "medium":
         return 2.0**-8
-    if device.type != "cuda":
+    if not of_cuda:
         return 0.0
     short = precision == "high" or torch_.backends.cuda.matmul.allow_tf32
     return 2.0**-11 if short or (convolves and torch_.backends.cudnn.allow_tf32) else 0.0

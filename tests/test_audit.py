@@ -399,6 +399,81 @@ def test_figures_are_the_same_joined_or_one_by_one():
     assert collector._joined(figures[3:4]).tolist() == [1.0, 1.0]
 
 
+class Figure(torch.Tensor):
+    """A tensor of which one would think that it is on an accelerator."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    place = torch.device("cuda", 0)
+    device = property(lambda self: self.place)
+    is_cpu = False
+
+    @classmethod
+    def on(cls, number, *values):
+        """On the accelerator with that number, or on the host."""
+        found = torch.tensor(values[0] if len(values) == 1 else values)
+        if number is not None:
+            found = found.as_subclass(cls)
+            found.place = torch.device("cuda", number)
+        return found
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """For each vector that was sent to the host its device, and the event when it is there."""
+    found = []
+
+    def send(figures, device):
+        found.append((device, Late()))
+        return collector._joined(figures), found[-1][1]
+
+    monkeypatch.setattr(collector, "_sent", send)
+    return found
+
+
+def collected(figures):
+    """What is received of figures that are sent to the host, and by what."""
+    received, sender = [], Collector(lambda: None)
+    assert sender.collect(figures, received.append)
+    return received, sender
+
+
+@pytest.mark.parametrize("first", [None, 0, 1])
+def test_figures_on_several_devices(sent, first):
+    """Those of each are sent together; all are handed out in order, when the last has arrived."""
+    other = 1 if first == 0 else 0
+    figures = [
+        Figure.on(first, 1.5),
+        Figure.on(other, 2.0, 3.0),
+        Figure.on(None, 4.0),
+        Figure.on(first, 5.0, 6.0, 7.0),
+        Figure.on(other, 8.0),
+        Figure.on(other, True),
+    ]
+    received, sender = collected(figures)
+    assert [device.index for device, _ in sent] == [n for n in (first, other) if n is not None]
+    for _, event in sent:
+        sender.drain()
+        assert received == []
+        event.there = True
+    sender.drain()
+    assert received == [[1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 1.0]]
+
+
+def test_figures_on_one_device_are_sent_together(sent):
+    """In one copy."""
+    received, sender = collected([Figure.on(1, 1.5), Figure.on(1, 2.0, 3.0)])
+    assert len(sent) == 1
+    sender.drain(wait=True)
+    assert received == [[1.5, 2.0, 3.0]]
+
+
+def test_figures_on_a_device_that_cannot_copy(sent):
+    """Nothing is collected, whichever of them it is."""
+    figures = [torch.zeros(()), Figure.on(0, 1.0), torch.zeros((), device="meta")]
+    assert not Collector(lambda: None).collect(figures, None)
+    assert sent == []
+
+
 def test_figures_that_arrive_later(guard, late):
     """A step's audit is told when its figures are in, in order; flush waits for all."""
     training = Training()
@@ -574,9 +649,16 @@ def test_finite_flags(dtype):
     worse = torch.zeros(6, dtype=dtype)
     worse[0] = float("nan")
     empty = torch.zeros(0, 7, dtype=dtype)
-    flags = finite_flags([big, bad, worse, empty])
+    (flags,) = finite_flags([big, bad, worse, empty])
     assert flags.dtype is torch.bool
     assert flags.tolist() == [True, False, False, True]
+
+
+def test_finite_flags_on_several_devices():
+    """One for each, where it is."""
+    flags = finite_flags([torch.zeros(2), torch.zeros(3, device="meta"), with_nan()])
+    assert [flag.device.type for flag in flags] == ["cpu", "meta", "cpu"]
+    assert (flags[0].tolist(), flags[2].tolist()) == (True, False)
 
 
 # -- the optimizers of Opacus ---------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import dpguard
 from dpguard import diagnosis
 from dpguard.audit.applied import LOOK_EVERY
 from dpguard.audit.check import NOTHING
+from dpguard.audit.multiples import Samples
 from dpguard.audit.noise import SCALE
 from dpguard.audit.update import PRIVATE
 
@@ -569,3 +570,11 @@ def test_rows_that_are_pruned(guard, again):
     training.optimizer.original_optimizer.register_step_pre_hook(prune)
     training.run(15)
     assert {v.cause for v in guard.violations} == ({diagnosis.NOISE_OFF_ZEROS} if again else set())
+
+
+def test_samples_on_several_devices():
+    """They are put together on one that copies need not be waited for, whichever comes first."""
+    here, there = torch.randn(300), torch.randn(300, device="meta")
+    for tensors in ((here, there), (there, here)):
+        assert Samples.of(tensors).values.is_meta
+    assert not Samples.of([here]).values.is_meta

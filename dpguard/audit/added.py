@@ -132,7 +132,7 @@ class Drawn:
         kinds = [(noise.dtype, noise.device) for noise in noises]
         self.kinds += [known.setdefault(kind, kind) for kind in kinds]
         if not all(noise.dtype in WIDE for noise in noises):
-            noises = [noise.to(torch.float32) for noise in noises]
+            noises = [n if n.is_complex() else n.to(torch.float32) for n in noises]
         self.norms += norms_of(noises)
         for i, count in self._wanted.items():
             if 0 <= i - start < len(noises):

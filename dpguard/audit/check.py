@@ -163,7 +163,7 @@ class Step:
 
         Args:
             checks: names of the checks, which are not run if the figures cannot be had.
-            figures: tensors on one device that nobody changes any more.
+            figures: tensors that nobody changes any more.
             receive: is given all their elements, in their order, some time later, before the end of
                 the step where the device is the CPU; what it returns has failed.
         """

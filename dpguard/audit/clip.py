@@ -317,20 +317,16 @@ class Clip(Check):
         unit = _roundoff(torch.float32, sums[0].device)
         slack = CERTAIN * (own * (math.sqrt(people) + 1) + unit * size)
         wide = [torch.promote_types(total.dtype, torch.float32) for total in sums]
-        parts = [
-            torch.linalg.vector_norm(t, dtype=w).to(sums[0].device)
-            for t, w in zip(sums, wide, strict=True)
-        ]
-        total = torch.stack(parts).norm()
+        parts = [torch.linalg.vector_norm(t, dtype=w) for t, w in zip(sums, wide, strict=True)]
         step.run(BOUND)
 
         def receive(values: list[float]) -> Failures:
-            limit = most * (1 + slack)
-            if values[0] <= limit or not math.isfinite(values[0]):
+            total, limit = math.hypot(*values), most * (1 + slack)
+            if total <= limit or not math.isfinite(total):
                 return ()
-            return [Failure(BOUND, diagnosis.CLIP_EXCEEDED, figure=values[0], bound=limit)]
+            return [Failure(BOUND, diagnosis.CLIP_EXCEEDED, figure=total, bound=limit)]
 
-        step.collect((BOUND,), [total], receive)
+        step.collect((BOUND,), parts, receive)
 
     @torch.no_grad()
     def _compare(self, step: Step, optimizer: Any, before: _Before) -> None:
@@ -349,7 +345,9 @@ class Clip(Check):
         found, lengths = self._of_sums(rows.parameters, sums)
         self._bound_of(step, optimizer, before, lengths, count)
         if before.rule == "per_layer":
-            clips = torch.tensor([float(c) for c in optimizer.max_grad_norms], dtype=norms.dtype)
+            clips = torch.tensor(
+                [float(c) for c in optimizer.max_grad_norms], dtype=norms.dtype, device="cpu"
+            )
             if len(clips) != len(norms):
                 return
             clips, against = clips.to(norms.device, non_blocking=True)[:, None], norms
@@ -416,7 +414,7 @@ class Clip(Check):
         lengths: torch.Tensor,
     ) -> torch.Tensor:
         """The bound of the deviation of each parameter, see above."""
-        made = torch.tensor(_coefficients(rows), dtype=norms.dtype)
+        made = torch.tensor(_coefficients(rows), dtype=norms.dtype, device="cpu")
         to_sum, to_rows, to_factors, to_sums, floors = made.to(norms.device, non_blocking=True)
         shares = factors * norms
         allowed: torch.Tensor = (

@@ -19,26 +19,31 @@ __all__ = ["Collector", "finite_flags"]
 
 Receiver = Callable[[list[float]], None]
 _PENDING_AT_MOST = 256
+_COPIES = ("cpu", "cuda")
+"""Devices whose figures can be had without waiting."""
 
 
-def finite_flags(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """For each tensor whether all its elements are finite, as one bool tensor on their device.
+def finite_flags(rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """For each tensor whether all its elements are finite.
 
     The norm of a tensor is finite if its elements are, and one reduction over all tensors is
     far cheaper than ``isfinite`` on each. Norms are taken in at least float32.
 
     Args:
-        rows: tensors on one device, of any shape.
+        rows: tensors of any shape.
 
     Returns:
-        A bool tensor of shape ``(len(rows),)``.
+        Bool tensors with one element for each of them, in their order: one if they are all on one
+        device.
     """
     with torch.no_grad():
         norms = [
             torch.linalg.vector_norm(r, dtype=torch.promote_types(r.dtype, torch.float32))
             for r in rows
         ]
-        return torch.isfinite(torch.stack([norm.to(norms[0].dtype) for norm in norms]))
+        if any(norm.device != norms[0].device for norm in norms):
+            return [torch.isfinite(norm) for norm in norms]
+        return [torch.isfinite(torch.stack([norm.to(norms[0].dtype) for norm in norms]))]
 
 
 class Collector:
@@ -58,27 +63,27 @@ class Collector:
         """Send ``figures`` to the host and call ``receive`` with them when they have arrived.
 
         Args:
-            figures: tensors on one device that nobody changes any more.
+            figures: tensors that nobody changes any more, on one device or several.
             receive: is given all their elements, in their order.
 
         Returns:
-            ``False`` if this device cannot copy without waiting, or too much is on its way;
+            ``False`` if a device cannot copy without waiting, or too much is on its way;
             nothing is collected then.
         """
         if len(self._pending) >= _PENDING_AT_MOST:
             return False
-        device = figures[0].device
-        if device.type == "cpu":
+        if all(figure.is_cpu for figure in figures):
             self._pending.append((figures, None, receive))
-        elif device.type == "cuda":
-            joined = _joined(figures)
-            host = torch.empty(joined.shape, dtype=joined.dtype, pin_memory=True)
-            host.copy_(joined, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record(torch.cuda.current_stream(device))
+            return True
+        devices = list(dict.fromkeys([figure.device for figure in figures]))
+        if not all(device.type in _COPIES for device in devices):
+            return False
+        if len(devices) == 1:
+            host, arrived = _sent(figures, devices[0])
             self._pending.append(([host], arrived, receive))
         else:
-            return False
+            found, events = _sent_apart(figures, devices)
+            self._pending.append((found, _All(events), receive))
         return True
 
     @property
@@ -104,6 +109,49 @@ class Collector:
                     return
                 arrived.synchronize()
             receive(_values(figures))
+
+
+class _All:
+    """Several events, of which the last has to be waited for."""
+
+    def __init__(self, events: Sequence[Any]) -> None:
+        self._events = events
+
+    def query(self) -> bool:
+        """Whether all are past."""
+        return all(event.query() for event in self._events)
+
+    def synchronize(self) -> None:
+        """Wait for all."""
+        for event in self._events:
+            event.synchronize()
+
+
+def _sent(figures: Sequence[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, Any]:
+    """All elements of figures on one device, on their way to the host, and when they are there."""
+    joined = _joined(figures)
+    host = torch.empty(joined.shape, dtype=joined.dtype, device="cpu", pin_memory=True)
+    host.copy_(joined, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(device))
+    return host, arrived
+
+
+def _sent_apart(
+    figures: Sequence[torch.Tensor], devices: Sequence[torch.device]
+) -> tuple[list[torch.Tensor], list[Any]]:
+    """Each figure on the host, those of one device sent together, and when they are there."""
+    found, events = list(figures), []
+    for device in devices:
+        if device.type == "cpu":
+            continue
+        here = [i for i, figure in enumerate(figures) if figure.device == device]
+        host, arrived = _sent([figures[i] for i in here], device)
+        sizes = [figures[i].numel() for i in here]
+        for i, values in zip(here, host.split(sizes), strict=True):
+            found[i] = values
+        events.append(arrived)
+    return found, events
 
 
 def _joined(figures: Sequence[torch.Tensor]) -> torch.Tensor:

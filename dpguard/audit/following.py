@@ -134,11 +134,13 @@ def _bounds_of(optimizer: Any, step: Step) -> tuple[float, ...] | None:
 @torch.no_grad()
 def _statistics(norms: torch.Tensor) -> torch.Tensor:
     """What one might make a bound of, for one column of norms after the other."""
-    quantiles = torch.tensor(_QUANTILES, dtype=norms.dtype).to(norms.device, non_blocking=True)
+    quantiles = torch.tensor(_QUANTILES, dtype=norms.dtype, device="cpu").to(
+        norms.device, non_blocking=True
+    )
     found = [
         torch.quantile(norms, quantiles, dim=0),
         norms.mean(dim=0, keepdim=True),
-        norms.median(dim=0, keepdim=True).values,
+        torch.quantile(norms, 0.5, dim=0, keepdim=True, interpolation="lower"),
     ]
     return torch.cat(found).t().flatten()
 

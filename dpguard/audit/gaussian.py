@@ -404,11 +404,11 @@ class NoiseTest:
         """Add what is pending; returns which parameters' noise has stayed the same in it."""
         norms, stds, slips = zip(*self._pending, strict=True)
         self._pending = []
-        roots = torch.tensor(norms, dtype=torch.float64)
+        roots = torch.tensor(norms, dtype=torch.float64, device="cpu")
         if stds.count(stds[0]) == len(stds):
             roots /= stds[0]
         else:
-            roots /= torch.tensor(stds, dtype=torch.float64).unsqueeze(1)
+            roots /= torch.tensor(stds, dtype=torch.float64, device="cpu").unsqueeze(1)
         squares: list[float] = roots.square().sum(0).tolist()
         slip = math.fsum(map(mul, slips, slips))
         self._squares = list(map(add, self._squares, squares))

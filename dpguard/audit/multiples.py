@@ -57,7 +57,9 @@ class Samples(NamedTuple):
         if not kinds:
             return None
         wide = functools.reduce(torch.promote_types, (kind for kind, _ in kinds), torch.float32)
-        device = next(tensor.device for tensor in plain if tensor is not None)
+        devices = [tensor.device for tensor in plain if tensor is not None]
+        # Copies to the host would have to be waited for.
+        device = next((device for device in devices if device.type != "cpu"), devices[0])
         nothing = torch.empty(0, dtype=wide, device=device)
         rows = [nothing if t is None else spread_of(t.detach()) for t in plain]
         if len(kinds) > 1 or rows[0].dtype is not wide:
@@ -67,7 +69,7 @@ class Samples(NamedTuple):
 
     def of_some(self, which: Sequence[int]) -> Samples:
         """Those of some of the tensors."""
-        places = torch.tensor(which).to(self.values.device, non_blocking=True)
+        places = torch.tensor(which, device="cpu").to(self.values.device, non_blocking=True)
         sizes = tuple([self.sizes[i] for i in which])
         return self._replace(values=self.values[places, : max(sizes)], sizes=sizes)
 
@@ -139,17 +141,17 @@ def without_noise(
     if sum(moved[0].sizes[i] - 1 for i in chosen) < _ENOUGH:
         return None
     ours = torch.stack([state.values for state in moved])
-    others = bare.values.to(ours.device, ours.dtype, non_blocking=True)
+    others = bare.values.to(ours.device, ours.dtype, non_blocking=not ours.is_cpu)
     if len(chosen) < len(bare.sizes):
-        which = torch.tensor(chosen).to(ours.device, non_blocking=True)
+        which = torch.tensor(chosen, device="cpu").to(ours.device, non_blocking=True)
         ours, others = ours[:, which], others[which]
     width = max(moved[0].sizes[i] for i in chosen)
     ours, others = ours[..., :width], others[..., :width]
     multiples = torch.nan_to_num((ours * others).sum(-1) / others.square().sum(-1))
-    roots = torch.tensor([math.sqrt(moved[0].sizes[i] - 1) for i in chosen])
+    roots = torch.tensor([math.sqrt(moved[0].sizes[i] - 1) for i in chosen], device="cpu")
     noises = multiples.abs() * roots.to(ours.device, ours.dtype, non_blocking=True)
     if isinstance(std, torch.Tensor):
-        std = std.to(ours.device)
+        std = std.to(ours.device, non_blocking=not ours.is_cpu)
     off = ours - multiples.unsqueeze(-1) * others
     figures = [
         torch.linalg.vector_norm(off, dim=(1, 2)),
@@ -201,7 +203,7 @@ def mixed(
     of_bare = torch.nan_to_num((yb * aa - ya * ab) / area).unsqueeze(-1) * b
     both = y - of_noised - of_bare
     parts = (both, alone, of_noised, y)
-    free = torch.tensor([max(0.0, size - 2.0) for size in moved.sizes])
+    free = torch.tensor([max(0.0, size - 2.0) for size in moved.sizes], device="cpu")
     enough = free.to(like.device, torch.float64, non_blocking=True) @ told.double().squeeze(-1)
     figures = [*(torch.linalg.vector_norm(part * told) for part in parts), enough]
     limit = _ROUNDINGS * max(state.unit for state in (moved, noised, bare))

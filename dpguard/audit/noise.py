@@ -283,8 +283,7 @@ class Noise(Check):
             bound = 0.0  # no sum was rounded
         scalars.append(mark)
         if isinstance(std, torch.Tensor):
-            scalar = std.detach().to(mark.device, group.dtype, non_blocking=True, copy=True)
-            scalars.append(scalar)
+            scalars.append(std.detach().to(group.dtype, copy=True))
             std = None
         scalars += bare
         receive = functools.partial(_received, group, names, std, bound, counts=len(bare))

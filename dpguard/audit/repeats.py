@@ -68,11 +68,11 @@ class Repeats:
         self._now: dict[int, list[Print]] = {}
         self._kept = 0
         self._former: dict[int, list[Print]] = {}
-        self._rounding_of_all = torch.tensor(self._rounding, dtype=torch.float64)
+        self._rounding_of_all = torch.tensor(self._rounding, dtype=torch.float64, device="cpu")
         self._last: torch.Tensor | None = None
         self._last_slip = 0.0
         self._marks: list[float] = []
-        self._staying = torch.zeros(len(sizes), dtype=torch.float64)
+        self._staying = torch.zeros(len(sizes), dtype=torch.float64, device="cpu")
         alike: dict[int, list[int]] = {}
         for i, size in enumerate(sizes):
             alike.setdefault(size, []).append(i)
@@ -183,7 +183,9 @@ class Repeats:
         if self._last is not None:
             roots, slips = torch.cat([self._last, roots]), [self._last_slip, *slips]
         self._last, self._last_slip = roots[-1:], slips[-1]
-        both = torch.tensor([a + b for a, b in itertools.pairwise(slips)], dtype=torch.float64)
+        both = torch.tensor(
+            [a + b for a, b in itertools.pairwise(slips)], dtype=torch.float64, device="cpu"
+        )
         reach = both.unsqueeze(1) + 2 * self._rounding_of_all * roots[1:]
         same = (roots[1:] - roots[:-1]).abs_() <= reach
         if not bool(same.any()):
@@ -203,7 +205,7 @@ class Repeats:
 
         Those are the same in so many of the steps, which :meth:`streaks` is given as well.
         """
-        slip = 2 * torch.tensor(slips, dtype=torch.float64).unsqueeze(1)
+        slip = 2 * torch.tensor(slips, dtype=torch.float64, device="cpu").unsqueeze(1)
         chances: dict[tuple[int, int], list[float]] = {}
         for which in self._alike:
             norms, order = roots[:, which].sort(dim=1)

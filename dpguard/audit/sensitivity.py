@@ -73,8 +73,8 @@ def sensitivity(
         raise Unproved
     bound, mean = optimizer.max_grad_norm, optimizer.loss_reduction == "mean"
     person, norms = person_and_others(sum(rows.sizes), turn)
-    made_up = _made_up(rows, bound * norms, generator, alike=turn % KINDS > 0)
-    later = _made_up(rows, bound * torch.full_like(norms, _OTHERS), generator, alike=False)
+    made_up = _made_up(rows, bound, norms, generator, alike=turn % KINDS > 0)
+    later = _made_up(rows, bound, torch.full_like(norms, _OTHERS), generator, alike=False)
 
     def clipped(given: list[list[torch.Tensor]]) -> tuple[list[torch.Tensor], ...]:
         return tuple(_clipped(clip, rows, batch, mean=mean) for batch in (given, later))
@@ -107,14 +107,17 @@ def _distance(one: list[torch.Tensor], other: list[torch.Tensor]) -> torch.Tenso
 
 
 def _made_up(
-    rows: Rows, norms: torch.Tensor, generator: torch.Generator, *, alike: bool
+    rows: Rows, bound: Any, norms: torch.Tensor, generator: torch.Generator, *, alike: bool
 ) -> list[list[torch.Tensor]]:
-    """Rows of the same shapes and of these norms, all in one random direction or each in one."""
-    size = sum(p.numel() for p in rows.parameters) ** 0.5
+    """Rows of the same shapes and of these norms, all in one random direction or each in one.
+
+    The norms are multiples of ``bound``.
+    """
+    size = max(1, sum(p.numel() for p in rows.parameters)) ** 0.5
     found = []
     for mine in rows.pieces:
         device = mine[0].device
-        shares = (norms / size).to(device, torch.float32).split(list(rows.sizes))
+        shares = (norms.to(device) * bound / size).float().split(list(rows.sizes))
         one = torch.randn(
             (1, *mine[0].shape[1:]), generator=generator, device=device, dtype=torch.float32
         )

@@ -42,7 +42,7 @@ class Spread:
     """
 
     def __init__(self, sizes: Sequence[int], slack: float, former: Spread | None = None) -> None:
-        self._counts = torch.tensor([*sizes, sum(sizes)], dtype=torch.float64)
+        self._counts = torch.tensor([*sizes, sum(sizes)], dtype=torch.float64, device="cpu")
         half = self._counts / 2
         self._constants = half * math.log(2) + torch.lgamma(half)
         half = half / _TIMES
@@ -61,7 +61,7 @@ class Spread:
             roots: norms in units of the standard deviation, of shape ``(steps, P)``.
             slips: of each step, by how much roundings may have changed a norm.
         """
-        slip = torch.tensor(slips, dtype=torch.float64).unsqueeze(1)
+        slip = torch.tensor(slips, dtype=torch.float64, device="cpu").unsqueeze(1)
         roots = torch.cat([roots, torch.linalg.vector_norm(roots, dim=1, keepdim=True)], dim=1)
         low = ((roots - slip).clamp(min=0) / (1 + self._slack)).square()
         high = ((roots + slip) / (1 - self._slack)).square()
@@ -71,7 +71,9 @@ class Spread:
         repeated = (self._counts / (2 * _TIMES) - 1) * scaled.log() - scaled / 2
         ratios = (repeated - under + self._constants).sum(0)
         self._looks += 1
-        weight = torch.tensor(-math.log(self._looks * (self._looks + 1)), dtype=torch.float64)
+        weight = torch.tensor(
+            -math.log(self._looks * (self._looks + 1)), dtype=torch.float64, device="cpu"
+        )
         begun = torch.logaddexp(self._factors, weight) + ratios
         self._factors = torch.where(self._counts >= _ENOUGH, begun, self._factors)
 

@@ -148,7 +148,7 @@ class StepAuditor:
         if step.audited and seen.sums:
             names = tuple(name for name, _ in seen.sums)
             step.run(structure.FINITE)
-            flags = [finite_flags([total for _, total in seen.sums])]
+            flags = finite_flags([total for _, total in seen.sums])
             was = [name not in seen.blanked for name in names]
             step.collect(
                 (structure.FINITE,), flags, lambda found: finiteness(names, map(and_, found, was))

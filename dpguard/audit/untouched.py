@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -104,7 +104,7 @@ class Untouched(Check):
         due = step.audited and is_due(step.number)
         for parameter in step.parameters:
             total = getattr(parameter, "summed_grad", None)
-            if type(total) is torch.Tensor:
+            if _is_compared(total):
                 key = id(parameter)
                 known.sums[key], known.versions[key] = id(total), total._version
                 if known.suspect:
@@ -122,7 +122,7 @@ class Untouched(Check):
             state.sums = step.sums
             if state.suspect:
                 state.copies = [
-                    sample_of(t) if type(t) is torch.Tensor else None for t in step.sums.tensors
+                    sample_of(t) if _is_compared(t) else None for t in step.sums.tensors
                 ]
         return ()
 
@@ -168,7 +168,7 @@ class Accumulated(Check):
         given = self._given.of(optimizer)
         for parameter in step.parameters:
             grad, known = parameter.grad, given.get(id(parameter))
-            if type(grad) is torch.Tensor and grad.layout is torch.strided:
+            if _is_compared(grad) and grad.layout is torch.strided:
                 given[id(parameter)] = grad.clone() if known is None else known + grad
         return ()
 
@@ -181,7 +181,7 @@ class Accumulated(Check):
         for parameter, name, total in zip(
             step.parameters, step.names, step.sums.tensors, strict=False
         ):
-            if type(total) is torch.Tensor:
+            if _is_compared(total):
                 names.append(name)
                 found.append(total)
                 were.append(given.get(id(parameter)))
@@ -196,13 +196,18 @@ class Accumulated(Check):
         self._given.of(optimizer).clear()
 
 
+def _is_compared(total: Any) -> TypeGuard[torch.Tensor]:
+    """Whether this is a tensor, and not of complex numbers."""
+    return type(total) is torch.Tensor and not total.is_complex()
+
+
 def _look(step: Step, known: _Known, totals: Sequence[Any]) -> None:
     """Compare the sums that are not what clipping has left with copies of that, if there are."""
     if known.sums is None:
         return
     names, found, were = [], [], []
     for parameter, name, total in zip(step.parameters, step.names, totals, strict=False):
-        if type(total) is not torch.Tensor or hasattr(total, "_processed"):
+        if not _is_compared(total) or hasattr(total, "_processed"):
             continue  # cleared, or left over from a step that is done, which is not used again
         key = id(parameter)
         identity = known.sums.get(key, 0)
@@ -230,7 +235,7 @@ def _look_after(step: Step, state: _Before, totals: Sequence[Any]) -> None:
     changed = [
         i
         for i, (total, before) in enumerate(zip(totals, state.sums.unchanged(), strict=True))
-        if type(total) is torch.Tensor and total is not before
+        if _is_compared(total) and total is not before
     ]
     state.suspect = state.suspect or bool(changed)
     pairs = [(i, state.copies[i]) for i in changed if state.copies]
@@ -275,7 +280,7 @@ def _compare(
             flat, former = total.flatten(), copy.to(total.dtype).flatten()
             share = torch.nan_to_num((flat @ former) / (former @ former)).clamp(0, 1)
             rest = flat - share * former
-        columns += [norm.double().to(found[0].device) for norm in (rest.norm(), total.norm())]
+        columns += [rest.norm().double(), total.norm().double()]
 
     def receive(values: list[float]) -> Failures:
         pairs = zip(names, values[::2], values[1::2], strict=True)

@@ -139,6 +139,7 @@ class Update(Check):
                 and held is not None
                 and grad.layout is torch.strided
                 and grad.shape == parameter.shape
+                and not parameter.is_complex()
                 and grad.device == held.device == parameter.device
             ):
                 value = sample_of(parameter)
@@ -243,7 +244,10 @@ class Update(Check):
         pairs = [
             (self._ledger.name_of(p), sample_of(p.detach()), before)
             for p, before in zip(parameters, samples, strict=True)
-            if p is not None and p.requires_grad and sample_of(p.detach()).shape == before.shape
+            if p is not None
+            and p.requires_grad
+            and before.numel()
+            and sample_of(p.detach()).shape == before.shape
         ]
         if not pairs:
             return

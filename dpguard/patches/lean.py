@@ -270,7 +270,7 @@ def scale_grad(optimizer: Any, parameters: Sequence[Any]) -> None:
         plain = grads[0].is_cpu and kind in WIDE and isinstance(divisor, (int, float))
         if plain and all(grad.dtype is kind for grad in grads):
             # For a number torch makes a tensor with every division.
-            divisor = torch.scalar_tensor(divisor, dtype=kind)
+            divisor = torch.scalar_tensor(divisor, dtype=kind, device="cpu")
         torch._foreach_div_(grads, divisor)
 
 

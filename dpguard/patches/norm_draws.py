@@ -83,6 +83,13 @@ class _Layer:
         """There is another call."""
         self.scale = scale if self.scale is None else self.scale + scale
 
+    def add(self, square: torch.Tensor | None) -> None:
+        """It has a norm that is made without rows."""
+        if square is None:
+            self.is_known = False
+        else:
+            self.square = square if self.square is None else self.square + square
+
 
 @dataclass(frozen=True)
 class _Call:
@@ -187,6 +194,9 @@ class NormDraw:
         module, people = record.module, record.people if pairing.computes else None
         if people is not None:
             self._people = people
+        if any(map(torch.is_complex, (backprops, *record.trained))):
+            self._leave_out(record)
+            return
         dimension = pairing.kind_of(module).batch_dimension(module)
         if id(module) not in pairing.orders:
             node = _compat.nodes().current()  # type: ignore[union-attr]
@@ -201,16 +211,20 @@ class NormDraw:
             scale, square = self._strength(inputs, backprops, dimension, row)
         record.measure([a.movedim(dimension, 0) if _is_float(a) else a for a in inputs])
         for parameter in record.trained:
-            layer = self._layers.setdefault(id(parameter), _Layer(set()))
+            layer = self._layer_of(parameter)
             layer.kinds |= kinds
             if scale is not None:
                 layer.strengthen(scale * _condition(record, parameter))
-            if not is_ghost:
-                continue
-            if square is None:
-                layer.is_known = False
-            else:
-                layer.square = square if layer.square is None else layer.square + square
+            if is_ghost:
+                layer.add(square)
+
+    def _leave_out(self, record: Record) -> None:
+        """Nothing is said of the parameters of this call."""
+        for parameter in record.trained:
+            self._layer_of(parameter).is_known = False
+
+    def _layer_of(self, parameter: torch.nn.Parameter) -> _Layer:
+        return self._layers.setdefault(id(parameter), _Layer(set()))
 
     @torch.no_grad()
     def _strength(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -112,7 +112,7 @@ class PassSums:
             grad = parameter.grad
             if grad is None or not parameter.requires_grad:
                 continue
-            if type(grad) is torch.Tensor and grad.layout is torch.strided:
+            if _is_plain(grad):
                 size = torch.linalg.vector_norm(grad, dtype=_wide(grad))
                 with full_precision(grad):
                     sketch = _sketch_of(parameter, grad)
@@ -133,6 +133,9 @@ class PassSums:
         ``moments`` are those of inputs that the parameter has scaled.
         """
         inputs, backprops = arranged
+        if rows.is_complex() or backprops.is_complex():
+            self._spoiled.add(id(parameter))
+            return
         self._of(parameter, precision_of(backprops))  # that in which autograd makes the gradient
         mine = self._of(parameter, computed_in(rows))
         wide = _wide(rows)
@@ -145,8 +148,7 @@ class PassSums:
             scale = scale * max(1, backprops.numel() // max(1, parameter.numel())) ** 0.5
         with full_precision(rows):
             sketch = _sketch_of(parameter, rows).sum()
-        positions = backprops.numel() // max(1, backprops.shape[-1])
-        scale, summands = (scale + norms.sum()) * share, max(1, len(rows), positions)
+        scale, summands = (scale + norms.sum()) * share, max(1, len(rows), _positions(backprops))
         mine.add(sketch * share, scale, summands, moments)
 
     def add_call(
@@ -157,16 +159,16 @@ class PassSums:
         share: float,
     ) -> None:
         """A call of which only norms are wanted."""
-        add = _ADDERS.get(type(module))
-        if add is None:
+        add, backprops = _ADDERS.get(type(module)), arranged[1]
+        if add is None or backprops.is_complex():
             self._spoiled.update(id(p) for p in wanted)
             return
-        (first, *_), backprops = arranged
+        first = arranged[0][0]
         for parameter in wanted:
             mine = self._of(parameter, precision_of(backprops))
             with full_precision(backprops):
                 sketch, scale = add(module, parameter, first, backprops)
-            mine.add(sketch * share, scale * share, max(1, backprops[..., 0].numel()))
+            mine.add(sketch * share, scale * share, max(1, _positions(backprops)))
 
     def compare(self) -> Sketched | None:
         """All calls are in, and so is what autograd has added to each ``p.grad``."""
@@ -174,11 +176,7 @@ class PassSums:
         figures: list[torch.Tensor] = []
         for key, mine in self._sums.items():
             grad = mine.parameter.grad
-            if (
-                key not in self._spoiled
-                and type(grad) is torch.Tensor
-                and grad.layout is torch.strided
-            ):
+            if key not in self._spoiled and _is_plain(grad):
                 with full_precision(grad):
                     difference = (mine.sketch - _sketch_of(mine.parameter, grad)).abs()
                 found.append(mine)
@@ -202,8 +200,16 @@ class PassSums:
         return mine
 
 
+def _is_plain(grad: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
+    return type(grad) is torch.Tensor and grad.layout is torch.strided and grad.is_floating_point()
+
+
 def _wide(tensor: torch.Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _positions(backprops: torch.Tensor) -> int:
+    return backprops.numel() // max(1, backprops.shape[-1])
 
 
 _Pair = tuple[torch.Tensor, torch.Tensor]

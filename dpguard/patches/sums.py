@@ -131,7 +131,7 @@ def _small(
     found: list[list[int]] = []
     for i, parameter in enumerate(parameters):
         size = parameter.numel()
-        if size <= most and parameter.dtype is kind is pieces[i][0].dtype:
+        if 0 < size <= most and parameter.dtype is kind is pieces[i][0].dtype:
             if size > room:
                 found.append([])
                 room = most
