@@ -261,22 +261,19 @@ class Facades:
             vars(instance)[name] = value
         elif not (changes and self._verdicts.is_strict):
             setattr(real, name, value)
-        if changes and self._is_news(real, name):
+        if not changes:
+            return
+        told = self._told.setdefault(real, set())
+        is_first = name not in told
+        told.add(name)
+        # In strict each change is refused, so each is said.
+        if is_first or name not in PER_BATCH or self._verdicts.is_strict:
             self._lost(
                 f"{type(instance).__name__}.{name} was assigned",
                 real,
                 name,
-                **shown_values(name, before, value),
+                **shown_values(name, before, value, is_first=is_first),
             )
-
-    def _is_news(self, real: Any, name: str) -> bool:
-        """Whether a change is to be said; in ``strict`` each is, since it is refused."""
-        if name not in PER_BATCH or self._verdicts.is_strict:
-            return True
-        told = self._told.setdefault(real, set())
-        new = name not in told
-        told.add(name)
-        return new
 
     def pass_on(self, holder: Any, facade: Any, real: Any, name: str) -> None:
         """A scheduler was given a façade and writes to the DP optimizer instead.
@@ -332,7 +329,10 @@ def _itself(found: Any) -> Any:
     return found
 
 
-_SHOWN = frozenset({"noise_multiplier", "loss_reduction", "secure_mode"})
+_SET_ONCE = frozenset({"max_grad_norm"})
+"""Attributes whose first value is a setting, and of which later ones may be made of the data."""
+
+_SHOWN = frozenset({"noise_multiplier", "loss_reduction", "secure_mode"}) | _SET_ONCE
 """Attributes whose values the log may tell; of others it could be anything."""
 
 PER_BATCH = frozenset({"expected_batch_size", "_step_skip_queue", "_is_last_step_skipped"})
@@ -342,13 +342,13 @@ _KEPT = frozenset({"original_optimizer", "param_groups", "defaults", "state", "s
 """Attributes of a DP optimizer that are no knobs of its mechanism."""
 
 
-def shown_values(name: str, before: Any, after: Any) -> dict[str, Any]:
+def shown_values(name: str, before: Any, after: Any, *, is_first: bool) -> dict[str, Any]:
     """Both values of an attribute for the log, if they are plain and cannot tell of the data.
 
-    A batch size is that of the data or of a batch, and a clip bound may be made of either.
+    A batch size is that of the data or of a batch.
     """
     plain = all(isinstance(value, (bool, int, float, str)) for value in (before, after))
-    if name not in _SHOWN or not plain:
+    if name not in _SHOWN or not plain or (name in _SET_ONCE and not is_first):
         return {}
     return {"before": repr(before), "after": repr(after)}
 

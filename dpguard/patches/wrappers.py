@@ -115,15 +115,16 @@ class Wrappers:
             if before is ABSENT:
                 continue  # never seen to be the same: it may be anything
             if mine is not before and _agree(before, applied):
-                if name in known.told and not self._verdicts.is_strict:
-                    continue
-                known.told.update(PER_BATCH & {name})
-                self._say(wrapper, optimizer, name, mine, applied, lost=True)
+                is_first = name not in known.told
+                known.told.add(name)
+                if is_first or name not in PER_BATCH or self._verdicts.is_strict:
+                    shown = shown_values(name, applied, mine, is_first=is_first)
+                    self._say(wrapper, optimizer, name, shown, lost=True)
             elif name in _CONTAINERS:
-                self._say(wrapper, optimizer, name, mine, applied, lost=False)
+                self._say(wrapper, optimizer, name, {}, lost=False)
 
     def _say(
-        self, wrapper: Any, optimizer: Any, name: str, mine: Any, applied: Any, *, lost: bool
+        self, wrapper: Any, optimizer: Any, name: str, shown: dict[str, Any], *, lost: bool
     ) -> None:
         outer, inner = type(wrapper).__name__, type(optimizer).__name__
         what = "was assigned" if lost else "is no longer that of what it wraps"
@@ -134,7 +135,7 @@ class Wrappers:
             action="refused" if strict else "observed",
             attribute=name,
             owner=inner,
-            **(shown_values(name, applied, mine) if lost else {}),
+            **shown,
         )
         if strict:
             raise error
