@@ -373,9 +373,10 @@ class Accounting(Check):
         found = []
         for model in _models_of(step):
             rounds = self._rounds.of(model)
-            known, other = rounds
+            known, other = rounds[0], rounds[1] and rounds[1]()
             rounds[:] = rows[-1].last, weakref.ref(optimizer)
-            if known == rows[-1].last and other() not in {None, optimizer} and not state.shares:
+            beside = other is not None and other is not optimizer
+            if known == rows[-1].last and beside and not state.shares:
                 state.shares = True
                 found = [Failure(STEPS, diagnosis.TWO_OPTIMIZERS, only_said=True)]
         return found
