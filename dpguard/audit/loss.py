@@ -43,11 +43,13 @@ class Loss(Check):
                 step.run(LOSS, count=1)
             figures = [figure for pair in found.pairs for figure in pair]
             figures += [found.weights, found.ignored]
-            step.collect((LOSS,), figures, functools.partial(_verdict, found))
+            # Where the optimizer was made for another than the model, that is said of the rows.
+            agree = found.reductions[1] == optimizer.loss_reduction
+            step.collect((LOSS,), figures, functools.partial(_verdict, found, agree))
         return ()
 
 
-def _verdict(found: Coupling, values: list[float]) -> list[Failure]:
+def _verdict(found: Coupling, agree: bool, values: list[float]) -> list[Failure]:
     *pairs, weights, ignored = values
     reduction, declared = found.reductions
     bound = _ROUNDINGS * found.roundoff
@@ -60,7 +62,7 @@ def _verdict(found: Coupling, values: list[float]) -> list[Failure]:
         failures.append(Failure(LOSS, diagnosis.LOSS_WEIGHTED))
     elif ignored > 0:
         failures.append(Failure(LOSS, diagnosis.LOSS_IGNORES))
-    if reduction is not None and reduction != declared:
+    if reduction is not None and reduction != declared and agree:
         cause = diagnosis.LOSS_IS_SUM if reduction == "sum" else diagnosis.LOSS_IS_MEAN
         failures.append(Failure(LOSS, cause))
     return failures

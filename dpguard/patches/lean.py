@@ -247,7 +247,9 @@ def add_noise(optimizer: Any, parameters: Sequence[Any], look: Look | None = Non
     std = optimizer.noise_multiplier * optimizer.max_grad_norm
     options = {"generator": optimizer.generator, "secure_mode": optimizer.secure_mode}
     check, mark = _compat.processing()
-    draw, is_fresh = _compat.noise_source(plain=std != 0 and not optimizer.secure_mode)
+    # A number on a device is not asked for its value; Opacus's own code knows what to do with it.
+    plain = isinstance(std, (int, float)) and std != 0 and not optimizer.secure_mode
+    draw, is_fresh = _compat.noise_source(plain=plain)
     for part in parts(parameters):
         totals = [parameter.summed_grad for parameter in parameters[part]]
         check(totals)
