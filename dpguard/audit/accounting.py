@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
+from dpguard.audit.update import KEEP_EVERY, KEEP_FIRST
 from dpguard.identity import IdentityMap
 from dpguard.patches.step_hooks import ACCOUNTED
 from dpguard.patching import ABSENT
@@ -33,8 +34,6 @@ SIGMA = "accounting.sigma"
 RATE = "accounting.rate"
 SAMPLING = "accounting.sampling"
 _EXACT = 1e-9
-_FIRST, _EVERY = 3, 50
-"""In so many first steps, and in every such, it is looked for optimizers beside."""
 _Entry = tuple[float, float, int]
 
 
@@ -368,7 +367,7 @@ class Accounting(Check):
     def _shared(self, state: _State, step: Step, optimizer: Any) -> list[Failure]:
         """Whether another optimizer has made a step of rows of the same backward."""
         rows = step.states[0].entries if step.states else []
-        if not rows or (step.number >= _FIRST and step.number % _EVERY):
+        if not rows or (step.number >= KEEP_FIRST and step.number % KEEP_EVERY):
             return []
         found = []
         for model in _models_of(step):
@@ -378,7 +377,8 @@ class Accounting(Check):
             beside = other is not None and other is not optimizer
             if known == rows[-1].last and beside and not state.shares:
                 state.shares = True
-                found = [Failure(STEPS, diagnosis.TWO_OPTIMIZERS, only_said=True)]
+                names = tuple(step.names)
+                found = [Failure(STEPS, diagnosis.TWO_OPTIMIZERS, names, only_said=True)]
         return found
 
     def _compare_books(self, step: Step, book: _Book) -> list[Failure]:
@@ -414,10 +414,11 @@ def _history_of(told: _Told) -> list[tuple[float, float, int]] | None:
 
 def _unaccounted(state: _State, step: Step) -> list[Failure]:
     """Whether an optimizer without accountant trains what was accounted before."""
-    if state.misses or not any(known.accounted for known in step.states):
+    names = tuple(known.name for known in step.states if known.accounted)
+    if state.misses or not names:
         return []
     state.misses = True
-    return [Failure(STEPS, diagnosis.ACCOUNTED_BEFORE)]
+    return [Failure(STEPS, diagnosis.ACCOUNTED_BEFORE, names)]
 
 
 def _models_of(step: Step) -> list[Any]:

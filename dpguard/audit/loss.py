@@ -53,16 +53,18 @@ def _verdict(found: Coupling, agree: bool, values: list[float]) -> list[Failure]
     *pairs, weights, ignored = values
     reduction, declared = found.reductions
     bound = _ROUNDINGS * found.roundoff
-    failures = []
+    hook, failures = found.hook(), []
+    model = () if hook is None else (type(hook.model).__qualname__,)
     for own, others in zip(pairs[::2], pairs[1::2], strict=True):
         if others > bound**2 * own and math.isfinite(own + others):
             figure = math.sqrt(others / own) if own else math.inf
-            failures = [Failure(LOSS, diagnosis.LOSS_COUPLES, figure=figure, bound=bound)]
+            cause = diagnosis.LOSS_COUPLES
+            failures = [Failure(LOSS, cause, modules=model, figure=figure, bound=bound)]
     if weights > 0:
-        failures.append(Failure(LOSS, diagnosis.LOSS_WEIGHTED))
+        failures.append(Failure(LOSS, diagnosis.LOSS_WEIGHTED, modules=model))
     elif ignored > 0:
-        failures.append(Failure(LOSS, diagnosis.LOSS_IGNORES))
+        failures.append(Failure(LOSS, diagnosis.LOSS_IGNORES, modules=model))
     if reduction is not None and reduction != declared and agree:
         cause = diagnosis.LOSS_IS_SUM if reduction == "sum" else diagnosis.LOSS_IS_MEAN
-        failures.append(Failure(LOSS, cause))
+        failures.append(Failure(LOSS, cause, modules=model))
     return failures
