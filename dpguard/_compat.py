@@ -1036,6 +1036,14 @@ def plain_number(found: Any) -> float | None:
     return float(found) if isinstance(found, numbers.Real) else None
 
 
+def is_same_number(one: Any, other: Any) -> bool:
+    """Whether two settings are equal, as far as the host knows without waiting for a device."""
+    if one is other:
+        return True
+    number = plain_number(one)
+    return number is not None and number == plain_number(other)
+
+
 def is_away(found: Any) -> bool:
     """Whether the host would have to wait for a device to know what it is."""
     return isinstance(found, _torch().Tensor) and not found.is_cpu

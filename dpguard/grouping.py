@@ -23,6 +23,7 @@ __all__ = [
     "grouping_of",
     "misfit_sentence",
     "owners",
+    "squares_of_people",
 ]
 
 
@@ -190,6 +191,19 @@ def owners(grouping: Grouping | None, rows: int, device: torch.device) -> torch.
     if what is not None:
         raise PrivacyViolation(misfit_sentence(what))
     return grouping.spread(torch.arange(grouping.people_of(rows), device=device))
+
+
+def squares_of_people(rows: torch.Tensor, whose: torch.Tensor) -> torch.Tensor:
+    """For each person the sum of squares over the person's rows, of shape ``(rows,)``.
+
+    There are no more people than rows; places of people that there are not have zeros.
+
+    Args:
+        rows: of shape ``(rows, ...)``.
+        whose: as :func:`owners` tells.
+    """
+    sizes = rows.reshape(len(whose), -1).double().square().sum(1)
+    return torch.zeros_like(sizes).index_add(0, whose, sizes)
 
 
 def misfit_sentence(what: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
@@ -202,30 +201,12 @@ class PerOwner(IdentityMap[_T]):
     def __init__(self, make: Callable[[Any], _T]) -> None:
         super().__init__()
         self._make = make
-        self._last: tuple[weakref.ref[Any], _T] | None = None
-        me = weakref.ref(self)
-
-        def forget_last(owner: weakref.ref[Any]) -> None:
-            mine = me()
-            if mine is not None and mine._last is not None and mine._last[0] is owner:
-                mine._last = None
-
-        self._forget_last = forget_last
 
     def of(self, owner: Any) -> _T:
         """What is known of ``owner``."""
-        last = self._last  # asked so often that the dictionary is felt
-        if last is not None and last[0]() is owner:
-            return last[1]
-        found = self.get(owner)
-        if found is None:
-            found = self._make(owner)
-        self[owner] = found
-        return found
-
-    def __setitem__(self, owner: Any, known: _T) -> None:
-        super().__setitem__(owner, known)
-        self._last = weakref.ref(owner, self._forget_last), known
+        if owner not in self:
+            self[owner] = self._make(owner)
+        return self[owner]
 
 
 class Check:

@@ -192,16 +192,14 @@ class Clip(Check):
             return self._measure(step, optimizer, rows)
         return ()
 
-    def _is_due(self, owner: Any, rule: Any) -> bool:
-        """Whether a rule is to be measured: now and then, and while it has not passed as often.
-
-        A person who is drawn may be the only one of a group of rows that are clipped together.
-        """
-        return self._is_turn(owner) or self._passed(owner, rule) < TRIALS
-
     def _trial(self, owner: Any, rule: Any) -> int | None:
-        """Which trial of a rule this is; ``None`` if there is to be none."""
-        return self._passed(owner, rule) if self._is_due(owner, rule) else None
+        """Which trial of a rule this is; ``None`` if it is not to be measured.
+
+        It is now and then, and while it has not passed as often: a person who is drawn may be the
+        only one of a group of rows that are clipped together.
+        """
+        passed = self._passed(owner, rule)
+        return passed if self._is_turn(owner) or passed < TRIALS else None
 
     def _passed(self, owner: Any, rule: Any) -> int:
         known, passed = self._rules.get(owner, (None, 0))
@@ -210,10 +208,10 @@ class Clip(Check):
     def _measure(self, step: Step, optimizer: Any, rows: Rows) -> Failures:
         """How much one person can change by the rule that is about to be used."""
         rule = _compat.code_of(optimizer, "clip_and_accumulate")
-        if step.clip is None or not self._is_due(optimizer, rule):
+        turn = None if step.clip is None else self._trial(optimizer, rule)
+        if step.clip is None or turn is None:
             return ()
         generator = self._mine.probes.generator(rows.parameters[0].device)
-        turn = self._passed(optimizer, rule)
         try:
             figure = sensitivity(optimizer, step.clip, rows, generator, turn)
         except Unproved:

@@ -123,7 +123,9 @@ class People(Check):
             step.rows_per_person = _rows_per_person(notes)
         signals = _compat.skip_signals(optimizer)
         follows = bool(signals and signals[0])
-        logical.met = not follows and self._deliveries.meet({note.origin for note in notes})
+        logical.met = False
+        if notes and not follows:
+            logical.met = self._deliveries.meet({note.origin for note in notes})
         found = self._compare(step, logical, sizes, notes, follows=follows)
         logical.others = self._deliveries.others
         self._calls.rest()

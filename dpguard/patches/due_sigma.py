@@ -46,7 +46,7 @@ class DueSigma:
         """The noise has been made; what comes next is the step hook."""
         due = _compat.due_sigma(optimizer)
         made = optimizer.noise_multiplier
-        if _same(due, made):
+        if _compat.is_same_number(due, made):
             return
         if optimizer not in self._said:
             self._said.add(optimizer)
@@ -62,20 +62,12 @@ class DueSigma:
     def restore(self, optimizer: Any) -> None:
         """The step hook has run; what it has set itself stays."""
         made, due = self._shown.pop(id(optimizer), (None, None))
-        if due is not None and _same(optimizer.noise_multiplier, due):
+        if due is not None and _compat.is_same_number(optimizer.noise_multiplier, due):
             optimizer.noise_multiplier = made
 
     def give_back(self, optimizer: Any) -> None:
         """Forget what was noted."""
         vars(optimizer).pop(_compat.DECLARED_SIGMA, None)
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two noise multipliers are equal, as far as the host knows without waiting."""
-    if one is other:
-        return True
-    number = _compat.plain_number(one)
-    return number is not None and number == _compat.plain_number(other)
 
 
 def _told(sigma: Any) -> str:

@@ -53,7 +53,9 @@ class Factors:
         if any(f.sensitivity is not None or f.unproved for f in (self, other)):
             return None
         alike = self.hooks() is other.hooks() and self.rule == other.rule
-        if not (alike and self.dtype is other.dtype and _same(self.bound, other.bound)):
+        if not (
+            alike and self.dtype is other.dtype and _compat.is_same_number(self.bound, other.bound)
+        ):
             return None
         return replace(self, people=self.people + other.people)
 
@@ -84,7 +86,7 @@ def watch(
         tried: list[Any] = []
         # Whoever repairs has the noise follow the bound that is clipped to.
         bound = hooks.max_grad_norm if repairs else optimizer.max_grad_norm
-        rule = _compat.code_of(hooks, _RULE), _same(hooks.max_grad_norm, bound)
+        rule = _compat.code_of(hooks, _RULE), _compat.is_same_number(hooks.max_grad_norm, bound)
         type(hooks).get_norm_sample(hooks)  # norms are settled before any are made up
         trial = ledger.tries_clipping and ledger.tries_clipping(hooks, rule)
         if trial is not None:
@@ -118,14 +120,6 @@ def _restore(own: dict[str, Any], before: Any) -> None:
         del own[_RULE]
     else:
         own[_RULE] = before
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two bounds are equal, without asking a device for a value."""
-    numbers = (int, float)
-    return one is other or (
-        isinstance(one, numbers) and isinstance(other, numbers) and one == other
-    )
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ import torch
 from dpguard import _compat
 from dpguard._errors import DPGuardError
 from dpguard.audit.probes import Probes
-from dpguard.grouping import owners
+from dpguard.grouping import owners, squares_of_people
 from dpguard.patches.outputs import Draw, OutputHook, Outputs, mark_of
 from dpguard.patches.wrapping import EagerWrapper, TransparentWrapper
 from dpguard.patching import Transaction
@@ -311,12 +311,8 @@ def _is_of_each(node: Any) -> bool:
 
 
 def _sizes(gradients: list[torch.Tensor], whose: torch.Tensor) -> torch.Tensor:
-    """For each person the sum of squares over the person's rows, of shape ``(rows,)``.
-
-    There are no more people than rows; places of people that there are not have zeros.
-    """
+    """What all gradients together are at each person."""
     total = whose.new_zeros(whose.shape, dtype=torch.float64)
     for gradient in gradients:
-        sizes = gradient.reshape(len(whose), -1).double().square().sum(1)
-        total = total.index_add(0, whose, sizes)
+        total = total + squares_of_people(gradient, whose)
     return total

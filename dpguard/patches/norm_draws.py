@@ -28,7 +28,7 @@ from dpguard import _compat
 from dpguard._errors import DPGuardError
 from dpguard.audit.rows import LAMBDA
 from dpguard.conditioning import conditions
-from dpguard.grouping import Grouping, owners
+from dpguard.grouping import Grouping, owners, squares_of_people
 from dpguard.patches.draws import Draws
 from dpguard.precision import precision_of
 from dpguard.vjp import Parts, Unfit, propagate
@@ -281,7 +281,7 @@ class NormDraw:
                 gradients,
                 wanted=lambda leaf: id(leaf) in wanted,
                 is_end=lambda _: False,
-                watch=lambda node, arrived: self._watch(node, arrived, person),
+                watch=lambda node, arrived: self._watch(node, arrived, whose),
             )
         except (Unfit, RuntimeError):
             # Not to be run twice, freed already, or there is no memory for it.
@@ -297,7 +297,7 @@ class NormDraw:
             self.mixing = torch.zeros(2, dtype=torch.float64, device=losses.device)
         self._close()
 
-    def _watch(self, node: Any, arrived: list[Parts | None], person: torch.Tensor) -> None:
+    def _watch(self, node: Any, arrived: list[Parts | None], whose: torch.Tensor) -> None:
         """See at the output of a layer whose rows the person's loss depends on."""
         call = self._calls.get(id(node))
         pair = arrived[call.index] if call is not None else None
@@ -306,9 +306,7 @@ class NormDraw:
         rows = pair[0].movedim(call.dimension, 0)
         if len(rows) != self.rows:
             return
-        sizes = rows.reshape(self.rows, -1).double().square().sum(1)
-        if self._people is not None:
-            sizes = self._people.summed(sizes)
+        sizes, person = squares_of_people(rows, whose), whose.narrow(0, self._row, 1)
         own = sizes.index_select(0, person)[0]
         others = sizes.index_fill(0, person, 0)
         most = others.sum()
