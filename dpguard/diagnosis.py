@@ -57,6 +57,7 @@ LOSSES_OVERLAP = "losses_overlap"
 LOSS_COUPLES = "loss_couples_people"
 LOSS_WEIGHTED = "loss_divided_by_weights"
 LOSS_IGNORES = "loss_divided_by_targets"
+LOSS_BROADCAST = "loss_broadcast"
 LOSS_IS_SUM = "loss_is_sum"
 LOSS_IS_MEAN = "loss_is_mean"
 NOISE_MISSING = "noise_missing"
@@ -70,6 +71,7 @@ NOISE_UNSEEN = "noise_unseen"
 SCALED_BY_PEOPLE = "scaled_by_people"
 RATE_BY_PEOPLE = "rate_by_people"
 NOT_ACCOUNTED = "step_not_accounted"
+BEYOND_TARGET = "steps_beyond_target"
 ACCOUNTED_OFTEN = "step_accounted_often"
 ACCOUNTED_SIGMA = "accounted_sigma"
 ACCOUNTED_SIGMA_LOW = "accounted_sigma_too_low"
@@ -418,6 +420,13 @@ _DIAGNOSES = {
         "accountant is to account, set engine.accountant to it",
         Severity.CRITICAL,
     ),
+    BEYOND_TARGET: Diagnosis(
+        "there were more steps than make_private_with_epsilon has chosen the noise multiplier for, "
+        "so the target epsilon need not hold any more; the accountant reports what was spent",
+        "train for as many epochs as make_private_with_epsilon(epochs=...) was told, or report "
+        "engine.get_epsilon(delta)",
+        Severity.WARNING,
+    ),
     ACCOUNTED_OFTEN: Diagnosis(
         "the step stands more than once in the history of the accountant, which reports more than "
         "was spent",
@@ -615,6 +624,13 @@ _DIAGNOSES = {
         "take losses with reduction='none', add up each person's, divide by what is fixed (the "
         "length of a sequence) and take the mean over people",
         Severity.WARNING,
+    ),
+    LOSS_BROADCAST: Diagnosis(
+        "outputs and targets have shapes, as (B, 1) and (B,), that are broadcast to (B, B), so "
+        "each person's outputs are compared with the targets of everybody, and whoever is removed "
+        "changes the rows of others",
+        "give both the same shape: outputs.squeeze(1), or targets.unsqueeze(1)",
+        Severity.ERROR,
     ),
     LOSS_IS_SUM: Diagnosis(
         "the loss is a sum over the batch, but the model was wrapped for a mean, so each row is "

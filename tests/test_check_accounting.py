@@ -544,6 +544,66 @@ def second_optimizer(first, parameters):
     )
 
 
+class Aimed(Training):
+    """What ``make_private_with_epsilon`` makes, for three epochs of five batches."""
+
+    def __init__(self, engine=None, epochs=3):
+        torch.manual_seed(1)
+        self.raw = MLP()
+        self.engine = engine or make_engine()
+        self.model, self.optimizer, self.loader = self.engine.make_private_with_epsilon(
+            module=self.raw,
+            optimizer=torch.optim.SGD(self.raw.parameters(), lr=0.05),
+            data_loader=torch.utils.data.DataLoader(DATA, batch_size=12),
+            target_epsilon=4.0,
+            target_delta=1e-3,
+            epochs=epochs,
+            max_grad_norm=1.0,
+        )
+        self.criterion = nn.CrossEntropyLoss()
+
+
+def test_more_steps_than_a_target_epsilon_was_asked_for(guard):
+    """The noise multiplier is for three epochs: the fourth is said, once, and was too much."""
+    training = Aimed()
+    for _ in range(3):
+        training.epoch()
+    assert causes(guard) == set()
+    assert training.engine.get_epsilon(1e-3) <= 4
+    training.epoch()
+    assert training.engine.get_epsilon(1e-3) > 4
+    (said,) = [v for v in guard.violations if v.check == STEPS]
+    assert (said.cause, said.step) == (diagnosis.BEYOND_TARGET, 15)
+    assert said.severity.value == "WARNING"
+
+
+@pytest.mark.skipif(not MODERN, reason="accountants of this release have no state to restore")
+def test_a_target_epsilon_holds_over_a_restart(guard):
+    """What was trained before a checkpoint counts, and nothing is said of what is due."""
+    first = Aimed()
+    first.epoch()
+    first.epoch()
+    resumed = Aimed()
+    resumed.engine.accountant.load_state_dict(first.engine.accountant.state_dict())
+    resumed.epoch()
+    assert causes(guard) == set()
+    resumed.epoch()
+    assert causes(guard) == {diagnosis.BEYOND_TARGET}
+
+
+@pytest.mark.filterwarnings("ignore:You're calling make_private_with_epsilon:UserWarning")
+@pytest.mark.filterwarnings("ignore:Optimal order:UserWarning")
+def test_a_second_target_begins_where_the_first_has_ended(guard):
+    """Opacus warns that the budget is spent already; the steps planned then are in addition."""
+    engine = make_engine()
+    Aimed(engine).epoch()
+    training = Aimed(engine, epochs=1)
+    training.epoch()
+    assert diagnosis.BEYOND_TARGET not in causes(guard)
+    training.epoch()
+    assert diagnosis.BEYOND_TARGET in causes(guard)
+
+
 @pytest.mark.parametrize("accounted", [False, True])
 def test_two_optimizers_of_one_model(accounted):
     """Each has noise for its own part, and a person moves both: said once for the second one."""

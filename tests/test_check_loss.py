@@ -11,8 +11,9 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from opacus import GradSampleModule
+from opacus import GradSampleModule, PrivacyEngine
 from opacus.optimizers import DPOptimizer
+from releases import GHOST
 from torch import nn
 
 import dpguard
@@ -135,6 +136,24 @@ COUPLED = {
 }
 
 
+def stretched(outputs, y):
+    """Squares of each output's distance to everybody's target, by hand."""
+    return ((outputs[:, :1] - y / CLASSES) ** 2).mean()
+
+
+BROADCAST = {
+    "mse": lambda o, y: F.mse_loss(o[:, :1], y / CLASSES),
+    "mse the other way": lambda o, y: F.mse_loss(o[:, 0], y[:, None] / CLASSES),
+    "smooth l1": lambda o, y: F.smooth_l1_loss(o[:, :1], y / CLASSES),
+    "l1": lambda o, y: F.l1_loss(o[:, :1], y / CLASSES),
+    "by hand": stretched,
+    "poisson": lambda o, y: F.poisson_nll_loss(o[:, :1], y),
+    "outer product": lambda o, y: (o[:, :1] @ y[None, :].to(o)).pow(2).mean(),
+    "sequences": lambda o, y: (o[:, None, :] - y[None, :, None] / CLASSES).pow(2).mean(),
+}
+"""Losses of each person's outputs and everybody's targets."""
+
+
 def model_of():
     torch.manual_seed(3)
     return nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, CLASSES))
@@ -208,6 +227,83 @@ def test_terms_of_one_person_each(name):
     assert causes == []
     assert looked == 4
     assert guard.violations == ()
+
+
+@pytest.mark.parametrize("name", BROADCAST)
+@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
+def test_outputs_and_targets_of_other_shapes(name):
+    """Each output meets the targets of everybody, which is so, and it is said."""
+    loss = BROADCAST[name]
+    assert changes_others(loss) > 1e-3
+    with dpguard.install(mode="repair") as guard:
+        training = Training()
+        for count in (12, 9):
+            training.step(loss, batch_of(count))
+    (first, *_) = found = [v for v in guard.violations if v.check == LOSS]
+    assert {v.cause for v in found} == {diagnosis.LOSS_BROADCAST}
+    assert first.step == (0 if name in {"mse", "mse the other way", "smooth l1"} else 1)
+    assert first.modules == ("Sequential",)
+    assert "squeeze" in first.remedy
+
+
+@pytest.mark.parametrize("sizes", [[12], [12, 9], [9, 12, 7]])
+def test_as_many_of_something_else_as_people(sizes):
+    """Twelve levels for each of twelve people are no people, nor is what only meets its own."""
+    levels = torch.linspace(0.05, 0.95, 12)
+
+    def quantiles(outputs, y):
+        short = y[:, None] / CLASSES - outputs[:, :1]
+        return torch.maximum(levels * short, (levels - 1) * short).mean()
+
+    def own(outputs, y):
+        return (outputs[:, :1] - y / CLASSES).diagonal().pow(2).mean()
+
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        training = Training()
+        for count in sizes * 4:
+            training.step(lambda o, y: quantiles(o, y) + own(o, y), batch_of(count))
+        assert guard.last_step.checks[LOSS].passed == 1
+    assert guard.violations == ()
+
+
+def test_one_more_look_is_not_for_ever():
+    """Where each batch is as large as the first, nothing is certain and it is left at that."""
+    with dpguard.install(mode="repair") as guard:
+        training = Training()
+        looked = 0
+        for _ in range(40):
+            training.step(stretched)
+            looked += guard.last_step.checks[LOSS].passed
+    assert guard.violations == ()
+    assert looked == 21
+
+
+@pytest.mark.skipif(not GHOST, reason="this release has no ghost clipping")
+@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
+def test_ghost_losses_of_every_pair():
+    """In ghost clipping losses of shape (B, B) are refused, and those of shape (B, 1) are not."""
+    with dpguard.install(mode="repair") as guard:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(FEATURES, 1))
+        data = torch.utils.data.TensorDataset(torch.zeros(8, 1))
+        model, optimizer, criterion, _ = PrivacyEngine().make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=torch.utils.data.DataLoader(data, batch_size=4),
+            criterion=nn.MSELoss(),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            grad_sample_mode="ghost",
+        )
+        x, y = torch.randn(4, FEATURES), torch.randn(4)
+        criterion(model(x), y[:, None]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(dpguard.PrivacyViolation, match=r"MSELoss .*\(B, B\).*squeeze"):
+            criterion(model(x), y)
+    assert [v.cause for v in guard.violations] == [diagnosis.LOSS_BROADCAST]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", COUPLED)

@@ -67,6 +67,9 @@ class _Book:
     Attributes:
         seen: its history when it was last looked at.
         observed: what its history should be.
+        steps: how many steps these are.
+        planned: for how many in all the engine chose the noise multiplier, if it was given a
+            target epsilon.
         engine: which it was the accountant of when a loader was made, weakly.
         dataset: of which its engine has made a loader last, weakly.
         rates: the rates with which samplers of its engine have drawn batches.
@@ -77,6 +80,8 @@ class _Book:
 
     seen: _Seen | None = None
     observed: list[_Entry] = field(default_factory=list)
+    steps: int = 0
+    planned: int | None = None
     engine: Callable[[], Any] = lambda: None
     dataset: Callable[[], Any] = lambda: None
     rates: set[float] = field(default_factory=set)
@@ -96,6 +101,7 @@ class _Book:
             if any(has.get(key, 0) < steps for key, steps in _merged(self.observed).items()):
                 return True
         self.observed = entries
+        self.steps = sum(steps for _, _, steps in entries)
         return False
 
     def added(self, history: Sequence[Any]) -> int | None:
@@ -106,6 +112,7 @@ class _Book:
 
     def observe(self, sigma: float, rate: float) -> None:
         """Take in a step."""
+        self.steps += 1
         if self.observed and self.observed[-1][:2] == (sigma, rate):
             self.observed[-1] = (sigma, rate, self.observed[-1][2] + 1)
         else:
@@ -177,6 +184,12 @@ class Accounting(Check):
         book.is_poisson = sampler is not None and book.is_poisson is not False
         if sampler is not None:
             self._owners[sampler] = weakref.ref(accountant)
+
+    def planned(self, engine: Any, steps: int) -> None:
+        """An engine has chosen a noise multiplier for so many steps from here on."""
+        history = _compat.history_of(engine.accountant) or []
+        taken = sum(_entry(found)[2] for found in history)
+        self._books.of(engine.accountant).planned = taken + steps
 
     def drawn(self, sampler: Any) -> None:
         """A batch was drawn by Poisson sampling."""
@@ -309,6 +322,8 @@ class Accounting(Check):
         if history is None:
             return failures
         failures += self._compare(step, state.sigma, (told.rate, iterations), history, book)
+        if book.planned is not None and book.steps > book.planned:
+            failures += _once(Failure(STEPS, diagnosis.BEYOND_TARGET, only_said=True), book)
         if book is not state.book:
             state.book = book
             failures += self._compare_books(step, book)

@@ -42,7 +42,10 @@ class Loss(Check):
             if found.whole:
                 step.run(LOSS, count=1)
             figures = [figure for pair in found.pairs for figure in pair]
-            figures += [found.weights, found.ignored]
+            figures += [found.weights, found.ignored, *(found.broadcast or ())]
+            hook = found.hook()
+            if found.broadcast is not None and not found.is_broadcast and hook is not None:
+                hook.look_again()
             # Where the optimizer was made for another than the model, that is said of the rows.
             agree = found.reductions[1] == optimizer.loss_reduction
             step.collect((LOSS,), figures, functools.partial(_verdict, found, agree))
@@ -50,7 +53,8 @@ class Loss(Check):
 
 
 def _verdict(found: Coupling, agree: bool, values: list[float]) -> list[Failure]:
-    *pairs, weights, ignored = values
+    count = 2 * len(found.pairs)
+    pairs, (weights, ignored, *square) = values[:count], values[count:]
     reduction, declared = found.reductions
     bound = _ROUNDINGS * found.roundoff
     hook, failures = found.hook(), []
@@ -60,6 +64,10 @@ def _verdict(found: Coupling, agree: bool, values: list[float]) -> list[Failure]
             figure = math.sqrt(others / own) if own else math.inf
             cause = diagnosis.LOSS_COUPLES
             failures = [Failure(LOSS, cause, modules=model, figure=figure, bound=bound)]
+    if found.is_broadcast and not failures:
+        own, others = square
+        if others > bound**2 * own and math.isfinite(own + others):
+            failures = [Failure(LOSS, diagnosis.LOSS_BROADCAST, modules=model)]
     if weights > 0:
         failures.append(Failure(LOSS, diagnosis.LOSS_WEIGHTED, modules=model))
     elif ignored > 0:

@@ -21,6 +21,7 @@ from dpguard.interrupts import let_through
 from dpguard.ledger import Ledger
 from dpguard.patches import ghost_clip
 from dpguard.patches.amp import is_scaled
+from dpguard.patches.broadcasts import are_broadcast
 from dpguard.patches.wrapping import EagerWrapper
 from dpguard.patching import Transaction
 from dpguard.row_state import Clipped
@@ -113,14 +114,14 @@ def _any(grad: torch.Tensor) -> bool:
 # -- the criterion ---------------------------------------------------------------------------------
 
 
-def refuse_losses(verdicts: Verdicts, what: str) -> None:
+def refuse_losses(verdicts: Verdicts, what: str, cause: str = diagnosis.LOSS_SHAPE) -> None:
     """Refuse losses that are not one for each sample.
 
     Raises:
         PrivacyViolation: unless nothing may be changed.
     """
-    statement = diagnosis.explain(diagnosis.LOSS_SHAPE).statement
-    verdicts.refuse("coverage.rows", diagnosis.LOSS_SHAPE, f"{what}: {statement}.")
+    statement = diagnosis.explain(cause).statement
+    verdicts.refuse("coverage.rows", cause, f"{what}: {statement}.")
 
 
 def one_loss_per_sample(
@@ -245,6 +246,9 @@ class _Wrappers:
             loss = wrapped(*args, **kwargs)
         losses = loss.loss_per_sample
         if isinstance(losses, torch.Tensor):
+            if are_broadcast(losses, [*args, *kwargs.values()]):
+                what = f"{type(instance.criterion).__qualname__} returned losses of every pair"
+                refuse_losses(self._verdicts, what, diagnosis.LOSS_BROADCAST)
             loss.loss_per_sample = one_loss_per_sample(
                 losses,
                 loss.loss_reduction,

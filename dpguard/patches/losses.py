@@ -7,7 +7,7 @@ the rows nor a row recomputed from the gradient of the outputs shows it.
 
 When the row oracle has drawn somebody (:mod:`dpguard.patches.outputs`), the part of the graph
 between the loss and the outputs is evaluated once more before the backward begins
-(:mod:`dpguard.vjp`: nobody's hooks run, nothing is accumulated), and looked at in three ways:
+(:mod:`dpguard.vjp`: nobody's hooks run, nothing is accumulated), and looked at in four ways:
 
 * The gradient of the person's outputs is differentiated, in a random direction, by the outputs:
   by those of others it is zero.
@@ -16,6 +16,7 @@ between the loss and the outputs is evaluated once more before the backward begi
   element that is let through is followed to the outputs: they are one person's.
 * A negative log-likelihood whose mean is over the weights of the classes of the batch, or over the
   targets that are not ignored, has a divisor that depends on everybody's targets.
+* Outputs that were broadcast meet everybody's targets (:mod:`dpguard.patches.broadcasts`).
 
 On the way it is seen whether the loss is the mean, or the sum, for which the model was wrapped.
 
@@ -29,7 +30,7 @@ import inspect
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from dpguard import _compat
 from dpguard._errors import DPGuardError
 from dpguard.audit.probes import Probes
 from dpguard.grouping import owners, squares_of_people
+from dpguard.patches.broadcasts import WITH_TARGETS, Square, keeps_other_targets, square_at
 from dpguard.patches.outputs import Draw, OutputHook, Outputs, mark_of
 from dpguard.patches.wrapping import EagerWrapper, TransparentWrapper
 from dpguard.patching import Transaction
@@ -77,6 +79,9 @@ class Coupling:
         whole: whether there is such a derivative.
         weights: by how much class weights differ that a mean is taken over.
         ignored: how many targets were left out of a mean.
+        broadcast: squares of what is at outputs next to their person, and next to others, where
+            outputs were broadcast to as many as there are people.
+        is_broadcast: whether that is certain, and not a dimension that is as long by chance.
         reductions: of the loss, if that is a plain one, and for which the model was wrapped.
         roundoff: of the lowest precision on the way.
     """
@@ -86,8 +91,10 @@ class Coupling:
     whole: bool
     weights: torch.Tensor
     ignored: torch.Tensor
+    broadcast: tuple[torch.Tensor, torch.Tensor] | None
     reductions: tuple[str | None, str]
     roundoff: float
+    is_broadcast: bool = False
 
 
 class _BackwardWrapper(EagerWrapper, TransparentWrapper):
@@ -156,6 +163,9 @@ class Losses:
             with contextlib.suppress(Unfit, RuntimeError, DPGuardError), torch.no_grad():
                 found = _Examination(hook, draw, self._probes).of(seeds)
                 if found is not None:
+                    if found.broadcast is not None and not found.is_broadcast:
+                        hook.squares.add(draw.rows)
+                        found = replace(found, is_broadcast=len(hook.squares) > 1)
                     self._found.append(found)
                     self._outputs.unasked.discard(hook)
 
@@ -187,8 +197,11 @@ class _Examination:
         self._hook = hook
         self._draw = draw
         self._probes = probes
+        self._nodes: Any = _compat.nodes()
         self._gates: list[tuple[Any, torch.Tensor]] = []
         self._likelihoods: list[Any] = []
+        self._square: Square | None = None
+        self._with_targets: list[Any] = []
         self._kinds: set[torch.dtype] = set()
 
     def of(self, seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> Coupling | None:
@@ -212,14 +225,17 @@ class _Examination:
         except (Unfit, RuntimeError):
             whole = False  # torch knows no such derivative
         weights, ignored = self._divisors(whose.new_zeros((), dtype=torch.float64))
+        square = self._square
         return Coupling(
             weakref.ref(self._hook),
             pairs,
             whole,
             weights,
             ignored,
+            None if square is None else square.parted(whose),
             (_reduction_of(seeds), self._hook.pairing.loss_reduction),
             max(map(_compat.unit_roundoff, self._kinds)),
+            is_broadcast=any(map(keeps_other_targets, self._with_targets)),
         )
 
     def _run(self, root: torch.Tensor, watch: Any = None) -> list[torch.Tensor]:
@@ -230,7 +246,7 @@ class _Examination:
         self, node: Any, gradient: torch.Tensor, watch: Any = None
     ) -> list[torch.Tensor]:
         """Likewise, from a node whose first input has this gradient."""
-        more = len(_compat.nodes().inputs(node)) - 1  # type: ignore[union-attr]
+        more = len(self._nodes.inputs(node)) - 1
         shares = propagate(
             node,
             [(gradient,), *[None] * more],
@@ -247,9 +263,14 @@ class _Examination:
 
     def _watch(self, node: Any, arrived: list[Parts | None]) -> None:
         """See the nodes of the loss on the way."""
+        if self._square is None and arrived[0] is not None:
+            gradient = arrived[0][0]
+            self._square = square_at(self._nodes, node, gradient, self._draw.rows)
         name = type(node).__name__
         if name in _LIKELIHOODS:
             self._likelihoods.append(node)
+        elif name in WITH_TARGETS:
+            self._with_targets.append(node)
         elif name in _GATES and len(self._gates) < _GATES_AT_MOST:
             parts = arrived[0]
             if parts is not None and parts[0].numel() > 1:

@@ -33,6 +33,7 @@ _MARK = "dpguard.output"
 _OUTPUTS_AT_MOST = 4
 _LOSSES_AT_MOST = 4
 _DRAWS_AT_MOST = 16
+_REPEATS_AT_MOST = 20
 _MARKS_AT_MOST = 256
 _autograd = _compat.autograd()
 _inside_transform = _compat.transform_test()
@@ -170,7 +171,9 @@ def mark_of(node: Any, draw: Draw) -> _Mark | None:
 class OutputHook:
     """The forward hook on a model that Opacus hooked."""
 
-    __slots__ = ("__weakref__", "_drawn", "draws", "losses", "outputs", "pairing")
+    __slots__ = (
+        "__weakref__", "_drawn", "_repeats", "draws", "losses", "outputs", "pairing", "squares"
+    )  # fmt: skip
 
     def __init__(self, outputs: Outputs, pairing: Pairing) -> None:
         self.outputs = outputs
@@ -179,6 +182,9 @@ class OutputHook:
         """How many more backwards may be looked at for one that begins at the outputs."""
         self.draws = _DRAWS_AT_MOST
         """How many more people may be drawn, until a step takes what was found of one."""
+        self.squares: set[int] = set()
+        """Sizes of batches in which outputs were broadcast to as many as there are people."""
+        self._repeats = _REPEATS_AT_MOST
         self.armed = True
         self.draw = None
         outputs.hooks.add(self)
@@ -224,6 +230,12 @@ class OutputHook:
         self.give_up(self.draw)
         self.armed = True
         self.losses, self.draws = _LOSSES_AT_MOST, _DRAWS_AT_MOST
+
+    def look_again(self) -> None:
+        """The next batch may tell what this one did not."""
+        if self._repeats:
+            self._repeats -= 1
+            self.arm()
 
     def give_up(self, draw: Draw | None) -> None:
         """Nothing can be said of this batch; not before the next time."""

@@ -1,7 +1,11 @@
-"""How batches are drawn: samplers, the accountant they belong to, the rates they draw with."""
+"""How batches are drawn: samplers, the accountant they belong to, the rates they draw with.
+
+And for how many of them an engine that is given a target epsilon chooses its noise multiplier.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -22,12 +26,15 @@ class Sampled(Protocol):
         ``sampler`` is ``None`` if its batches are not drawn by Poisson sampling.
         """
 
+    def planned(self, engine: Any, steps: int) -> None:
+        """An engine has chosen the noise multiplier for so many steps of its accountant."""
+
     def drawn(self, sampler: Any) -> None:
         """A batch was drawn by Poisson sampling."""
 
 
 def install(transaction: Transaction, observer: Sampled) -> None:
-    """Wrap Opacus's Poisson samplers, and where its engine makes a loader of them."""
+    """Wrap Opacus's Poisson samplers, and what its engine makes of them."""
 
     def iterate(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
         def told(batches: Iterator[Any]) -> Iterator[Any]:
@@ -46,10 +53,18 @@ def install(transaction: Transaction, observer: Sampled) -> None:
             observer.prepared(instance, sampler if is_poisson else None, dataset)
         return loader
 
+    def aim(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
+        made = wrapped(*args, **kwargs)
+        if getattr(instance, "accountant", None) is not None:
+            observer.planned(instance, math.ceil(kwargs["epochs"] * len(kwargs["data_loader"])))
+        return made
+
+    engine = _compat.engine_class()
     targets: list[tuple[Any, str, Any]] = [
         (cls, "__iter__", iterate) for cls in _compat.poisson_samplers()
     ]
-    targets.append((_compat.engine_class(), "_prepare_data_loader", prepare))
+    targets.append((engine, "_prepare_data_loader", prepare))
+    targets.append((engine, "make_private_with_epsilon", aim))
     for owner, name, wrapper in targets:
         original = vars(owner).get(name) if owner is not None else None
         if original is not None and not isinstance(original, wrapt.FunctionWrapper):
