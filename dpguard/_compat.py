@@ -34,6 +34,7 @@ __all__ = [
     "adaptive_optimizer_class",
     "allows_accumulation",
     "autograd",
+    "base_of_wrappers",
     "batch_dimension",
     "can_be_replayed",
     "clips_rows",
@@ -360,6 +361,13 @@ def wrapper_classes() -> list[type]:
     """The classes of Opacus that make up ``GradSampleModule``, the wrapper round a model."""
     wrapper = _grad_sample_module().GradSampleModule
     return [cls for cls in wrapper.__mro__ if cls.__module__.startswith("opacus.")]
+
+
+def base_of_wrappers() -> type:
+    """The class of Opacus from which all wrappers round a model are made."""
+    import torch
+
+    return [cls for cls in wrapper_classes() if issubclass(cls, torch.nn.Module)][-1]
 
 
 _STOCK = "opacus.grad_sample.grad_sample_module"

@@ -47,7 +47,7 @@ from dpguard.grouping import Grouping
 from dpguard.interrupts import let_through
 from dpguard.journal import Journal
 from dpguard.ledger import Ledger
-from dpguard.patches import detach, empty_batches, ghost_gradient, sampling
+from dpguard.patches import detach, empty_batches, ghost_gradient, sampling, wrapper_writes
 from dpguard.patches.attributes import AttributeForwarding
 from dpguard.patches.ghost import GhostPairing
 from dpguard.patches.grad_sample import GradSamplePatch
@@ -228,6 +228,7 @@ class Runtime:
         if self.settings.mode.changes_the_host:
             empty_batches.install(self._transaction)
         sampling.install(self._transaction, self.accounting)
+        wrapper_writes.install(self._transaction, self._verdicts, _weakly(self.report_internal))
         return skipped
 
     def _ghost_pairing_of(self, hooks: Any) -> GhostPairing | None:

@@ -115,6 +115,7 @@ CLIP_BOUNDS_UNKNOWN = "clip_bounds_unknown"
 NOISE_DRAWN_BEFORE = "noise_drawn_before"
 LOSS_SCALE = "loss_scale"
 SCHEDULE = "schedule_in_batch"
+SET_ON_WRAPPER = "set_on_wrapper"
 SKIPPED_BATCH = "skipped_batch"
 ROWS_NOT_PEOPLE = "rows_not_people"
 NOT_AS_DECLARED = "rows_not_as_declared"
@@ -744,6 +745,12 @@ _DIAGNOSES = {
     LOSS_SCALE: Diagnosis(
         "a gradient scaler had multiplied the rows, which would have been clipped in that scale",
         "nothing to do; rows are unscaled together with the gradients, before they are clipped",
+    ),
+    SET_ON_WRAPPER: Diagnosis(
+        "what is set on the wrapper that Opacus has put round a model does not reach the model, "
+        "which trains with what it had",
+        "set it on the model inside, model._module, and replace layers before the model is wrapped",
+        Severity.WARNING,
     ),
     SCHEDULE: Diagnosis(
         "a scheduler was stepped on a physical batch that takes no step",
