@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["NOTHING", "Check", "Failure", "Failures", "Noted", "PerOwner", "Step"]
 
 _UNASKED = object()
+_UNKNOWN: Any = object()
 
 _T = TypeVar("_T")
 
@@ -204,9 +205,10 @@ class PerOwner(IdentityMap[_T]):
 
     def of(self, owner: Any) -> _T:
         """What is known of ``owner``."""
-        if owner not in self:
-            self[owner] = self._make(owner)
-        return self[owner]
+        found = self.get(owner, _UNKNOWN)
+        if found is _UNKNOWN:
+            found = self[owner] = self._make(owner)
+        return found
 
 
 class Check:
