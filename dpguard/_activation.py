@@ -148,7 +148,7 @@ class Guard:
         self._stop_waiting = when_imported("opacus", self._on_opacus, on_error=self._on_failure)
 
     def _check_files(self) -> None:
-        from dpguard import sink
+        from dpguard.log import sink
 
         if self.settings.log_dir is not None:
             sink.check_log_dir(self.settings.log_dir)
@@ -183,7 +183,7 @@ class Guard:
         self._problem = problem
         if self.settings.mode is Mode.STRICT:
             raise DPGuardError(f"{problem}; mode strict refuses to train unguarded.")
-        from dpguard import sink
+        from dpguard.log import sink
 
         sink.say(f"dpguard: {problem}; training runs unguarded.")
 

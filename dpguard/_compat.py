@@ -811,7 +811,7 @@ def clips_in_hooks(optimizer: Any) -> bool:
 
 _MECHANISM = "opacus.optimizers.optimizer"
 _LEAN_SINCE = (1, 4)
-"""From here on the parts of a step are those that :mod:`dpguard.patches.lean` computes."""
+"""From here on the parts of a step are those of :mod:`dpguard.patches.optimizer.lean`."""
 _CASTS_ROWS_SINCE = (1, 6)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from dpguard.grouping import Grouping
+    from dpguard.noted.grouping import Grouping
 
 __all__ = ["batch_size", "declared_of", "declares_one_batch", "one_batch", "rows"]
 
@@ -122,7 +122,7 @@ class _Rows:
         runtime = active_runtime()
         found = None
         if runtime is not None:
-            from dpguard.grouping import grouping_of
+            from dpguard.noted.grouping import grouping_of
 
             found = grouping_of(*self._declared)
             runtime.expect_groups(found)

@@ -33,7 +33,6 @@ from dpguard.audit.scaling import Scaling
 from dpguard.audit.steps import StepAuditor
 from dpguard.audit.untouched import Accumulated, Untouched
 from dpguard.audit.update import Update
-from dpguard.deliveries import Deliveries
 from dpguard.events import (
     Event,
     Intervention,
@@ -43,21 +42,25 @@ from dpguard.events import (
     Severity,
     Violation,
 )
-from dpguard.grouping import Grouping
 from dpguard.interrupts import let_through
-from dpguard.journal import Journal
-from dpguard.ledger import Ledger
-from dpguard.patches import detach, empty_batches, ghost_gradient, sampling, wrapper_writes
-from dpguard.patches.attributes import AttributeForwarding
-from dpguard.patches.ghost import GhostPairing
-from dpguard.patches.grad_sample import GradSamplePatch
-from dpguard.patches.loading import LoadingPatch
-from dpguard.patches.losses import Losses
-from dpguard.patches.norm_draws import NormDraws
-from dpguard.patches.optimizer import OptimizerPatch
-from dpguard.patches.outputs import Outputs
-from dpguard.patches.pairing import Pairing
-from dpguard.patches.signals import Signals
+from dpguard.log.journal import Journal
+from dpguard.noted.deliveries import Deliveries
+from dpguard.noted.grouping import Grouping
+from dpguard.noted.ledger import Ledger
+from dpguard.patches.data import sampling
+from dpguard.patches.data.loading import LoadingPatch
+from dpguard.patches.ghost import gradient as ghost_gradient
+from dpguard.patches.ghost.pairing import GhostPairing
+from dpguard.patches.model import detach, wrapper_writes
+from dpguard.patches.model.grad_sample import GradSamplePatch
+from dpguard.patches.model.pairing import Pairing
+from dpguard.patches.optimizer import empty_batches
+from dpguard.patches.optimizer.attributes import AttributeForwarding
+from dpguard.patches.optimizer.signals import Signals
+from dpguard.patches.optimizer.step import OptimizerPatch
+from dpguard.patches.oracle.losses import Losses
+from dpguard.patches.oracle.norm_draws import NormDraws
+from dpguard.patches.oracle.outputs import Outputs
 from dpguard.patching import Transaction
 from dpguard.verdicts import Verdicts
 

@@ -1,4 +1,4 @@
-"""A verifier written from the docstring of dpguard.chain alone, shared by the log's tests."""
+"""A verifier written from the docstring of dpguard.log.chain alone, shared by the log's tests."""
 
 import hashlib
 import hmac

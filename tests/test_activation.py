@@ -454,7 +454,7 @@ def test_strict_does_not_go_on_when_activation_fails(unchanged, monkeypatch):
 
 def test_activation_that_fails_while_adopting(unchanged, monkeypatch):
     """An error after the last patch undoes the adoption of models and optimizers too."""
-    from dpguard.patches.optimizer import OptimizerPatch
+    from dpguard.patches.optimizer.step import OptimizerPatch
 
     def fail(*_args, **_kwargs):
         raise ZeroDivisionError("while adopting")

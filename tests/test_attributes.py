@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import StepLR
 
 import dpguard
 from dpguard._compat import _release
-from dpguard.patches.attributes import NAMES, ForwardedAttribute
+from dpguard.patches.optimizer.attributes import NAMES, ForwardedAttribute
 
 ALIASES = _release(opacus.__version__) < (1, 5, 2)
 """Whether this Opacus copies the attributes; from 1.5.2 on it has properties."""

@@ -27,7 +27,7 @@ from dpguard.audit.check import Failure, Step
 from dpguard.audit.collector import Collector, finite_flags
 from dpguard.audit.steps import StepAuditor
 from dpguard.events import CheckCount
-from dpguard.ledger import Ledger
+from dpguard.noted.ledger import Ledger
 
 DATA = torch.utils.data.TensorDataset(
     torch.linspace(-1, 1, 16 * 6).reshape(16, 6), torch.arange(16) % 5

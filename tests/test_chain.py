@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 from chains import Tampered, segments, verify
 
-from dpguard.chain import GENESIS, ChainedFile
+from dpguard.log.chain import GENESIS, ChainedFile
 
 
 def line(number):

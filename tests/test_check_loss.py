@@ -18,7 +18,7 @@ from torch import nn
 
 import dpguard
 from dpguard import diagnosis
-from dpguard.patches import losses
+from dpguard.patches.oracle import losses
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
 

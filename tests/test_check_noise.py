@@ -23,7 +23,7 @@ from dpguard import _compat, diagnosis
 from dpguard.audit import gaussian, repeats
 from dpguard.audit.gaussian import BATCH, NoiseTest
 from dpguard.audit.noise import FRESH, SCALE
-from dpguard.logs import log_sum
+from dpguard.noted.log_sums import log_sum
 
 SIZES = (200, 2300)
 HALF_EPS = 2.0**-24

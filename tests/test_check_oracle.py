@@ -24,9 +24,10 @@ from torch.utils.checkpoint import checkpoint
 from truth import rows_of
 
 import dpguard
-from dpguard import _compat, diagnosis, vjp
+from dpguard import _compat, diagnosis
 from dpguard.audit.oracle import ORACLE
-from dpguard.patches import outputs, records
+from dpguard.patches.model import records
+from dpguard.patches.oracle import outputs, vjp
 
 pytestmark = pytest.mark.skipif(_compat.nodes() is None, reason="this torch tells too little")
 

@@ -24,11 +24,11 @@ from torch.utils.checkpoint import checkpoint
 from truth import rows_of
 
 import dpguard
-from dpguard import _compat, diagnosis, vjp
+from dpguard import _compat, diagnosis
 from dpguard.audit import norm_oracle
 from dpguard.audit.check import Step
 from dpguard.audit.oracle import ORACLE
-from dpguard.patches import draws, norm_draws
+from dpguard.patches.oracle import draws, norm_draws, vjp
 
 if not GHOST or _compat.nodes() is None:
     pytest.skip("no ghost clipping, or a torch that tells too little", allow_module_level=True)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import dpguard
 from dpguard import diagnosis
-from dpguard.grouping import grouping_of
+from dpguard.noted.grouping import grouping_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
 

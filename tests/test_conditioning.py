@@ -12,8 +12,8 @@ from shuffled import violations
 from torch import nn
 
 import dpguard
-from dpguard.conditioning import Moments, conditions, joined, measure_of, roundings
-from dpguard.row_state import ParameterState
+from dpguard.noted.conditioning import Moments, conditions, joined, measure_of, roundings
+from dpguard.noted.row_state import ParameterState
 
 pytestmark = needs_reshaping
 needs_modes = pytest.mark.skipif(not POISSON, reason="this Opacus has one mode")

@@ -18,7 +18,7 @@ from torch import nn
 
 from dpguard.audit.gaussian import BATCH, NoiseTest
 from dpguard.audit.multiples import Samples, mixed, without_noise
-from dpguard.grouping import grouping_of
+from dpguard.noted.grouping import grouping_of
 
 pytestmark = needs_reshaping
 META = torch.device("meta")

@@ -16,8 +16,8 @@ from dpguard.audit.coverage import OF_EACH
 from dpguard.audit.noise import Noise
 from dpguard.audit.rows import RowValues
 from dpguard.interrupts import let_through
-from dpguard.patches.protocol import Protocol
-from dpguard.patches.wrappers import Wrappers
+from dpguard.patches.optimizer.protocol import Protocol
+from dpguard.patches.optimizer.wrappers import Wrappers
 
 
 class Timeout(Exception):

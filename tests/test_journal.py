@@ -31,7 +31,7 @@ from dpguard.events import (
     StepAudit,
     Violation,
 )
-from dpguard.journal import Journal
+from dpguard.log.journal import Journal
 
 REPOSITORY = Path(__file__).parent.parent
 HEAD_KEYS = [
@@ -424,7 +424,7 @@ import os, sys
 from pathlib import Path
 from dpguard._settings import Settings
 from dpguard.events import RunStarted, Event
-from dpguard.journal import Journal
+from dpguard.log.journal import Journal
 journal = Journal.open(Settings(log_dir=Path(sys.argv[1]), run_id="run"))
 journal.write(RunStarted(mode="strict", versions={"torch": "2.13.0"}))
 pid = os.fork()

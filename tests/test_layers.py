@@ -17,9 +17,9 @@ from truth import equal_to_rounding
 
 import dpguard
 from dpguard import _compat
-from dpguard.graph_task import GraphTask
-from dpguard.patches import products
-from dpguard.patches.layers import Roster
+from dpguard.noted.graph_task import GraphTask
+from dpguard.patches.model import products
+from dpguard.patches.model.layers import Roster
 
 GradSampleHooks = getattr(opacus.grad_sample, "GradSampleHooks", GradSampleModule)
 

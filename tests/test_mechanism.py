@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import StepLR
 
 import dpguard
 from dpguard._compat import _release
-from dpguard.patches import bounds
+from dpguard.patches.optimizer import bounds
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
 RELEASE = _release(opacus.__version__)

@@ -15,7 +15,7 @@ from torch import nn
 import dpguard
 from dpguard import _compat
 from dpguard.audit.sensitivity import sensitivity
-from dpguard.patches.lean import Rows
+from dpguard.patches.optimizer.lean import Rows
 
 pytestmark = [
     needs_reshaping,

@@ -22,9 +22,9 @@ import dpguard
 from dpguard import diagnosis
 from dpguard.audit.accounting import RATE, SAMPLING
 from dpguard.audit.people import BATCHES, ROWS
-from dpguard.datasets import repeated_places
-from dpguard.frequency import Frequencies
-from dpguard.poisson import Rate, Uses
+from dpguard.noted.datasets import repeated_places
+from dpguard.noted.frequency import Frequencies
+from dpguard.noted.poisson import Rate, Uses
 
 pytestmark = needs_reshaping
 

@@ -21,8 +21,8 @@ import dpguard
 from dpguard import _compat, diagnosis
 from dpguard.audit.gaussian import NoiseTest
 from dpguard.audit.rows import CONSERVATION
-from dpguard.deliveries import Deliveries
-from dpguard.patches import outputs as outputs_module
+from dpguard.noted.deliveries import Deliveries
+from dpguard.patches.oracle import outputs as outputs_module
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
 

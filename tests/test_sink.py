@@ -16,8 +16,8 @@ import pytest
 from chains import verify
 
 from dpguard._errors import SettingsError
-from dpguard.chain import ChainedFile
-from dpguard.sink import Sink, check_log_dir, read_key, say
+from dpguard.log.chain import ChainedFile
+from dpguard.log.sink import Sink, check_log_dir, read_key, say
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -53,7 +53,7 @@ def sink(tmp_path):
 PRELUDE = """
 import os, resource, signal, sys, threading, time
 from pathlib import Path
-from dpguard.sink import Sink
+from dpguard.log.sink import Sink
 folder = Path(sys.argv[1])
 def dropped(number, cause):
     return f'{{"dropped":{number}', f',"cause":"{cause}"}}'
@@ -118,7 +118,7 @@ def test_disk_without_room_fails_the_check(tmp_path, monkeypatch):
 def test_check_is_light():
     """The check runs without torch, opacus, structlog and wrapt."""
     code = (
-        "import sys, dpguard.sink\n"
+        "import sys, dpguard.log.sink\n"
         "print({'torch', 'opacus', 'structlog', 'wrapt', 'asyncio', 'hashlib', 'json'} & set(sys.modules))"
     )
     done = subprocess.run(

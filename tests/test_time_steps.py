@@ -18,7 +18,7 @@ from truth import assert_rows_equal, rows_of
 
 import dpguard
 from dpguard import _compat
-from dpguard.patches.time_steps import TimeSteps
+from dpguard.patches.model.time_steps import TimeSteps
 
 pytestmark = pytest.mark.skipif(
     _compat._release(_compat.opacus_version()) < _compat._LEAN_SINCE,

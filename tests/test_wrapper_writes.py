@@ -122,7 +122,7 @@ def test_uninstalled_it_is_plain_again():
 
 def test_an_error_of_ours_ends_it(monkeypatch):
     """What is set is set, the error is reported once, and nothing is looked at any more."""
-    from dpguard.patches import wrapper_writes
+    from dpguard.patches.model import wrapper_writes
 
     def fail(*_):
         raise RuntimeError("ours")

@@ -24,7 +24,7 @@ from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.update import KEEP_EVERY, KEEP_FIRST
 from dpguard.identity import IdentityMap
-from dpguard.patches.step_hooks import ACCOUNTED
+from dpguard.patches.optimizer.step_hooks import ACCOUNTED
 from dpguard.patching import ABSENT
 
 __all__ = ["RATE", "SAMPLING", "SIGMA", "STEPS", "Accounting"]

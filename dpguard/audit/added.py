@@ -15,7 +15,7 @@ import torch
 from dpguard import _compat
 from dpguard.audit.gaussian import Along, NoiseTest
 from dpguard.audit.shape import Shape
-from dpguard.patches.lean import WIDE
+from dpguard.patches.optimizer.lean import WIDE
 
 __all__ = [
     "ALONG",

@@ -32,8 +32,8 @@ from dpguard.audit.multiples import Samples, emptied, factor, mixed, without_noi
 from dpguard.audit.noise import SCALE
 from dpguard.audit.scaling import Ratios
 from dpguard.audit.update import PRIVATE
-from dpguard.patches.lean import Clipping
-from dpguard.row_state import pieces_of, sample_of_rows
+from dpguard.noted.row_state import pieces_of, sample_of_rows
+from dpguard.patches.optimizer.lean import Clipping
 
 __all__ = ["LOOK_EVERY", "LOOK_FIRST", "Applied", "is_due"]
 

@@ -14,13 +14,13 @@ import torch
 
 from dpguard import diagnosis
 from dpguard.audit.check import Failure
-from dpguard.deliveries import Deliveries, Delivery
 from dpguard.interrupts import let_through
-from dpguard.ledger import Ledger
-from dpguard.row_state import UNKNOWN
+from dpguard.noted.deliveries import Deliveries, Delivery
+from dpguard.noted.ledger import Ledger
+from dpguard.noted.row_state import UNKNOWN
 
 if TYPE_CHECKING:
-    from dpguard.patches.records import Record
+    from dpguard.patches.model.records import Record
 
 __all__ = ["Calls", "Note"]
 

@@ -14,8 +14,8 @@ from dpguard.identity import IdentityMap
 
 if TYPE_CHECKING:
     from dpguard.audit.collector import Collector
-    from dpguard.patches.lean import Clipping, Rows
-    from dpguard.row_state import ParameterState
+    from dpguard.noted.row_state import ParameterState
+    from dpguard.patches.optimizer.lean import Clipping, Rows
 
 __all__ = ["NOTHING", "Check", "Failure", "Failures", "Noted", "PerOwner", "Step"]
 

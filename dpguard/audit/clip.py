@@ -44,12 +44,12 @@ from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.probes import CERTAIN, Probes
 from dpguard.audit.sensitivity import KINDS, Unproved, sensitivity
 from dpguard.identity import IdentityMap, IdentitySet
-from dpguard.ledger import Ledger
-from dpguard.patches.lean import Clipping, Rows, row_norms
-from dpguard.patches.sums import flat
+from dpguard.noted.ledger import Ledger
+from dpguard.patches.optimizer.lean import Clipping, Rows, row_norms
+from dpguard.patches.optimizer.sums import flat
 
 if TYPE_CHECKING:
-    from dpguard.patches.ghost_clip import Factors
+    from dpguard.patches.ghost.clip import Factors
 
 __all__ = ["BOUND", "SKETCH_EVERY", "SUM", "TRIALS", "Clip"]
 

@@ -12,9 +12,9 @@ import torch
 
 from dpguard import diagnosis
 from dpguard.audit.check import Failure
-from dpguard.ledger import Ledger
-from dpguard.patches.lean import Rows
-from dpguard.row_state import Clipped
+from dpguard.noted.ledger import Ledger
+from dpguard.noted.row_state import Clipped
+from dpguard.patches.optimizer.lean import Rows
 
 __all__ = [
     "CHECKS",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-from dpguard.deliveries import Delivery
+from dpguard.noted.deliveries import Delivery
 
 __all__ = ["explain", "joined"]
 

@@ -74,7 +74,7 @@ import torch
 
 from dpguard.audit.repeats import Print, Repeats
 from dpguard.audit.spread import Spread
-from dpguard.logs import log_sum
+from dpguard.noted.log_sums import log_sum
 
 __all__ = ["BATCH", "Along", "NoiseTest", "NoiseVerdict"]
 

@@ -1,9 +1,9 @@
 """Loss: one person's gradient does not depend on other people's outputs and targets.
 
-What the loss shows was looked at before its backward (:mod:`dpguard.patches.losses`), whenever the
-row oracle has drawn somebody. A derivative, or a gradient, that is zero at everybody else is so
-exactly where samples only meet in a sum; where they are taken along and cancel (the largest of all
-logits subtracted from each), what rounding leaves is.
+What the loss shows was looked at before its backward (:mod:`dpguard.patches.oracle.losses`),
+whenever the row oracle has drawn somebody. A derivative, or a gradient, that is zero at everybody
+else is so exactly where samples only meet in a sum; where they are taken along and cancel (the
+largest of all logits subtracted from each), what rounding leaves is.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 from dpguard import diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
-from dpguard.patches.lean import Clipping
-from dpguard.patches.losses import Coupling, Losses
+from dpguard.patches.optimizer.lean import Clipping
+from dpguard.patches.oracle.losses import Coupling, Losses
 
 __all__ = ["LOSS", "Loss"]
 

@@ -22,7 +22,7 @@ from dpguard.audit.applied import is_due
 from dpguard.audit.check import NOTHING, Check, Failure, Failures, Noted, PerOwner, Step
 from dpguard.audit.multiples import Samples, without_noise
 from dpguard.audit.update import PRIVATE
-from dpguard.row_state import sample_of_rows
+from dpguard.noted.row_state import sample_of_rows
 
 __all__ = ["Moved"]
 

@@ -26,7 +26,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from dpguard import _compat
-from dpguard.row_state import spread_of
+from dpguard.noted.row_state import spread_of
 
 __all__ = ["Samples", "mixed", "without_noise"]
 

@@ -27,10 +27,10 @@ from dpguard.audit import added
 from dpguard.audit.added import Drawn, Group, Kind
 from dpguard.audit.check import NOTHING, Check, Failure, Failures, Noted, PerOwner, Step
 from dpguard.audit.gaussian import ALONG_EVIDENCE, NoiseVerdict
-from dpguard.ledger import Ledger
+from dpguard.noted.ledger import Ledger
 
 if TYPE_CHECKING:
-    from dpguard.patches.lean import Clipping
+    from dpguard.patches.optimizer.lean import Clipping
 
 __all__ = ["FRESH", "SCALE", "Noise"]
 

@@ -2,9 +2,9 @@
 
 There are no rows, only the norms of which clip factors are made. Every so often one person of one
 batch is drawn, and the gradient of that person's loss alone computed once more on the live graph,
-between Opacus's two backwards (:mod:`dpguard.patches.norm_draws`); here its norms are compared with
-those. A norm of somebody else, of a wrong norm sampler, or of rows in another order than the losses
-lets a person add more than the clip bound, while all calls together still add up
+between Opacus's two backwards (:mod:`dpguard.patches.oracle.norm_draws`); here its norms are
+compared with those. A norm of somebody else, of a wrong norm sampler, or of rows in another order
+than the losses lets a person add more than the clip bound, while all calls together still add up
 (:mod:`dpguard.audit.passes`).
 
 Only where all losses together have the gradient that autograd has put into ``p.grad``: unless they
@@ -36,10 +36,10 @@ from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.oracle import CERTAIN, ORACLE, TIMES, failure
 from dpguard.audit.rows import LAMBDA
-from dpguard.ledger import Ledger
+from dpguard.noted.ledger import Ledger
 
 if TYPE_CHECKING:
-    from dpguard.patches.norm_draws import NormDraw, Part
+    from dpguard.patches.oracle.norm_draws import NormDraw, Part
 
 __all__ = ["NormOracle"]
 
@@ -134,7 +134,7 @@ def _factors(
 
 
 class _Found(NamedTuple):
-    """The figures of one parameter, see :class:`dpguard.patches.norm_draws.Part`."""
+    """The figures of one parameter, see :class:`dpguard.patches.oracle.norm_draws.Part`."""
 
     mine: float
     short: float

@@ -2,9 +2,9 @@
 
 Every so often one person of one batch is drawn. Her share of the gradient of each parameter was
 computed on the live graph, from the gradient of the model's outputs with all rows but hers set to
-zero (:mod:`dpguard.patches.outputs`); here it is compared with her row in ``p.grad_sample``. Rows
-that add up to the right gradient, but are not one person's each, show: positions that were taken
-for people, statistics over the batch, rows of two parameters in different orders.
+zero (:mod:`dpguard.patches.oracle.outputs`); here it is compared with her row in ``p.grad_sample``.
+Rows that add up to the right gradient, but are not one person's each, show: positions that were
+taken for people, statistics over the batch, rows of two parameters in different orders.
 
 Only where the whole gradient came through the outputs. The same was computed for all rows at once;
 unless the rows add up to that, a loss on something inside of the model, a hook that changed
@@ -32,15 +32,15 @@ import torch
 from dpguard import diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.rows import factors, floor
-from dpguard.conditioning import roundings
-from dpguard.ledger import Ledger
-from dpguard.patches.lean import Clipping, Rows
-from dpguard.patches.sums import flat
-from dpguard.precision import computed_in
+from dpguard.noted.conditioning import roundings
+from dpguard.noted.ledger import Ledger
+from dpguard.noted.precision import computed_in
+from dpguard.patches.optimizer.lean import Clipping, Rows
+from dpguard.patches.optimizer.sums import flat
 
 if TYPE_CHECKING:
-    from dpguard.conditioning import Moments
-    from dpguard.patches.outputs import Draw, Outputs
+    from dpguard.noted.conditioning import Moments
+    from dpguard.patches.oracle.outputs import Draw, Outputs
 
 __all__ = ["CERTAIN", "ORACLE", "TIMES", "RowOracle", "failure"]
 
@@ -148,11 +148,11 @@ class _Compared:
 
     Attributes:
         dtype: precision in which the rows were computed.
-        narrow: see :class:`dpguard.row_state.ParameterState`.
+        narrow: see :class:`dpguard.noted.row_state.ParameterState`.
         rows: of shape ``(B, p.numel())``, as the next two in single precision at least.
         mine: what the row of the person drawn should be.
         whole: what all rows together should be.
-        strength: see :attr:`dpguard.row_state.Entry.strength`.
+        strength: see :attr:`dpguard.noted.row_state.Entry.strength`.
         moments: of the inputs that it has scaled.
     """
 

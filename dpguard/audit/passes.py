@@ -1,9 +1,10 @@
 """Conservation in ghost clipping: what the first backward has met adds up to its gradient.
 
-See :mod:`dpguard.audit.rows` for the bound, and :mod:`dpguard.patches.pass_sums` for the sketch. A
-difference is worse here than in hooks mode: there, a gradient that has no rows is dropped; here it
-meets clip factors that know nothing of it, so the clipped sum is no longer bounded. That holds for
-rounding as well, where a normalisation makes that large (:mod:`dpguard.conditioning`).
+See :mod:`dpguard.audit.rows` for the bound, and :mod:`dpguard.patches.ghost.pass_sums` for the
+sketch. A difference is worse here than in hooks mode: there, a gradient that has no rows is
+dropped; here it meets clip factors that know nothing of it, so the clipped sum is no longer
+bounded. That holds for rounding as well, where a normalisation makes that large
+(:mod:`dpguard.noted.conditioning`).
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.rows import CONSERVATION, LAMBDA
-from dpguard.ledger import Ledger
+from dpguard.noted.ledger import Ledger
 
 if TYPE_CHECKING:
-    from dpguard.patches.pass_sums import Sketched
+    from dpguard.patches.ghost.pass_sums import Sketched
 
 __all__ = ["PassValues"]
 

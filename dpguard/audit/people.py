@@ -35,11 +35,11 @@ from dpguard.audit.accounting import RATE, SAMPLING
 from dpguard.audit.calls import Calls, Note
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.explain import explain, joined
-from dpguard.deliveries import DECLARED, Deliveries, Delivery, Reader
 from dpguard.events import Severity
-from dpguard.ledger import Ledger
-from dpguard.poisson import Uses
-from dpguard.row_state import pieces_of
+from dpguard.noted.deliveries import DECLARED, Deliveries, Delivery, Reader
+from dpguard.noted.ledger import Ledger
+from dpguard.noted.poisson import Uses
+from dpguard.noted.row_state import pieces_of
 
 __all__ = ["BATCHES", "ROWS", "People", "rows_at_hand"]
 

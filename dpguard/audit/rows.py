@@ -30,8 +30,8 @@ What measures partial sums:
   the rows (``observe``) nothing is probed, and a small fault in such rows is not found.
 
 * Rows of a weight that scales normalised inputs are as wrong as these are, relative to the
-  backprops (:mod:`dpguard.conditioning`). The norm of these, over all people, times the condition
-  is added, for each call.
+  backprops (:mod:`dpguard.noted.conditioning`). The norm of these, over all people, times the
+  condition is added, for each call.
 
 Finiteness is read off the norms, which clipping needs anyway.
 """
@@ -52,14 +52,14 @@ from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.coverage import FINITE
 from dpguard.audit.survey import Survey
-from dpguard.conditioning import roundings
 from dpguard.identity import IdentityMap
-from dpguard.ledger import Ledger
-from dpguard.patches.lean import Clipping
-from dpguard.precision import computed_in
+from dpguard.noted.conditioning import roundings
+from dpguard.noted.ledger import Ledger
+from dpguard.noted.precision import computed_in
+from dpguard.patches.optimizer.lean import Clipping
 
 if TYPE_CHECKING:
-    from dpguard.patches.lean import Rows
+    from dpguard.patches.optimizer.lean import Rows
 
 __all__ = ["CONSERVATION", "LAMBDA", "RowValues", "factors", "finiteness", "floor"]
 
@@ -262,7 +262,7 @@ def factors(
 ) -> tuple[float, float]:
     """What the norms of products, and of everything, are multiplied by in a bound.
 
-    ``narrow`` is that of the :class:`dpguard.row_state.ParameterState`.
+    ``narrow`` is that of the :class:`dpguard.noted.row_state.ParameterState`.
     """
     plain, low, _ = _factors(parameter, rows_dtype, max(1, summands), narrow=narrow)
     return plain + low, plain

@@ -31,7 +31,7 @@ import torch
 from dpguard import _compat
 from dpguard.audit.rewinding import as_it_was
 from dpguard.interrupts import let_through
-from dpguard.patches.lean import Rows
+from dpguard.patches.optimizer.lean import Rows
 
 __all__ = ["KINDS", "Unproved", "person_and_others", "sensitivity"]
 

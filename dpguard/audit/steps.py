@@ -13,7 +13,6 @@ import torch
 from dpguard import _compat, diagnosis
 from dpguard._errors import DPGuardError
 from dpguard._settings import Settings
-from dpguard.alignment import EVEN, Alignment, align, join_blocks
 from dpguard.audit import coverage as structure
 from dpguard.audit.check import NOTHING, Check, Failure, Failures, Noted, PerOwner, Step
 from dpguard.audit.collector import Collector, finite_flags
@@ -21,10 +20,11 @@ from dpguard.audit.findings import Findings
 from dpguard.audit.rows import finiteness
 from dpguard.events import CheckCount, Event, Intervention, Severity, StepAudit
 from dpguard.interrupts import let_through
-from dpguard.ledger import Dead, Ledger
+from dpguard.noted.alignment import EVEN, Alignment, align, join_blocks
+from dpguard.noted.ledger import Dead, Ledger
 
 if TYPE_CHECKING:
-    from dpguard.patches.lean import Clipping, Look, Rows
+    from dpguard.patches.optimizer.lean import Clipping, Look, Rows
 
 __all__ = ["StepAuditor"]
 

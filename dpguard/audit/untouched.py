@@ -30,8 +30,8 @@ from dpguard.audit.applied import is_due
 from dpguard.audit.check import NOTHING, Check, Failure, Failures, Noted, PerOwner, Step
 from dpguard.audit.clip import SUM
 from dpguard.audit.multiples import factor
-from dpguard.patches.lean import Clipping
-from dpguard.row_state import sample_of, spread_of
+from dpguard.noted.row_state import sample_of, spread_of
+from dpguard.patches.optimizer.lean import Clipping
 
 __all__ = ["Accumulated", "Untouched"]
 

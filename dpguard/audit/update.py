@@ -24,9 +24,9 @@ import torch
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Receiver, Step
-from dpguard.ledger import Ledger
-from dpguard.patches.lean import Clipping
-from dpguard.row_state import ParameterState, sample_of
+from dpguard.noted.ledger import Ledger
+from dpguard.noted.row_state import ParameterState, sample_of
+from dpguard.patches.optimizer.lean import Clipping
 
 __all__ = ["BUFFERS", "MOVES", "OWNED", "PRIVATE", "STATISTICS", "Update"]
 

@@ -1,1 +1,1 @@
-"""What dpguard changes in the host: one file per thing that is patched."""
+"""What dpguard changes in the host, by what is patched; one file per thing."""

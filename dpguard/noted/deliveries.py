@@ -1,0 +1,343 @@
+"""What data loaders have delivered, and for which optimizer it counts.
+
+A batch of a loader that came out of ``make_private`` is *private* to the optimizer that came with
+it: the rows of its next steps must be these people. The same goes for any loader that draws with
+one of Opacus's samplers, as long as there is only one DP optimizer. What other loaders deliver is
+weak evidence: nobody knows what it is for.
+
+Kept are numbers of people, never indices, and weak references to the delivered tensors of the
+last few private batches, by which a call can be told to have seen one of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dpguard.identity import IdentityMap, IdentitySet
+from dpguard.noted.poisson import Drawn
+
+__all__ = ["DECLARED", "Deliveries", "Delivery", "Iteration", "Reader"]
+
+DECLARED = "declared"
+"""Stands for the iterator of a batch whose size the user has declared."""
+
+_PENDING_AT_MOST = 1024
+_TENSORS_KEPT_OF = 8
+_DEPTH = 3
+
+
+class Iteration:
+    """One pass over one loader.
+
+    Attributes:
+        number: tells it from others.
+        readers: who is told of its batches; nobody, if they are not known to be private.
+        counts: whether the number of people of a batch is known.
+        fills: whether an empty batch is filled with random numbers.
+        dataset: identity of the data set.
+        splitter: the optimizer that ``BatchMemoryManager`` signals to, if it is its loader.
+        sampler: draws it by Poisson sampling, if that is so.
+        drawn: batches whose indices were drawn and that were not delivered yet, by their number.
+        logical: how many logical batches were drawn before the one at hand.
+        parts: the indices of the logical batch at hand, if it is split.
+        orderly: it goes through the data in order or shuffled.
+        finished: whether it has delivered its last batch.
+        lag: how many batches are delivered ahead of the one that is used; ``None``: not known yet.
+        sure: whether ``lag`` is more than a guess.
+        said: whether it was said that batches of it were left out.
+    """
+
+    __slots__ = (
+        "counts", "dataset", "drawn", "fills", "finished", "lag", "logical", "number", "orderly",
+        "parts", "readers", "said", "sampler", "splitter", "sure",
+    )  # fmt: skip
+    _numbers = itertools.count()
+
+    def __init__(
+        self,
+        readers: Sequence[Reader],
+        dataset: int,
+        *,
+        counts: bool,
+        fills: bool,
+        splitter: Any = None,
+        sampler: Any = None,
+        orderly: bool = False,
+    ) -> None:
+        self.number = next(self._numbers)
+        self.readers = readers
+        self.dataset = dataset
+        self.counts = counts
+        self.fills = fills
+        self.splitter = weakref.ref(splitter) if splitter is not None else None
+        self.sampler = weakref.ref(sampler) if sampler is not None else None
+        self.drawn: dict[int, Delivery] = {}
+        self.logical = 0
+        self.parts: list[Any] = []
+        self.orderly = orderly
+        self.finished = False
+        self.lag: int | None = None
+        self.sure = True
+        self.said = False
+
+
+class Delivery:
+    """One batch of one loader.
+
+    Attributes:
+        iteration: what delivered it, or :data:`DECLARED`.
+        people: how many people are in it; ``None`` if that cannot be known.
+        rate: the sample rate with which it was drawn by Poisson sampling, if it was.
+        rows: how many rows they have; more than people only where an empty batch is filled with
+            random numbers.
+        serial: number of the delivery in this process; ``None`` while it waits in a worker.
+        skip: the signal that ``BatchMemoryManager`` gave for it, if it did.
+        logical: the logical batch of its iteration that it is a part of.
+        used: whether a step has taken it, by the number of its rows.
+        met: whether a step had calls of it, by its memory.
+        drawn: what is known of how it was drawn, if it was by Poisson sampling; of the last of
+            several that were drawn as one.
+    """
+
+    __slots__ = (
+        "drawn", "iteration", "logical", "met", "people", "rate", "rows", "serial", "skip",
+        "tensors", "used",
+    )  # fmt: skip
+
+    def __init__(
+        self, iteration: Any, people: int | None, rows: int | None, rate: float | None = None
+    ) -> None:
+        self.iteration = iteration
+        self.people = people
+        self.rate = rate
+        self.rows = rows
+        self.serial: int | None = None
+        self.skip: bool | None = None
+        self.logical = 0
+        self.used = self.met = False
+        self.drawn: Drawn | None = None
+        self.tensors: Sequence[weakref.ref[torch.Tensor]] = ()
+
+    def fits(self, rows: int) -> bool:
+        """Whether so many rows can be its people."""
+        return rows in (self.rows, self.people)
+
+    def fits_any(self, sizes: Iterable[int]) -> bool:
+        """Whether one of several numbers of rows can be its people."""
+        return any(map(self.fits, sizes))
+
+    @property
+    def batch(self) -> tuple[int, int]:
+        """What it is a part of: two of the same logical batch are equal here."""
+        if self.skip is None:
+            return -1, self.serial or 0
+        return self.iteration.number, self.logical
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` lies in the memory of a delivered tensor that still is alive."""
+        memory = tensor.untyped_storage().data_ptr()
+        alive = (reference() for reference in self.tensors)
+        return any(t is not None and t.untyped_storage().data_ptr() == memory for t in alive)
+
+
+class Reader:
+    """What one optimizer has not used yet of what was delivered for it.
+
+    Attributes:
+        pending: private batches, in the order of their delivery.
+        passed: those of them that were left out when a later one was used, the last few; they may
+            be used in another order.
+        fresh: no batch was used yet, so that nothing is known of how they are used.
+        lost: batches had to be forgotten, so that one that is missed here proves nothing.
+        declared_until: serial of the last declared batch that was used.
+        last: the private batch that was used last.
+        dataset: the data set of the loader that ``make_private`` returned for the optimizer.
+    """
+
+    def __init__(self) -> None:
+        self.pending: deque[Delivery] = deque()
+        self.passed: deque[Delivery] = deque(maxlen=_PENDING_AT_MOST)
+        self.fresh = True
+        self.lost = False
+        self.declared_until = 0
+        self.last: Delivery | None = None
+        self.dataset: Callable[[], Any] = lambda: None
+
+    def add(self, delivery: Delivery) -> None:
+        """A batch was delivered."""
+        self.pending.append(delivery)
+        if len(self.pending) > _PENDING_AT_MOST:
+            self.pending.popleft()
+            self.lost = True
+
+    def forget(self) -> None:
+        """Nothing of what was delivered so far is waited for."""
+        self.pending.clear()
+        self.passed.clear()
+        self.lost = False
+        self.fresh = True
+        self.last = None
+
+
+class Deliveries:
+    """Everything that was delivered in this process and may matter."""
+
+    def __init__(self) -> None:
+        self.serial = 0
+        """Number of the last private or declared batch."""
+        self.others = 0
+        """How many batches loaders of no known purpose have delivered."""
+        self.other: Delivery | None = None
+        """The last of them."""
+        self.unclear = True
+        """Whether the calls of the next backward are to be noted: it may take more than numbers
+        to tell which batch they have seen."""
+        self._readers: IdentityMap[Reader] = IdentityMap()
+        self._steppers = IdentitySet()
+        self.untied = Reader()
+        """Is told of batches that Opacus's samplers draw, nobody knows for whom."""
+        self._declared: deque[Delivery] = deque(maxlen=_PENDING_AT_MOST)
+        self._recent: deque[Delivery] = deque(maxlen=_TENSORS_KEPT_OF)
+
+    def reader(self, optimizer: Any) -> Reader:
+        """What is kept for ``optimizer``."""
+        found = self._readers.get(optimizer)
+        if found is None:
+            found = self._readers[optimizer] = Reader()
+        return found
+
+    # -- told by the patches -------------------------------------------------------------------
+
+    def add(self, delivery: Delivery, data: Any) -> None:
+        """A loader has delivered ``data``."""
+        iteration: Iteration = delivery.iteration
+        if not iteration.readers:
+            self.others += 1
+            self.other = delivery
+            return
+        self.serial += 1
+        delivery.serial = self.serial
+        delivery.tensors = [weakref.ref(tensor) for tensor in _tensors(data, _DEPTH)]
+        if len(self._recent) == _TENSORS_KEPT_OF:
+            self._recent[0].tensors = ()
+        self._recent.append(delivery)
+        for reader in iteration.readers:
+            reader.add(delivery)
+            self.unclear = self.unclear or reader.fresh or len(reader.pending) > 1
+
+    def declare(self, people: int) -> None:
+        """The user says how many people the batch at hand has."""
+        self.serial += 1
+        delivery = Delivery(DECLARED, people, people)
+        delivery.serial = self.serial
+        self._declared.append(delivery)
+
+    def stop(self) -> None:
+        """Loaders are not observed any more: what they deliver is not known from now on."""
+        for reader in (self.untied, *self._readers.values()):
+            reader.forget()
+
+    # -- asked by the audit --------------------------------------------------------------------
+
+    def steps(self, optimizer: Any) -> Reader:
+        """``optimizer`` is one of those that take steps; what is kept for it."""
+        self._steppers.add(optimizer)
+        return self.reader(optimizer)
+
+    def pending(self, reader: Reader) -> list[Delivery]:
+        """Private batches that were not used yet, in the order of their delivery."""
+        untied = self.untied.pending
+        if not untied:
+            return list(reader.pending)
+        if len(self._steppers) > 1:
+            self.others += len(untied)
+            self.other = untied[-1]
+            self.untied.forget()
+            return list(reader.pending)
+        return sorted((*reader.pending, *untied), key=lambda delivery: delivery.serial or 0)
+
+    def lost(self, reader: Reader) -> bool:
+        """Whether batches that may yet be used had to be forgotten."""
+        return reader.lost or self.untied.lost
+
+    def declared(self, reader: Reader) -> list[Delivery]:
+        """Declared batches that were not used yet."""
+        if not self._declared:
+            return []
+        return [d for d in self._declared if (d.serial or 0) > reader.declared_until]
+
+    def use(self, reader: Reader, used: Delivery) -> None:
+        """A batch was taken; those before it are not waited for any more, but may come later."""
+        reader.fresh = self.untied.fresh = False
+        serial = used.serial or 0
+        if used.iteration is DECLARED:
+            reader.declared_until = serial
+            reader.last = None
+            return
+        reader.last, used.used = used, True
+        if used in reader.passed:
+            reader.passed.remove(used)
+            return
+        for queue in (reader.pending, self.untied.pending):
+            while queue and (queue[0].serial or 0) <= serial:
+                left = queue.popleft()
+                if not left.used and left.skip is None:
+                    reader.passed.append(left)
+        if not reader.pending and not self.untied.pending:
+            reader.lost = self.untied.lost = False
+
+    def drop(self, optimizer: Any, gone: Iterable[Delivery]) -> None:
+        """These batches will not be used by ``optimizer``."""
+        reader, wanted = self.reader(optimizer), set(map(id, gone))
+        reader.pending = deque(d for d in reader.pending if id(d) not in wanted)
+
+    def forget(self, reader: Reader) -> None:
+        """Nothing delivered so far counts for this optimizer any more."""
+        reader.forget()
+        self.untied.forget()
+        reader.declared_until = self.serial
+
+    def rest(self) -> None:
+        """A step has taken what it could: what waits now makes the next one unclear."""
+        readers = (self.untied, *self._readers.values())
+        self.unclear = any(reader.pending for reader in readers)
+
+    def meet(self, serials: Collection[int | None]) -> bool:
+        """A step has had calls of these private batches; whether one before it had of any.
+
+        Of the last few batches. That a step had as many rows says less: it may have been of other
+        samples, which are nobody's.
+        """
+        met = [delivery for delivery in tuple(self._recent) if delivery.serial in serials]
+        before = any(delivery.met for delivery in met)
+        for delivery in met:
+            delivery.met = True
+        return before
+
+    def origin(self, inputs: Iterable[Any]) -> int | None:
+        """Serial of the private batch in whose memory the inputs of a call lie, if they do."""
+        for value in inputs:
+            if isinstance(value, torch.Tensor) and value.numel():
+                for delivery in tuple(self._recent):  # other threads draw as well
+                    if delivery.holds(value):
+                        return delivery.serial
+        return None
+
+
+def _tensors(data: Any, depth: int) -> list[torch.Tensor]:
+    """The tensors in a batch, as far as it is made of lists, tuples and mappings."""
+    if isinstance(data, torch.Tensor):
+        return [data]
+    if isinstance(data, Mapping):
+        data = list(data.values())
+    if not depth or not isinstance(data, (list, tuple)):
+        return []
+    if all(isinstance(value, torch.Tensor) for value in data):
+        return list(data)
+    return [tensor for value in data for tensor in _tensors(value, depth - 1)]

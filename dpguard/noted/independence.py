@@ -1,0 +1,126 @@
+"""Whether drawing a person depends on what was drawn before, told by bets against it.
+
+In Poisson sampling each of ``n`` people is in a batch with the probability ``q``, whatever else
+happens. So whoever bets at fair odds on what is in the next batch wins nothing in the mean. To draw
+some people less often than that, or never, is no less private, and odds are those at which that
+wins nothing either. Bets are made on what other ways to draw have in common:
+
+* none of those comes that the pass over the data has had (batches of shuffled data): of the ways to
+  choose ``k`` of ``n`` people, those without ``s`` of them;
+* the batch is as large as the one before (batches of one size), at the odds of the population and
+  the rate, at most ``q``, that make that most probable;
+* those come again that were in each of the last few batches (somebody who always takes part);
+* twice as many of the last batch come again as expected (some are drawn more often than others);
+* who was drawn more often than others so far will be, see :mod:`dpguard.noted.frequency`.
+
+By Ville's inequality a capital that is multiplied by fair odds ever reaches ``1 / alpha`` with a
+probability of at most ``alpha``; so does a mean of several, and one that is invested bit by bit,
+for what goes wrong in mid-run: with the ``k``-th batch comes ``1 / (k (k + 1))`` of it, as in
+:mod:`dpguard.audit.spread`. Samplers that leave empty batches out draw others more often, by one
+over the probability that a batch is not empty, which is taken off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from dpguard.noted.frequency import Frequencies
+from dpguard.noted.log_sums import log_sum
+
+__all__ = ["Independence"]
+
+_BETS = 6
+
+
+class Independence:
+    """The evidence that one sampler's batches are not drawn independently.
+
+    Kept are the people of the pass at hand, a byte for each, and how often each was drawn.
+    """
+
+    def __init__(self) -> None:
+        self._pass: int | None = None
+        self._seen = bytearray()
+        self._count_seen = 0
+        self._last: set[int] | None = None
+        self._steady: set[int] = set()
+        self._batches = 0
+        self._frequencies = Frequencies(0, 0.0)
+        self._capital = [-math.inf] * _BETS
+
+    def take(self, batch: Sequence[int], count: int, rate: float, in_pass: int) -> float:
+        """A batch was drawn from ``count`` people at ``rate``, between 0 and 1.
+
+        Returns:
+            The logarithm of what fair bets have made of a capital of 1.
+        """
+        people = set(batch)
+        if in_pass != self._pass:
+            self._pass = in_pass
+            self._seen, self._count_seen = bytearray(), 0
+            self._last, self._steady = None, set()
+        if self._frequencies.declared != (count, rate):
+            self._frequencies = Frequencies(count, rate)
+        odds = (*self._odds(people, count, rate), *self._frequencies.take(people))
+        self._remember(people)
+        self._batches += 1
+        added = -math.log(self._batches * (self._batches + 1))
+        fair = math.log1p(-((1 - rate) ** count)) if count else 0.0
+        self._capital = [
+            fair + more + log_sum((own, added))
+            for own, more in zip(self._capital, odds, strict=True)
+        ]
+        return log_sum(self._capital) - math.log(_BETS)
+
+    def _odds(self, people: set[int], count: int, rate: float) -> tuple[float, ...]:
+        """Logarithms of what each bet pays for one."""
+        if self._last is None:
+            return (0.0,) * 4
+        seen, size = self._seen, len(self._last)
+        none_again = not any(person < len(seen) and seen[person] for person in people)
+        again = len(people & self._last)
+        more = min(2 * rate, (1 + rate) / 2)
+        return (
+            _half(none_again, _log_apart(len(people), self._count_seen, count)),
+            _half(len(people) == size, _log_of_size(size, rate)),
+            _half(self._steady <= people, len(self._steady) * math.log(rate)),
+            again * math.log(more / rate) + (size - again) * math.log((1 - more) / (1 - rate)),
+        )
+
+    def _remember(self, people: set[int]) -> None:
+        self._last = people
+        self._steady = (self._steady & people) or people
+        most = max(people, default=-1)
+        if most >= len(self._seen):
+            self._seen.extend(bytes(most + 1 - len(self._seen)))
+        for person in people:
+            self._count_seen += not self._seen[person]
+            self._seen[person] = 1
+
+
+def _half(won: bool, log_chance: float) -> float:
+    """What half of a capital that is put on an event pays, with the half that is kept."""
+    return math.log(0.5) + (log_sum((0.0, -log_chance)) if won else 0.0)
+
+
+def _log_apart(size: int, named: int, count: int) -> float:
+    """Logarithm of the probability that of ``size`` people among ``count`` none is a named one."""
+    if size + named > count:
+        return 0.0  # people that nobody has counted
+    return (
+        math.lgamma(count - named + 1)
+        - math.lgamma(count - named - size + 1)
+        - math.lgamma(count + 1)
+        + math.lgamma(count - size + 1)
+    )
+
+
+def _log_of_size(size: int, rate: float) -> float:
+    """At most what the logarithm of the probability of this size is, however many people there are.
+
+    The sum of independent draws is narrowest if all have the largest rate and there are ``size /
+    rate`` people; a half more is added to what that density is at its peak.
+    """
+    variance = max(size * (1 - rate), 1 / (2 * math.pi))
+    return min(0.0, math.log(1.5) - 0.5 * math.log(2 * math.pi * variance))

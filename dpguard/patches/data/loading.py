@@ -1,0 +1,227 @@
+"""Data loaders: how many people each batch has, and whose training it is for.
+
+Nothing is changed and no data is looked at: counted are the indices that a batch sampler draws.
+Workers draw ahead; a batch is met again by its number when it is delivered.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import wrapt
+
+from dpguard import _compat
+from dpguard.identity import IdentityMap, IdentitySet
+from dpguard.interrupts import let_through
+from dpguard.noted.datasets import repeated_places
+from dpguard.noted.deliveries import Deliveries, Delivery, Iteration
+from dpguard.noted.ledger import Ledger
+from dpguard.noted.poisson import Rate
+from dpguard.patching import Transaction
+
+__all__ = ["LoadingPatch"]
+
+_DEPTH = 4
+"""How many samplers may be wrapped in one another."""
+
+
+class LoadingPatch:
+    """Observes every iterator of a torch data loader.
+
+    Args:
+        deliveries: is told what was delivered.
+        ledger: knows the last private batch, for the calls that are made then.
+        watch: has calls noted while it is unclear which batch they have seen.
+        report: is given the name of a part and the error that has switched it off.
+    """
+
+    def __init__(
+        self,
+        deliveries: Deliveries,
+        ledger: Ledger,
+        watch: Callable[[], None],
+        report: Callable[[str, Exception], None],
+    ) -> None:
+        self._deliveries = deliveries
+        self._ledger = ledger
+        self._watch = watch
+        self._report = report
+        self._active = True
+        self._iterations: IdentityMap[Iteration] = IdentityMap()
+        self._ties: IdentityMap[IdentitySet] = IdentityMap()
+        self._engines: set[type] = set()
+        self._rates: IdentityMap[Rate] = IdentityMap()
+        self.tags: IdentityMap[list[Delivery]] = IdentityMap()
+        """For each optimizer with a splitting loader the batches its skip signals stand for."""
+
+    def install(self, transaction: Transaction) -> None:
+        """Patch iterators of loaders and ``make_private``; again after a reload of Opacus."""
+        engine = _compat.engine_class()
+        if engine not in self._engines:
+            original = vars(engine)["make_private"]
+            wrapper = wrapt.FunctionWrapper(original, self._make_private)
+            transaction.patch(engine, "make_private", wrapper)
+        if not self._engines:
+            transaction.on_undo("observed loaders", self._stop)
+            iterator = _compat.loader_iterator_class()
+            transaction.patch(iterator, "_next_index", self._drawing(vars(iterator)["_next_index"]))
+            transaction.patch(iterator, "__next__", self._delivering(vars(iterator)["__next__"]))
+        self._engines.add(engine)
+
+    def _stop(self) -> None:
+        self._active = False
+        self._iterations.clear()
+
+    # -- the patches ---------------------------------------------------------------------------
+
+    def _drawing(self, original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        @functools.wraps(original)
+        def next_index(iterator: Any) -> Any:
+            index = original(iterator)
+            if self._active:
+                self._guarded(self._drawn, iterator, index)
+            return index
+
+        return next_index
+
+    def _delivering(self, original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        @functools.wraps(original)
+        def deliver(iterator: Any) -> Any:
+            try:
+                data = original(iterator)
+            except StopIteration:
+                iteration = self._iterations.get(iterator)
+                if iteration is not None:
+                    iteration.finished = True
+                raise
+            if self._active:
+                self._guarded(self._delivered, iterator, data)
+            return data
+
+        return deliver
+
+    def _make_private(self, wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
+        result = wrapped(*args, **kwargs)
+        if self._active:
+            self._guarded(self._tie, result)
+        return result
+
+    def _guarded(self, function: Callable[..., None], *args: Any) -> None:
+        """Run a part of ours; an error of its own does not reach the host."""
+        try:
+            function(*args)
+        except Exception as error:  # noqa: BLE001 - the host goes on without this part
+            let_through(error)
+            self._active = False
+            self._deliveries.stop()
+            self._report("loading", error)
+
+    # -- what they do --------------------------------------------------------------------------
+
+    def _tie(self, result: Any) -> None:
+        """The loader that ``make_private`` returns last is for the optimizer it returns second."""
+        optimizer, loader = result[1], result[-1]
+        sampler = getattr(loader, "batch_sampler", None)
+        if sampler is not None and _is_key(sampler):
+            self._ties.setdefault(sampler, IdentitySet()).add(optimizer)
+        if isinstance(sampler, _compat.uniform_samplers()):
+            dataset = loader.dataset
+            if type(dataset).__weakrefoffset__:
+                self._deliveries.reader(optimizer).dataset = weakref.ref(dataset)
+
+    def _drawn(self, iterator: Any, index: Any) -> None:
+        number = _compat.drawn_number(iterator)
+        iteration = self._iterations.get(iterator)
+        if iteration is None or _compat.begins_pass(iterator):
+            iteration = self._iterations[iterator] = self._begin(iterator)
+        people = len(index) if iteration.counts and hasattr(index, "__len__") else None
+        rows = 1 if people == 0 and iteration.fills else people
+        drawn_by = iteration.sampler() if iteration.sampler is not None else None
+        rate = None if drawn_by is None else float(drawn_by.sample_rate)
+        delivery = iteration.drawn[number] = Delivery(iteration, people, rows, rate)
+        splitter = iteration.splitter() if iteration.splitter is not None else None
+        if splitter is None:
+            self._note(delivery, drawn_by, index, iterator._dataset)
+        else:
+            signals = _compat.skip_signals(splitter)
+            if signals:
+                delivery.skip, delivery.logical = bool(signals[-1]), iteration.logical
+                iteration.logical += not delivery.skip
+                iteration.parts.extend(_numbers(index) if people else ())
+                if not delivery.skip:
+                    self._note(delivery, drawn_by, iteration.parts, iterator._dataset)
+                    iteration.parts = []
+                self.tags.setdefault(splitter, []).append(delivery)
+
+    def _note(self, delivery: Delivery, sampler: Any, indices: Any, dataset: Any) -> None:
+        """What a whole batch of Poisson sampling tells of how it was drawn."""
+        count = getattr(sampler, "num_samples", None)
+        if delivery.people is None or delivery.rate is None or not isinstance(count, int):
+            return
+        if not _is_key(sampler):
+            return
+        rate = self._rates.get(sampler)
+        if rate is None:
+            rate = self._rates[sampler] = Rate(repeated_places(dataset))
+        number = delivery.iteration.number
+        delivery.drawn = rate.draw(indices, count, delivery.rate, number)
+
+    def _delivered(self, iterator: Any, data: Any) -> None:
+        iteration = self._iterations.get(iterator)
+        if iteration is None:
+            return
+        delivery = iteration.drawn.pop(_compat.delivered_number(iterator), None)
+        if delivery is None or delivery.people is None:
+            return
+        self._deliveries.add(delivery, data)
+        self._ledger.drawn = self._deliveries.serial
+        if self._deliveries.unclear:
+            self._watch()
+
+    def _begin(self, iterator: Any) -> Iteration:
+        """A pass begins: find out whose batches these are."""
+        optimizers: list[Any] = []
+        uniform, splitter = None, None
+        splitting = _compat.splitting_sampler()
+        for sampler in _chain(iterator._index_sampler):
+            if splitting is not None and isinstance(sampler, splitting):
+                splitter = sampler.optimizer
+                optimizers.append(splitter)
+            if _is_key(sampler):
+                optimizers.extend(self._ties.get(sampler, ()))
+            if isinstance(sampler, _compat.uniform_samplers()):
+                uniform = sampler
+        readers = [self._deliveries.reader(o) for o in {id(o): o for o in optimizers}.values()]
+        if uniform is not None and not readers:
+            readers = [self._deliveries.untied]
+        return Iteration(
+            readers,
+            id(iterator._dataset),
+            counts=_compat.counts_people(iterator),
+            fills=_compat.rows_for_nobody(iterator),
+            splitter=splitter,
+            sampler=uniform,
+            orderly=_compat.is_orderly(iterator._index_sampler),
+        )
+
+
+def _numbers(indices: Any) -> Any:
+    return indices.tolist() if hasattr(indices, "tolist") else indices
+
+
+def _chain(sampler: Any) -> Iterator[Any]:
+    """A sampler and those that it wraps."""
+    for _ in range(_DEPTH):
+        if sampler is None:
+            return
+        yield sampler
+        own = getattr(sampler, "__dict__", {})
+        sampler = own.get("batch_sampler", own.get("sampler"))
+
+
+def _is_key(sampler: Any) -> bool:
+    """Whether it can be remembered without keeping it alive."""
+    return bool(type(sampler).__weakrefoffset__)

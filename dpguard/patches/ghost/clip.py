@@ -1,0 +1,175 @@
+"""Ghost clipping: the factors by which the losses of the second backward are multiplied.
+
+Opacus asks the model for them, by ``get_clipping_coef()``, once the norms are known. That is seen
+here, whoever has written it, and where it is due the rule is tried on norms that are made up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from dpguard import _compat
+from dpguard.audit.rewinding import as_it_was
+from dpguard.audit.sensitivity import Unproved, person_and_others
+from dpguard.interrupts import let_through
+from dpguard.noted.ledger import Ledger
+from dpguard.patching import ABSENT
+
+__all__ = ["Factors", "watch"]
+
+_RULE = "get_clipping_coef"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What is known of the factors of one batch.
+
+    Attributes:
+        hooks: has computed the factors.
+        people: number of factors.
+        bound: the clip bound that the noise will be made for.
+        dtype: precision of the factors.
+        rule: what tells this rule from others.
+        sensitivity: if the rule was tried, by how many bounds one person can move its sum.
+        unproved: it was to be tried, and could not.
+    """
+
+    hooks: weakref.ref[Any]
+    people: int
+    bound: Any
+    dtype: torch.dtype
+    rule: Any
+    sensitivity: torch.Tensor | None = None
+    unproved: bool = False
+
+    def joined(self, other: Factors) -> Factors | None:
+        """What is known of both batches together, if they were clipped alike and not tried."""
+        if any(f.sensitivity is not None or f.unproved for f in (self, other)):
+            return None
+        alike = self.hooks() is other.hooks() and self.rule == other.rule
+        if not (
+            alike and self.dtype is other.dtype and _compat.is_same_number(self.bound, other.bound)
+        ):
+            return None
+        return replace(self, people=self.people + other.people)
+
+
+@contextlib.contextmanager
+def watch(
+    loss: Any, ledger: Ledger, guarded: Callable[..., None], *, repairs: bool
+) -> Iterator[None]:
+    """Note the factors that are asked for while the two backwards of ``loss`` run.
+
+    Args:
+        loss: of Opacus's ghost clipping.
+        ledger: where they are noted.
+        guarded: runs a part of ours, whose own errors do not reach the host.
+        repairs: whether bounds that differ are brought in line (``repair``, ``strict``).
+    """
+    hooks, optimizer = loss.module, loss.optimizer
+    own = vars(hooks)
+    before = own.get(_RULE, ABSENT)
+    original = getattr(hooks, _RULE, None)
+    if original is None:
+        yield
+        return
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if own.get(_RULE) is call:
+            _restore(own, before)
+        tried: list[Any] = []
+        # Whoever repairs has the noise follow the bound that is clipped to.
+        bound = hooks.max_grad_norm if repairs else optimizer.max_grad_norm
+        rule = _compat.code_of(hooks, _RULE), _compat.is_same_number(hooks.max_grad_norm, bound)
+        type(hooks).get_norm_sample(hooks)  # norms are settled before any are made up
+        trial = ledger.tries_clipping and ledger.tries_clipping(hooks, rule)
+        if trial is not None:
+            guarded(lambda: tried.append(_try(hooks, bound, original, trial)))
+        factors = original(*args, **kwargs)
+        if isinstance(factors, torch.Tensor) and factors.dim() == 1:
+            found = tried[0] if tried else None
+            ledger.note_factors(
+                Factors(
+                    weakref.ref(hooks),
+                    len(factors),
+                    bound,
+                    factors.dtype,
+                    rule,
+                    found if isinstance(found, torch.Tensor) else None,
+                    unproved=found is Unproved,
+                )
+            )
+        return factors
+
+    own[_RULE] = call
+    try:
+        yield
+    finally:
+        if own.get(_RULE) is call:
+            _restore(own, before)
+
+
+def _restore(own: dict[str, Any], before: Any) -> None:
+    if before is ABSENT:
+        del own[_RULE]
+    else:
+        own[_RULE] = before
+
+
+@torch.no_grad()
+def _try(hooks: Any, bound: Any, rule: Callable[[], Any], turn: int) -> Any:
+    """By how many bounds one person can move the sum at worst; ``Unproved`` if it cannot be told.
+
+    The rows of the others may all point in one direction. Then what changes of their factors adds
+    up, and the person's own row comes on top.
+    """
+    parameters = [p for p in hooks.trainable_parameters if hasattr(p, "_norm_sample")]
+    if not parameters or _compat.is_distributed() or not isinstance(bound, (int, float)):
+        return None
+    held = [p._norm_sample for p in parameters]
+    count, device = len(held[0]), held[0].device
+    if count < 2:  # noqa: PLR2004 - nobody else is there
+        return None
+    most = min(torch.finfo(norm.dtype).max for norm in held)
+    person, norms = person_and_others(count, turn)
+    norms = (bound * norms).clamp(max=most / 4).to(device)
+    with as_it_was(hooks, (), device) as rewind:
+        try:
+            everyone, all_norms = _asked(hooks, rule, parameters, held, norms)
+            rewind()
+            norms[person] = 0
+            others, _ = _asked(hooks, rule, parameters, held, norms)
+        except Exception as error:  # noqa: BLE001 - whatever the user's code may raise
+            let_through(error)
+            return Unproved
+        finally:
+            for parameter, norm in zip(parameters, held, strict=True):
+                parameter._norm_sample = norm
+    if everyone.shape != all_norms.shape or others.shape != all_norms.shape:
+        return Unproved
+    moved = (everyone - others) * all_norms
+    moved[person] = 0
+    return (moved.sum().abs() + everyone[person] * all_norms[person]) / bound
+
+
+def _asked(
+    hooks: Any,
+    rule: Callable[[], Any],
+    parameters: list[Any],
+    held: list[torch.Tensor],
+    norms: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors for these norms of the whole gradient, and the norms as the rule sees them."""
+    share = len(parameters) ** -0.5
+    for parameter, norm in zip(parameters, held, strict=True):
+        parameter._norm_sample = (norms * share).to(norm.dtype).to(norm.device)
+    factors = rule()
+    if not isinstance(factors, torch.Tensor):
+        raise TypeError("factors are a tensor")
+    return factors.double(), type(hooks).get_norm_sample(hooks).double()

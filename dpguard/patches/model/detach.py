@@ -1,0 +1,125 @@
+"""``Tensor.detach``: say which line cut which modules off.
+
+The patched functions repair nothing. Pairing in :mod:`dpguard.patches.model.grad_sample` already
+makes a cut equal to a forward under ``torch.no_grad()``; here the cut is attributed to the line
+that made it. From the detached tensor the graph is walked back to the nearest recorded calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from dpguard import _callsite, _compat
+from dpguard.interrupts import let_through
+from dpguard.noted.ledger import CallKey, Ledger, Tally
+from dpguard.patches.wrapping import TransparentWrapper
+from dpguard.patching import Transaction
+
+__all__ = ["TALLY", "install"]
+
+TALLY = "dpguard.tally"
+"""Key in a node's metadata under which the tally of its module call stands."""
+
+_NODES_WALKED_AT_MOST = 20_000
+_CUTS_KNOWN_AT_MOST = 1_024
+_autograd = _compat.autograd()
+_inside_transform = _compat.transform_test()
+
+
+class _StableWrapper(TransparentWrapper):
+    """One object and not one for each access, if asked for as an attribute of the class."""
+
+    def __get__(self, instance: Any, owner: type[Any] | None = None) -> Any:
+        return self if instance is None else super().__get__(instance, owner)
+
+
+def install(transaction: Transaction, ledger: Ledger, report: Callable[[Exception], None]) -> None:
+    """Patch ``Tensor.detach``, ``Tensor.detach_``, ``torch.detach`` and ``torch.detach_``.
+
+    Args:
+        transaction: remembers how to undo it.
+        ledger: is told of each cut.
+        report: is given an internal error, after which attribution is switched off.
+    """
+    attribution = _Attribution(ledger, report)
+    stable = _compat.compiled_code_knows_methods_by_identity()
+    cls = _StableWrapper if stable else TransparentWrapper
+    for owner, prefix in ((torch.Tensor, "Tensor."), (torch, "torch.")):
+        for name in ("detach", "detach_"):
+            original = vars(owner)[name]
+            # Idle, this costs no call of Python: wrapt sees that the dictionary is empty.
+            enabled: Any = ledger.open_calls
+            wrapper = cls(original, attribution.wrapper(prefix + name), enabled)
+            transaction.patch(owner, name, wrapper)
+    transaction.on_undo("detach attribution", attribution.stop)
+
+
+class _Attribution:
+    def __init__(self, ledger: Ledger, report: Callable[[Exception], None]) -> None:
+        self._ledger = ledger
+        self._report = report
+        self._on = True
+        self._known: dict[tuple[str, tuple[CallKey, ...]], frozenset[CallKey]] = {}
+
+    def stop(self) -> None:
+        self._on = False
+
+    def wrapper(self, api: str) -> Callable[..., Any]:
+        def detach(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+            self._attribute(api, instance, args, kwargs)
+            return wrapped(*args, **kwargs)
+
+        return detach
+
+    def _attribute(self, api: str, instance: Any, args: Any, kwargs: Any) -> None:
+        tensor = instance if isinstance(instance, torch.Tensor) else None
+        if tensor is None:
+            tensor = args[0] if args else kwargs.get("input")
+        if not self._on or not isinstance(tensor, torch.Tensor) or _inside_transform():
+            return
+        try:
+            if tensor.grad_fn is None or not torch.is_grad_enabled():
+                return
+            if _autograd.graph_task_id() == -1:
+                self._note(api, tensor)
+        except Exception as error:  # noqa: BLE001 - detach itself must go on
+            let_through(error)
+            self._on = False
+            self._report(error)
+
+    def _note(self, api: str, tensor: torch.Tensor) -> None:
+        frontier = tuple(_calls_above(tensor.grad_fn, stop_at_call=True))
+        if not frontier:
+            return
+        site = _callsite.caller()
+        if site is None:
+            return
+        known = (site, frontier)
+        upstream = self._known.get(known)
+        if upstream is None:
+            upstream = frozenset(_calls_above(tensor.grad_fn, stop_at_call=False))
+            if len(self._known) >= _CUTS_KNOWN_AT_MOST:
+                self._known.clear()
+            self._known[known] = upstream
+        self._ledger.cut(site, api, upstream)
+
+
+def _calls_above(start: Any, *, stop_at_call: bool) -> Iterator[CallKey]:
+    """The recorded calls in the graph above a node; with ``stop_at_call`` the nearest only."""
+    stack = [start]
+    seen = {start}
+    found: dict[CallKey, None] = {}
+    while stack and len(seen) <= _NODES_WALKED_AT_MOST:
+        node = stack.pop()
+        tallies: list[Tally] = node.metadata.get(TALLY, [])
+        found.update((tally.key, None) for tally in tallies)
+        if tallies and stop_at_call:
+            continue
+        for above, _ in node.next_functions:
+            if above is not None and above not in seen:
+                seen.add(above)
+                stack.append(above)
+    yield from found

@@ -1,0 +1,99 @@
+"""Modules without a registered grad sampler: functorch replays them, as they were when called.
+
+Opacus copies such a module when the model is wrapped and replays the copy ever after: with the
+training mode, the attributes and the user's hooks of that time. Here each call takes an outline
+of the module, which costs no memory, and Opacus's own functorch sampler replays that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+from dpguard import _compat
+from dpguard.noted.precision import autocast_of, note_precision
+from dpguard.patching import ABSENT
+
+__all__ = ["outline", "replay"]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def outline(module: torch.nn.Module) -> torch.nn.Module:
+    """A module with the attributes of ``module`` as they are now, without data and hooks.
+
+    The inputs of a call are recorded after the user's forward-pre hooks and its output before
+    the forward hooks, so the replay must not run them.
+    """
+    return _outline(module, {})
+
+
+def _outline(module: torch.nn.Module, memo: dict[int, Any]) -> torch.nn.Module:
+    """``memo`` keeps what is shared inside of the module shared in the outline."""
+    found: torch.nn.Module | None = memo.get(id(module))
+    if found is None:
+        found = memo[id(module)] = object.__new__(type(module))
+        state = dict(module.__dict__)
+        for name in _HOOKS:
+            state[name] = type(state[name])()
+        state["_parameters"] = {
+            name: None if p is None else _shape_of(p, memo)
+            for name, p in module._parameters.items()
+        }
+        state["_modules"] = {
+            name: None if child is None else _outline(child, memo)
+            for name, child in module._modules.items()
+        }
+        # Opacus deep-copies what it is given; its replay may leave the copy in disorder (functorch
+        # does not put back parameters that are shared), and one call may be replayed twice.
+        state["__deepcopy__"] = lambda _memo, made=found: outline(made)
+        found.__dict__.update(state)
+    return found
+
+
+def _shape_of(parameter: torch.nn.Parameter, memo: dict[int, Any]) -> torch.nn.Parameter:
+    found: torch.nn.Parameter | None = memo.get(id(parameter))
+    if found is None:
+        empty = torch.empty_like(parameter, device="meta")
+        found = memo[id(parameter)] = torch.nn.Parameter(empty, parameter.requires_grad)
+    return found
+
+
+def replay(
+    sampler: Any,
+    module: torch.nn.Module,
+    outlined: torch.nn.Module,
+    arranged: tuple[list[Any], torch.Tensor],
+    *,
+    batch_first: bool,
+    cast: torch.dtype | None,
+) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """The rows that Opacus's functorch ``sampler`` computes for ``module`` as it was outlined.
+
+    Under the autocast of the call (``cast``, if it was on), not that of the backward. The rows are
+    then as precise as that, whatever their dtype is.
+    """
+    prepare: Any = _compat.replay_preparer()
+    prepare(outlined, batch_first=batch_first)
+    own = module.__dict__
+    original = own.get(_compat.REPLAY, ABSENT)
+    own[_compat.REPLAY] = outlined.__dict__[_compat.REPLAY]
+    now, device = autocast_of(arranged[1]), arranged[1].device.type
+    as_called: Any = contextlib.nullcontext()
+    if now is not cast:
+        as_called = torch.autocast(device, cast, enabled=cast is not None, cache_enabled=False)
+    try:
+        with as_called:
+            rows: dict[torch.nn.Parameter, torch.Tensor] = sampler(module, *arranged)
+    finally:
+        if original is ABSENT:
+            del own[_compat.REPLAY]
+        else:
+            own[_compat.REPLAY] = original
+    coarse = cast or now  # autograd's own products are under the backward's
+    if coarse is not None:
+        for found in rows.values():
+            note_precision(found, coarse)
+    return rows

@@ -1,0 +1,167 @@
+"""What a model computes over the batch while it trains: batch statistics, buffers of its own.
+
+BatchNorm in training mode makes each sample's output depend on all others, so that a clipped row no
+longer bounds what one person changes. Buffers that are updated from samples leave the mechanism
+altogether. Opacus's validator looks at the kinds of layers before training; here it is noted what
+is really used. Only models that have such parts get hooks.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.modules import batchnorm
+
+if TYPE_CHECKING:
+    from dpguard.noted.ledger import Ledger
+
+__all__ = ["Inert", "is_ours", "watch"]
+
+_FIRST = 3
+_EVERY = 50
+
+
+def watch(model: torch.nn.Module, ledger: Ledger, prefix: str = "") -> list[Callable[[], None]]:
+    """Hook the parts of ``model`` that could use more than one sample.
+
+    Args:
+        model: a hooked model, or a part that is added to it.
+        ledger: has the :class:`~dpguard.noted.batches.Batches` where it is noted.
+        prefix: qualified name of the part.
+
+    Returns:
+        Functions that undo it.
+    """
+    undo: list[Callable[[], None]] = []
+    root = weakref.ref(model)
+    for name, module in model.named_modules(prefix=prefix):
+        if isinstance(module, batchnorm._BatchNorm):
+            normalising = _Normalising(ledger, root, name)
+            undo.append(module.register_forward_pre_hook(normalising.before).remove)
+            undo.append(module.register_forward_hook(normalising).remove)
+    if _buffers_of(model):
+        buffered = _Buffered(ledger, root, prefix)
+        undo.append(model.register_forward_pre_hook(buffered.before).remove)
+        undo.append(model.register_forward_hook(buffered).remove)
+    return undo
+
+
+class _Hook:
+    """A forward hook with a hook before it; in a pickle it does nothing."""
+
+    def __init__(self, ledger: Ledger, root: weakref.ref[torch.nn.Module], name: str) -> None:
+        self.ledger, self.root, self.name = ledger, root, name
+
+    def before(self, module: torch.nn.Module, args: Any) -> None:
+        """The module is about to run."""
+
+    def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        """It has run."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook | Inert:
+        root = self.root()
+        whole = memo.get(id(root)) if root is not None else None
+        copied: _Hook | Inert = Inert()  # a part that is copied by itself is in no model
+        if whole is not None:
+            copied = type(self)(self.ledger, weakref.ref(whole), self.name)
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce__(self) -> Any:
+        return (Inert, ())
+
+
+class Inert:
+    """What a hook of ours is in a pickle, or in a copy of a part alone."""
+
+    def before(self, _module: torch.nn.Module, _args: Any) -> None:
+        """Do nothing."""
+
+    def __call__(self, _module: torch.nn.Module, _args: Any, _output: Any) -> None:
+        """Do nothing."""
+
+
+def is_ours(hook: Any) -> bool:
+    """Whether a hook is one of these, or what is left of one."""
+    return isinstance(getattr(hook, "__self__", hook), (_Hook, Inert))
+
+
+class _Normalising(_Hook):
+    """At a BatchNorm: does it use statistics of the batch?"""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._version = 0
+
+    def before(self, module: torch.nn.Module, args: Any) -> None:  # noqa: ARG002
+        self._version = _version(module)
+
+    def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
+        noted = self.ledger.batches.normalised
+        if not torch.is_grad_enabled() or noted.has(self.root(), self.name):
+            return
+        shape = getattr(args[0] if args else None, "shape", (2,))
+        if len(shape) and shape[0] < 2:  # noqa: PLR2004 - one sample alone
+            return
+        if type(module).forward.__module__ == batchnorm.__name__:
+            used = module.training or module.running_mean is None
+        else:
+            # A forward of somebody's own: it has if it has updated its running statistics.
+            used = _version(module) != self._version or (
+                module.training and module.running_mean is None
+            )
+        if used:
+            noted.note(self.root(), self.name)
+
+
+def _version(module: torch.nn.Module) -> int:
+    return sum(b._version for b in module._buffers.values() if b is not None)
+
+
+class _Buffered(_Hook):
+    """At a model: which buffers does a forward in training mode change?"""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._calls = 0
+        self._seen: dict[str, tuple[int, int]] | None = None
+
+    def before(self, module: torch.nn.Module, args: Any) -> None:  # noqa: ARG002
+        self._seen = None
+        if module.training and torch.is_grad_enabled():
+            self._calls += 1
+            if self._calls <= _FIRST or self._calls % _EVERY == 0:
+                self._seen = _buffers_of(module)
+
+    def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
+        seen, self._seen = self._seen, None
+        if seen is not None:
+            now = _buffers_of(module)
+            for name in now:
+                if now[name] != seen.get(name, now[name]):
+                    whole = f"{self.name}.{name}" if self.name else name
+                    self.ledger.batches.buffers.note(self.root(), whole)
+
+
+def _buffers_of(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    """Identity and version of each buffer that could hold something about samples.
+
+    Not those of BatchNorm, which has a check of its own; vectors of spectral norm, which follow
+    from the weights; counters; and caches, which are left out of the model's state.
+    """
+    found = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, batchnorm._BatchNorm) or type(module).__name__ == "_SpectralNorm":
+            continue
+        for name, buffer in module._buffers.items():
+            if (
+                buffer is not None
+                and buffer.is_floating_point()
+                and name not in module._non_persistent_buffers_set
+                and not name.endswith(("_u", "_v"))
+            ):
+                found[f"{prefix}.{name}" if prefix else name] = (id(buffer), buffer._version)
+    return found

@@ -1,0 +1,140 @@
+"""Skip signals: each physical batch of ``BatchMemoryManager`` meets its own.
+
+The sampler tells the optimizer of each physical batch that it draws whether another one of the
+same logical batch follows, and the optimizer takes one signal in each step. A batch that is drawn
+and never stepped (a ``continue`` in the loop, a ``break`` while workers had drawn ahead) leaves its
+signal behind: all later ones are off by one for good, logical batches end in the middle and are
+merged with parts of others under one noise draw.
+
+Here the signals of batches that were left out are taken out of the queue, which is exact: the
+logical batch goes on with those of its physical batches that there are. When the *last* one of a
+logical batch is left out after others were summed, no step can finish it any more, and the next
+one would merge two logical batches: that is refused.
+
+Which of several delivered batches is in hand? A loop takes each as it is delivered. A loader that
+is wrapped to fetch ahead delivers a constant number before the one that is used; it is learned in
+the first step of each pass, where the number of rows can tell, and else nothing is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dpguard import _compat, diagnosis
+from dpguard.identity import IdentityMap
+from dpguard.noted.deliveries import Deliveries, Delivery, Iteration
+from dpguard.verdicts import Verdicts
+
+__all__ = ["BATCHES", "Signals"]
+
+BATCHES = "people.batches"
+
+
+class Signals:
+    """Keeps the queue of skip signals of each optimizer in step with its batches.
+
+    Args:
+        tags: for each optimizer the batches that its signals were given for, in order.
+        deliveries: is told which batches were left out.
+        rows_of: the number of rows of the batches that an optimizer has at hand.
+        verdicts: where it is said.
+    """
+
+    def __init__(
+        self,
+        tags: IdentityMap[list[Delivery]],
+        deliveries: Deliveries,
+        rows_of: Callable[[Any], Sequence[int]],
+        verdicts: Verdicts,
+    ) -> None:
+        self._tags = tags
+        self._deliveries = deliveries
+        self._rows_of = rows_of
+        self._verdicts = verdicts
+        self._summed: IdentityMap[tuple[int, int]] = IdentityMap()
+
+    def before_step(self, optimizer: Any) -> None:
+        """A physical batch is about to be clipped: its signal must be the first in the queue.
+
+        Raises:
+            PrivacyViolation: it would be added to a logical batch that is not its own.
+        """
+        tags = self._tags.get(optimizer)
+        if not tags:
+            return
+        queue = _compat.skip_signals(optimizer)
+        _follow(tags, queue)
+        delivered = [tag for tag in tags if tag.serial is not None]
+        if not delivered:
+            return
+        iteration: Iteration = delivered[-1].iteration
+        mine = [tag for tag in delivered if tag.iteration is iteration]
+        skipped = [tag for tag in tags if tag.iteration is not iteration]
+        skipped += mine[: self._left_out(optimizer, iteration, mine)]
+        if skipped:
+            self._drop(optimizer, tags, queue, skipped)
+        in_hand = next(tag for tag in mine if tag not in skipped)
+        if iteration.sure:
+            self._keep_apart(optimizer, in_hand)
+        self._summed[optimizer] = in_hand.batch
+
+    def _left_out(self, optimizer: Any, iteration: Iteration, mine: list[Delivery]) -> int:
+        """How many of the delivered batches, from the first on, were left out."""
+        ahead = len(mine) - 1
+        if iteration.lag is None:
+            iteration.lag = 0
+            if ahead:
+                rows = sum(self._rows_of(optimizer))
+                fits = [i for i, tag in enumerate(mine) if tag.rows == rows]
+                iteration.sure = len(fits) == 1
+                iteration.lag = ahead - fits[0] if iteration.sure else ahead
+        left_out = max(0, ahead - iteration.lag)
+        if left_out and mine[left_out].rows != mine[0].rows == sum(self._rows_of(optimizer)):
+            iteration.lag, left_out = ahead, 0  # the loop has begun to fetch ahead
+        return left_out
+
+    def _drop(
+        self, optimizer: Any, tags: list[Delivery], queue: list[bool], skipped: list[Delivery]
+    ) -> None:
+        """Take the signals of batches that were left out from the queue."""
+        gone = set(map(id, skipped))
+        passes = {tag.iteration for tag in skipped}
+        if self._verdicts.repairs or not all(found.said for found in passes):
+            self._verdicts.intervene(
+                diagnosis.SKIPPED_BATCH,
+                f"A physical batch was drawn and not stepped; its signal is left in the queue of "
+                f"{type(optimizer).__name__}.",
+            )
+        for found in passes:
+            found.said = True
+        self._deliveries.drop(optimizer, skipped)
+        if self._verdicts.repairs:
+            kept = [i for i, tag in enumerate(tags) if id(tag) not in gone]
+            queue[:] = [queue[i] for i in kept]
+            tags[:] = [tags[i] for i in kept]
+
+    def _keep_apart(self, optimizer: Any, in_hand: Delivery) -> None:
+        if not optimizer._is_last_step_skipped:
+            return
+        summed = self._summed.get(optimizer)
+        if summed is None or summed == in_hand.batch:
+            return
+        if all(getattr(p, "summed_grad", None) is None for p in optimizer.params):
+            return
+        if not self._rows_of(optimizer):
+            return  # nothing to add: Opacus will say why
+        diagnosed = diagnosis.explain(diagnosis.BATCHES_MERGED)
+        self._verdicts.refuse(
+            BATCHES,
+            diagnosis.BATCHES_MERGED,
+            f"A step of {type(optimizer).__name__} is not private: {diagnosed.statement}.",
+        )
+
+
+def _follow(tags: list[Delivery], queue: Sequence[bool]) -> None:
+    """Forget the batches whose signals were taken, or all if the queue has signals of others."""
+    if len(tags) > len(queue):
+        del tags[: len(tags) - len(queue)]
+    if [tag.skip for tag in tags] != [bool(signal) for signal in queue]:
+        tags.clear()

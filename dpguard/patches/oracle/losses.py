@@ -1,0 +1,340 @@
+"""What a loss makes of a model's outputs: does one person's gradient depend on other people?
+
+Clipping a row bounds what one person changes only if the row is the same whoever else is in the
+batch. A loss that compares samples with each other (contrastive, ranking, Dice), the root or the
+logarithm of a mean, a mean over the class weights of the batch break that, and neither the sum of
+the rows nor a row recomputed from the gradient of the outputs shows it.
+
+When the row oracle has drawn somebody (:mod:`dpguard.patches.oracle.outputs`), the part of the
+graph between the loss and the outputs is evaluated once more before the backward begins
+(:mod:`dpguard.patches.oracle.vjp`: nobody's hooks run, nothing is accumulated), and looked at in
+four ways:
+
+* The gradient of the person's outputs is differentiated, in a random direction, by the outputs:
+  by those of others it is zero.
+* What decides between two slopes (``relu``, ``clamp``, ``abs``) is constant on either side, so its
+  derivative does not show whom it depends on, and torch has no derivative of that of ``cdist``. One
+  element that is let through is followed to the outputs: they are one person's.
+* A negative log-likelihood whose mean is over the weights of the classes of the batch, or over the
+  targets that are not ignored, has a divisor that depends on everybody's targets.
+* Outputs that were broadcast meet everybody's targets (:mod:`dpguard.patches.oracle.broadcasts`).
+
+On the way it is seen whether the loss is the mean, or the sum, for which the model was wrapped.
+
+What depends on other people through values that were detached is not seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import weakref
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from dpguard import _compat
+from dpguard._errors import DPGuardError
+from dpguard.audit.probes import Probes
+from dpguard.noted.grouping import owners, squares_of_people
+from dpguard.patches.oracle.broadcasts import WITH_TARGETS, Square, keeps_other_targets, square_at
+from dpguard.patches.oracle.outputs import Draw, OutputHook, Outputs, mark_of
+from dpguard.patches.oracle.vjp import Parts, Unfit, propagate
+from dpguard.patches.wrapping import EagerWrapper, TransparentWrapper
+from dpguard.patching import Transaction
+
+__all__ = ["Coupling", "Losses"]
+
+_KEPT = 16
+_GATES_AT_MOST = 4
+_NONE, _MEAN = 0, 1
+_REDUCTIONS = {_MEAN: "mean", 2: "sum"}
+"""Reductions, as the nodes of losses have them,"""
+_OF_EACH = {"MeanBackward0": "mean", "SumBackward0": "sum"}
+"""and of losses of one person each."""
+_GATES = frozenset(
+    f"{name}Backward{number}"
+    for name in (
+        "Abs", "Cdist", "Clamp", "ClampMax", "ClampMin", "Elu", "Fmax", "Fmin", "Hardshrink",
+        "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyRelu", "Maximum", "Minimum", "PreluKernel",
+        "Relu", "Softshrink", "Threshold",
+    )
+    for number in (0, 1)
+)  # fmt: skip
+_LIKELIHOODS = frozenset(("NllLossBackward0", "NllLoss2DBackward0"))
+_autograd = _compat.autograd()
+_inside_transform = _compat.transform_test()
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """What was found of the loss of one batch; all numbers are tensors without dimensions.
+
+    Attributes:
+        hook: at the model whose outputs they are.
+        pairs: squares of what was the person's, and of what was other people's and should be zero:
+            of the derivative of the gradient, and of one element of each gate.
+        whole: whether there is such a derivative.
+        weights: by how much class weights differ that a mean is taken over.
+        ignored: how many targets were left out of a mean.
+        broadcast: squares of what is at outputs next to their person, and next to others, where
+            outputs were broadcast to as many as there are people.
+        is_broadcast: whether that is certain, and not a dimension that is as long by chance.
+        reductions: of the loss, if that is a plain one, and for which the model was wrapped.
+        roundoff: of the lowest precision on the way.
+    """
+
+    hook: weakref.ref[OutputHook]
+    pairs: list[tuple[torch.Tensor, torch.Tensor]]
+    whole: bool
+    weights: torch.Tensor
+    ignored: torch.Tensor
+    broadcast: tuple[torch.Tensor, torch.Tensor] | None
+    reductions: tuple[str | None, str]
+    roundoff: float
+    is_broadcast: bool = False
+
+
+class _BackwardWrapper(EagerWrapper, TransparentWrapper):
+    """Of ``torch.autograd.backward``, through which ``Tensor.backward`` goes as well."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.__wrapped__.__qualname__  # by reference, as functions are pickled
+
+
+class Losses:
+    """Looks at losses before they are backpropagated.
+
+    Args:
+        outputs: has drawn people, and is told of an error of ours, which ends both.
+    """
+
+    def __init__(self, outputs: Outputs) -> None:
+        self._outputs = outputs
+        self._probes = Probes()
+        self._found: deque[Coupling] = deque(maxlen=_KEPT)
+
+    def install(self, transaction: Transaction) -> None:
+        """Patch ``torch.autograd.backward``; nothing of ours runs while nobody is drawn."""
+        original = vars(torch.autograd)["backward"]
+        enabled: Any = self._outputs.unasked
+        transaction.patch(
+            torch.autograd, "backward", _BackwardWrapper(original, self._backward, enabled)
+        )
+
+    def take(self, parameters: Iterable[torch.Tensor]) -> list[Coupling]:
+        """What was found of the losses of models of these parameters."""
+        if not self._found:
+            return []
+        wanted = {id(p) for p in parameters}
+        taken: list[Coupling] = []
+        kept: list[Coupling] = []
+        for found in self._found:
+            hook = found.hook()
+            if hook is None or not hook.is_whole:
+                continue
+            mine = any(id(p) in wanted for p in hook.model.parameters())
+            (taken if mine else kept).append(found)
+        self._found = deque(kept, maxlen=_KEPT)
+        return taken
+
+    def _backward(self, wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
+        if _autograd.graph_task_id() == -1 and not _inside_transform():
+            self._outputs.attempt(self._look, wrapped, args, kwargs)
+        return wrapped(*args, **kwargs)
+
+    def _look(self, wrapped: Any, args: Any, kwargs: Any) -> None:
+        try:
+            given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+        except TypeError:
+            return  # torch will say so
+        seeds = _seeds(given["tensors"], given.get("grad_tensors"))
+        if seeds is None or given.get("create_graph"):
+            return
+        for hook in list(self._outputs.unasked):
+            draw = hook.draw
+            if draw is None or draw.rows < 2 or not hook.losses:  # noqa: PLR2004 - nobody else
+                self._outputs.unasked.discard(hook)
+                continue
+            hook.losses -= 1
+            # Not to be run twice, freed already, rows that fit no declaration, or no memory.
+            with contextlib.suppress(Unfit, RuntimeError, DPGuardError), torch.no_grad():
+                found = _Examination(hook, draw, self._probes).of(seeds)
+                if found is not None:
+                    if found.broadcast is not None and not found.is_broadcast:
+                        hook.squares.add(draw.rows)
+                        found = replace(found, is_broadcast=len(hook.squares) > 1)
+                    self._found.append(found)
+                    self._outputs.unasked.discard(hook)
+
+
+def _seeds(tensors: Any, gradients: Any) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+    """What the backward begins at, with the gradients there; ``None`` if that is not plain."""
+    roots = list(tensors) if isinstance(tensors, Sequence) else [tensors]
+    given = list(gradients) if isinstance(gradients, Sequence) else [gradients] * len(roots)
+    if len(roots) != len(given):
+        return None
+    found = []
+    for root, gradient in zip(roots, given, strict=True):
+        if type(root) is not torch.Tensor or root.grad_fn is None:
+            return None
+        if gradient is None:
+            if root.numel() != 1:
+                return None
+            gradient = torch.ones_like(root)  # noqa: PLW2901
+        if type(gradient) is not torch.Tensor or gradient.requires_grad:
+            return None
+        found.append((root, gradient))
+    return found
+
+
+class _Examination:
+    """Looks at one loss for one draw."""
+
+    def __init__(self, hook: OutputHook, draw: Draw, probes: Probes) -> None:
+        self._hook = hook
+        self._draw = draw
+        self._probes = probes
+        self._nodes: Any = _compat.nodes()
+        self._gates: list[tuple[Any, torch.Tensor]] = []
+        self._likelihoods: list[Any] = []
+        self._square: Square | None = None
+        self._with_targets: list[Any] = []
+        self._kinds: set[torch.dtype] = set()
+
+    def of(self, seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> Coupling | None:
+        """What the loss shows; ``None`` if it does not begin at outputs of the draw."""
+        with torch.enable_grad():
+            total = torch.stack([(root * gradient).sum() for root, gradient in seeds]).sum()
+            gradients = self._run(total, self._watch)
+            if not gradients:
+                return None
+            whose = owners(self._draw.people, self._draw.rows, gradients[0].device)
+            person = whose.narrow(0, self._draw.row, 1)
+            looked_at = self._looked_at(gradients, whose == person)
+        pairs = []
+        for gate in self._gates:
+            sizes = _sizes(self._one_through(*gate), whose)
+            pairs.append((sizes.amax(), sizes.sum() - sizes.amax()))
+        try:
+            sizes = _sizes(self._run(looked_at) if looked_at.requires_grad else [], whose)
+            pairs.append((sizes.index_select(0, person)[0], sizes.index_fill(0, person, 0).sum()))
+            whole = True
+        except (Unfit, RuntimeError):
+            whole = False  # torch knows no such derivative
+        weights, ignored = self._divisors(whose.new_zeros((), dtype=torch.float64))
+        square = self._square
+        return Coupling(
+            weakref.ref(self._hook),
+            pairs,
+            whole,
+            weights,
+            ignored,
+            None if square is None else square.parted(whose),
+            (_reduction_of(seeds), self._hook.pairing.loss_reduction),
+            max(map(_compat.unit_roundoff, self._kinds)),
+            is_broadcast=any(map(keeps_other_targets, self._with_targets)),
+        )
+
+    def _run(self, root: torch.Tensor, watch: Any = None) -> list[torch.Tensor]:
+        """Gradients of a number by the first output of each forward."""
+        return self._propagate(root.grad_fn, torch.ones_like(root), watch)
+
+    def _propagate(
+        self, node: Any, gradient: torch.Tensor, watch: Any = None
+    ) -> list[torch.Tensor]:
+        """Likewise, from a node whose first input has this gradient."""
+        more = len(self._nodes.inputs(node)) - 1
+        shares = propagate(
+            node,
+            [(gradient,), *[None] * more],
+            wanted=lambda _: False,
+            is_end=lambda node: mark_of(node, self._draw) is not None,
+            watch=watch,
+        )
+        self._kinds |= shares.kinds
+        return [
+            parts[0]
+            for node, index, parts in shares.ends
+            if (mark := mark_of(node, self._draw)) is not None and mark.first == index
+        ]
+
+    def _watch(self, node: Any, arrived: list[Parts | None]) -> None:
+        """See the nodes of the loss on the way."""
+        if self._square is None and arrived[0] is not None:
+            gradient = arrived[0][0]
+            self._square = square_at(self._nodes, node, gradient, self._draw.rows)
+        name = type(node).__name__
+        if name in _LIKELIHOODS:
+            self._likelihoods.append(node)
+        elif name in WITH_TARGETS:
+            self._with_targets.append(node)
+        elif name in _GATES and len(self._gates) < _GATES_AT_MOST:
+            parts = arrived[0]
+            if parts is not None and parts[0].numel() > 1:
+                self._gates.append((node, parts[0].detach()))
+
+    def _looked_at(self, gradients: list[torch.Tensor], mine: torch.Tensor) -> torch.Tensor:
+        """The person's gradients through random vectors, as one number."""
+        self._probes.forget()
+        total = gradients[0].new_zeros(())
+        for gradient in gradients:
+            vector = self._probes.of(gradient.numel(), gradient.device, gradient.dtype)
+            wanted = mine.view(-1, *[1] * (gradient.dim() - 1))
+            total = total + (gradient * vector.view(gradient.shape) * wanted).sum()
+        return total
+
+    def _one_through(self, node: Any, arrived: torch.Tensor) -> list[torch.Tensor]:
+        """Gradients of one element that a gate lets through."""
+        results = node(arrived)
+        results = results if isinstance(results, tuple) else (results,)
+        fitting = (r for r in results if r is not None and r.shape == arrived.shape)
+        through = next(fitting, arrived)
+        noise = torch.rand(
+            through.shape, generator=self._probes.generator(through.device), device=through.device
+        )
+        place = ((through != 0) * (noise + 1)).flatten().argmax().view(1)
+        one = torch.zeros_like(arrived).flatten()
+        one.index_copy_(0, place, arrived.flatten().index_select(0, place))
+        return self._propagate(node, one.view(arrived.shape))
+
+    def _divisors(self, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Class weights and targets that means of likelihoods are divided by."""
+        weights = ignored = torch.zeros_like(zero)
+        for node in self._likelihoods:
+            if node._saved_reduction != _MEAN:
+                continue
+            heaviest, given = 1.0, node._saved_weight
+            if given is not None:
+                heaviest = given.amax().double()
+                weights = torch.maximum(weights, heaviest - given.amin())
+            counted = node._saved_total_weight.double() / heaviest
+            ignored = torch.maximum(ignored, node._saved_target.numel() - counted)
+        return weights, ignored
+
+
+def _reduction_of(seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> str | None:
+    """The reduction of the loss where it is certain: nothing was done to it since."""
+    if len(seeds) != 1 or seeds[0][0].numel() != 1:
+        return None
+    node: Any = seeds[0][0].grad_fn
+    own = _REDUCTIONS.get(getattr(node, "_saved_reduction", _NONE))
+    if own is not None:
+        return own
+    ((above, _),) = node.next_functions[:1] or ((None, 0),)
+    return _OF_EACH.get(type(node).__name__) if _is_of_each(above) else None
+
+
+def _is_of_each(node: Any) -> bool:
+    return getattr(node, "_saved_reduction", None) == _NONE
+
+
+def _sizes(gradients: list[torch.Tensor], whose: torch.Tensor) -> torch.Tensor:
+    """What all gradients together are at each person."""
+    total = whose.new_zeros(whose.shape, dtype=torch.float64)
+    for gradient in gradients:
+        total = total + squares_of_people(gradient, whose)
+    return total
