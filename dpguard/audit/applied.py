@@ -7,10 +7,10 @@ does, as :mod:`dpguard.audit.multiples` says, and so does the noised gradient wi
 added to it.
 
 The gradient of the batch is only at hand once a change was seen; so one that is put back is found
-in the second step. A change through ``.data`` has no version: in the first steps and in every
-``LOOK_EVERY``-th all gradients are compared, changed or not. And so they are where ``add_noise``
-was not called, by a ``pre_step`` of the user's own: what is applied is then a multiple of what has
-no noise if none was added at all.
+in the second step. A change through ``.data`` has no version: in the first steps and in one of each
+``LOOK_EVERY`` all gradients are compared, changed or not. And so they are where ``add_noise`` was
+not called, by a ``pre_step`` of the user's own: what is applied is then a multiple of what has no
+noise if none was added at all.
 
 A gradient that is multiplied after its noise, by the number of people who were drawn, is found as a
 learning rate is that follows them (:mod:`dpguard.audit.scaling`). One that is set to zero wherever
@@ -31,6 +31,7 @@ from dpguard.audit.check import NOTHING, Check, Failure, Failures, Noted, PerOwn
 from dpguard.audit.multiples import Samples, emptied, factor, mixed, without_noise
 from dpguard.audit.noise import SCALE
 from dpguard.audit.scaling import Ratios
+from dpguard.audit.turns import Turns
 from dpguard.audit.update import PRIVATE
 from dpguard.noted.row_state import pieces_of, sample_of_rows
 from dpguard.patches.optimizer.lean import Clipping
@@ -42,11 +43,12 @@ _ROUNDINGS = 64
 _EMPTIED = 2
 LOOK_FIRST = 2
 LOOK_EVERY = 50
+_chosen = Turns()
 
 
 def is_due(count: int) -> bool:
     """Whether values are looked at in the step after ``count`` others, changed or not."""
-    return count < LOOK_FIRST or count % LOOK_EVERY == 0
+    return _chosen.has(count, LOOK_EVERY, LOOK_FIRST)
 
 
 @dataclass
@@ -209,7 +211,6 @@ class Applied(Check):
         if not changed:
             if state.due and not _compat.is_distributed():
                 self._compare_all(step, state, range(len(state.parameters)))
-                state.due = False
             return  # nearly always
         grads = [parameter.grad for parameter in state.parameters]
         if _compat.is_distributed():  # ranks are added up by more changes in place

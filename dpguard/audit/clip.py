@@ -5,7 +5,7 @@ rows, and that at most ``B C``, in each audited step.
 
 ``clip.sum`` compares values, through one vector ``v`` of random weights per parameter: ``<sum, v>``
 with ``sum_i c_i <row_i, v>``. A sum that is off by ``d`` shows as ``|<d, v>|``, about ``|d|``.
-Where our own code clips that is done in the first and every ``SKETCH_EVERY``-th audited step,
+Where our own code clips that is done in the first audited step and in one of each ``SKETCH_EVERY``,
 where Opacus's does (per layer, adaptive) in each. Rules of the user's own are measured by what they
 have to keep, their sensitivity, as often, and in their first ``TRIALS`` steps: see
 :mod:`dpguard.audit.sensitivity`.
@@ -43,6 +43,7 @@ from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.probes import CERTAIN, Probes
 from dpguard.audit.sensitivity import KINDS, Unproved, sensitivity
+from dpguard.audit.turns import Turns
 from dpguard.identity import IdentityMap, IdentitySet
 from dpguard.noted.ledger import Ledger
 from dpguard.patches.optimizer.lean import Clipping, Rows, row_norms
@@ -100,6 +101,7 @@ class Clip(Check):
         ledger.tries_clipping = self._trial
         self._mine = _Mine()
         self._turns: IdentityMap[int] = IdentityMap()
+        self._chosen = Turns()
         self._rules: IdentityMap[tuple[Any, int]] = IdentityMap()
         """By which rule each optimizer, or model in ghost clipping, has clipped last, and how often
         that has passed."""
@@ -110,7 +112,7 @@ class Clip(Check):
         """Whether it is time for what is not done in each step."""
         turn = self._turns.get(optimizer, 0)
         self._turns[optimizer] = turn + 1
-        return turn % SKETCH_EVERY == 0
+        return self._chosen.has(turn, SKETCH_EVERY)
 
     # -- our own code clips ----------------------------------------------------------------------
 

@@ -2,8 +2,8 @@
 
 A wrapped optimizer of the user's own may never look at ``p.grad``; a wrapper round ``step()`` or a
 hook may change parameters once more, or undo the private update for another. In the first steps and
-in every ``LOOK_EVERY``-th, and in each once parameters were seen to change between the update and
-the clearing of gradients, some of their values are kept: before the update, after it, and when
+in one of each ``LOOK_EVERY``, and in each once parameters were seen to change between the update
+and the clearing of gradients, some of their values are kept: before the update, after it, and when
 gradients are cleared. A difference of any two that is a multiple of the clipped sum, or of the sum
 of the rows, has no noise in it; how that is bounded is said in :mod:`dpguard.audit.multiples`.
 """

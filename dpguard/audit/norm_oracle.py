@@ -36,6 +36,7 @@ from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.oracle import CERTAIN, ORACLE, TIMES, failure
 from dpguard.audit.rows import LAMBDA
+from dpguard.audit.turns import Turns
 from dpguard.noted.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class NormOracle(Check):
     def __init__(self, ledger: Ledger, every: int) -> None:
         self._ledger = ledger
         self._every = every
+        self._chosen = Turns()
 
     def begin(self, step: Step, optimizer: Any) -> Failures:
         """Send what was found since the last step to the host."""
@@ -67,8 +69,8 @@ class NormOracle(Check):
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
         """Have a person drawn for the next step, if it is time."""
-        if (step.number + 1) % self._every == 0:
-            self._ledger.norm_draws.arm(step.parameters)
+        if self._chosen.has(step.number + 1, self._every):
+            self._ledger.norm_draws.arm(step.parameters, batches=step.physical)
         return ()
 
     def forget(self, optimizer: Any) -> None:

@@ -32,6 +32,7 @@ import torch
 from dpguard import diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.rows import factors, floor
+from dpguard.audit.turns import Turns
 from dpguard.noted.conditioning import roundings
 from dpguard.noted.ledger import Ledger
 from dpguard.noted.precision import computed_in
@@ -68,6 +69,7 @@ class RowOracle(Check):
         self._ledger = ledger
         self._outputs = outputs
         self._every = every
+        self._chosen = Turns()
 
     def before_clip(self, step: Step, optimizer: Any) -> Failures:
         """Rows that our code does not clip are looked at before anybody changes them."""
@@ -83,8 +85,8 @@ class RowOracle(Check):
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
         """Have a person drawn for the next step, if it is time."""
-        if (step.number + 1) % self._every == 0:
-            self._outputs.arm(step.parameters)
+        if self._chosen.has(step.number + 1, self._every):
+            self._outputs.arm(step.parameters, batches=step.physical)
         return ()
 
     def forget(self, optimizer: Any) -> None:

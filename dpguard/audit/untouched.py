@@ -6,7 +6,7 @@ that begins with others shows, and one whose noise is to be added to others. A c
 proves nothing: a sum that somebody has set to zero, or made shorter, moves less by one person. So
 what the sums were is kept from the first change on, and a sum that then is not that times a factor
 of 0 to 1 was touched by what no clipping bounds. A sum where there was none needs no comparison.
-A change through ``.data`` has neither: in the first steps and in every ``LOOK_EVERY``-th some
+A change through ``.data`` has neither: in the first steps and in one of each ``LOOK_EVERY`` some
 elements of each sum are kept and compared, changed or not.
 
 An ``add_noise`` of somebody's own may change the sum before it noises it, or make its noise in the

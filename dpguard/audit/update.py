@@ -4,11 +4,11 @@
 gradients, a parameter stays as it is. An update written by hand, ``p -= lr * p.grad``, is in that
 time; what is done between steps (a checkpoint that is loaded, averaged or clamped weights) is not.
 That a parameter was changed in place is seen by its version in every step; some of its values are
-kept in the first and every ``KEEP_EVERY``-th. A change alone proves nothing, since some disturb
-weights before the forward and put them back before the step. One in the direction of the gradient
-of this batch does: the cosine of unrelated vectors of ``n`` elements exceeds ``ALONG`` with a
-probability below ``exp(-n ALONG**2 / 2)``. So from a change on values are kept, and the step is
-refused once it is proved.
+kept in the first and in one of each ``KEEP_EVERY``. A change alone proves nothing, since some
+disturb weights before the forward and put them back before the step. One in the direction of the
+gradient of this batch does: the cosine of unrelated vectors of ``n`` elements exceeds ``ALONG``
+with a probability below ``exp(-n ALONG**2 / 2)``. So from a change on values are kept, and the step
+is refused once it is proved.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Receiver, Step
+from dpguard.audit.turns import Turns
 from dpguard.noted.ledger import Ledger
 from dpguard.noted.row_state import ParameterState, sample_of
 from dpguard.patches.optimizer.lean import Clipping
@@ -76,6 +77,7 @@ class Update(Check):
         ledger.before_clearing = self._before_clearing
         self._optimizers = PerOwner(lambda _: _Watched())
         self._mine = _Mine()
+        self._chosen = Turns()
         self._named: set[tuple[str, str]] = set()
 
     def stop(self) -> None:
@@ -185,7 +187,7 @@ class Update(Check):
         """The next change of the parameters is the private one."""
         watched = self._optimizers.of(optimizer)
         watched.steps += 1
-        keeps = watched.steps < KEEP_FIRST or watched.steps % KEEP_EVERY == 0
+        keeps = self._chosen.has(watched.steps, KEEP_EVERY, KEEP_FIRST)
         for state in step.states:
             state.version = state.kept = None
             state.keeps = keeps or state.suspect

@@ -368,15 +368,18 @@ class NormDraws(Draws):
         super().__init__(report)
         self._idle: weakref.WeakSet[GhostPairing] = weakref.WeakSet()
         """Models that are not to be looked at before the next time."""
+        self._later: weakref.WeakKeyDictionary[GhostPairing, int] = weakref.WeakKeyDictionary()
+        """How many batches of a model are left out before."""
         self._found: deque[NormDraw] = deque(maxlen=_KEPT)
 
     def is_due(self, pairing: GhostPairing) -> bool:
         """Whether it is time to draw somebody of a batch of this model."""
-        return not self.failed and pairing not in self._idle
+        return not self.failed and pairing not in self._idle and not self._later.get(pairing)
 
     def draw(self, pairing: GhostPairing, losses: torch.Tensor, reduction: str) -> NormDraw | None:
         """Someone of a batch that is about to be backpropagated, if it is time."""
         if not self.is_due(pairing):
+            self._later[pairing] = max(0, self._later.get(pairing, 0) - 1)
             return None
         made: list[NormDraw] = []
         self.attempt(self._draw, made, pairing, losses, reduction)
@@ -418,12 +421,13 @@ class NormDraws(Draws):
                 taken.append(draw)
         return taken
 
-    def arm(self, parameters: Iterable[torch.Tensor]) -> None:
-        """The next batch of the models of these parameters is to be looked at."""
+    def arm(self, parameters: Iterable[torch.Tensor], batches: int = 1) -> None:
+        """One of the next ``batches`` of the models of these parameters is to be looked at."""
         wanted = {id(p) for p in parameters}
         for pairing in list(self._idle):
             if any(id(p) in wanted for p in pairing.hooks._module.parameters()):
                 self._idle.discard(pairing)
+                self._later[pairing] = self.random.randrange(batches)
 
     def give_up(self) -> None:
         """What was found is not told."""

@@ -172,7 +172,8 @@ class OutputHook:
     """The forward hook on a model that Opacus hooked."""
 
     __slots__ = (
-        "__weakref__", "_drawn", "_repeats", "draws", "losses", "outputs", "pairing", "squares"
+        "__weakref__", "_drawn", "_later", "_left_out", "_repeats", "draws", "losses", "outputs",
+        "pairing", "squares",
     )  # fmt: skip
 
     def __init__(self, outputs: Outputs, pairing: Pairing) -> None:
@@ -185,6 +186,8 @@ class OutputHook:
         self.squares: set[int] = set()
         """Sizes of batches in which outputs were broadcast to as many as there are people."""
         self._repeats = _REPEATS_AT_MOST
+        self._later, self._left_out = 0, -1
+        """How many batches are left out before one is looked at, and the last that was."""
         self.armed = True
         self.draw = None
         outputs.hooks.add(self)
@@ -225,10 +228,11 @@ class OutputHook:
         if self.armed and torch.is_grad_enabled():
             self.outputs.attempt(self._on_output, output)
 
-    def arm(self) -> None:
-        """The next batch is to be looked at."""
+    def arm(self, batches: int = 1) -> None:
+        """One of the next ``batches`` is to be looked at."""
         self.give_up(self.draw)
         self.armed = True
+        self._later, self._left_out = self.outputs.random.randrange(batches), -1
         self.losses, self.draws = _LOSSES_AT_MOST, _DRAWS_AT_MOST
 
     def look_again(self) -> None:
@@ -290,12 +294,22 @@ class OutputHook:
             self.armed = self.draws > 0
             if not self.armed:
                 return None
+        if self._leaves_out(segment):
+            return None
         row = self.outputs.random.randrange(batch)
         factor = float(batch) if self.pairing.loss_reduction == "mean" else 1.0
         self.draw = Draw(row, batch, segment, factor)
         if self.losses:
             self.outputs.unasked.add(self)
         return self.draw
+
+    def _leaves_out(self, segment: int) -> bool:
+        """Whether this batch is one before that which is to be looked at."""
+        if segment != self._left_out:
+            if not self._later:
+                return False
+            self._later, self._left_out = self._later - 1, segment
+        return True
 
     def _batch_of(self, output: Any, found: list[torch.Tensor]) -> int:
         """Number of rows of the first output, or 0 if it is not sure which dimension they are."""
@@ -391,14 +405,14 @@ class Outputs(Draws):
         for hook in list(self.hooks):
             hook.give_up(hook.draw)
 
-    def arm(self, parameters: Iterable[torch.Tensor]) -> None:
-        """The next batch of the models of these parameters is to be looked at."""
+    def arm(self, parameters: Iterable[torch.Tensor], batches: int = 1) -> None:
+        """One of the next ``batches`` of the models of these parameters is to be looked at."""
         wanted = {id(p) for p in parameters}
         for hook in list(self.hooks):
             if self.failed or not hook.is_whole:
                 continue
             if any(id(p) in wanted for p in hook.model.parameters()):
-                hook.arm()
+                hook.arm(batches)
 
     def take(self, parameters: Iterable[torch.Tensor]) -> list[Draw]:
         """What was found for these parameters; it is not looked for again before the next time."""

@@ -1,0 +1,30 @@
+"""Which steps are looked at more closely than others: one of so many, and none can be told before.
+
+What goes wrong by a clock of its own, in each tenth step or while a metric is logged, would never
+meet looks of a fixed phase whose period it divides.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+__all__ = ["Turns"]
+
+
+class Turns:
+    """The first steps, and from then on one of each ``every`` steps, drawn at random.
+
+    No generator of the host's is touched.
+    """
+
+    def __init__(self) -> None:
+        self._secret = secrets.randbits(62)
+
+    def has(self, number: int, every: int, first: int = 1) -> bool:
+        """Whether ``number``, counted from 0, is one of the ``first`` or drawn."""
+        if number < first:
+            return True
+        window, place = divmod(number, every)
+        if not window:
+            return False  # the first steps stand for this one
+        return place == hash((self._secret, window)) % every
