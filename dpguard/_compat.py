@@ -1057,6 +1057,13 @@ def is_away(found: Any) -> bool:
     return isinstance(found, _torch().Tensor) and not found.is_cpu
 
 
+def has_own_mechanism(optimizer: Any) -> bool:
+    """Whether it both clips and makes noise in its own way, with a noise multiplier."""
+    multiplier = plain_number(optimizer.noise_multiplier)
+    own = not any(is_opacus_method(optimizer, name) for name in _CLIP_AND_NOISE)
+    return own and multiplier is not None and multiplier > 0
+
+
 def noise_std(optimizer: Any, *, of_all: bool = False) -> float | torch.Tensor | None:
     """Standard deviation of the noise that ``add_noise`` should put on the clipped sum.
 
@@ -1161,8 +1168,13 @@ def accountants_at_hand(hook: Any, depth: int = _HOOK_DEPTH) -> list[Any]:
 
 
 def _is_accountant(found: Any) -> bool:
+    return isinstance(found, tuple(accountant_classes()))
+
+
+def accountant_classes() -> list[type]:
+    """The class of all accountants, if this release has one."""
     base = _attribute_of("opacus.accountants.accountant", "IAccountant")
-    return base is not None and isinstance(found, base)
+    return [base] if base is not None else []
 
 
 def history_of(accountant: Any) -> list[tuple[float, float, int]] | None:

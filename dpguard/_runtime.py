@@ -112,6 +112,7 @@ class Runtime:
             signals=Signals(self._loading.tags, self._deliveries, self._rows_at_hand, verdicts),
             meet=self.grad_sample.meet,
             attached=_weakly(self._attached),
+            is_missing=self.accounting.is_missing,
         )
         self._transaction = Transaction()
         self._intervened = 0

@@ -67,10 +67,12 @@ NOISE_REPEATED = "noise_repeated"
 NOISE_DEPENDENT = "noise_dependent"
 NOISE_WITHIN = "noise_repeats_within"
 NOISE_NOT_DUE = "noise_not_due"
+NOISE_UNKNOWN = "noise_unknown"
 NOISE_UNSEEN = "noise_unseen"
 SCALED_BY_PEOPLE = "scaled_by_people"
 RATE_BY_PEOPLE = "rate_by_people"
 NOT_ACCOUNTED = "step_not_accounted"
+NOT_AUDITED = "step_not_audited"
 BEYOND_TARGET = "steps_beyond_target"
 ACCOUNTED_OFTEN = "step_accounted_often"
 ACCOUNTED_SIGMA = "accounted_sigma"
@@ -81,6 +83,7 @@ HISTORY_CHANGED = "history_changed"
 ACCOUNTANT_REPLACED = "accountant_replaced"
 ACCOUNTED_ANEW = "accounted_anew"
 ACCOUNTED_BEFORE = "accounted_before"
+NOBODY_TOLD = "no_accountant_told"
 TWO_OPTIMIZERS = "two_optimizers"
 NOT_POISSON = "not_poisson"
 LOADER_BYPASSED = "loader_bypassed"
@@ -421,6 +424,13 @@ _DIAGNOSES = {
         "accountant is to account, set engine.accountant to it",
         Severity.CRITICAL,
     ),
+    NOT_AUDITED: Diagnosis(
+        "nothing is known of steps that do not go through pre_step(): neither rows, clipping and "
+        "noise nor accounting are looked at",
+        "have step() call pre_step(), and change its parts by overriding clip_and_accumulate(), "
+        "add_noise() or scale_grad(); gradients between them are seen in a step hook",
+        Severity.ERROR,
+    ),
     BEYOND_TARGET: Diagnosis(
         "there were more steps than make_private_with_epsilon has chosen the noise multiplier for, "
         "so the target epsilon need not hold any more; the accountant reports what was spent",
@@ -441,8 +451,11 @@ _DIAGNOSES = {
     ),
     ACCOUNTED_SIGMA_LOW: Diagnosis(
         "the accountant was told a smaller noise multiplier than that which the noise was made "
-        "with, so it reports more than was spent",
-        "set optimizer.noise_multiplier between steps only, and let the accountant's hook read it",
+        "with, so it reports more than was spent on the gradients; that is right if it counts "
+        "something else that is released of the same batch (a noised norm, loss or count)",
+        "if it does not, set optimizer.noise_multiplier between steps only, and let the "
+        "accountant's hook read it",
+        Severity.WARNING,
     ),
     ACCOUNTED_RATE: Diagnosis(
         "the accountant was told a smaller sample rate than the one with which batches are drawn, "
@@ -454,6 +467,7 @@ _DIAGNOSES = {
         "the accountant was told a larger sample rate than the one with which batches are drawn, "
         "so it reports more than was spent",
         "make the accountant's hook with the sample rate of the data loader, as make_private does",
+        Severity.WARNING,
     ),
     HISTORY_CHANGED: Diagnosis(
         "steps that were taken are gone from the history of the accountant, which reports less "
@@ -480,6 +494,14 @@ _DIAGNOSES = {
         "attach that of the same accountant (optimizer.attach_step_hook(accountant."
         "get_optimizer_hook_fn(sample_rate))), or make the optimizer by make_private of the same "
         "engine",
+    ),
+    NOBODY_TOLD: Diagnosis(
+        "batches of a loader that make_private has made are used for steps of a DP optimizer that "
+        "has no step hook, and no accountant is told of them, so the engine reports no epsilon",
+        "use the optimizer that make_private returned, or attach the step hook of the engine's "
+        "accountant (optimizer.attach_step_hook(engine.accountant.get_optimizer_hook_fn("
+        "sample_rate))), or call accountant.step() after each step",
+        Severity.ERROR,
     ),
     TWO_OPTIMIZERS: Diagnosis(
         "two DP optimizers train parts of one model from the same batch, each with noise for its "
@@ -569,6 +591,13 @@ _DIAGNOSES = {
         "scale the learning rate with the expected batch size, sample_rate * len(dataset), which "
         "is no secret",
         Severity.CRITICAL,
+    ),
+    NOISE_UNKNOWN: Diagnosis(
+        "both clip_and_accumulate() and add_noise() are the optimizer's own, so it is not known "
+        "for which bound noise is made, and neither its size nor whether there is any is looked at",
+        "override one of both and leave the other to Opacus; or see to it yourself that the noise "
+        "has the standard deviation noise_multiplier times the sensitivity of the clipped sum",
+        Severity.WARNING,
     ),
     NOISE_UNSEEN: Diagnosis(
         "noise is due, but add_noise() is not called, so nothing is known of what is added",

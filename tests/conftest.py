@@ -11,6 +11,7 @@ import torch
 
 import dpguard
 from dpguard.audit.probes import Probes
+from dpguard.audit.turns import Turns
 from dpguard.patches.ghost import pass_sums
 from dpguard.patches.model import pairing
 
@@ -56,6 +57,16 @@ def _no_internal_errors(monkeypatch):
     if guard is not None:
         guard.uninstall()
         assert guard.internal_errors == ()
+
+
+@pytest.fixture
+def by_the_clock(monkeypatch):
+    """Looks that are taken now and then are taken in each N-th step, not in one of each N."""
+
+    def has(_turns, number, every, first=1):
+        return number < first or number % every == 0
+
+    monkeypatch.setattr(Turns, "has", has)
 
 
 @pytest.fixture

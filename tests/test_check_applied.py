@@ -182,6 +182,7 @@ def rows_through_data(optimizer):
 
 
 @pytest.mark.parametrize("fault", [sum_through_data, rows_through_data])
+@pytest.mark.usefixtures("by_the_clock")
 def test_what_no_version_shows_is_found_now_and_then(fault):
     """At the latest in the 50th step."""
     with dpguard.install(mode="repair") as guard:

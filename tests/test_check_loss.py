@@ -455,6 +455,7 @@ def test_what_cannot_be_evaluated_is_not_looked_at():
         assert guard.last_step.checks[LOSS].not_run
 
 
+@pytest.mark.usefixtures("by_the_clock")
 def test_only_what_is_drawn_is_looked_at():
     """Every so many steps, as the row oracle."""
     with dpguard.install(mode="strict", oracle_every=3) as guard:
@@ -465,6 +466,7 @@ def test_only_what_is_drawn_is_looked_at():
     assert looked == [True, False, False, True, False, False, True]
 
 
+@pytest.mark.usefixtures("by_the_clock")
 def test_losses_that_do_not_begin_at_the_outputs(monkeypatch):
     """They are looked at a few times, not in every step of a run."""
     looked = []

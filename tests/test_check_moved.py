@@ -71,6 +71,7 @@ FAULTS = {
 @pytest.mark.parametrize("begin", [0, 3])
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("mode", ["repair", "strict"])
+@pytest.mark.usefixtures("by_the_clock")
 def test_moves_without_noise_are_refused(mode, fault, begin):
     """In the next step; what begins later and shows by no version, within 50 steps."""
     inject, within = FAULTS[fault]

@@ -660,6 +660,7 @@ def test_full_backward_hooks_run_once(guard):
     assert guard.violations == ()
 
 
+@pytest.mark.usefixtures("by_the_clock")
 def test_it_is_asked_every_so_often(monkeypatch):
     """In the first step, and in each N-th; nothing is propagated in between."""
     runs = []
@@ -757,6 +758,7 @@ def test_nothing_is_left_of_it():
     assert points[0] == points[1]
 
 
+@pytest.mark.usefixtures("by_the_clock")
 def test_what_the_log_says(tmp_path):
     """Pass and fail, no figure; whether a row is finite does not show."""
     with dpguard.install(mode="repair", oracle_every=2, log_dir=tmp_path):

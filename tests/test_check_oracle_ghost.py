@@ -882,6 +882,7 @@ def test_the_host_notices_nothing(kind, mode, guard_mode):
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(met, met2, strict=True))
 
 
+@pytest.mark.usefixtures("by_the_clock")
 def test_it_is_asked_every_so_often(monkeypatch):
     """In the first step, and in each N-th; in between nobody is drawn and nothing is propagated."""
     runs = []
@@ -945,6 +946,7 @@ def test_nothing_is_left_of_it():
     assert points[1] == points[2]
 
 
+@pytest.mark.usefixtures("by_the_clock")
 def test_what_the_log_says(tmp_path):
     """Pass and fail, no figure."""
     with dpguard.install(mode="repair", oracle_every=2, log_dir=tmp_path):

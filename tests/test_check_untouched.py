@@ -133,6 +133,7 @@ def through_data(factor):
 
 @pytest.mark.parametrize("kind", ["plain", "split"])
 @pytest.mark.parametrize("begin", [0, 3])
+@pytest.mark.usefixtures("by_the_clock")
 def test_what_no_version_shows_is_found_now_and_then(kind, begin):
     """At the latest in the 50th step."""
     with dpguard.install(mode="repair") as guard:

@@ -147,6 +147,7 @@ def test_an_update_by_hand_in_another_thread(guard):
 
 
 @pytest.mark.parametrize("change", BY_HAND, ids=lambda f: f.__name__)
+@pytest.mark.usefixtures("by_the_clock")
 def test_an_update_by_hand_that_comes_late(change, guard):
     """In place: at its second time at the latest. Through ``.data``: when values are kept."""
     training = Training()

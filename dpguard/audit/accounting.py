@@ -24,8 +24,9 @@ from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.update import KEEP_EVERY, KEEP_FIRST
 from dpguard.identity import IdentityMap
+from dpguard.noted.row_state import UNKNOWN
 from dpguard.patches.optimizer.step_hooks import ACCOUNTED
-from dpguard.patching import ABSENT
+from dpguard.patching import ABSENT, living
 
 __all__ = ["RATE", "SAMPLING", "SIGMA", "STEPS", "Accounting"]
 
@@ -34,6 +35,8 @@ SIGMA = "accounting.sigma"
 RATE = "accounting.rate"
 SAMPLING = "accounting.sampling"
 _EXACT = 1e-9
+_OVERSTATED = frozenset((diagnosis.ACCOUNTED_SIGMA_LOW, diagnosis.ACCOUNTED_RATE_HIGH))
+"""Causes why more is reported than was spent on what is seen, said once of each accountant."""
 _Entry = tuple[float, float, int]
 
 
@@ -147,6 +150,10 @@ class _State:
     had: bool = False
     shares: bool = False
     """Another was seen to make steps of rows of the same backward."""
+    histories: dict[int, int] | None = None
+    """Without an accountant: how many steps all there are had been told of in the step before."""
+    past: int = 0
+    """How many steps on end have gone round the audit."""
     misses: bool = False
     """It was seen to train what was accounted before."""
 
@@ -201,6 +208,24 @@ class Accounting(Check):
         elif accountant is not None:
             self._books.of(accountant).rates.add(rate)
 
+    def is_missing(self, optimizer: Any) -> bool:
+        """A step goes round the audit: whether one of two on end is in no history.
+
+        A step hook may run before the update or after it, so one of them alone proves nothing.
+        """
+        state = self._states.of(optimizer)
+        self._know(state, optimizer)
+        state.past += 1
+        missing = False
+        for told in state.accountants:
+            history, book = _history_of(told), told.book
+            if history is not None:
+                before, book.seen = book.seen, None
+                book.look(history)
+                added = None if before is None else before.steps_until(history)
+                missing = missing or (state.past > 1 and added == 0)
+        return missing
+
     # -- hooks of a check ------------------------------------------------------------------------
 
     def before_noise(self, step: Step, optimizer: Any) -> Failures:
@@ -230,8 +255,8 @@ class Accounting(Check):
             return ()
         failures = self._shared(state, step, optimizer)
         if not state.had:
-            return [*failures, *_unaccounted(state, step)]
-        state.number = step.number
+            return [*failures, *_unaccounted(state, step), *_untold(state, step)]
+        state.number, state.past = step.number, 0
         iterations = _compat.accumulated_iterations(optimizer, step.parameters)
         living = [told for told in state.accountants if told.accountant() is not None]
         for told in living:
@@ -344,9 +369,9 @@ class Accounting(Check):
             book.look(history)
             return []
         base, rate = _rates(*rates, history)
-        step.run(STEPS, RATE, count=1)
         added = book.added(history)
         drawn = step.rates or self._drawn(book)
+        step.run(STEPS, *([RATE] if drawn else []), count=1)
         told = (sigma, rate, base, frozenset(drawn))
         entry = _entry(history[-1]) if added == 1 else None
         due = None if entry is None or _compat.is_away(history[-1][0]) else sigma
@@ -358,31 +383,27 @@ class Accounting(Check):
             cause = diagnosis.ACCOUNTED_OFTEN if often else diagnosis.NOT_ACCOUNTED
             failures = [Failure(STEPS, cause)]
         elif told != book.fine or entry[:2] != told[:2]:
-            failures = _misfits(entry, due, rate, base, drawn)
-            book.fine = None if failures else told
-        if entry is not None:
-            sigma, rate = (entry[0] if sigma is None else sigma, rate) if failures else entry[:2]
+            misfits = _misfits(entry, due, rate, base, drawn)
+            book.fine = None if misfits else told
+            for failure in misfits:
+                step.fail(failure)
+                failures += _once(failure, book) if failure.cause in _OVERSTATED else [failure]
+        if entry is not None and (SIGMA in step.failed or RATE in step.failed):
+            sigma = entry[0] if sigma is None else sigma
+        elif entry is not None:
+            sigma, rate = entry[:2]
         if sigma is not None:
             book.observe(sigma, rate)
         if failures:
             book.said.add(diagnosis.HISTORY_CHANGED)  # that they differ at the end is clear then
-        # With all people in each step nothing is assumed of how they are drawn.
-        bypasses = step.bypasses or (step.unsampled and base < 1)
-        seen = (book.is_poisson is False and base < 1) or (book.is_poisson and step.rates)
-        if seen or bypasses:
-            step.run(SAMPLING, count=1)
-            prepared = book.is_poisson is not None and (step.bypasses or book.is_poisson)
-            cause = diagnosis.LOADER_BYPASSED if bypasses and prepared else diagnosis.NOT_POISSON
-            if bypasses or not book.is_poisson:
-                failure = Failure(SAMPLING, cause)
-                step.fail(failure)
-                failures += _once(failure, book)
-        return failures
+        return [*failures, *_compare_sampling(step, base, book)]
 
     def _shared(self, state: _State, step: Step, optimizer: Any) -> list[Failure]:
         """Whether another optimizer has made a step of rows of the same backward."""
         rows = step.states[0].entries if step.states else []
-        if not rows or (step.number >= KEEP_FIRST and step.number % KEEP_EVERY):
+        if not rows or rows[-1].last == UNKNOWN:
+            return []  # Opacus's own, of who knows which backward
+        if step.number >= KEEP_FIRST and step.number % KEEP_EVERY:
             return []
         found = []
         for model in _models_of(step):
@@ -434,6 +455,41 @@ def _unaccounted(state: _State, step: Step) -> list[Failure]:
         return []
     state.misses = True
     return [Failure(STEPS, diagnosis.ACCOUNTED_BEFORE, names)]
+
+
+def _compare_sampling(step: Step, base: float, book: _Book) -> list[Failure]:
+    """Whether batches are drawn as the accountant assumes, said once of it."""
+    # With all people in each step nothing is assumed of how they are drawn.
+    bypasses = step.bypasses or (step.unsampled and base < 1)
+    seen = (book.is_poisson is False and base < 1) or (book.is_poisson and step.rates)
+    if seen or bypasses:
+        step.run(SAMPLING, count=1)
+        prepared = book.is_poisson is not None and (step.bypasses or book.is_poisson)
+        cause = diagnosis.LOADER_BYPASSED if bypasses and prepared else diagnosis.NOT_POISSON
+        if bypasses or not book.is_poisson:
+            failure = Failure(SAMPLING, cause)
+            step.fail(failure)
+            return _once(failure, book)
+    return []
+
+
+def _untold(state: _State, step: Step) -> list[Failure]:
+    """Whether batches that an engine's loader has drawn are used and no accountant is told.
+
+    Whoever accounts by hand tells one from step to step.
+    """
+    if state.misses or not step.rates:
+        return []
+    before = state.histories
+    state.histories = {
+        id(one): sum(_entry(found)[2] for found in _compat.history_of(one) or ())
+        for one in living(_compat.accountant_classes())
+    }
+    if before is None:
+        return []
+    state.misses = True  # it is asked once
+    told = state.histories != before
+    return [] if told else [Failure(STEPS, diagnosis.NOBODY_TOLD, tuple(step.names))]
 
 
 def _models_of(step: Step) -> list[Any]:

@@ -1,11 +1,14 @@
 """Whether tensors that should have noise in them are multiples of others that have none.
 
-No function of a noised gradient takes the noise out of it. Let ``a`` be the multiple, of each
-parameter, that comes closest, ``n`` the number of elements and ``s`` the standard deviation of the
-noise. A multiple of the noised gradient is off by at least ``|a| s n**.5 / 2``, except with a
-probability of ``exp(-0.31 n)``: the norm of the noise is that of ``n`` independent values, ``n`` at
-least :data:`_ENOUGH`. Where that is ``10 t`` times the gradient or more, one that is off by less
-than ``t``, some roundings, has none of the noise.
+No function of a noised gradient takes the noise out of it. Let ``b`` be what has no noise, of each
+parameter, ``a`` its multiple that comes closest, ``n`` the number of elements and ``s`` the
+standard deviation of the noise. What is ``c`` times the noised gradient is off by at least
+``|c| s n**.5 / 2``, except with a probability of ``exp(-0.31 n)``: the norm of the noise is that of
+``n`` independent values, ``n`` at least :data:`_ENOUGH`. Noise has a part along ``b`` as well, so
+that ``a`` is ``c (1 + g s / |b|)`` with a ``g`` of N(0, 1), which exceeds ``Z``, :data:`_TAIL`,
+with a probability of 1e-15; then ``|c|`` is at least ``|a| / (1 + Z s / |b|)``. Where the least
+distance is ``10 t`` times the gradient or more, one that is off by less than ``t``, some roundings,
+has none of the noise.
 
 A multiple of the noised gradient with one of what has no noise added to it is no function of the
 noised gradient either: it is off by less than roundings from the two together, for some two
@@ -34,6 +37,7 @@ _ROUNDINGS = 8.0
 _MUCH = 100.0
 _APART = 1e-6
 _ENOUGH = 200
+_TAIL = 8.0
 
 
 class Samples(NamedTuple):
@@ -152,6 +156,8 @@ def without_noise(
     noises = multiples.abs() * roots.to(ours.device, ours.dtype, non_blocking=True)
     if isinstance(std, torch.Tensor):
         std = std.to(ours.device, non_blocking=not ours.is_cpu)
+    lengths = torch.linalg.vector_norm(others, dim=-1)
+    noises = noises * torch.nan_to_num(lengths / (lengths + _TAIL * std))
     off = ours - multiples.unsqueeze(-1) * others
     figures = [
         torch.linalg.vector_norm(off, dim=(1, 2)),

@@ -175,10 +175,19 @@ class Noise(Check):
         return ()
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
-        """Say once if ``add_noise`` is not called, as by a ``pre_step`` of the user's own."""
+        """Say once if nothing is known of the noise.
+
+        That is, if ``add_noise`` is not called, as by a ``pre_step`` of the user's own, or if
+        clipping is the user's own as well, to a bound that is not known.
+        """
         state = self._states.of(optimizer)
         seen, state.seen = state.seen, False
-        if seen or state.said or not step.parameters or _compat.clips_in_hooks(optimizer):
+        if state.said or not step.parameters or _compat.clips_in_hooks(optimizer):
+            return ()
+        if _compat.has_own_mechanism(optimizer):
+            state.said = True
+            return [Failure(SCALE, diagnosis.NOISE_UNKNOWN, only_said=True)]
+        if seen:
             return ()
         std = step.noise_std(optimizer)
         if std is None or (isinstance(std, float) and not std):

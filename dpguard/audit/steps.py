@@ -132,6 +132,9 @@ class StepAuditor:
         step.run(*_STRUCTURE)
         if not repairs and dead:
             failures = [_left_over(failure) for failure in failures]
+        elif not repairs and failures:
+            unused = {n for n, p in zip(seen.names, parameters, strict=True) if p.grad is None}
+            failures = [_unused(failure, unused) for failure in failures]
         if failures:
             self._refuse(step, failures)
 
@@ -498,6 +501,13 @@ def _dead_sentence(calls: Dead) -> str:
         f"Recorded calls of {modules} were never backpropagated; "
         "they are left out of the per-sample gradients."
     )
+
+
+def _unused(failure: Failure, unused: set[str]) -> Failure:
+    """In ``observe`` nobody gives rows of zero to what took no part in the loss."""
+    if failure.cause == diagnosis.BYPASSED and unused.issuperset(failure.parameters):
+        return Failure(failure.check, diagnosis.UNUSED_PARAMETER, failure.parameters)
+    return failure
 
 
 def _left_over(failure: Failure) -> Failure:

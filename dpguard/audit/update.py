@@ -26,7 +26,7 @@ from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Receiver, Step
 from dpguard.audit.turns import Turns
 from dpguard.noted.ledger import Ledger
-from dpguard.noted.row_state import ParameterState, sample_of
+from dpguard.noted.row_state import ParameterState, awaits_its_step, sample_of
 from dpguard.patches.optimizer.lean import Clipping
 
 __all__ = ["BUFFERS", "MOVES", "OWNED", "PRIVATE", "STATISTICS", "Update"]
@@ -110,7 +110,7 @@ class Update(Check):
 
     def _before_clearing(self, parameters: Sequence[torch.Tensor]) -> None:
         # Whoever runs the parts of a step by hand has clipped and noised what is in p.grad by now.
-        raw = [p for p in parameters if not _compat.is_processed(getattr(p, "summed_grad", None))]
+        raw = [p for p in parameters if not awaits_its_step(p)]
         self._compare(raw, map(self._ledger.known, raw))
 
     def _compare(
@@ -163,6 +163,15 @@ class Update(Check):
         while pending:
             receive, figures = pending.popleft()
             step.collect((PRIVATE,), figures, receive)
+
+    def flush(self) -> Iterable[tuple[int, Failure]]:
+        """What was found when gradients were cleared by who takes no step of a DP optimizer."""
+        pending = self._mine.pending
+        found: list[Failure] = []
+        while pending:
+            receive, figures = pending.popleft()
+            found += receive([figure.item() for figure in figures])
+        return [(max((w.steps for w in self._optimizers.values()), default=0), f) for f in found]
 
     # -- once per logical step ---------------------------------------------------------------------
 

@@ -22,6 +22,8 @@ __all__ = [
     "Clipped",
     "Entry",
     "ParameterState",
+    "awaits_its_step",
+    "note_used",
     "owned_rows",
     "sample_of",
     "spread_of",
@@ -240,6 +242,19 @@ class Entry:
         self.owned = True
         self._rows = weakref.ref(rows)
         return rows
+
+
+def note_used(parameter: Any) -> None:
+    """A step is made of the clipped sum that is there."""
+    total = getattr(parameter, "summed_grad", None)
+    if total is not None:
+        total._dpguard_used = True
+
+
+def awaits_its_step(parameter: Any) -> bool:
+    """Whether noise was added to a clipped sum of which no step was made yet."""
+    total = getattr(parameter, "summed_grad", None)
+    return _compat.is_processed(total) and not hasattr(total, "_dpguard_used")
 
 
 class ParameterState:

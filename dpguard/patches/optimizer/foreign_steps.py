@@ -3,6 +3,9 @@
 The wrapped optimizer, the one that was given to ``make_private`` or a second one over the same
 parameters would apply gradients that are neither clipped nor noised. torch calls a global hook
 before the step of each optimizer, which is where such a step is refused.
+
+Whoever runs the parts of a step (``clip_and_accumulate``, ``add_noise``, ``scale_grad``) by hand,
+or in a ``step`` of their own, goes round ``pre_step``, where steps are audited. That is said.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 from dpguard import _callsite, _compat, diagnosis
+from dpguard.identity import IdentitySet
 from dpguard.noted.ledger import Ledger
+from dpguard.noted.row_state import awaits_its_step, note_used
 from dpguard.patching import Transaction
 from dpguard.verdicts import Verdicts
 
@@ -27,6 +32,8 @@ class ForeignSteps:
         holds_dp: whether an object is a DP optimizer or a wrapper round one.
         ledger: knows what ghost clipping has left in gradients.
         applied: is given a DP optimizer when the one that it wraps has stepped.
+        owner: from an optimizer to the DP optimizer that wraps it, if there is one.
+        is_missing: whether accountants were not told of steps that were not audited; asked in each.
     """
 
     def __init__(
@@ -34,12 +41,18 @@ class ForeignSteps:
         verdicts: Verdicts,
         holds_dp: Callable[[Any], bool],
         ledger: Ledger,
+        *,
         applied: Callable[[Any], None],
+        owner: Callable[[Any], Any],
+        is_missing: Callable[[Any], bool],
     ) -> None:
         self._verdicts = verdicts
         self._applied = applied
         self._ledger = ledger
         self._holds_dp = holds_dp
+        self._owner = owner
+        self._is_missing = is_missing
+        self._unaudited = IdentitySet()
         self._granted: dict[int, weakref.ref[Any]] = {}
         self._under_way: dict[int, weakref.ref[Any]] = {}
         """For what a DP optimizer wraps, while it may step, the DP optimizer."""
@@ -76,6 +89,9 @@ class ForeignSteps:
 
     def grant(self, instance: Any) -> None:
         """The next step of what ``instance`` wraps applies gradients that are private."""
+        for group in instance.param_groups:
+            for parameter in group["params"]:
+                note_used(parameter)
         inner = instance.original_optimizer
         if isinstance(inner, _compat.torch_optimizer_class()):  # others do not ask
             self._granted[id(inner)] = weakref.ref(inner)
@@ -98,7 +114,10 @@ class ForeignSteps:
             return
         if self._holds_dp(optimizer):
             return
-        count = sum(self._is_raw(p) for group in optimizer.param_groups for p in group["params"])
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        count = sum(map(self._is_raw, parameters))
+        if not count and any(map(awaits_its_step, parameters)):
+            self._say_unaudited(optimizer, parameters)
         if count:
             self._verdicts.refuse(
                 "update.private",
@@ -108,19 +127,48 @@ class ForeignSteps:
                 site=_callsite.writer(),
             )
 
+    def _say_unaudited(self, optimizer: Any, parameters: list[Any]) -> None:
+        """A DP optimizer was had clip and add noise, but not in its ``pre_step``."""
+        for parameter in parameters:
+            note_used(parameter)
+        owner = self._owner(optimizer)
+        if owner is None:
+            return
+        name = type(owner).__name__
+        if self._is_missing(owner):
+            self._verdicts.refuse(
+                "accounting.steps",
+                diagnosis.NOT_ACCOUNTED,
+                f"{name} took steps that its accountant was not told of.",
+                site=_callsite.writer(),
+            )
+        if owner not in self._unaudited:
+            self._unaudited.add(owner)
+            self._verdicts.complain(
+                "update.audited",
+                diagnosis.NOT_AUDITED,
+                f"A step of {name} was taken from parts, without its pre_step().",
+                site=_callsite.writer(),
+            )
+
     def _is_raw(self, parameter: Any) -> bool:
         """Whether a DP optimizer owns the parameter, and its gradient has not been noised.
 
         Opacus gives ``summed_grad`` to the parameters of its optimizers, and marks it when the
-        noise has been added; it takes ``grad_sample`` away when the model is no longer private.
-        One that has rows and no such optimizer has them of the same people as the others of its
-        model.
+        noise has been added. It stays if another clears the gradients; then a backward has come
+        since the step that it was used for. Opacus takes ``grad_sample`` away when the model is no
+        longer private. One that has rows and no such optimizer has them of the same people as the
+        others of its model.
         """
-        if parameter.grad is None or hasattr(getattr(parameter, "summed_grad", None), "_processed"):
+        if parameter.grad is None:
             return False
+        state = self._ledger.known(parameter)
+        if _compat.is_processed(getattr(parameter, "summed_grad", None)):
+            came_since = state is not None and state.version is not None
+            if awaits_its_step(parameter) or not came_since:
+                return False
         if getattr(parameter, "grad_sample", None) is None:
             # Ghost clipping has no rows: clipped sums wait in the gradient.
-            state = self._ledger.known(parameter)
             note = state.clipped if state is not None else None
             if note is None or not (note.is_private and note.is_in(parameter.grad)):
                 return False

@@ -48,6 +48,7 @@ class OptimizerPatch:
         signals: Signals,
         meet: Callable[[], None],
         attached: Callable[[Any, Any], None],
+        is_missing: Callable[[Any], bool],
     ) -> None:
         self._signals = signals
         self._meet_models = meet
@@ -62,7 +63,9 @@ class OptimizerPatch:
             verdicts,
             self._family.holds_dp,
             ledger,
-            functools.partial(self._audit, auditor.after_update),
+            applied=functools.partial(self._audit, auditor.after_update),
+            owner=self._wrapping,
+            is_missing=is_missing,
         )
         self._hooks = StepHooks(verdicts, self._family.owner, attached)
         self._bounds = Bounds(verdicts, self._family.owner)
@@ -177,6 +180,13 @@ class OptimizerPatch:
             self._part("bounds", self._bounds.adopt, instance)
             self._part("attributes", self._forwarding.discover, instance)
         self._forwarding.adopt(instance, reconcile=True)
+
+    def _wrapping(self, optimizer: Any) -> Any:
+        """The DP optimizer that wraps ``optimizer``, if one does."""
+        found = (one for one in self._instances if self._family.owner(one) is one)
+        return next(
+            (one for one in found if vars(one).get("original_optimizer") is optimizer), None
+        )
 
     def _is_itself(self, instance: Any) -> bool:
         """Whether ``instance`` stands for itself; the class of a façade is guarded as one."""

@@ -1,0 +1,84 @@
+"""Looks that are taken now and then: as often as is said, and at no time that can be told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from opacus import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from torch import nn
+
+import dpguard
+from dpguard import diagnosis
+from dpguard.audit.turns import Turns
+
+
+@pytest.mark.parametrize("every", [1, 2, 7, 50])
+@pytest.mark.parametrize("first", [1, 3])
+def test_one_of_each(every, first):
+    """The first steps, and one of each ``every`` from then on; each place is as likely."""
+    places = [0] * every
+    for _ in range(60):
+        turns = Turns()
+        drawn = [n for n in range(12 * every) if turns.has(n, every, first)]
+        assert drawn[:first] == list(range(first))
+        later = [n for n in drawn if n >= max(every, first)]
+        windows = [n // every for n in later]
+        assert windows == sorted(set(windows))
+        if every > first:
+            assert windows == list(range(1, 12))
+        for n in later:
+            places[n % every] += 1
+    expected = sum(places) / every
+    deviation = sum((p - expected) ** 2 / expected for p in places)
+    assert deviation < every - 1 + 6 * (2 * max(1, every - 1)) ** 0.5
+
+
+def test_a_fault_with_a_period_of_its_own():
+    """Rows of somebody else in each tenth step, never in the first of so many: it is found."""
+    with dpguard.install(mode="repair", oracle_every=20) as guard:
+        torch.manual_seed(0)
+        model = GradSampleModule(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)))
+        optimizer = DPOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.01),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            expected_batch_size=8,
+        )
+        x, y = torch.randn(8, 6), torch.randint(3, (8,))
+        with pytest.raises(dpguard.PrivacyViolation):  # noqa: PT012
+            for number in range(4000):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), y).backward()
+                if number % 10 == 7:
+                    weight = next(model.parameters())
+                    weight.grad_sample = weight.grad_sample.roll(1, 0)
+                optimizer.step()
+    assert {v.cause for v in guard.violations} == {diagnosis.ROW_OF_ANOTHER}
+
+
+@pytest.mark.parametrize("splits", [3])
+def test_any_physical_batch_is_looked_at(splits):
+    """Rows that are mixed in the last physical batch of a step only are found as well."""
+    with dpguard.install(mode="repair", oracle_every=2) as guard:
+        torch.manual_seed(0)
+        model = GradSampleModule(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)))
+        optimizer = DPOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.01),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            expected_batch_size=8 * splits,
+        )
+        x, y = torch.randn(8, 6), torch.randint(3, (8,))
+        with pytest.raises(dpguard.PrivacyViolation):  # noqa: PT012
+            for _ in range(200):
+                for part in range(splits):
+                    last = part == splits - 1
+                    optimizer.signal_skip_step(do_skip=not last)
+                    nn.functional.cross_entropy(model(x), y).backward()
+                    if last:
+                        weight = next(model.parameters())
+                        weight.grad_sample = weight.grad_sample.roll(1, 0)
+                    optimizer.step()
+                    optimizer.zero_grad()
+    assert {v.cause for v in guard.violations} == {diagnosis.ROW_OF_ANOTHER}
