@@ -544,6 +544,57 @@ def second_optimizer(first, parameters):
     )
 
 
+def without_hook(training):
+    """A DP optimizer of one's own in the place of that of the engine; its hook is forgotten."""
+    training.optimizer = DPOptimizer(
+        training.optimizer.original_optimizer,
+        noise_multiplier=1.1,
+        max_grad_norm=1.0,
+        expected_batch_size=12,
+    )
+
+
+def test_batches_of_an_engine_that_nobody_is_told_of():
+    """Epsilon stays zero, which is said in the second step, once."""
+    with dpguard.install(mode="repair") as guard:
+        training = Training()
+        without_hook(training)
+        training.epoch()
+        training.epoch()
+    (said,) = [v for v in guard.violations if v.check == STEPS]
+    assert (said.cause, said.step) == (diagnosis.NOBODY_TOLD, 1)
+    assert training.engine.get_epsilon(1e-5) == 0
+
+
+@pytest.mark.parametrize("whose", ["the engine's", "another"])
+def test_an_accountant_that_is_told_by_hand(whose):
+    """After each step, by whoever trains: nothing is missing."""
+    with dpguard.install(mode="strict") as guard:
+        training = Training()
+        without_hook(training)
+        accountant = training.engine.accountant if whose == "the engine's" else RDPAccountant()
+        for x, y in training.loader:
+            training.epoch([(x, y)])
+            accountant.step(noise_multiplier=1.1, sample_rate=0.2)
+        guard.flush()
+    assert guard.violations == ()
+
+
+@pytest.mark.parametrize("mode", ["observe", "repair", "strict"])
+def test_one_optimizer_after_another(mode):
+    """They train parts of one model, and never from the same batch."""
+    with dpguard.install(mode=mode) as guard:
+        training = Training()
+        training.epoch()
+        second = second_optimizer(training.optimizer, list(training.raw.parameters())[2:])
+        second.attach_step_hook(training.hook(0.2))
+        for p in list(training.raw.parameters())[:2]:
+            p.requires_grad_(False)
+        training.optimizer = second
+        training.epoch()
+    assert diagnosis.TWO_OPTIMIZERS not in causes(guard)
+
+
 class Aimed(Training):
     """What ``make_private_with_epsilon`` makes, for three epochs of five batches."""
 

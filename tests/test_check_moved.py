@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from digits import Training
+from opacus import GradSampleModule
+from opacus.optimizers import DPOptimizer
 from releases import MIXED, needs_ghost, needs_reshaping
 
 import dpguard
@@ -89,6 +91,40 @@ def test_moves_without_noise_are_refused(mode, fault, begin):
 
 
 # -- what may be done --------------------------------------------------------------------------------
+
+
+class Unmoved(torch.nn.Module):
+    """The bias of the convolution has a gradient of zero: the normalisation takes it out."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(1, 8, 3), torch.nn.InstanceNorm2d(8, affine=True)
+        self.head = torch.nn.Linear(72, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.norm(self.conv(x))).flatten(1))
+
+
+@pytest.mark.parametrize("sigma", [1e-2, 1e-3, 1e-4, 1e-6])
+def test_gradients_of_nothing_but_rounding(sigma):
+    """Their noise is huge beside them, so that any multiple of them is large, and proves nothing."""
+    with dpguard.install(mode="strict") as guard:
+        torch.manual_seed(0)
+        model = GradSampleModule(Unmoved())
+        optimizer = DPOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            noise_multiplier=sigma,
+            max_grad_norm=1.0,
+            expected_batch_size=64,
+        )
+        x = torch.randn(64, 1, 5, 5)
+        y = (x.mean((1, 2, 3)) > 0).long()
+        for _ in range(8):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        guard.flush()
+    assert guard.violations == ()
 
 
 @pytest.mark.skipif(not MIXED, reason="this Opacus cannot train in half precision")

@@ -1,0 +1,175 @@
+"""Steps that go round a DP optimizer, or round the part of it where steps are audited."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import MLP
+from opacus import PrivacyEngine
+from opacus.optimizers import DPOptimizer
+from releases import needs_ghost
+from torch import nn
+
+import dpguard
+from dpguard import diagnosis
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
+BATCH, SIGMA, BOUND = 12, 1.1, 0.7
+
+
+class Training:
+    """A model of ``make_private`` and, if it is asked for, another optimizer of its parameters."""
+
+    def __init__(self, optimizer=None, **options):
+        torch.manual_seed(2)
+        self.raw = MLP()
+        self.inner = torch.optim.SGD(self.raw.parameters(), lr=0.05)
+        data = torch.utils.data.TensorDataset(torch.randn(60, 6), torch.arange(60) % 5)
+        self.engine = PrivacyEngine()
+        made = self.engine.make_private(
+            module=self.raw,
+            optimizer=self.inner,
+            data_loader=torch.utils.data.DataLoader(data, batch_size=BATCH),
+            noise_multiplier=SIGMA,
+            max_grad_norm=BOUND,
+            **options,
+        )
+        self.model, self.optimizer, *rest = made
+        self.loader, self.criterion = rest[-1], (rest[0] if rest[1:] else nn.CrossEntropyLoss())
+        if optimizer is not None:
+            self.optimizer = optimizer(
+                self.inner,
+                noise_multiplier=SIGMA,
+                max_grad_norm=BOUND,
+                expected_batch_size=BATCH,
+            )
+            hook = self.engine.accountant.get_optimizer_hook_fn(sample_rate=BATCH / 60)
+            self.optimizer.attach_step_hook(hook)
+
+    def backward(self, x, y):
+        self.criterion(self.model(x), y).backward()
+
+    def epoch(self, step=None):
+        for x, y in self.loader:
+            self.optimizer.zero_grad()
+            self.backward(x, y)
+            (step or self.optimizer.step)()
+
+    def values(self):
+        return [p.detach().clone() for p in self.raw.parameters()]
+
+
+def second(training):
+    return torch.optim.SGD(training.raw.parameters(), lr=0.05)
+
+
+WHOSE = {"the wrapped one": lambda training: training.inner, "a second one": second}
+KINDS = [
+    {},
+    pytest.param(
+        {"grad_sample_mode": "ghost", "criterion": nn.CrossEntropyLoss()}, marks=needs_ghost
+    ),
+]
+
+
+@pytest.mark.parametrize("clear", ["that optimizer", "the raw model", "the model"])
+@pytest.mark.parametrize("whose", WHOSE)
+@pytest.mark.parametrize("options", KINDS, ids=["hooks", "ghost"])
+def test_raw_steps_after_private_ones(options, whose, clear):
+    """What a private step has left behind is no noise for the gradients that come after it."""
+    with dpguard.install(mode="repair") as guard:
+        training = Training(**options)
+        training.epoch()
+        assert guard.violations == ()
+        other = WHOSE[whose](training)
+        clears = {
+            "that optimizer": other,
+            "the raw model": training.raw,
+            "the model": training.model,
+        }
+        x, y = next(iter(training.loader))
+        before = training.values()
+        clears[clear].zero_grad()
+        training.backward(x, y)
+        with pytest.raises(dpguard.PrivacyViolation, match="not private"):
+            other.step()
+    assert all(map(torch.equal, training.values(), before))
+    assert [v.cause for v in guard.violations] == [diagnosis.FOREIGN_STEP]
+
+
+def test_the_noised_gradient_may_be_used_again():
+    """It is private already: no backward has come since."""
+    with dpguard.install(mode="strict") as guard:
+        training = Training()
+        training.epoch()
+        second(training).step()
+        training.epoch()
+    assert guard.violations == ()
+
+
+def parts(optimizer, *, hook=True):
+    """A step without its ``pre_step``."""
+    optimizer.clip_and_accumulate()
+    optimizer.add_noise()
+    optimizer.scale_grad()
+    if hook:
+        optimizer.step_hook(optimizer)
+    optimizer.original_optimizer.step()
+
+
+class OwnStep(DPOptimizer):
+    def step(self, closure=None):
+        parts(self)
+
+
+@pytest.mark.parametrize("how", ["by hand", "subclass"])
+def test_steps_from_parts(how):
+    """Nothing of them is audited, which is said once; they are taken as they are."""
+    ends = []
+    for mode in ("off", "repair"):
+        with dpguard.install(mode=mode) as guard:
+            training = Training(OwnStep if how == "subclass" else None)
+            step = None if how == "subclass" else lambda t=training: parts(t.optimizer)
+            for _ in range(3):
+                training.epoch(step)
+            guard.flush()
+            ends.append(training.values())
+    assert all(map(torch.equal, *ends))
+    (said,) = guard.violations
+    assert (said.cause, said.severity.value) == (diagnosis.NOT_AUDITED, "ERROR")
+    assert "OwnStep" in said.body if how == "subclass" else "DPOptimizer" in said.body
+    assert "test_foreign_steps.py" in said.site
+
+
+def test_steps_from_parts_in_strict():
+    """They are refused before anything changes."""
+    with dpguard.install(mode="strict"):
+        training = Training(OwnStep)
+        before = training.values()
+        with pytest.raises(dpguard.PrivacyViolation, match=r"pre_step\(\)"):
+            training.epoch()
+    assert all(map(torch.equal, training.values(), before))
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["never", "after the update"])
+def test_accounting_of_steps_from_parts(after):
+    """An accountant that is told of none is missed in the second; one that is told late is not."""
+
+    def step():
+        parts(training.optimizer, hook=False)
+        taken.append(1)
+        if after:
+            training.optimizer.step_hook(training.optimizer)
+
+    taken = []
+    with dpguard.install(mode="repair") as guard:
+        training = Training()
+        if after:
+            training.epoch(step)
+        else:
+            with pytest.raises(dpguard.PrivacyViolation, match="accountant"):
+                training.epoch(step)
+        guard.flush()
+    causes = {v.cause for v in guard.violations}
+    assert causes == {diagnosis.NOT_AUDITED} | (set() if after else {diagnosis.NOT_ACCOUNTED})
+    assert after or len(taken) == 1
