@@ -65,7 +65,7 @@ class Settings:
             (``DPGUARD_LOG``).
         audit_every: audit every N-th logical step (``DPGUARD_AUDIT_EVERY``).
         oracle_every: have one row of each parameter, in ghost clipping one person's norms,
-            recomputed in every N-th logical step, the first included; 0 for never
+            recomputed in the first logical step and in one of each N; 0 for never
             (``DPGUARD_ORACLE_EVERY``).
         sensitive: write data-dependent figures to their own file (``DPGUARD_SENSITIVE``).
         run_id: name of the run, or ``None`` to have one made (``DPGUARD_RUN_ID``).
