@@ -658,7 +658,7 @@ _DIAGNOSES = {
         Severity.WARNING,
     ),
     NOT_OWNED: Diagnosis(
-        "trainable parameters of the model have per-sample gradients and belong to no DP "
+        "trainable parameters of the model have private gradients and belong to no DP "
         "optimizer, so they are not trained, or not privately",
         "give them to the optimizer before make_private (optimizer.add_param_group), or freeze "
         "them with requires_grad_(False)",

@@ -190,6 +190,111 @@ def test_poisson_sampling_refuses_a_second_batch(guard):
     optimizer.step()
 
 
+# -- parameters that no optimizer owns (U10) -------------------------------------------------------
+
+
+def head_only(model, *, poisson):
+    """The model wrapped, and a DP optimizer of its last layer only; the others stay trainable."""
+    data = torch.utils.data.TensorDataset(torch.zeros(8, 1))
+    head = list(model.parameters())[-2:]
+    called, optimizer, criterion, _ = PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(head, lr=RATE),
+        data_loader=torch.utils.data.DataLoader(data, batch_size=EXPECTED),
+        criterion=nn.MSELoss(),
+        noise_multiplier=0.0,
+        max_grad_norm=C,
+        poisson_sampling=poisson,
+        grad_sample_mode="ghost",
+    )
+    return called, optimizer, criterion, {id(p) for p in head}
+
+
+def said_of_owners(guard):
+    return [(v.cause, v.parameters) for v in violations(guard) if v.check == "model.owned"]
+
+
+@pytest.mark.parametrize("zero_grad", [{}, {"set_to_none": False}], ids=["to None", "in place"])
+@pytest.mark.parametrize("poisson", [True, False])
+def test_gradients_that_no_optimizer_owns_are_no_batch(guard, poisson, zero_grad):
+    """Nobody clears them; each update is that of one batch, and they are said once by name."""
+    model = mlp()
+    called, optimizer, criterion, head = head_only(model, poisson=poisson)
+    for step in range(4):
+        x, y = batch(seed=step)
+        expected = clipped(model, (x, y), squares("mean"))
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        criterion(called(x), y).backward()
+        assert_gradients(model, expected)
+        assert optimizer.accumulated_iterations == 1
+        optimizer.step()
+        for name, p in model.named_parameters():
+            change = RATE * expected[name] / EXPECTED if id(p) in head else 0
+            torch.testing.assert_close(p.detach(), before[name] - change, **CLOSE)
+        optimizer.zero_grad(**zero_grad)
+    rest = tuple(name for name, p in model.named_parameters() if id(p) not in head)
+    assert said_of_owners(guard) == [(diagnosis.NOT_OWNED, rest)]
+
+
+def test_batches_of_the_owned_count_beside_them(guard):
+    """Two batches before a step are two, or refused with Poisson sampling, as without them."""
+    model = mlp()
+    called, optimizer, criterion, _ = head_only(model, poisson=False)
+    for start in (0, 10):
+        batches = [batch(3, seed=start + i) for i in range(2)]
+        expected = summed(*(clipped(model, data, squares("mean")) for data in batches))
+        for x, y in batches:
+            criterion(called(x), y).backward()
+        assert_gradients(model, expected)
+        assert optimizer.accumulated_iterations == 2
+        optimizer.step()
+        optimizer.zero_grad()
+    model = mlp()
+    called, optimizer, criterion, _ = head_only(model, poisson=True)
+    x, y = batch()
+    criterion(called(x), y).backward()
+    with pytest.raises(ValueError, match="Poisson sampling is not compatible"):
+        criterion(called(x), y).backward()
+
+
+def test_what_an_owner_comes_for_has_no_earlier_batch_in_it(guard):
+    """A parameter given to the optimizer after a batch in which it took no part adds zero."""
+    model = mlp()
+    called, optimizer, criterion, head = head_only(model, poisson=True)
+    rest = [p for p in model.parameters() if id(p) not in head]
+    x, y = batch()
+    criterion(called(x), y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    last = list(model.modules())[-1]
+    h = torch.randn(EXPECTED, last.in_features, dtype=torch.float64)
+    criterion(last(h), y).backward()
+    assert all(p.grad is None for p in rest)
+    before = [p.detach().clone() for p in rest]
+    optimizer.add_param_group({"params": rest})
+    optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(rest, before, strict=True))
+
+
+def test_a_layer_that_is_unfrozen_is_owned(guard):
+    """Its batches count, though Opacus has not set it up, and it alone is trained."""
+    model = mlp()
+    for p in model.parameters():
+        p.requires_grad_(False)
+    list(model.parameters())[-1].requires_grad_(True)
+    called, optimizer, criterion = private(model)
+    for p in model.parameters():
+        p.requires_grad_(not p.requires_grad)
+    batches = [batch(3, seed=i) for i in range(2)]
+    expected = summed(*(clipped(model, data, squares("mean")) for data in batches))
+    for x, y in batches:
+        criterion(called(x), y).backward()
+    assert optimizer.accumulated_iterations == 2
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    for name in trained:
+        torch.testing.assert_close(model.get_parameter(name).grad, expected[name], **CLOSE)
+
+
 CLEAR = {
     "optimizer": lambda model, called, optimizer: optimizer.zero_grad(),
     "optimizer, to None": lambda model, called, optimizer: optimizer.zero_grad(set_to_none=True),
