@@ -483,10 +483,10 @@ def _hopeless(record: Record) -> str | None:
 
 def _unreplayable(record: Record) -> str | None:
     """Why Opacus's functorch fallback, one tensor in and one out, cannot replay a call."""
-    first, *further = record.activations or [None]
+    first = next(iter(record.activations or ()), None)
     if not isinstance(first, torch.Tensor):
         return diagnosis.NO_TENSOR_INPUT
-    if any(value is not None for value in further):
+    if record.further:
         return diagnosis.INPUTS_DROPPED
     return diagnosis.STRUCTURED_OUTPUT if record.structured else None
 
