@@ -136,6 +136,8 @@ DRAWN_TOO_MANY = "drawn_too_many"
 DRAWN_DEPENDENTLY = "drawn_dependently"
 BATCH_UNDELIVERED = "batch_undelivered"
 BATCHES_MERGED = "logical_batches_merged"
+PEOPLE_IN_ROUNDS = "people_in_rounds"
+ROUNDS_IN_GHOST = "rounds_in_ghost_clipping"
 GROUPS_MISFIT = "groups_misfit"
 GROUPS_DIFFER = "groups_differ"
 GROUPS_ADAPTIVE = "groups_in_adaptive_clipping"
@@ -144,10 +146,21 @@ BLOCKS_IN_GHOST = "blocks_in_ghost_clipping"
 OPACUS_NO_ACCUMULATION = (
     "Poisson sampling is not compatible with grad accumulation. "
     "You need to call optimizer.step() after every forward/backward pass "
-    "or consider using BatchMemoryManager. If all backward passes of this step saw the same "
-    "people, row by row, put them into `with dpguard.one_batch():`"
+    "or consider using BatchMemoryManager"
 )
-"""Opacus's own words, raised where Opacus raises them, and the way out that it has not."""
+"""Opacus's own words, raised where Opacus raises them."""
+
+SAME_PEOPLE = (
+    "If all backward passes of this step saw the same people, row by row, put them into `with "
+    "dpguard.one_batch():`"
+)
+"""The way out that Opacus has not."""
+
+SAME_PEOPLE_IN_GHOST = (
+    "If all backward passes of this step saw the same people, row by row, make one loss per sample "
+    "of all of them (their sum) and call backward once, or use grad_sample_mode='hooks'"
+)
+"""That in ghost clipping, which cannot add what several backwards have clipped."""
 
 NO_OPTIMIZER_TAKES_IT = (
     "Here it is {!r} whose rows wait, and no step has taken it yet, though others were: it belongs "
@@ -784,8 +797,8 @@ _DIAGNOSES = {
     LOSSES_OVERLAP: Diagnosis(
         "two losses were backpropagated one after the other though the forwards of both had run "
         "before; each was clipped by itself, so a person who is in both would count twice",
-        "make one loss per sample of both and call backward once, or run the second forward "
-        "after the first backward",
+        "make one loss per sample of both and call backward once; if nobody is in both, run the "
+        "second forward after the first backward",
         Severity.CRITICAL,
     ),
     SKIPPED_BATCH: Diagnosis(
@@ -927,6 +940,23 @@ _DIAGNOSES = {
         "logical batch: both would be merged under one noise draw",
         "call optimizer.step() for each physical batch of BatchMemoryManager: leave samples out "
         "in the data set or in the loss (a loss times zero), not with `continue` or `break`",
+        Severity.CRITICAL,
+    ),
+    PEOPLE_IN_ROUNDS: Diagnosis(
+        "there are several rounds of forward and backward, each with as many rows as there are "
+        "people in the batch that the data loader delivered; each is clipped by itself, as if it "
+        "was a batch of other people, so somebody who is in all of them counts several times",
+        "if row i is the same person in each round, put the rounds into `with dpguard.one_batch():`"
+        ", which adds each person's rows; otherwise make one loss of all rounds and call backward "
+        "once, or step after each with a batch of its own",
+        Severity.CRITICAL,
+    ),
+    ROUNDS_IN_GHOST: Diagnosis(
+        "the same people were backpropagated several times before a step; ghost clipping clips "
+        "each time by itself and cannot add a person's rows before, so that person would count "
+        "several times",
+        "make one loss per sample of all rounds (their sum) and call backward once, or use "
+        "grad_sample_mode='hooks'",
         Severity.CRITICAL,
     ),
     GROUPS_MISFIT: Diagnosis(

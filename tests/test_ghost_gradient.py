@@ -181,13 +181,74 @@ def test_poisson_sampling_refuses_a_second_batch(guard):
     expected = clipped(model, (x, y), squares("mean"))
     with pytest.raises(ValueError, match="Poisson sampling is not compatible") as caught:
         criterion(called(x), y).backward()
-    assert str(caught.value) == diagnosis.OPACUS_NO_ACCUMULATION
+    assert str(caught.value).startswith(diagnosis.OPACUS_NO_ACCUMULATION)
+    assert "one loss per sample" in str(caught.value)
+    assert "one_batch" not in str(caught.value)  # which is refused here
     assert_gradients(model, expected)
     optimizer.step()
     criterion(called(x), y).backward()
     optimizer.zero_grad()
     criterion(called(x), y).backward()
     optimizer.step()
+
+
+@pytest.mark.parametrize("poisson", [True, False])
+@pytest.mark.parametrize("ahead", [True, False], ids=["forwards first", "one by one"])
+def test_rounds_on_the_same_people_are_refused_for_what_they_are(guard, poisson, ahead):
+    """Ghost clipping cannot add what it has clipped, whatever is declared (U04)."""
+    model = mlp()
+    called, optimizer, criterion = private(model, poisson=poisson)
+    (x, y), (u, v) = batch(), batch(seed=1)
+    before = values(model)
+    with dpguard.one_batch():
+        loss = criterion(called(x), y)
+        other = criterion(called(u), v) if ahead else None
+        loss.backward()
+        expected = clipped(model, (x, y), squares("mean"))
+        with pytest.raises(PrivacyViolation, match="several times before a step") as caught:
+            (other if ahead else criterion(called(u), v)).backward()
+    assert "body.0.weight" in str(caught.value)
+    assert "one loss per sample" in str(caught.value)
+    assert "one_batch" not in str(caught.value)
+    assert violations(guard)[-1].cause == diagnosis.ROUNDS_IN_GHOST
+    assert unchanged(model, before)
+    assert_gradients(model, expected)
+    optimizer.step()
+
+
+class Rounds(nn.Module):
+    """One loss per sample of several outputs."""
+
+    reduction = "mean"
+
+    def forward(self, outputs, targets):
+        losses = [
+            nn.functional.mse_loss(output, target, reduction="none").mean(dim=1)
+            for output, target in zip(outputs, targets, strict=True)
+        ]
+        total = sum(losses)
+        return total if self.reduction == "none" else total.mean()
+
+
+@pytest.mark.parametrize("poisson", [True, False])
+def test_one_loss_per_sample_of_all_rounds_is_exact(guard, poisson):
+    """The remedy: each person's gradient of all rounds is clipped once."""
+    model = mlp()
+    called, optimizer, criterion = private(model, poisson=poisson, criterion=Rounds())
+
+    def both(plain, x, y, u, v):
+        return squares("mean")(plain, x, y) + squares("mean")(plain, u, v)
+
+    for start in (0, 10):
+        data = (*batch(seed=start), *batch(seed=start + 1))
+        x, y, u, v = data
+        expected = clipped(model, data, both)
+        with dpguard.one_batch():
+            criterion((called(x), called(u)), (y, v)).backward()
+        assert_gradients(model, expected)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert violations(guard) == guard.interventions == ()
 
 
 # -- parameters that no optimizer owns (U10) -------------------------------------------------------

@@ -245,9 +245,10 @@ class GhostPairing(Pairing):
         """Refuse a second batch before a step where it cannot be one."""
         if declares_one_batch():
             names = [self.ledger.name_of(p) for p in parameters if p.requires_grad]
-            self._refuse(diagnosis.LOSSES_OVERLAP, "Refused", names)
+            self._refuse(diagnosis.ROUNDS_IN_GHOST, "Refused", names)
         if not _compat.allows_accumulation(self.hooks):
-            raise ValueError(diagnosis.OPACUS_NO_ACCUMULATION)
+            said = diagnosis.OPACUS_NO_ACCUMULATION
+            raise ValueError(f"{said}. {diagnosis.SAME_PEOPLE_IN_GHOST}")
 
     @property
     def is_drawn(self) -> bool:

@@ -385,7 +385,7 @@ class Pairing(Hooked):
 
     def _no_accumulation(self, state: ParameterState) -> str:
         """Why Opacus refuses a second batch before a step, and that none takes this parameter."""
-        said = diagnosis.OPACUS_NO_ACCUMULATION
+        said = f"{diagnosis.OPACUS_NO_ACCUMULATION}. {diagnosis.SAME_PEOPLE}"
         if not state.epoch and any(other.epoch for other in self._states):
             said = f"{said}. {diagnosis.NO_OPTIMIZER_TAKES_IT.format(state.name)}"
         return said
