@@ -332,6 +332,11 @@ def transform_test() -> Callable[[], bool]:
     return inside_transform
 
 
+def is_of_randomness(error: RuntimeError) -> bool:
+    """Whether functorch says that what it maps over a batch draws random numbers."""
+    return "called random operation" in str(error)
+
+
 # -- Opacus: where things are --------------------------------------------------------------------
 
 

@@ -29,6 +29,7 @@ SEVERAL_OUTPUTS = "several_outputs"
 INPUTS_DROPPED = "inputs_dropped"
 NO_TENSOR_INPUT = "no_tensor_input"
 STRUCTURED_OUTPUT = "structured_output"
+RANDOM_REPLAY = "random_replay"
 NO_BACKWARD = "no_backward"
 NOT_HOOKED = "not_hooked"
 CALLS_LEFT_OVER = "calls_left_over"
@@ -261,6 +262,13 @@ _DIAGNOSES = {
         "which Opacus cannot replay",
         "let the module that owns the parameters return one tensor, and put it into a tuple, "
         "dict or dataclass in the module around it",
+    ),
+    RANDOM_REPLAY: Diagnosis(
+        "a module without a registered grad sampler draws random numbers in its forward (dropout, "
+        "added noise), and a replay would draw others than those of the call",
+        "let a module around it, which owns no parameters itself, draw them (nn.Dropout on its "
+        "output), or register a grad sampler for the module with "
+        "opacus.grad_sample.register_grad_sampler",
     ),
     NO_BACKWARD: Diagnosis(
         "no parameter of the optimizer has per-sample gradients",

@@ -13,6 +13,7 @@ import torch
 from models import MLP, Recurrent
 from opacus import PrivacyEngine
 from opacus.utils.batch_memory_manager import BatchMemoryManager
+from releases import needs_functorch
 from shuffled import is_ok, violations
 from torch import nn
 from truth import plain_copy, rows_of
@@ -249,6 +250,48 @@ def test_one_loss_per_sample_of_all_rounds_is_exact(guard, poisson):
         optimizer.step()
         optimizer.zero_grad()
     assert violations(guard) == guard.interventions == ()
+
+
+class Dropped(nn.Module):
+    """Owns a raw parameter, and may drop what it returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.drops = nn.Parameter(torch.rand(6, 5)), True
+
+    def forward(self, x):
+        return nn.functional.dropout(x @ self.weight, 0.5, self.drops)
+
+
+Dropped.blueprint = Dropped
+
+
+@needs_functorch
+def test_random_numbers_in_a_replayed_layer_are_refused_by_name(guard):
+    """Nothing of it is left: without them, the next batch is exact (L22)."""
+    torch.manual_seed(0)
+    model = Dropped().double()
+    called, optimizer, criterion = private(model)
+    x, y = batch()
+    with pytest.raises(PerSampleGradientError, match=r"weight.*random") as caught:
+        criterion(called(x), y).backward()
+    assert type(caught.value.__cause__) is RuntimeError
+    assert violations(guard)[-1].cause == diagnosis.RANDOM_REPLAY
+    model.drops = False
+    expected = rows_of(squares("mean"), still(model), (x, y))
+    norms = expected["weight"].flatten(1).norm(dim=1)
+    factors = (C / (norms + 1e-6)).clamp(max=1)
+    criterion(called(x), y).backward()
+    summed_rows = torch.einsum("n,n...->...", factors, expected["weight"])
+    torch.testing.assert_close(model.weight.grad, summed_rows, **CLOSE)
+    optimizer.step()
+
+
+def still(model):
+    """A plain copy that drops nothing."""
+    plain = plain_copy(model)
+    plain.drops = False
+    return plain
 
 
 # -- parameters that no optimizer owns (U10) -------------------------------------------------------

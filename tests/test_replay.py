@@ -15,7 +15,7 @@ from torch import nn
 from truth import assert_rows_equal, rows_of
 
 import dpguard
-from dpguard import _compat
+from dpguard import _compat, diagnosis
 
 pytestmark = needs_functorch
 DTYPE = torch.float64
@@ -514,4 +514,107 @@ def test_under_the_autocast_of_the_call(guard, inside):
         optimizer.zero_grad()
     guard.flush()
     assert guard.last_step.checks["conservation"].verdict == "pass"
+    assert guard.violations == ()
+
+
+# -- random numbers (L22) --------------------------------------------------------------------------
+
+
+class Owner(nn.Module):
+    """Owns a raw parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4, 4))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class Drops(Owner):
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.dropout(super().forward(x))
+
+
+class AddsNoise(Owner):
+    def forward(self, x):
+        return super().forward(x) + torch.randn(4, dtype=x.dtype)
+
+
+class Around(nn.Module):
+    """Drops what a module inside, which owns the parameter, returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.dropout = Owner(), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.dropout(self.inner(x))
+
+
+RANDOM = "called random operation"
+
+
+@pytest.mark.parametrize("make", [Drops, AddsNoise])
+def test_random_numbers_in_replayed_layers_are_refused_by_name(guard, make):
+    """Functorch replays none: said with parameters, cause and remedy, and its own error behind."""
+    wrapped, _ = models(make)
+    loss = loss_of(wrapped, batch())
+    with pytest.raises(dpguard.PerSampleGradientError, match=r"layer\.weight.*random") as caught:
+        loss.backward()
+    assert type(caught.value.__cause__) is RuntimeError
+    assert RANDOM in str(caught.value.__cause__)
+    (violation,) = guard.violations
+    assert (violation.check, violation.cause) == ("coverage.present", diagnosis.RANDOM_REPLAY)
+    assert (violation.parameters, violation.modules) == (("layer.weight",), ("layer",))
+    assert violation.remedy in str(caught.value)
+    assert guard.internal_errors == ()
+
+
+@pytest.mark.parametrize("mode", ["observe", "off"])
+def test_random_numbers_where_nothing_is_changed(mode):
+    """The error is functorch's, and so are its words."""
+    with dpguard.install(mode=mode) as guard:
+        wrapped, _ = models(Drops)
+        with pytest.raises(RuntimeError, match=RANDOM) as caught:
+            loss_of(wrapped, batch()).backward()
+        assert type(caught.value) is RuntimeError
+        assert guard.violations == guard.internal_errors == ()
+
+
+def test_random_numbers_that_are_not_replayed(guard):
+    """In evaluation mode, and by the remedy: rows equal ground truth of the same draw."""
+    wrapped, plain = models(Drops)
+    for model in (wrapped._module, plain):
+        model.layer.eval()
+    truth = rows_of(loss_of, plain, [batch()])
+    loss_of(wrapped, batch()).backward()
+    assert_rows_equal(wrapped, truth, DTYPE)
+
+    wrapped, plain = models(Around)
+    torch.manual_seed(1)
+    mask = nn.functional.dropout(torch.ones(4, 4, dtype=DTYPE))
+    plain.layer.dropout = nn.Identity()
+    truth = rows_of(lambda m, x, d: ((m(x) * d) ** 2).mean(dim=-1).mean(), plain, [batch(), mask])
+    torch.manual_seed(1)
+    loss_of(wrapped, batch()).backward()
+    assert_rows_equal(wrapped, truth, DTYPE)
+    assert guard.violations == guard.interventions == ()
+
+
+class Branches(Owner):
+    def forward(self, x):
+        return super().forward(x) * (2 if x.sum().item() > 0 else 1)
+
+
+def test_other_errors_of_a_replay_are_the_hosts(guard):
+    """They pass unchanged."""
+    wrapped, _ = models(Branches)
+    with pytest.raises(RuntimeError, match="item") as caught:
+        loss_of(wrapped, batch()).backward()
+    assert type(caught.value) is RuntimeError
     assert guard.violations == ()

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 
 from dpguard import _compat, diagnosis
+from dpguard._errors import PerSampleGradientError
 from dpguard.audit.probes import Probes
 from dpguard.noted.graph_task import GraphTask
 from dpguard.noted.grouping import Grouping, misfit_sentence
@@ -262,11 +263,8 @@ class Pairing(Hooked):
                     else:
                         yield parameter, rows, lent
                 return
-        if record.outline is not None:
-            outlined, first = record.outline, self.batch_first
-            found = replay(
-                kind.sampler, module, outlined, arranged, batch_first=first, cast=record.cast
-            )
+        if (outlined := record.outline) is not None:
+            found = self._replayed(record, outlined, arranged)
         else:
             found = kind.sampler(module, activations, backprops)
         lenders = [*activations, backprops]
@@ -279,6 +277,44 @@ class Pairing(Hooked):
             else:
                 yield parameter, rows, lenders if kind.is_fresh else [rows]
                 lenders.append(rows)
+
+    def _replayed(
+        self,
+        record: Record,
+        outlined: torch.nn.Module,
+        arranged: tuple[list[Any], torch.Tensor],
+    ) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """The rows of a call that functorch replays."""
+        module, sampler, first = record.module, record.kind.sampler, self.batch_first
+        try:
+            return replay(sampler, module, outlined, arranged, batch_first=first, cast=record.cast)
+        except RuntimeError as error:
+            self._refuse_random(record, error)
+            raise
+
+    def _refuse_random(self, record: Record, error: RuntimeError) -> None:
+        """Say in words what functorch says of a call that draws random numbers.
+
+        Raises:
+            PerSampleGradientError: it is such a call.
+        """
+        if not _compat.is_of_randomness(error):
+            return
+        cause, names = diagnosis.RANDOM_REPLAY, tuple(map(self.ledger.name_of, record.trained))
+        diagnosed = diagnosis.explain(cause)
+        body = f"No per-sample gradients for {diagnosis.listed(names)}: {diagnosed.statement}."
+        details = {"parameters": names, "modules": (record.hook.name,)}
+        try:
+            self.verdicts.refuse(
+                "coverage.present",
+                cause,
+                body,
+                PerSampleGradientError,
+                severity=diagnosed.severity,
+                **details,
+            )
+        except PerSampleGradientError as refused:
+            raise refused from error
 
     def _take(
         self,
