@@ -23,6 +23,7 @@ ALIAS_OWN = "alias_own"
 ALIAS_OUTSIDE = "alias_outside"
 
 BYPASSED = "bypassed_module"
+WEIGHT_NORM = "weight_norm_hook"
 DOUBLE_BACKWARD = "double_backward"
 GRAPH_FREED = "graph_freed"
 SEVERAL_OUTPUTS = "several_outputs"
@@ -229,6 +230,12 @@ _DIAGNOSES = {
         "call the module that owns the parameter instead of using the parameter directly "
         "(F.linear(x, layer.weight) becomes layer(x)), and wrap the model with Opacus only "
         "after its last parameter is in place",
+    ),
+    WEIGHT_NORM: Diagnosis(
+        "torch.nn.utils.weight_norm computes the weight in a hook before the module is called, so "
+        "that no module call uses its parameters, and they have no per-sample gradients",
+        "use torch.nn.utils.parametrizations.weight_norm, which computes it within the call; the "
+        "layer must have a bias to be replayed",
     ),
     DOUBLE_BACKWARD: Diagnosis(
         "a backward went through a graph that an earlier backward had created "

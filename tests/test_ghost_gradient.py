@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import warnings
 
 import opacus
 import opacus.grad_sample
@@ -16,7 +17,7 @@ from opacus.utils.batch_memory_manager import BatchMemoryManager
 from releases import needs_functorch
 from shuffled import is_ok, violations
 from torch import nn
-from truth import plain_copy, rows_of
+from truth import assert_rows_equal, plain_copy, rows_of
 
 import dpguard
 from dpguard import PerSampleGradientError, PrivacyViolation, diagnosis
@@ -883,6 +884,119 @@ def all_modules_passed_by(model, called, criterion, data):
     names = dict(model.named_parameters())
     total = sum(p.square().sum() for p in names.values())
     criterion(data[1] + total, data[1]).backward()
+
+
+class Penalised(nn.Module):
+    """A criterion with a gradient penalty, which is a second derivative (L27)."""
+
+    reduction = "mean"
+
+    def __init__(self, weight=1.0):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, outputs, given):
+        x, y = given
+        losses = nn.functional.mse_loss(outputs, y, reduction="none").mean(dim=1)
+        if self.weight:
+            (slope,) = torch.autograd.grad(outputs.sum(), x, create_graph=True)
+            losses = losses + self.weight * (slope.norm(dim=1) - 1) ** 2
+        return losses if self.reduction == "none" else losses.mean()
+
+
+@pytest.mark.parametrize("straight", [False, True], ids=["curved", "linear"])
+@pytest.mark.parametrize("apart", [False, True], ids=["one forward", "a forward of its own"])
+def test_a_gradient_penalty_is_refused_for_what_it_is(guard, straight, apart):
+    """By name, in words that do not send to hooks mode, where it is refused as well (L27)."""
+    model = mlp()
+    if straight:
+        model.body[1] = model.body[2] = nn.Identity()
+    before = values(model)
+    called, optimizer, criterion = private(model, criterion=Penalised())
+    x, y = batch()
+    with pytest.raises(PerSampleGradientError, match="create_graph=True") as caught:
+        penalised(called, criterion, x.requires_grad_(), y, apart=apart)
+    assert "body.0.weight" in str(caught.value)
+    assert "hooks" not in str(caught.value)
+    (violation,) = violations(guard)
+    assert (violation.check, violation.cause) == ("coverage.present", diagnosis.DOUBLE_BACKWARD)
+    assert unchanged(model, before)
+    if straight:
+        return
+    optimizer.zero_grad()
+    criterion.criterion.weight = 0.0
+    criterion(called(x), (x, y)).backward()
+    assert_gradients(model, clipped(model, (x.detach(), y), squares("mean")))
+    optimizer.step()
+    assert len(violations(guard)) == 1
+
+
+def penalised(called, criterion, x, y, *, apart):
+    if not apart:
+        criterion(called(x), (x, y)).backward()
+        return
+    criterion.criterion.weight = 0.0
+    (slope,) = torch.autograd.grad(called(x).sum(), x, create_graph=True)
+    losses = criterion(called(x), (x, y))
+    losses.loss_per_sample = losses.loss_per_sample + (slope.norm(dim=1) - 1) ** 2
+    losses.backward()
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_weight_norm_in_a_hook_is_refused_for_what_it_is(guard, mode):
+    """Old ``weight_norm``: with the way that trains, and no advice that does not help (L24)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates it
+        model = nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 4)), nn.Linear(4, 5)).double()
+    called, optimizer, *rest = private(model, mode=mode)
+    criterion = rest[0] if mode == "ghost" else nn.MSELoss()
+    x, y = batch()
+    with pytest.raises(PerSampleGradientError, match=r"parametrizations\.weight_norm") as caught:
+        backward_and_step(called, criterion, optimizer, (x, y))
+    assert all(name in str(caught.value) for name in ("0.weight_g", "0.weight_v"))
+    assert "F.linear" not in str(caught.value)
+    assert violations(guard)[-1].cause == diagnosis.WEIGHT_NORM
+
+
+def backward_and_step(called, criterion, optimizer, data):
+    criterion(called(data[0]), data[1]).backward()
+    optimizer.step()
+
+
+class Normed(nn.Module):
+    """What that message recommends."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)), nn.Tanh(), nn.Linear(4, 5)
+        )
+
+    def forward(self, x):
+        return self.body(x)
+
+
+Normed.blueprint = Normed
+
+
+@needs_functorch
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_weight_norm_by_parametrization_is_exact(guard, mode):
+    """Rows, or clipped sums, equal ground truth."""
+    torch.manual_seed(0)
+    model = Normed().double()
+    called, optimizer, *rest = private(model, mode=mode)
+    criterion = rest[0] if mode == "ghost" else nn.MSELoss()
+    data = batch()
+    truth = rows_of(squares("mean"), plain_copy(model), data)
+    sums = clipped(model, data, squares("mean"))
+    criterion(called(data[0]), data[1]).backward()
+    if mode == "ghost":
+        assert_gradients(model, sums)
+    else:
+        assert_rows_equal(model, truth, torch.float64)
+    optimizer.step()
+    assert violations(guard) == guard.interventions == ()
 
 
 def groups_that_are_not_whole(model, called, criterion, data):

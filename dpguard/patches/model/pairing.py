@@ -500,7 +500,14 @@ class Pairing(Hooked):
     def _condemn_bypassed(self, task: GraphTask) -> None:
         for parameter in task.reached(self._parameters):
             if id(parameter) not in task.published:
-                self._condemn(parameter, diagnosis.BYPASSED)
+                self._condemn(parameter, self._why_bypassed(parameter))
+
+    def _why_bypassed(self, parameter: torch.Tensor) -> str:
+        """Why a parameter got a gradient and no call that uses it was seen."""
+        normed = filter(_compat.norms_weight_in_hook, self.hooks._module.modules())
+        if any(parameter is mine for module in normed for mine in module._parameters.values()):
+            return diagnosis.WEIGHT_NORM
+        return diagnosis.BYPASSED
 
 
 def _averaged() -> set[int]:
