@@ -332,6 +332,18 @@ def transform_test() -> Callable[[], bool]:
     return inside_transform
 
 
+def norms_weight_in_hook(module: torch.nn.Module) -> bool:
+    """Whether the old ``torch.nn.utils.weight_norm``, which torch deprecates, is applied to it."""
+    kinds = map(type, module._forward_pre_hooks.values())
+    names = {(kind.__module__, kind.__name__) for kind in kinds}
+    return ("torch.nn.utils.weight_norm", "WeightNorm") in names
+
+
+def is_of_randomness(error: RuntimeError) -> bool:
+    """Whether functorch says that what it maps over a batch draws random numbers."""
+    return "called random operation" in str(error)
+
+
 # -- Opacus: where things are --------------------------------------------------------------------
 
 

@@ -57,7 +57,8 @@ def one_batch() -> _OneBatch:
     It is a claim about the data that nothing can check: if row ``i`` is one person in one round
     and another in the next, the sensitivity is no longer bounded by the clipping norm C.
 
-    Without an active guard it does nothing.
+    Without an active guard it does nothing. Ghost clipping has no rows to add: there a second
+    backward inside is refused, and one loss per sample of all rounds does the same.
 
     Example:
         >>> with dpguard.one_batch():

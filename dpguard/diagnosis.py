@@ -23,12 +23,14 @@ ALIAS_OWN = "alias_own"
 ALIAS_OUTSIDE = "alias_outside"
 
 BYPASSED = "bypassed_module"
+WEIGHT_NORM = "weight_norm_hook"
 DOUBLE_BACKWARD = "double_backward"
 GRAPH_FREED = "graph_freed"
 SEVERAL_OUTPUTS = "several_outputs"
 INPUTS_DROPPED = "inputs_dropped"
 NO_TENSOR_INPUT = "no_tensor_input"
 STRUCTURED_OUTPUT = "structured_output"
+RANDOM_REPLAY = "random_replay"
 NO_BACKWARD = "no_backward"
 NOT_HOOKED = "not_hooked"
 CALLS_LEFT_OVER = "calls_left_over"
@@ -139,6 +141,8 @@ DRAWN_TOO_MANY = "drawn_too_many"
 DRAWN_DEPENDENTLY = "drawn_dependently"
 BATCH_UNDELIVERED = "batch_undelivered"
 BATCHES_MERGED = "logical_batches_merged"
+PEOPLE_IN_ROUNDS = "people_in_rounds"
+ROUNDS_IN_GHOST = "rounds_in_ghost_clipping"
 GROUPS_MISFIT = "groups_misfit"
 GROUPS_DIFFER = "groups_differ"
 GROUPS_ADAPTIVE = "groups_in_adaptive_clipping"
@@ -147,10 +151,21 @@ BLOCKS_IN_GHOST = "blocks_in_ghost_clipping"
 OPACUS_NO_ACCUMULATION = (
     "Poisson sampling is not compatible with grad accumulation. "
     "You need to call optimizer.step() after every forward/backward pass "
-    "or consider using BatchMemoryManager. If all backward passes of this step saw the same "
-    "people, row by row, put them into `with dpguard.one_batch():`"
+    "or consider using BatchMemoryManager"
 )
-"""Opacus's own words, raised where Opacus raises them, and the way out that it has not."""
+"""Opacus's own words, raised where Opacus raises them."""
+
+SAME_PEOPLE = (
+    "If all backward passes of this step saw the same people, row by row, put them into `with "
+    "dpguard.one_batch():`"
+)
+"""The way out that Opacus has not."""
+
+SAME_PEOPLE_IN_GHOST = (
+    "If all backward passes of this step saw the same people, row by row, make one loss per sample "
+    "of all of them (their sum) and call backward once, or use grad_sample_mode='hooks'"
+)
+"""That in ghost clipping, which cannot add what several backwards have clipped."""
 
 NO_OPTIMIZER_TAKES_IT = (
     "Here it is {!r} whose rows wait, and no step has taken it yet, though others were: it belongs "
@@ -219,6 +234,12 @@ _DIAGNOSES = {
         "(F.linear(x, layer.weight) becomes layer(x)), and wrap the model with Opacus only "
         "after its last parameter is in place",
     ),
+    WEIGHT_NORM: Diagnosis(
+        "torch.nn.utils.weight_norm computes the weight in a hook before the module is called, so "
+        "that no module call uses its parameters, and they have no per-sample gradients",
+        "use torch.nn.utils.parametrizations.weight_norm, which computes it within the call; the "
+        "layer must have a bias to be replayed",
+    ),
     DOUBLE_BACKWARD: Diagnosis(
         "a backward went through a graph that an earlier backward had created "
         "(create_graph=True), which per-sample gradients do not cover",
@@ -251,6 +272,13 @@ _DIAGNOSES = {
         "which Opacus cannot replay",
         "let the module that owns the parameters return one tensor, and put it into a tuple, "
         "dict or dataclass in the module around it",
+    ),
+    RANDOM_REPLAY: Diagnosis(
+        "a module without a registered grad sampler draws random numbers in its forward (dropout, "
+        "added noise), and a replay would draw others than those of the call",
+        "let a module around it, which owns no parameters itself, draw them (nn.Dropout on its "
+        "output), or register a grad sampler for the module with "
+        "opacus.grad_sample.register_grad_sampler",
     ),
     NO_BACKWARD: Diagnosis(
         "no parameter of the optimizer has per-sample gradients",
@@ -687,7 +715,7 @@ _DIAGNOSES = {
         Severity.WARNING,
     ),
     NOT_OWNED: Diagnosis(
-        "trainable parameters of the model have per-sample gradients and belong to no DP "
+        "trainable parameters of the model have private gradients and belong to no DP "
         "optimizer, so they are not trained, or not privately",
         "give them to the optimizer before make_private (optimizer.add_param_group), or freeze "
         "them with requires_grad_(False)",
@@ -813,8 +841,8 @@ _DIAGNOSES = {
     LOSSES_OVERLAP: Diagnosis(
         "two losses were backpropagated one after the other though the forwards of both had run "
         "before; each was clipped by itself, so a person who is in both would count twice",
-        "make one loss per sample of both and call backward once, or run the second forward "
-        "after the first backward",
+        "make one loss per sample of both and call backward once; if nobody is in both, run the "
+        "second forward after the first backward",
         Severity.CRITICAL,
     ),
     SKIPPED_BATCH: Diagnosis(
@@ -956,6 +984,23 @@ _DIAGNOSES = {
         "logical batch: both would be merged under one noise draw",
         "call optimizer.step() for each physical batch of BatchMemoryManager: leave samples out "
         "in the data set or in the loss (a loss times zero), not with `continue` or `break`",
+        Severity.CRITICAL,
+    ),
+    PEOPLE_IN_ROUNDS: Diagnosis(
+        "there are several rounds of forward and backward, each with as many rows as there are "
+        "people in the batch that the data loader delivered; each is clipped by itself, as if it "
+        "was a batch of other people, so somebody who is in all of them counts several times",
+        "if row i is the same person in each round, put the rounds into `with dpguard.one_batch():`"
+        ", which adds each person's rows; otherwise make one loss of all rounds and call backward "
+        "once, or step after each with a batch of its own",
+        Severity.CRITICAL,
+    ),
+    ROUNDS_IN_GHOST: Diagnosis(
+        "the same people were backpropagated several times before a step; ghost clipping clips "
+        "each time by itself and cannot add a person's rows before, so that person would count "
+        "several times",
+        "make one loss per sample of all rounds (their sum) and call backward once, or use "
+        "grad_sample_mode='hooks'",
         Severity.CRITICAL,
     ),
     GROUPS_MISFIT: Diagnosis(

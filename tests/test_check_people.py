@@ -526,11 +526,42 @@ def test_samples_left_out_are_said_once(guard):
 
 
 def test_an_augmentation_loop_that_accumulates_is_refused(guard):
-    """One batch, two backwards: each person is clipped twice."""
+    """One batch, two backwards: each person is clipped twice. Declared, once (U04)."""
     private = Private(poisson=False)
     x, y = next(iter(private.loader))
     for factor in (1.0, 0.9):
         plain(private, factor * x, y).backward()
+    with pytest.raises(dpguard.PrivacyViolation):
+        private.optimizer.step()
+    assert causes(guard) == [diagnosis.PEOPLE_IN_ROUNDS]
+    assert "one_batch" in violations(guard)[0].remedy
+    private.optimizer.zero_grad()
+    with dpguard.one_batch():
+        for factor in (1.0, 0.9):
+            plain(private, factor * x, y).backward()
+    private.optimizer.step()
+    assert len(causes(guard)) == 1
+
+
+@needs_ghost
+def test_rounds_on_one_batch_are_refused_in_ghost_mode(guard):
+    """There a declaration is no way out, and is not offered."""
+    private = Private(mode="ghost", poisson=False)
+    x, y = next(iter(private.loader))
+    for factor in (1.0, 0.9):
+        plain(private, factor * x, y).backward()
+    with pytest.raises(dpguard.PrivacyViolation, match="one loss per sample") as caught:
+        private.optimizer.step()
+    assert causes(guard) == [diagnosis.ROUNDS_IN_GHOST]
+    assert "one_batch" not in str(caught.value)
+
+
+def test_rounds_of_other_sizes_are_not_taken_for_the_same_people(guard):
+    """One with two views of each person: a declaration would not help."""
+    private = Private(poisson=False)
+    x, y = next(iter(private.loader))
+    plain(private, x, y).backward()
+    concatenated(private, x, y).backward()
     with pytest.raises(dpguard.PrivacyViolation):
         private.optimizer.step()
     assert causes(guard) == [diagnosis.ROWS_NOT_PEOPLE]

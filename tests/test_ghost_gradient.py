@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import warnings
 
 import opacus
 import opacus.grad_sample
@@ -13,9 +14,10 @@ import torch
 from models import MLP, Recurrent
 from opacus import PrivacyEngine
 from opacus.utils.batch_memory_manager import BatchMemoryManager
+from releases import needs_functorch
 from shuffled import is_ok, violations
 from torch import nn
-from truth import plain_copy, rows_of
+from truth import assert_rows_equal, plain_copy, rows_of
 
 import dpguard
 from dpguard import PerSampleGradientError, PrivacyViolation, diagnosis
@@ -181,13 +183,226 @@ def test_poisson_sampling_refuses_a_second_batch(guard):
     expected = clipped(model, (x, y), squares("mean"))
     with pytest.raises(ValueError, match="Poisson sampling is not compatible") as caught:
         criterion(called(x), y).backward()
-    assert str(caught.value) == diagnosis.OPACUS_NO_ACCUMULATION
+    assert str(caught.value).startswith(diagnosis.OPACUS_NO_ACCUMULATION)
+    assert "one loss per sample" in str(caught.value)
+    assert "one_batch" not in str(caught.value)  # which is refused here
     assert_gradients(model, expected)
     optimizer.step()
     criterion(called(x), y).backward()
     optimizer.zero_grad()
     criterion(called(x), y).backward()
     optimizer.step()
+
+
+@pytest.mark.parametrize("poisson", [True, False])
+@pytest.mark.parametrize("ahead", [True, False], ids=["forwards first", "one by one"])
+def test_rounds_on_the_same_people_are_refused_for_what_they_are(guard, poisson, ahead):
+    """Ghost clipping cannot add what it has clipped, whatever is declared (U04)."""
+    model = mlp()
+    called, optimizer, criterion = private(model, poisson=poisson)
+    (x, y), (u, v) = batch(), batch(seed=1)
+    before = values(model)
+    with dpguard.one_batch():
+        loss = criterion(called(x), y)
+        other = criterion(called(u), v) if ahead else None
+        loss.backward()
+        expected = clipped(model, (x, y), squares("mean"))
+        with pytest.raises(PrivacyViolation, match="several times before a step") as caught:
+            (other if ahead else criterion(called(u), v)).backward()
+    assert "body.0.weight" in str(caught.value)
+    assert "one loss per sample" in str(caught.value)
+    assert "one_batch" not in str(caught.value)
+    assert violations(guard)[-1].cause == diagnosis.ROUNDS_IN_GHOST
+    assert unchanged(model, before)
+    assert_gradients(model, expected)
+    optimizer.step()
+
+
+class Rounds(nn.Module):
+    """One loss per sample of several outputs."""
+
+    reduction = "mean"
+
+    def forward(self, outputs, targets):
+        losses = [
+            nn.functional.mse_loss(output, target, reduction="none").mean(dim=1)
+            for output, target in zip(outputs, targets, strict=True)
+        ]
+        total = sum(losses)
+        return total if self.reduction == "none" else total.mean()
+
+
+@pytest.mark.parametrize("poisson", [True, False])
+def test_one_loss_per_sample_of_all_rounds_is_exact(guard, poisson):
+    """The remedy: each person's gradient of all rounds is clipped once."""
+    model = mlp()
+    called, optimizer, criterion = private(model, poisson=poisson, criterion=Rounds())
+
+    def both(plain, x, y, u, v):
+        return squares("mean")(plain, x, y) + squares("mean")(plain, u, v)
+
+    for start in (0, 10):
+        data = (*batch(seed=start), *batch(seed=start + 1))
+        x, y, u, v = data
+        expected = clipped(model, data, both)
+        with dpguard.one_batch():
+            criterion((called(x), called(u)), (y, v)).backward()
+        assert_gradients(model, expected)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert violations(guard) == guard.interventions == ()
+
+
+class Dropped(nn.Module):
+    """Owns a raw parameter, and may drop what it returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.drops = nn.Parameter(torch.rand(6, 5)), True
+
+    def forward(self, x):
+        return nn.functional.dropout(x @ self.weight, 0.5, self.drops)
+
+
+Dropped.blueprint = Dropped
+
+
+@needs_functorch
+def test_random_numbers_in_a_replayed_layer_are_refused_by_name(guard):
+    """Nothing of it is left: without them, the next batch is exact (L22)."""
+    torch.manual_seed(0)
+    model = Dropped().double()
+    called, optimizer, criterion = private(model)
+    x, y = batch()
+    with pytest.raises(PerSampleGradientError, match=r"weight.*random") as caught:
+        criterion(called(x), y).backward()
+    assert type(caught.value.__cause__) is RuntimeError
+    assert violations(guard)[-1].cause == diagnosis.RANDOM_REPLAY
+    model.drops = False
+    expected = rows_of(squares("mean"), still(model), (x, y))
+    norms = expected["weight"].flatten(1).norm(dim=1)
+    factors = (C / (norms + 1e-6)).clamp(max=1)
+    criterion(called(x), y).backward()
+    summed_rows = torch.einsum("n,n...->...", factors, expected["weight"])
+    torch.testing.assert_close(model.weight.grad, summed_rows, **CLOSE)
+    optimizer.step()
+
+
+def still(model):
+    """A plain copy that drops nothing."""
+    plain = plain_copy(model)
+    plain.drops = False
+    return plain
+
+
+# -- parameters that no optimizer owns (U10) -------------------------------------------------------
+
+
+def head_only(model, *, poisson):
+    """The model wrapped, and a DP optimizer of its last layer only; the others stay trainable."""
+    data = torch.utils.data.TensorDataset(torch.zeros(8, 1))
+    head = list(model.parameters())[-2:]
+    called, optimizer, criterion, _ = PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(head, lr=RATE),
+        data_loader=torch.utils.data.DataLoader(data, batch_size=EXPECTED),
+        criterion=nn.MSELoss(),
+        noise_multiplier=0.0,
+        max_grad_norm=C,
+        poisson_sampling=poisson,
+        grad_sample_mode="ghost",
+    )
+    return called, optimizer, criterion, {id(p) for p in head}
+
+
+def said_of_owners(guard):
+    return [(v.cause, v.parameters) for v in violations(guard) if v.check == "model.owned"]
+
+
+@pytest.mark.parametrize("zero_grad", [{}, {"set_to_none": False}], ids=["to None", "in place"])
+@pytest.mark.parametrize("poisson", [True, False])
+def test_gradients_that_no_optimizer_owns_are_no_batch(guard, poisson, zero_grad):
+    """Nobody clears them; each update is that of one batch, and they are said once by name."""
+    model = mlp()
+    called, optimizer, criterion, head = head_only(model, poisson=poisson)
+    for step in range(4):
+        x, y = batch(seed=step)
+        expected = clipped(model, (x, y), squares("mean"))
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        criterion(called(x), y).backward()
+        assert_gradients(model, expected)
+        assert optimizer.accumulated_iterations == 1
+        optimizer.step()
+        for name, p in model.named_parameters():
+            change = RATE * expected[name] / EXPECTED if id(p) in head else 0
+            torch.testing.assert_close(p.detach(), before[name] - change, **CLOSE)
+        optimizer.zero_grad(**zero_grad)
+    rest = tuple(name for name, p in model.named_parameters() if id(p) not in head)
+    assert said_of_owners(guard) == [(diagnosis.NOT_OWNED, rest)]
+
+
+def test_batches_of_the_owned_count_beside_them(guard):
+    """Two batches before a step are two, or refused with Poisson sampling, as without them."""
+    model = mlp()
+    called, optimizer, criterion, _ = head_only(model, poisson=False)
+    for start in (0, 10):
+        batches = [batch(3, seed=start + i) for i in range(2)]
+        expected = summed(*(clipped(model, data, squares("mean")) for data in batches))
+        for x, y in batches:
+            criterion(called(x), y).backward()
+        assert_gradients(model, expected)
+        assert optimizer.accumulated_iterations == 2
+        optimizer.step()
+        optimizer.zero_grad()
+    model = mlp()
+    called, optimizer, criterion, _ = head_only(model, poisson=True)
+    x, y = batch()
+    criterion(called(x), y).backward()
+    with pytest.raises(ValueError, match="Poisson sampling is not compatible"):
+        criterion(called(x), y).backward()
+
+
+def test_what_an_owner_comes_for_has_no_earlier_batch_in_it(guard):
+    """A parameter given to the optimizer after a batch in which it took no part adds zero."""
+    model = mlp()
+    called, optimizer, criterion, head = head_only(model, poisson=True)
+    rest = [p for p in model.parameters() if id(p) not in head]
+    x, y = batch()
+    criterion(called(x), y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    last = list(model.modules())[-1]
+    h = torch.randn(EXPECTED, last.in_features, dtype=torch.float64)
+    criterion(last(h), y).backward()
+    assert all(p.grad is None for p in rest)
+    before = [p.detach().clone() for p in rest]
+    optimizer.add_param_group({"params": rest})
+    optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(rest, before, strict=True))
+
+
+def test_a_layer_that_is_unfrozen_is_owned(guard):
+    """Its batches count, though nobody has set it up yet, and it alone is trained."""
+    model = mlp()
+    for p in model.parameters():
+        p.requires_grad_(False)
+    list(model.parameters())[-1].requires_grad_(True)
+    called, optimizer, criterion = private(model)
+    x, y = batch()
+    optimizer.signal_skip_step(do_skip=True)
+    criterion(called(x), y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    for p in model.parameters():
+        p.requires_grad_(not p.requires_grad)
+    batches = [batch(3, seed=i) for i in range(2)]
+    expected = summed(*(clipped(model, data, squares("mean")) for data in batches))
+    for x, y in batches:
+        criterion(called(x), y).backward()
+    assert optimizer.accumulated_iterations == 2
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, expected[name], **CLOSE)
 
 
 CLEAR = {
@@ -674,6 +889,119 @@ def all_modules_passed_by(model, called, criterion, data):
     names = dict(model.named_parameters())
     total = sum(p.square().sum() for p in names.values())
     criterion(data[1] + total, data[1]).backward()
+
+
+class Penalised(nn.Module):
+    """A criterion with a gradient penalty, which is a second derivative (L27)."""
+
+    reduction = "mean"
+
+    def __init__(self, weight=1.0):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, outputs, given):
+        x, y = given
+        losses = nn.functional.mse_loss(outputs, y, reduction="none").mean(dim=1)
+        if self.weight:
+            (slope,) = torch.autograd.grad(outputs.sum(), x, create_graph=True)
+            losses = losses + self.weight * (slope.norm(dim=1) - 1) ** 2
+        return losses if self.reduction == "none" else losses.mean()
+
+
+@pytest.mark.parametrize("straight", [False, True], ids=["curved", "linear"])
+@pytest.mark.parametrize("apart", [False, True], ids=["one forward", "a forward of its own"])
+def test_a_gradient_penalty_is_refused_for_what_it_is(guard, straight, apart):
+    """By name, in words that do not send to hooks mode, where it is refused as well (L27)."""
+    model = mlp()
+    if straight:
+        model.body[1] = model.body[2] = nn.Identity()
+    before = values(model)
+    called, optimizer, criterion = private(model, criterion=Penalised())
+    x, y = batch()
+    with pytest.raises(PerSampleGradientError, match="create_graph=True") as caught:
+        penalised(called, criterion, x.requires_grad_(), y, apart=apart)
+    assert "body.0.weight" in str(caught.value)
+    assert "hooks" not in str(caught.value)
+    (violation,) = violations(guard)
+    assert (violation.check, violation.cause) == ("coverage.present", diagnosis.DOUBLE_BACKWARD)
+    assert unchanged(model, before)
+    if straight:
+        return
+    optimizer.zero_grad()
+    criterion.criterion.weight = 0.0
+    criterion(called(x), (x, y)).backward()
+    assert_gradients(model, clipped(model, (x.detach(), y), squares("mean")))
+    optimizer.step()
+    assert len(violations(guard)) == 1
+
+
+def penalised(called, criterion, x, y, *, apart):
+    if not apart:
+        criterion(called(x), (x, y)).backward()
+        return
+    criterion.criterion.weight = 0.0
+    (slope,) = torch.autograd.grad(called(x).sum(), x, create_graph=True)
+    losses = criterion(called(x), (x, y))
+    losses.loss_per_sample = losses.loss_per_sample + (slope.norm(dim=1) - 1) ** 2
+    losses.backward()
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_weight_norm_in_a_hook_is_refused_for_what_it_is(guard, mode):
+    """Old ``weight_norm``: with the way that trains, and no advice that does not help (L24)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates it
+        model = nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 4)), nn.Linear(4, 5)).double()
+    called, optimizer, *rest = private(model, mode=mode)
+    criterion = rest[0] if mode == "ghost" else nn.MSELoss()
+    x, y = batch()
+    with pytest.raises(PerSampleGradientError, match=r"parametrizations\.weight_norm") as caught:
+        backward_and_step(called, criterion, optimizer, (x, y))
+    assert all(name in str(caught.value) for name in ("0.weight_g", "0.weight_v"))
+    assert "F.linear" not in str(caught.value)
+    assert violations(guard)[-1].cause == diagnosis.WEIGHT_NORM
+
+
+def backward_and_step(called, criterion, optimizer, data):
+    criterion(called(data[0]), data[1]).backward()
+    optimizer.step()
+
+
+class Normed(nn.Module):
+    """What that message recommends."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)), nn.Tanh(), nn.Linear(4, 5)
+        )
+
+    def forward(self, x):
+        return self.body(x)
+
+
+Normed.blueprint = Normed
+
+
+@needs_functorch
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_weight_norm_by_parametrization_is_exact(guard, mode):
+    """Rows, or clipped sums, equal ground truth."""
+    torch.manual_seed(0)
+    model = Normed().double()
+    called, optimizer, *rest = private(model, mode=mode)
+    criterion = rest[0] if mode == "ghost" else nn.MSELoss()
+    data = batch()
+    truth = rows_of(squares("mean"), plain_copy(model), data)
+    sums = clipped(model, data, squares("mean"))
+    criterion(called(data[0]), data[1]).backward()
+    if mode == "ghost":
+        assert_gradients(model, sums)
+    else:
+        assert_rows_equal(model, truth, torch.float64)
+    optimizer.step()
+    assert violations(guard) == guard.interventions == ()
 
 
 def groups_that_are_not_whole(model, called, criterion, data):

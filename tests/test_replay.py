@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch import nn
 from truth import assert_rows_equal, rows_of
 
 import dpguard
-from dpguard import _compat
+from dpguard import _compat, diagnosis
 
 pytestmark = needs_functorch
 DTYPE = torch.float64
@@ -295,6 +297,132 @@ def test_further_inputs_of_replayed_layers_are_refused_by_name(guard, kind):
         step(model)
 
 
+def _passing(function):
+    """A decorator that hands on what it is given, and shows the signature of what it wraps."""
+
+    @functools.wraps(function)
+    def passed(self, *args, **kwargs):
+        return function(self, *args, **kwargs)
+
+    return passed
+
+
+def _telling(function):
+    """One for which a default that is given is not what it is if it is left out."""
+
+    @functools.wraps(function)
+    def told(self, *args, **kwargs):
+        return function(self, *args, **kwargs) * (2 if "scale" in kwargs else 1)
+
+    return told
+
+
+ANY = object()
+
+
+class Defaults(nn.Module):
+    """Its further inputs have defaults that are not ``None``."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4))
+
+    def forward(self, x, scale=2.0, flag=False, kind="mul", any_of=ANY, ahead=1):  # noqa: PLR0917
+        x = x * self.weight * (1.0 if scale is None else scale) + math.copysign(1.0, scale or 1.0)
+        if flag or kind != "mul" or any_of is not ANY or ahead != 1:
+            x = torch.sin(3 * x)
+        return x
+
+
+class Zero(Defaults):
+    def forward(self, x, scale=0.0):
+        return x * self.weight * math.copysign(1.0, scale)
+
+
+class Passed(Defaults):
+    forward = _passing(Defaults.forward)
+
+
+class Told(Defaults):
+    forward = _telling(Defaults.forward)
+
+
+class Gathers(Defaults):
+    def forward(self, *xs, **others):
+        return sum(x for x in xs if x is not None) * self.weight * (1 + len(others))
+
+
+class Requires(Defaults):
+    def forward(self, x, other):
+        return x * self.weight * (1 if other is None else 2)
+
+
+class Optional(Defaults):
+    def forward(self, x=None, other=None):
+        return (x if other is None else other * 3) * self.weight
+
+
+SAME = {
+    "number": (Defaults, lambda layer, h: layer(h, scale=2.0)),
+    "by position": (Defaults, lambda layer, h: layer(h, 2.0, False)),
+    "bool": (Defaults, lambda layer, h: layer(h, flag=False)),
+    "word": (Defaults, lambda layer, h: layer(h, kind="mul")),
+    "itself": (Defaults, lambda layer, h: layer(h, any_of=ANY)),
+    "all by name": (Defaults, lambda layer, h: layer(ahead=1, scale=2.0, x=h)),
+    "decorated": (Passed, lambda layer, h: layer(x=h)),
+    "decorated, none": (Passed, lambda layer, h: layer(h)),
+    "variable": (Gathers, lambda layer, h: layer(h)),
+}
+OTHER = {
+    "number": (Defaults, lambda layer, h: layer(h, scale=3.0)),
+    "none for a number": (Defaults, lambda layer, h: layer(h, scale=None)),
+    "bool": (Defaults, lambda layer, h: layer(h, flag=True)),
+    "bool for an integer": (Defaults, lambda layer, h: layer(h, ahead=True)),
+    "integer for a number": (Defaults, lambda layer, h: layer(h, scale=2)),
+    "word": (Defaults, lambda layer, h: layer(h, kind="add")),
+    "another": (Defaults, lambda layer, h: layer(h, any_of=object())),
+    "the other zero": (Zero, lambda layer, h: layer(h, scale=-0.0)),
+    "tensor": (Defaults, lambda layer, h: layer(h, scale=torch.tensor(2.0))),
+    "decorated": (Told, lambda layer, h: layer(h, scale=2.0)),
+    "variable": (Gathers, lambda layer, h: layer(h, h)),
+    "variable by name": (Gathers, lambda layer, h: layer(h, ahead=1)),
+    "without a default": (Requires, lambda layer, h: layer(h, None)),
+    "not the first": (Optional, lambda layer, h: layer(other=h)),
+}
+
+
+def calling(make, call):
+    class Calls(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.layer = nn.Linear(3, 4), make()
+
+        def forward(self, x):
+            return call(self.layer, torch.tanh(self.first(x)))
+
+    torch.manual_seed(0)
+    return Calls().to(DTYPE)
+
+
+@pytest.mark.parametrize("kind", SAME)
+def test_a_default_that_is_given_is_as_if_it_was_not(guard, kind):
+    """The replay without it is the same call: rows equal ground truth, and the step is taken."""
+    model, plain = calling(*SAME[kind]), calling(*SAME[kind])
+    truth = rows_of(loss_of, plain, [batch()])
+    wrapped = GradSampleModule(model)
+    step(wrapped)
+    assert_rows_equal(wrapped, truth, DTYPE)
+    assert guard.violations == guard.interventions == ()
+
+
+@pytest.mark.parametrize("kind", OTHER)
+def test_another_value_than_the_default_is_refused(guard, kind):
+    """So is what only may be another call, as where a decorator sees that it was given."""
+    model = calling(*OTHER[kind])
+    with pytest.raises(dpguard.PerSampleGradientError, match=r"layer\.weight.*inputs"):
+        step(GradSampleModule(model))
+
+
 class Indexes(Blends):
     """Returns integers, or nothing: no gradient can reach it."""
 
@@ -386,4 +514,107 @@ def test_under_the_autocast_of_the_call(guard, inside):
         optimizer.zero_grad()
     guard.flush()
     assert guard.last_step.checks["conservation"].verdict == "pass"
+    assert guard.violations == ()
+
+
+# -- random numbers (L22) --------------------------------------------------------------------------
+
+
+class Owner(nn.Module):
+    """Owns a raw parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4, 4))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class Drops(Owner):
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.dropout(super().forward(x))
+
+
+class AddsNoise(Owner):
+    def forward(self, x):
+        return super().forward(x) + torch.randn(4, dtype=x.dtype)
+
+
+class Around(nn.Module):
+    """Drops what a module inside, which owns the parameter, returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.dropout = Owner(), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.dropout(self.inner(x))
+
+
+RANDOM = "called random operation"
+
+
+@pytest.mark.parametrize("make", [Drops, AddsNoise])
+def test_random_numbers_in_replayed_layers_are_refused_by_name(guard, make):
+    """Functorch replays none: said with parameters, cause and remedy, and its own error behind."""
+    wrapped, _ = models(make)
+    loss = loss_of(wrapped, batch())
+    with pytest.raises(dpguard.PerSampleGradientError, match=r"layer\.weight.*random") as caught:
+        loss.backward()
+    assert type(caught.value.__cause__) is RuntimeError
+    assert RANDOM in str(caught.value.__cause__)
+    (violation,) = guard.violations
+    assert (violation.check, violation.cause) == ("coverage.present", diagnosis.RANDOM_REPLAY)
+    assert (violation.parameters, violation.modules) == (("layer.weight",), ("layer",))
+    assert violation.remedy in str(caught.value)
+    assert guard.internal_errors == ()
+
+
+@pytest.mark.parametrize("mode", ["observe", "off"])
+def test_random_numbers_where_nothing_is_changed(mode):
+    """The error is functorch's, and so are its words."""
+    with dpguard.install(mode=mode) as guard:
+        wrapped, _ = models(Drops)
+        with pytest.raises(RuntimeError, match=RANDOM) as caught:
+            loss_of(wrapped, batch()).backward()
+        assert type(caught.value) is RuntimeError
+        assert guard.violations == guard.internal_errors == ()
+
+
+def test_random_numbers_that_are_not_replayed(guard):
+    """In evaluation mode, and by the remedy: rows equal ground truth of the same draw."""
+    wrapped, plain = models(Drops)
+    for model in (wrapped._module, plain):
+        model.layer.eval()
+    truth = rows_of(loss_of, plain, [batch()])
+    loss_of(wrapped, batch()).backward()
+    assert_rows_equal(wrapped, truth, DTYPE)
+
+    wrapped, plain = models(Around)
+    torch.manual_seed(1)
+    mask = nn.functional.dropout(torch.ones(4, 4, dtype=DTYPE))
+    plain.layer.dropout = nn.Identity()
+    truth = rows_of(lambda m, x, d: ((m(x) * d) ** 2).mean(dim=-1).mean(), plain, [batch(), mask])
+    torch.manual_seed(1)
+    loss_of(wrapped, batch()).backward()
+    assert_rows_equal(wrapped, truth, DTYPE)
+    assert guard.violations == guard.interventions == ()
+
+
+class Branches(Owner):
+    def forward(self, x):
+        return super().forward(x) * (2 if x.sum().item() > 0 else 1)
+
+
+def test_other_errors_of_a_replay_are_the_hosts(guard):
+    """They pass unchanged."""
+    wrapped, _ = models(Branches)
+    with pytest.raises(RuntimeError, match="item") as caught:
+        loss_of(wrapped, batch()).backward()
+    assert type(caught.value) is RuntimeError
     assert guard.violations == ()

@@ -55,6 +55,7 @@ class _Logical:
 
     Attributes:
         reader: what was delivered for it.
+        clips_rows: whether the optimizer has rows, which ghost clipping has not.
         draws: batches that have entered it; ``None`` if that is not known.
         parts: rows of a batch that were stepped in parts, and is not complete yet.
         rounds: into how many of them the rows of the last physical batch are divided.
@@ -72,6 +73,7 @@ class _Logical:
     """
 
     reader: Reader
+    clips_rows: bool
     draws: int | None = 0
     parts: int = 0
     rounds: int = 0
@@ -108,7 +110,9 @@ class People(Check):
         self._ledger = ledger
         self._deliveries = deliveries
         self._calls = calls
-        self._logical = PerOwner(lambda optimizer: _Logical(deliveries.steps(optimizer)))
+        self._logical = PerOwner(
+            lambda optimizer: _Logical(deliveries.steps(optimizer), _compat.clips_rows(optimizer))
+        )
 
     def begin(self, step: Step, optimizer: Any) -> Failures:
         """Tell whose rows these are."""
@@ -210,7 +214,7 @@ class People(Check):
                 mixed = [[d, other] for d in private if _people(d) + _people(other) == sum(sizes)]
                 if mixed:
                     return _failure(diagnosis.BATCHES_OF_TWO, sizes, mixed[0], check=BATCHES)
-            return self._deviation(sizes, private, notes)
+            return self._deviation(logical, sizes, private, notes)
         if len({part.iteration.dataset for part in parts}) < len(parts):
             return _failure(diagnosis.BATCHES_JOINED, sizes, parts, check=BATCHES)
         if not blocks:
@@ -233,10 +237,18 @@ class People(Check):
             logical.draws += len(used)
 
     def _deviation(
-        self, sizes: Sequence[int], private: Sequence[Delivery], notes: Sequence[Note]
+        self,
+        logical: _Logical,
+        sizes: Sequence[int],
+        private: Sequence[Delivery],
+        notes: Sequence[Note],
     ) -> Failure:
         """What it means that the rows are not the people of private batches."""
         people = list(map(_people, private))
+        if len(sizes) > 1 and any(all(map(batch.fits, sizes)) for batch in private):
+            rounds = diagnosis.PEOPLE_IN_ROUNDS
+            cause = rounds if logical.clips_rows else diagnosis.ROUNDS_IN_GHOST
+            return _failure(cause, sizes, private)
         if max(sizes) > max(people) or (
             sum(sizes) > sum(people) and not private[-1].iteration.finished
         ):

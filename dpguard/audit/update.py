@@ -223,10 +223,18 @@ class Update(Check):
             name
             for name, parameter in self._ledger.beside(step.parameters)
             if parameter.requires_grad
-            and getattr(parameter, "grad_sample", None) is not None
             and not hasattr(parameter, "summed_grad")
+            and self._took_part(parameter)
         ]
         return self._once(OWNED, diagnosis.NOT_OWNED, found)
+
+    def _took_part(self, parameter: torch.Tensor) -> bool:
+        """Whether it has rows or, in ghost clipping, a clipped sum that no step has taken."""
+        state = self._ledger.known(parameter)
+        note = state.clipped if state is not None else None
+        if note is not None and note.is_fresh:
+            return not note.is_empty
+        return getattr(parameter, "grad_sample", None) is not None
 
     def _once(self, check: str, cause: str, names: Sequence[str]) -> list[Failure]:
         new = tuple(name for name in names if (check, name) not in self._named)

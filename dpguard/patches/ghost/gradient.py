@@ -33,7 +33,8 @@ __all__ = ["Carried", "install"]
 class Carried:
     """Clipped sums of earlier batches that belong to the next step.
 
-    Those of a finished or skipped step, and those that somebody has cleared, do not.
+    Those of a finished or skipped step, and those that somebody has cleared, do not. Gradients of
+    parameters that no DP optimizer owns are cleared by nobody, and are none where no others are.
 
     Attributes:
         batches: how many batches there are.
@@ -44,6 +45,8 @@ class Carried:
     def __init__(self, ledger: Ledger, parameters: Iterable[torch.nn.Parameter]) -> None:
         self._ledger = ledger
         self._held: list[tuple[torch.nn.Parameter, torch.Tensor, Clipped]] = []
+        self._stale: list[tuple[torch.nn.Parameter, torch.Tensor, Clipped]] = []
+        """What is in ``p.grad`` where it is no batch, and nobody but us would clear it."""
         self._rows: dict[int, tuple[int, ...]] = {}
         self.unclipped: set[int] = set()
         self.blanked: set[int] = set()
@@ -56,7 +59,8 @@ class Carried:
             elif grad is not None or not note.is_empty:
                 continue
             self._rows[id(parameter)] = note.rows
-        if self._cleared_in_place():
+        if self._is_cleared():
+            self._stale = [held for held in self._held if not _is_owned(held[0])]
             self._held = []
         if not self._held:
             self._rows = {}
@@ -65,11 +69,12 @@ class Carried:
         self._longest = max(self._rows.values(), key=len, default=())
         self.batches = len(self._longest)
 
-    def _cleared_in_place(self) -> bool:
-        """Whether somebody who is not asked here has set them to zero: they are none then."""
-        if any(note.is_untouched(grad) for _, grad, note in self._held):
+    def _is_cleared(self) -> bool:
+        """Whether somebody who is not asked here has cleared what he could: they are none then."""
+        owned = [held for held in self._held if _is_owned(held[0])]
+        if any(note.is_untouched(grad) for _, grad, note in owned):
             return False
-        return not any(_any(grad) for _, grad, _ in self._held)
+        return not any(_any(grad) for _, grad, _ in owned)
 
     def holds(self, parameter: torch.Tensor) -> bool:
         """Whether ``parameter`` took part in an earlier batch, or could have."""
@@ -84,12 +89,12 @@ class Carried:
 
     def set_aside(self) -> None:
         """Take them out of ``p.grad``."""
-        for parameter, _, _ in self._held:
+        for parameter, _, _ in [*self._held, *self._stale]:
             parameter.grad = None
 
     def give_back(self) -> None:
         """Put them where they were."""
-        for parameter, grad, note in self._held:
+        for parameter, grad, note in [*self._held, *self._stale]:
             parameter.grad = grad
             self._ledger.state(parameter).clipped = note
 
@@ -100,6 +105,18 @@ class Carried:
             if parameter.grad is not None:
                 grad.add_(parameter.grad)
             parameter.grad = grad
+
+
+def _is_owned(parameter: torch.Tensor) -> bool:
+    """Whether some DP optimizer takes its gradients: it has set this up, see :func:`_adopt`."""
+    return hasattr(parameter, "summed_grad")
+
+
+def _adopt(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Set up parameters that were frozen, or not there, when the optimizer was made."""
+    for parameter in parameters:
+        if not hasattr(parameter, "summed_grad"):
+            parameter.summed_grad = None  # type: ignore[attr-defined]
 
 
 def _note_of(ledger: Ledger, parameter: torch.Tensor) -> Clipped | None:
@@ -222,6 +239,8 @@ class _Wrappers:
             return wrapped(*args, **kwargs)
         pairing.adapts = _compat.adapts_bound(instance)
         pairing.scaled = is_scaled(instance)
+        if self._repairs:
+            _adopt(getattr(instance.optimizer, "params", ()))
         with ghost_clip.watch(instance, self._ledger, self._guarded, repairs=self._repairs):
             return pairing.run(
                 instance.loss_per_sample, instance.loss_reduction, lambda: wrapped(*args, **kwargs)
@@ -309,9 +328,7 @@ def _complete(ledger: Ledger, parameters: list[torch.nn.Parameter]) -> None:
         if parameter.grad is None:
             # It took no part: its clipped sum is zero, and noise is added as for any other.
             parameter.grad = torch.zeros_like(parameter)
-        if not hasattr(parameter, "summed_grad"):
-            # It was frozen when the optimizer was made.
-            parameter.summed_grad = None  # type: ignore[attr-defined]
+    _adopt(parameters)
 
 
 def _spend(ledger: Ledger, optimizer: Any, *, repairs: bool) -> None:

@@ -27,7 +27,7 @@ from dpguard.noted.ledger import parameters_of
 from dpguard.noted.row_state import Clipped, sum_of_rows
 from dpguard.patches.ghost.blank import Blanks
 from dpguard.patches.ghost.gradient import Carried, refuse_losses
-from dpguard.patches.ghost.pass_sums import PassSums
+from dpguard.patches.ghost.pass_sums import PassSums, Sketched
 from dpguard.patches.model.pairing import Pairing
 from dpguard.patches.model.records import Record
 from dpguard.patches.oracle.norm_draws import NormDraw, NormDraws
@@ -94,6 +94,8 @@ class GhostPairing(Pairing):
         self._watched_here: set[int] = set()
         """Where Opacus computes norms: the parameters of which it has computed some."""
         self._condemned: dict[str, list[str]] = {}
+        self._doubled: dict[str, None] = {}
+        """Parameters of which gradients were taken that can be backpropagated themselves."""
         self._overlapping: dict[str, None] = {}
         self._batch = 0
         self._losses: int | None = None
@@ -115,6 +117,8 @@ class GhostPairing(Pairing):
         """Parameters into which this backward accumulated, with the version of ``p.grad``."""
         self._watched: dict[int, tuple[weakref.ref[Any], Any]] = {}
         self._sums = PassSums()
+        self._compared: list[Sketched | None] = []
+        """What the first backward has met, until it is clear that its norms are right."""
         self._draw: NormDraw | None = None
         """A person of the batch that is being backpropagated, if one was drawn."""
         self._blanks: Blanks | None = None
@@ -225,6 +229,7 @@ class GhostPairing(Pairing):
         finally:
             clipped, self._stage = self._stage is Stage.CLIPPED, Stage.OUTSIDE
             fired, draw, self._draw = self._fired, self._draw, None
+            compared = self._compared
             if not done:
                 for record in fired:
                     self._reopen(record)
@@ -233,6 +238,8 @@ class GhostPairing(Pairing):
             self.begin()
         for record in fired:
             record.activations = record.outline = None
+        for found in compared:
+            self.ledger.note_pass(found)
         if fired or not self.computes:
             self._last_backward = self.ledger.segment
             self._note(parameters, carried, blanked, clipped=clipped)
@@ -245,9 +252,10 @@ class GhostPairing(Pairing):
         """Refuse a second batch before a step where it cannot be one."""
         if declares_one_batch():
             names = [self.ledger.name_of(p) for p in parameters if p.requires_grad]
-            self._refuse(diagnosis.LOSSES_OVERLAP, "Refused", names)
+            self._refuse(diagnosis.ROUNDS_IN_GHOST, "Refused", names)
         if not _compat.allows_accumulation(self.hooks):
-            raise ValueError(diagnosis.OPACUS_NO_ACCUMULATION)
+            said = diagnosis.OPACUS_NO_ACCUMULATION
+            raise ValueError(f"{said}. {diagnosis.SAME_PEOPLE_IN_GHOST}")
 
     @property
     def is_drawn(self) -> bool:
@@ -374,6 +382,7 @@ class GhostPairing(Pairing):
         self._reopened = set()
         self._received = {}
         self._fired = []
+        self._compared = []
         self._blanks, self._judged = None, False
         self._sums.begin()
 
@@ -490,7 +499,7 @@ class GhostPairing(Pairing):
         self._condemn_bypassed(task)
         if self._stage is Stage.NORMS and not self.ledger.is_running(self):
             with torch.no_grad():
-                self.ledger.note_pass(self._sums.compare())
+                self._compared.append(self._sums.compare())
         if self._stage is Stage.OUTSIDE:
             self._show_norms()
 
@@ -501,6 +510,14 @@ class GhostPairing(Pairing):
                 found = self._found.get(id(parameter))
                 if found is not None:
                     parameter._norm_sample = found.norms()  # type: ignore[attr-defined]
+
+    def condemn(self, record: Record, cause: str) -> None:
+        """The norms of this call cannot be right: the backward must be refused."""
+        if cause == diagnosis.DOUBLE_BACKWARD and self._stage is Stage.OUTSIDE:
+            # Of the losses that are backpropagated next, which are made of them.
+            self._doubled.update((self.ledger.name_of(p), None) for p in record.trained)
+        else:
+            super().condemn(record, cause)
 
     def _condemn(self, parameter: torch.Tensor, cause: str) -> None:
         self._condemned.setdefault(cause, []).append(self.ledger.name_of(parameter))
@@ -515,6 +532,9 @@ class GhostPairing(Pairing):
             PrivacyViolation: losses and rows do not belong to one person each.
         """
         inside = self._stage is Stage.NORMS
+        if self._doubled:
+            self._condemned[diagnosis.DOUBLE_BACKWARD] = list(self._doubled)
+            self._doubled = {}
         if not self.computes:
             self._look(inside=inside)
             self._stage = Stage.CLIPPED if inside else self._stage
@@ -561,7 +581,7 @@ class GhostPairing(Pairing):
         met = self._found.keys() | self._watched_here
         for parameter, _ in self._received.values():
             if id(parameter) not in met and self.ledger.name_of(parameter) not in named:
-                self._condemn(parameter, diagnosis.BYPASSED)
+                self._condemn(parameter, self._why_bypassed(parameter))
 
     def _drop_unclipped(self) -> None:
         """Clear what the first backward left where Opacus's ``zero_grad`` did not reach.

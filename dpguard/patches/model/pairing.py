@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 
 from dpguard import _compat, diagnosis
+from dpguard._errors import PerSampleGradientError
 from dpguard.audit.probes import Probes
 from dpguard.noted.graph_task import GraphTask
 from dpguard.noted.grouping import Grouping, misfit_sentence
@@ -262,11 +263,8 @@ class Pairing(Hooked):
                     else:
                         yield parameter, rows, lent
                 return
-        if record.outline is not None:
-            outlined, first = record.outline, self.batch_first
-            found = replay(
-                kind.sampler, module, outlined, arranged, batch_first=first, cast=record.cast
-            )
+        if (outlined := record.outline) is not None:
+            found = self._replayed(record, outlined, arranged)
         else:
             found = kind.sampler(module, activations, backprops)
         lenders = [*activations, backprops]
@@ -279,6 +277,44 @@ class Pairing(Hooked):
             else:
                 yield parameter, rows, lenders if kind.is_fresh else [rows]
                 lenders.append(rows)
+
+    def _replayed(
+        self,
+        record: Record,
+        outlined: torch.nn.Module,
+        arranged: tuple[list[Any], torch.Tensor],
+    ) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """The rows of a call that functorch replays."""
+        module, sampler, first = record.module, record.kind.sampler, self.batch_first
+        try:
+            return replay(sampler, module, outlined, arranged, batch_first=first, cast=record.cast)
+        except RuntimeError as error:
+            self._refuse_random(record, error)
+            raise
+
+    def _refuse_random(self, record: Record, error: RuntimeError) -> None:
+        """Say in words what functorch says of a call that draws random numbers.
+
+        Raises:
+            PerSampleGradientError: it is such a call.
+        """
+        if not _compat.is_of_randomness(error):
+            return
+        cause, names = diagnosis.RANDOM_REPLAY, tuple(map(self.ledger.name_of, record.trained))
+        diagnosed = diagnosis.explain(cause)
+        body = f"No per-sample gradients for {diagnosis.listed(names)}: {diagnosed.statement}."
+        details = {"parameters": names, "modules": (record.hook.name,)}
+        try:
+            self.verdicts.refuse(
+                "coverage.present",
+                cause,
+                body,
+                PerSampleGradientError,
+                severity=diagnosed.severity,
+                **details,
+            )
+        except PerSampleGradientError as refused:
+            raise refused from error
 
     def _take(
         self,
@@ -385,7 +421,7 @@ class Pairing(Hooked):
 
     def _no_accumulation(self, state: ParameterState) -> str:
         """Why Opacus refuses a second batch before a step, and that none takes this parameter."""
-        said = diagnosis.OPACUS_NO_ACCUMULATION
+        said = f"{diagnosis.OPACUS_NO_ACCUMULATION}. {diagnosis.SAME_PEOPLE}"
         if not state.epoch and any(other.epoch for other in self._states):
             said = f"{said}. {diagnosis.NO_OPTIMIZER_TAKES_IT.format(state.name)}"
         return said
@@ -464,7 +500,14 @@ class Pairing(Hooked):
     def _condemn_bypassed(self, task: GraphTask) -> None:
         for parameter in task.reached(self._parameters):
             if id(parameter) not in task.published:
-                self._condemn(parameter, diagnosis.BYPASSED)
+                self._condemn(parameter, self._why_bypassed(parameter))
+
+    def _why_bypassed(self, parameter: torch.Tensor) -> str:
+        """Why a parameter got a gradient and no call that uses it was seen."""
+        normed = filter(_compat.norms_weight_in_hook, self.hooks._module.modules())
+        if any(parameter is mine for module in normed for mine in module._parameters.values()):
+            return diagnosis.WEIGHT_NORM
+        return diagnosis.BYPASSED
 
 
 def _averaged() -> set[int]:
@@ -483,10 +526,10 @@ def _hopeless(record: Record) -> str | None:
 
 def _unreplayable(record: Record) -> str | None:
     """Why Opacus's functorch fallback, one tensor in and one out, cannot replay a call."""
-    first, *further = record.activations or [None]
+    first = next(iter(record.activations or ()), None)
     if not isinstance(first, torch.Tensor):
         return diagnosis.NO_TENSOR_INPUT
-    if any(value is not None for value in further):
+    if record.further:
         return diagnosis.INPUTS_DROPPED
     return diagnosis.STRUCTURED_OUTPUT if record.structured else None
 

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from dpguard._declare import declared_of
 from dpguard.noted.ledger import Tally, parameters_of, trained_of
 from dpguard.noted.precision import autocast_of
 from dpguard.patches.model.detach import TALLY
-from dpguard.patches.model.replay import outline
+from dpguard.patches.model.replay import has_further_inputs, outline
 
 if TYPE_CHECKING:
     from dpguard.noted.conditioning import Moments
@@ -47,6 +47,7 @@ class Record:
         "cast",
         "dimension",
         "drawn",
+        "further",
         "hook",
         "index",
         "kind",
@@ -92,17 +93,28 @@ class Record:
         self.activations: list[Any] | None = None
         self.outline: torch.nn.Module | None = None
         """For functorch to replay, if the module has no registered grad sampler."""
+        self.further = False
+        """Whether it has inputs besides the first, without which a replay were another call."""
         self.cast: torch.dtype | None = None
         """The precision of autocast at the call of such a module, if it was on."""
         self.moments: Moments | None = None
         """Of the inputs of a normalisation, once they are known."""
 
-    def keep(self, inputs: Iterable[Any]) -> None:
-        """Keep what it takes to compute rows from the backprop of this call."""
+    def keep(self, inputs: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Keep what it takes to compute rows from the backprop of this call.
+
+        Args:
+            inputs: all that the module was called with, in the order of its signature.
+            args: those that were given by position.
+            kwargs: those that were given by name.
+        """
         module, pairing = self.module, self.hook.pairing
         self.activations = [_detach(a) if isinstance(a, torch.Tensor) else a for a in inputs]
         self.kind = kind = pairing.kind_of(module)
         if kind.is_replayed:
+            self.further = has_further_inputs(module, args, kwargs)
+            if not self.further:
+                del self.activations[1:]
             self.outline = outline(module)
             self.cast = autocast_of(self.trained[0])
         self.order = pairing.orders.get(id(module))
@@ -210,7 +222,7 @@ class ForwardHook:
                 outputs = outputs if replaced is None else [replaced]
         record = self._record(module, outputs, trained, structured=structured, product=product)
         if record is not None:
-            record.keep(inputs)
+            record.keep(inputs, args, kwargs)
             pairing.on_call(record)
         return replaced
 

@@ -8,6 +8,8 @@ of the module, which costs no memory, and Opacus's own functorch sampler replays
 from __future__ import annotations
 
 import contextlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +18,10 @@ from dpguard import _compat
 from dpguard.noted.precision import autocast_of, note_precision
 from dpguard.patching import ABSENT
 
-__all__ = ["outline", "replay"]
+__all__ = ["has_further_inputs", "outline", "replay"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PLAIN = (bool, int, float, str)
 
 
 def outline(module: torch.nn.Module) -> torch.nn.Module:
@@ -59,6 +62,46 @@ def _shape_of(parameter: torch.nn.Parameter, memo: dict[int, Any]) -> torch.nn.P
         empty = torch.empty_like(parameter, device="meta")
         found = memo[id(parameter)] = torch.nn.Parameter(empty, parameter.requires_grad)
     return found
+
+
+def has_further_inputs(
+    module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether a call is another one than that with its first input alone, which is replayed.
+
+    What has the value that it has when it is left out makes no difference.
+    """
+    if not kwargs and len(args) < 2:  # noqa: PLR2004 - the first input
+        return False
+    try:
+        first = next(iter(inspect.signature(module.forward).parameters.values()))
+        if not args and first.name in kwargs and first.kind is first.POSITIONAL_OR_KEYWORD:
+            args = (kwargs[first.name],)
+            kwargs = {name: value for name, value in kwargs.items() if name != first.name}
+        # A decorator may tell a default of what it wraps from what was left out.
+        signature = inspect.signature(module.forward, follow_wrapped=False)
+        given = signature.bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):  # of compiled code there may be none
+        return any(value is not None for value in [*args[1:], *kwargs.values()])
+    found = [pair for name in given for pair in _inputs(signature.parameters[name], given[name])]
+    return not all(_is_same(value, default) for value, default in found[len(args[:1]) :])
+
+
+def _inputs(parameter: inspect.Parameter, value: Any) -> Iterator[tuple[Any, Any]]:
+    """The inputs that a parameter of a call takes, each with what it would be if left out."""
+    if parameter.kind is parameter.VAR_POSITIONAL:
+        yield from ((one, None) for one in value)
+    elif parameter.kind is parameter.VAR_KEYWORD:
+        yield from ((one, None) for one in value.values())
+    else:
+        yield value, parameter.default
+
+
+def _is_same(value: Any, default: Any) -> bool:
+    if value is default:
+        return True
+    # By what is written: there are two zeros, and numbers that do not equal themselves.
+    return type(value) is type(default) and type(value) in _PLAIN and repr(value) == repr(default)
 
 
 def replay(
