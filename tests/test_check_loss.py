@@ -25,6 +25,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:F
 BATCH, FEATURES, CLASSES = 12, 6, 5
 LOSS = "people.loss"
 WEIGHTS = torch.arange(1.0, CLASSES + 1)
+PLUS_MINUS = torch.tensor([1.0, -1.0])
+LEVEL = 1.7
+"""Between the mean losses of the batch of the ground truth with and without its first person."""
 
 
 def one_hot(y):
@@ -98,6 +101,31 @@ SEPARATE = {
     "clamped": lambda o, y: o.clamp(-0.3, 0.3).pow(2).mean(),
     "einsum": lambda o, y: torch.einsum("bi,bi->", o, o),
     "triplet of one person": lambda o, y: F.triplet_margin_loss(o[:, :1], o[:, 1:2], o[:, 2:3]),
+    "a scale that is clamped": lambda o, y: F.cross_entropy(
+        torch.tensor(3.0, requires_grad=True).clamp(max=2) * o, y
+    ),
+    "accumulated": lambda o, y: F.cross_entropy(o, y) / 4,
+    "scaled": lambda o, y: F.cross_entropy(o, y) * 2**16,
+    "divided by what is clamped": lambda o, y: (
+        o.pow(2).sum(1) / o.abs().sum(1).clamp(min=0.1)
+    ).mean(),
+    "largest of each": lambda o, y: (o.max(1).values - o.median(-1).values + o.amin(1)).mean(),
+    "top-k of each": lambda o, y: o.topk(2, dim=1).values.pow(2).mean(),
+    "sorted for each": lambda o, y: (o.sort(-1).values * WEIGHTS.to(o)).mean(),
+    "largest margin of each": lambda o, y: F.relu(
+        (1 + o - o.gather(1, y[:, None])).max(1).values
+    ).mean(),
+    "one person after the other": lambda o, y: (
+        sum(F.relu(1 - row.max()) + row.amin().abs() for row in o) / len(o)
+    ),
+    "stabilised margin": lambda o, y: F.relu(
+        (o - o.amax()).topk(2).values @ PLUS_MINUS.to(o)
+    ).mean(),
+    "stabilised and certain": lambda o, y: shifted(100 * o, o.argmax(1)),
+    "stabilised by the least": lambda o, y: shifted(o - o.flatten().sort().values[0], y),
+    "sorted in vain": lambda o, y: (
+        F.cross_entropy(o, y, reduction="none").sort().values.mean() + o.topk(len(o), 0)[0].mean()
+    ),
     "in bfloat16": lambda o, y: F.cross_entropy(o.bfloat16().float(), y),
 }
 COUPLED = {
@@ -129,6 +157,38 @@ COUPLED = {
     "distances": (diagnosis.LOSS_COUPLES, lambda o, y: torch.cdist(o, o).pow(2).mean()),
     "covariance": (diagnosis.LOSS_COUPLES, barlow),
     "diversity": (diagnosis.LOSS_COUPLES, diverse),
+    "flooded": (
+        diagnosis.LOSS_COUPLES,
+        lambda o, y: (F.cross_entropy(o, y) - LEVEL).abs() + LEVEL,
+    ),
+    "clamped mean": (diagnosis.LOSS_COUPLES, lambda o, y: F.cross_entropy(o, y).clamp(max=LEVEL)),
+    "rectified mean": (diagnosis.LOSS_COUPLES, lambda o, y: F.relu(F.cross_entropy(o, y) - LEVEL)),
+    "smaller of mean and level": (
+        diagnosis.LOSS_COUPLES,
+        lambda o, y: torch.minimum(torch.tensor(LEVEL), F.cross_entropy(o, y)),
+    ),
+    "largest of two people": (
+        diagnosis.LOSS_COUPLES,
+        lambda o, y: torch.maximum(o, o.roll(1, 0)).mean(),
+    ),
+    "hard mining": (
+        diagnosis.LOSS_COUPLES,
+        lambda o, y: F.cross_entropy(o, y, reduction="none").topk(4).values.mean(),
+    ),
+    "largest of all": (
+        diagnosis.LOSS_COUPLES,
+        lambda o, y: F.cross_entropy(o, y, reduction="none").max(),
+    ),
+    "largest of each class": (diagnosis.LOSS_COUPLES, lambda o, y: o.max(0).values.mean()),
+    "median": (
+        diagnosis.LOSS_COUPLES,
+        lambda o, y: F.cross_entropy(o, y, reduction="none").median(),
+    ),
+    "quantile": (diagnosis.LOSS_COUPLES, lambda o, y: o[:, 0].quantile(0.7)),
+    "trimmed": (
+        diagnosis.LOSS_COUPLES,
+        lambda o, y: F.cross_entropy(o, y, reduction="none").sort().values[:-3].mean(),
+    ),
     "batch norm": (
         diagnosis.LOSS_COUPLES,
         lambda o, y: F.cross_entropy(F.batch_norm(o, None, None, training=True), y),
