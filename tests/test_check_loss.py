@@ -515,6 +515,57 @@ def test_what_cannot_be_evaluated_is_not_looked_at():
         assert guard.last_step.checks[LOSS].not_run
 
 
+class TwoHeads(nn.Module):
+    """Outputs for each person, of a hidden layer that is kept, and a penalty on its mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(FEATURES, 8), nn.Linear(8, CLASSES)
+        self.other = nn.Linear(8, 2)
+
+    def forward(self, x):
+        self.hidden = self.body(x).tanh()
+        return self.head(self.hidden), balance(self.hidden), self.other(self.hidden)
+
+
+def balance(hidden):
+    return hidden.mean(0).square().sum()
+
+
+ROUND = {
+    "returned": lambda model, out, y: F.cross_entropy(out[0], y) + out[1],
+    "kept": lambda model, out, y: F.cross_entropy(out[0], y) + balance(model._module.hidden),
+}
+OUTRIGHT = {
+    "decay": lambda model, out, y: (
+        F.cross_entropy(out[0], y)
+        + out[2].square().mean()
+        + 0.01 * sum(p.square().sum() for p in model.parameters())
+    ),
+    "two outputs": lambda model, out, y: F.cross_entropy(out[0], y) + out[2].square().mean(),
+    "no penalty": lambda model, out, y: F.cross_entropy(out[0], y) + out[1].detach(),
+}
+
+
+@pytest.mark.parametrize("name", ROUND | OUTRIGHT)
+def test_parts_of_a_loss_that_are_not_of_the_outputs(name):
+    """A penalty over people inside of the model is not looked at, one on parameters is nobody's."""
+    with dpguard.install(mode="repair", oracle_every=1) as guard:
+        training = Training(TwoHeads)
+        for _ in range(3):
+            training.step(lambda out, y: (ROUND | OUTRIGHT)[name](training.model, out, y))
+            assert guard.last_step.checks[LOSS].passed == (name in OUTRIGHT)
+    assert not [v for v in guard.violations if v.check == LOSS]
+
+
+def test_a_penalty_on_a_mean_depends_on_others():
+    """Which is why a loss with it does not pass."""
+    hidden = torch.randn(BATCH, 8, requires_grad=True)
+    (whole,) = torch.autograd.grad(BATCH * balance(hidden), hidden)
+    (less,) = torch.autograd.grad((BATCH - 1) * balance(hidden[1:]), hidden)
+    assert (whole[1:] - less[1:]).abs().max() > 1e-2
+
+
 def test_only_what_is_drawn_is_looked_at():
     """Every so many steps, as the row oracle."""
     with dpguard.install(mode="strict", oracle_every=3) as guard:

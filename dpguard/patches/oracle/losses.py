@@ -20,6 +20,9 @@ four ways:
   targets that are not ignored, has a divisor that depends on everybody's targets.
 * Outputs that were broadcast meet everybody's targets (:mod:`dpguard.patches.oracle.broadcasts`).
 
+A part of the loss that reaches layers of the model by another way than its outputs (a penalty that
+it returns as one number, an activation that it keeps) is not looked at; such a loss does not pass.
+
 On the way it is seen whether the loss is the mean, or the sum, for which the model was wrapped.
 
 What depends on other people through values that were detached (the condition of ``where``) is not
@@ -42,6 +45,7 @@ from dpguard import _compat
 from dpguard._errors import DPGuardError
 from dpguard.audit.probes import Probes
 from dpguard.noted.grouping import owners, squares_of_people
+from dpguard.patches.model.detach import TALLY
 from dpguard.patches.oracle.broadcasts import WITH_TARGETS, Square, keeps_other_targets, square_at
 from dpguard.patches.oracle.decisions import DECISIONS, Decision
 from dpguard.patches.oracle.outputs import Draw, OutputHook, Outputs, mark_of
@@ -71,7 +75,7 @@ class Coupling:
         hook: at the model whose outputs they are.
         pairs: squares of what was the person's, and of what was other people's and should be zero:
             of the derivative of the gradient, and of what each decision compares.
-        whole: whether there is such a derivative.
+        whole: whether there is such a derivative, and no other way to the layers of the model.
         weights: by how much class weights differ that a mean is taken over.
         ignored: how many targets were left out of a mean.
         broadcast: squares of what is at outputs next to their person, and next to others, where
@@ -218,7 +222,7 @@ class _Examination:
         try:
             sizes = _sizes(self._run(looked_at) if looked_at.requires_grad else [], whose)
             pairs.append((sizes.index_select(0, person)[0], sizes.index_fill(0, person, 0).sum()))
-            whole = True
+            whole = not self._goes_round(seeds)
         except (Unfit, RuntimeError):
             whole = False  # torch knows no such derivative
         weights, ignored = self._divisors(whose.new_zeros((), dtype=torch.float64))
@@ -283,6 +287,27 @@ class _Examination:
 
     def _roundoff(self) -> float:
         return max(map(_compat.unit_roundoff, self._kinds))
+
+    def _goes_round(self, seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+        """Whether there is a way to a call of a layer of the model that is by no marked output.
+
+        A penalty on parameters leads to them, and to no call.
+        """
+        layers = set(self._hook.model.modules())
+        seen: set[Any] = set()
+        ways: list[tuple[Any, int]] = [(root.grad_fn, root.output_nr) for root, _ in seeds]
+        while ways:
+            node, index = ways.pop()
+            mark = mark_of(node, self._draw)
+            if mark is not None:
+                if index not in mark.numbers:
+                    return True
+            elif node not in seen:
+                seen.add(node)
+                if any(tally.module() in layers for tally in node.metadata.get(TALLY, ())):
+                    return True
+                ways += [way for way in node.next_functions if way[0] is not None]
+        return False
 
     def _looked_at(self, gradients: list[torch.Tensor], mine: torch.Tensor) -> torch.Tensor:
         """The person's gradients through random vectors, as one number."""
