@@ -558,6 +558,62 @@ def test_parts_of_a_loss_that_are_not_of_the_outputs(name):
     assert not [v for v in guard.violations if v.check == LOSS]
 
 
+HOOKS = {
+    "unit norm": (lambda grad: grad / grad.norm(), False),
+    "signs": (torch.sign, False),
+    "seen only": (lambda grad: grad.clone(), True),
+    "itself": (lambda grad: None, True),
+}
+
+
+@pytest.mark.parametrize("place", ["outputs", "between", "module"])
+@pytest.mark.parametrize("name", HOOKS)
+def test_gradients_that_a_hook_changes_before_the_outputs(name, place):
+    """Are not those of the loss, of which nothing can be said then."""
+    change, same = HOOKS[name]
+
+    def loss(outputs, y):
+        if place == "between":
+            (outputs := 2 * outputs).register_hook(change)
+        elif place == "outputs":
+            outputs.register_hook(change)
+        return F.cross_entropy(scale(outputs), y)
+
+    scale = nn.Identity()
+    if place == "module":
+        scale.register_full_backward_hook(
+            lambda module, given, _: None if name == "itself" else (change(given[0]),)
+        )
+    with dpguard.install(mode="repair", oracle_every=1) as guard:
+        training = Training()
+        for _ in range(3):
+            training.step(loss)
+            assert guard.last_step.checks[LOSS].passed == same
+            assert guard.last_step.checks[LOSS].failed == 0
+        training.step(F.cross_entropy)
+        assert guard.last_step.checks[LOSS].passed == 1
+
+
+def test_several_outputs_with_several_backwards():
+    """What comes to an output from another one is not a change, nor is a second backward."""
+
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(FEATURES, 8), nn.Linear(8, CLASSES)
+
+        def forward(self, x):
+            hidden = self.body(x).tanh()
+            return self.head(hidden), hidden
+
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        training = Training(Nested)
+        for _ in range(3):
+            training.step(lambda out, y: F.cross_entropy(out[0], y) + out[1].square().mean())
+            assert guard.last_step.checks[LOSS].passed == 1
+    assert guard.violations == ()
+
+
 def test_a_penalty_on_a_mean_depends_on_others():
     """Which is why a loss with it does not pass."""
     hidden = torch.randn(BATCH, 8, requires_grad=True)

@@ -37,7 +37,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -48,7 +48,7 @@ from dpguard.noted.grouping import owners, squares_of_people
 from dpguard.patches.model.detach import TALLY
 from dpguard.patches.oracle.broadcasts import WITH_TARGETS, Square, keeps_other_targets, square_at
 from dpguard.patches.oracle.decisions import DECISIONS, Decision
-from dpguard.patches.oracle.outputs import Draw, OutputHook, Outputs, mark_of
+from dpguard.patches.oracle.outputs import Draw, Expected, OutputHook, Outputs, mark_of
 from dpguard.patches.oracle.vjp import Parts, Unfit, propagate
 from dpguard.patches.wrapping import EagerWrapper, TransparentWrapper
 from dpguard.patching import Transaction
@@ -63,6 +63,8 @@ _REDUCTIONS = {_MEAN: "mean", 2: "sum"}
 _OF_EACH = {"MeanBackward0": "mean", "SumBackward0": "sum"}
 """and of losses of one person each."""
 _LIKELIHOODS = frozenset(("NllLossBackward0", "NllLoss2DBackward0"))
+_End: TypeAlias = "tuple[Any, int, torch.Tensor]"
+"""A mark, the number of an output there and a gradient of it."""
 _autograd = _compat.autograd()
 _inside_transform = _compat.transform_test()
 
@@ -80,6 +82,8 @@ class Coupling:
         ignored: how many targets were left out of a mean.
         broadcast: squares of what is at outputs next to their person, and next to others, where
             outputs were broadcast to as many as there are people.
+        arrivals: scales of the gradients of outputs, and by how much those differed that arrived in
+            the backward, as far as that has been.
         is_broadcast: whether that is certain, and not a dimension that is as long by chance.
         reductions: of the loss, if that is a plain one, and for which the model was wrapped.
         roundoff: of the lowest precision on the way.
@@ -93,6 +97,7 @@ class Coupling:
     broadcast: tuple[torch.Tensor, torch.Tensor] | None
     reductions: tuple[str | None, str]
     roundoff: float
+    arrivals: list[tuple[torch.Tensor, torch.Tensor]]
     is_broadcast: bool = False
 
 
@@ -203,24 +208,28 @@ class _Examination:
         self._square: Square | None = None
         self._with_targets: list[Any] = []
         self._kinds: set[torch.dtype] = set()
+        self._arrivals: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def of(self, seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> Coupling | None:
         """What the loss shows; ``None`` if it does not begin at outputs of the draw."""
         with torch.enable_grad():
             total = torch.stack([(root * gradient).sum() for root, gradient in seeds]).sum()
             self._largest = total.new_zeros((), dtype=torch.float64)
-            gradients = self._run(total, self._watch)
+            ends = self._run(total, self._watch)
+            gradients = _firsts(ends)
             if not gradients:
                 return None
             whose = owners(self._draw.people, self._draw.rows, gradients[0].device)
             person = whose.narrow(0, self._draw.row, 1)
             looked_at = self._looked_at(gradients, whose == person)
+        self._expect(ends)
         pairs = []
         for decision in self._decisions:
             sizes, effect = self._followed(decision, whose)
             pairs.append((sizes.amax(), (sizes.sum() - sizes.amax()) * effect))
         try:
-            sizes = _sizes(self._run(looked_at) if looked_at.requires_grad else [], whose)
+            ends = self._run(looked_at) if looked_at.requires_grad else []
+            sizes = _sizes(_firsts(ends), whose)
             pairs.append((sizes.index_select(0, person)[0], sizes.index_fill(0, person, 0).sum()))
             whole = not self._goes_round(seeds)
         except (Unfit, RuntimeError):
@@ -236,11 +245,12 @@ class _Examination:
             None if square is None else square.parted(whose),
             (_reduction_of(seeds), self._hook.pairing.loss_reduction),
             self._roundoff(),
+            self._arrivals,
             is_broadcast=any(map(keeps_other_targets, self._with_targets)),
         )
 
-    def _run(self, root: torch.Tensor, watch: Any = None) -> list[torch.Tensor]:
-        """Gradients of a number by the first output of each forward."""
+    def _run(self, root: torch.Tensor, watch: Any = None) -> list[_End]:
+        """Gradients of a number by the outputs."""
         return self._propagate(root.grad_fn, [torch.ones_like(root)], watch)
 
     def _propagate(
@@ -249,7 +259,7 @@ class _Examination:
         gradients: list[torch.Tensor | None],
         watch: Any = None,
         instead: list[torch.Tensor | None] | None = None,
-    ) -> list[torch.Tensor]:
+    ) -> list[_End]:
         """Likewise, from a node whose inputs have these gradients."""
         shares = propagate(
             node,
@@ -260,11 +270,15 @@ class _Examination:
             instead=None if instead is None else _parts(instead),
         )
         self._kinds |= shares.kinds
-        return [
-            parts[0]
-            for node, index, parts in shares.ends
-            if (mark := mark_of(node, self._draw)) is not None and mark.first == index
-        ]
+        return [(mark_of(node, self._draw), index, parts[0]) for node, index, parts in shares.ends]
+
+    def _expect(self, ends: list[_End]) -> None:
+        """Have it seen whether that is what arrives."""
+        for mark, index, gradient in ends:
+            if index in mark.numbers:
+                scale = torch.linalg.vector_norm(gradient.detach().abs(), dtype=torch.float64)
+                expected = Expected(gradient.detach(), scale + self._largest, self._arrivals)
+                mark.expected[index] = expected
 
     def _watch(self, node: Any, arrived: list[Parts | None]) -> None:
         """See the nodes of the loss on the way."""
@@ -324,8 +338,8 @@ class _Examination:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Whose outputs are compared, and whether that has an effect."""
         compared, effect = decision.compared(self._probes.generator(whose.device))
-        gradients = self._propagate(decision.node, decision.arrived, instead=compared)
-        return _sizes(gradients, whose), effect
+        ends = self._propagate(decision.node, decision.arrived, instead=compared)
+        return _sizes(_firsts(ends), whose), effect
 
     def _divisors(self, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Class weights and targets that means of likelihoods are divided by."""
@@ -356,6 +370,11 @@ def _reduction_of(seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> str | None:
 
 def _is_of_each(node: Any) -> bool:
     return getattr(node, "_saved_reduction", None) == _NONE
+
+
+def _firsts(ends: list[_End]) -> list[torch.Tensor]:
+    """Gradients by the first output of each forward."""
+    return [gradient for mark, index, gradient in ends if mark.first == index]
 
 
 def _parts(gradients: list[torch.Tensor | None]) -> list[Parts | None]:
