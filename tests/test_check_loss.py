@@ -535,6 +535,11 @@ def balance(hidden):
 ROUND = {
     "returned": lambda model, out, y: F.cross_entropy(out[0], y) + out[1],
     "kept": lambda model, out, y: F.cross_entropy(out[0], y) + balance(model._module.hidden),
+    "second": lambda model, out, y: F.cross_entropy(out[0], y) + out[2].std(0).mean(),
+    "largest of the second": lambda model, out, y: F.cross_entropy(out[0], y) + out[2].max(),
+    "both": lambda model, out, y: (
+        (out[0].mean(1) - out[2].mean(1).roll(1)).square().mean() + out[0].square().mean()
+    ),
 }
 OUTRIGHT = {
     "decay": lambda model, out, y: (
@@ -543,6 +548,9 @@ OUTRIGHT = {
         + 0.01 * sum(p.square().sum() for p in model.parameters())
     ),
     "two outputs": lambda model, out, y: F.cross_entropy(out[0], y) + out[2].square().mean(),
+    "both of one person": lambda model, out, y: (
+        F.relu(out[0].mean(1) - out[2].topk(1).values[:, 0]).square().mean()
+    ),
     "no penalty": lambda model, out, y: F.cross_entropy(out[0], y) + out[1].detach(),
 }
 

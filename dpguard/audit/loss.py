@@ -44,8 +44,8 @@ class Loss(Check):
         for found in self._losses.take(step.parameters):
             if found.whole:
                 step.run(LOSS, count=1)
-            figures = [figure for pair in found.pairs for figure in pair]
-            figures += [figure for pair in found.arrivals for figure in pair]
+            pairs = [*found.pairs, *found.further, *found.arrivals]
+            figures = [figure for pair in pairs for figure in pair]
             figures += [found.weights, found.ignored, *(found.broadcast or ())]
             hook = found.hook()
             if found.broadcast is not None and not found.is_broadcast and hook is not None:
@@ -57,25 +57,27 @@ class Loss(Check):
 
 
 def _verdict(step: Step, found: Coupling, agree: bool, values: list[float]) -> list[Failure]:
-    count, more = 2 * len(found.pairs), 2 * len(found.arrivals)
-    pairs, arrivals = values[:count], values[count : count + more]
-    weights, ignored, *square = values[count + more :]
+    given = iter(values)
+    pairs, further, arrivals = (
+        [(next(given), next(given)) for _ in some]
+        for some in (found.pairs, found.further, found.arrivals)
+    )
+    weights, ignored, *square = given
     reduction, declared = found.reductions
     bound = _ROUNDINGS * found.roundoff
     hook, failures = found.hook(), []
     model = () if hook is None else (type(hook.model).__qualname__,)
-    if any(
-        apart > bound * scale for scale, apart in zip(arrivals[::2], arrivals[1::2], strict=True)
-    ):
+    changed = any(apart > bound * scale for scale, apart in arrivals)
+    if changed or any(_exceeds(own, others, bound) for own, others in further):
         step.ran.pop(LOSS, None)
-    for own, others in zip(pairs[::2], pairs[1::2], strict=True):
-        if others > bound**2 * own and math.isfinite(own + others):
+    for own, others in pairs:
+        if _exceeds(own, others, bound):
             figure = math.sqrt(others / own) if own else math.inf
             cause = diagnosis.LOSS_COUPLES
             failures = [Failure(LOSS, cause, modules=model, figure=figure, bound=bound)]
     if found.is_broadcast and not failures:
         own, others = square
-        if others > bound**2 * own and math.isfinite(own + others):
+        if _exceeds(own, others, bound):
             failures = [Failure(LOSS, diagnosis.LOSS_BROADCAST, modules=model)]
     if weights > 0:
         failures.append(Failure(LOSS, diagnosis.LOSS_WEIGHTED, modules=model))
@@ -85,3 +87,7 @@ def _verdict(step: Step, found: Coupling, agree: bool, values: list[float]) -> l
         cause = diagnosis.LOSS_IS_SUM if reduction == "sum" else diagnosis.LOSS_IS_MEAN
         failures.append(Failure(LOSS, cause, modules=model))
     return failures
+
+
+def _exceeds(own: float, others: float, bound: float) -> bool:
+    return others > bound**2 * own and math.isfinite(own + others)

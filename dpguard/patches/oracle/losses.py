@@ -22,6 +22,8 @@ four ways:
 
 A part of the loss that reaches layers of the model by another way than its outputs (a penalty that
 it returns as one number, an activation that it keeps) is not looked at; such a loss does not pass.
+Nor does one that couples people only through an output that is not the first one, whose first
+dimension may not be the batch.
 
 On the way it is seen whether the loss is the mean, or the sum, for which the model was wrapped.
 
@@ -65,6 +67,7 @@ _OF_EACH = {"MeanBackward0": "mean", "SumBackward0": "sum"}
 _LIKELIHOODS = frozenset(("NllLossBackward0", "NllLoss2DBackward0"))
 _End: TypeAlias = "tuple[Any, int, torch.Tensor]"
 """A mark, the number of an output there and a gradient of it."""
+_Pair: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"
 _autograd = _compat.autograd()
 _inside_transform = _compat.transform_test()
 
@@ -82,6 +85,8 @@ class Coupling:
         ignored: how many targets were left out of a mean.
         broadcast: squares of what is at outputs next to their person, and next to others, where
             outputs were broadcast to as many as there are people.
+        further: likewise of all outputs, if the loss is of more than the first: one that is as long
+            as the batch by chance is not people's.
         arrivals: scales of the gradients of outputs, and by how much those differed that arrived in
             the backward, as far as that has been.
         is_broadcast: whether that is certain, and not a dimension that is as long by chance.
@@ -90,14 +95,15 @@ class Coupling:
     """
 
     hook: weakref.ref[OutputHook]
-    pairs: list[tuple[torch.Tensor, torch.Tensor]]
+    pairs: list[_Pair]
     whole: bool
     weights: torch.Tensor
     ignored: torch.Tensor
     broadcast: tuple[torch.Tensor, torch.Tensor] | None
     reductions: tuple[str | None, str]
     roundoff: float
-    arrivals: list[tuple[torch.Tensor, torch.Tensor]]
+    further: list[_Pair]
+    arrivals: list[_Pair]
     is_broadcast: bool = False
 
 
@@ -208,7 +214,7 @@ class _Examination:
         self._square: Square | None = None
         self._with_targets: list[Any] = []
         self._kinds: set[torch.dtype] = set()
-        self._arrivals: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._arrivals: list[_Pair] = []
 
     def of(self, seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> Coupling | None:
         """What the loss shows; ``None`` if it does not begin at outputs of the draw."""
@@ -221,16 +227,26 @@ class _Examination:
                 return None
             whose = owners(self._draw.people, self._draw.rows, gradients[0].device)
             person = whose.narrow(0, self._draw.row, 1)
-            looked_at = self._looked_at(gradients, whose == person)
+            rest = [g for mark, i, g in ends if i in mark.numbers and i != mark.first]
+            looked_at = [
+                self._looked_at(some, whose == person) for some in (gradients, rest) if some
+            ]
         self._expect(ends)
-        pairs = []
+        pairs: list[_Pair] = []
+        further: list[_Pair] = []
+        reaches = [(pairs, _firsts), (further, _of_rows)] if rest else [(pairs, _firsts)]
         for decision in self._decisions:
-            sizes, effect = self._followed(decision, whose)
-            pairs.append((sizes.amax(), (sizes.sum() - sizes.amax()) * effect))
+            ends, effect = self._followed(decision, whose.device)
+            for found, reached in reaches:
+                sizes = _sizes(reached(ends), whose)
+                found.append((sizes.amax(), (sizes.sum() - sizes.amax()) * effect))
         try:
-            ends = self._run(looked_at) if looked_at.requires_grad else []
-            sizes = _sizes(_firsts(ends), whose)
-            pairs.append((sizes.index_select(0, person)[0], sizes.index_fill(0, person, 0).sum()))
+            for start, number in enumerate(looked_at):
+                ends = self._run(number) if number.requires_grad else []
+                for found, reached in reaches[start:]:
+                    sizes = _sizes(reached(ends), whose)
+                    others = sizes.index_fill(0, person, 0).sum()
+                    found.append((sizes.index_select(0, person)[0], others))
             whole = not self._goes_round(seeds)
         except (Unfit, RuntimeError):
             whole = False  # torch knows no such derivative
@@ -245,6 +261,7 @@ class _Examination:
             None if square is None else square.parted(whose),
             (_reduction_of(seeds), self._hook.pairing.loss_reduction),
             self._roundoff(),
+            further,
             self._arrivals,
             is_broadcast=any(map(keeps_other_targets, self._with_targets)),
         )
@@ -334,12 +351,11 @@ class _Examination:
         return total
 
     def _followed(
-        self, decision: Decision, whose: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Whose outputs are compared, and whether that has an effect."""
-        compared, effect = decision.compared(self._probes.generator(whose.device))
-        ends = self._propagate(decision.node, decision.arrived, instead=compared)
-        return _sizes(_firsts(ends), whose), effect
+        self, decision: Decision, device: torch.device
+    ) -> tuple[list[_End], torch.Tensor]:
+        """The outputs that are compared, and whether that has an effect."""
+        compared, effect = decision.compared(self._probes.generator(device))
+        return self._propagate(decision.node, decision.arrived, instead=compared), effect
 
     def _divisors(self, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Class weights and targets that means of likelihoods are divided by."""
@@ -375,6 +391,11 @@ def _is_of_each(node: Any) -> bool:
 def _firsts(ends: list[_End]) -> list[torch.Tensor]:
     """Gradients by the first output of each forward."""
     return [gradient for mark, index, gradient in ends if mark.first == index]
+
+
+def _of_rows(ends: list[_End]) -> list[torch.Tensor]:
+    """Gradients by all outputs that have as many rows as there are in the batch."""
+    return [gradient for mark, index, gradient in ends if index in mark.numbers]
 
 
 def _parts(gradients: list[torch.Tensor | None]) -> list[Parts | None]:
