@@ -666,7 +666,8 @@ _DIAGNOSES = {
         "whoever is removed changes the rows of others, and clipping these does not bound it",
         "use a mean or sum of one term for each person. In contrastive and ranking losses compare "
         "with what is public, or with the same person (dpguard.rows(group_size=K)); take Dice, a "
-        "root or a logarithm for each person and then the mean, not of the mean over all",
+        "root, a logarithm, a clamp or abs for each person and then the mean, not of the mean over "
+        "all, and nothing that depends on who is the largest or in the middle of the batch (top-k)",
         Severity.ERROR,
     ),
     LOSS_WEIGHTED: Diagnosis(

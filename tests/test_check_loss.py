@@ -25,6 +25,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:F
 BATCH, FEATURES, CLASSES = 12, 6, 5
 LOSS = "people.loss"
 WEIGHTS = torch.arange(1.0, CLASSES + 1)
+PLUS_MINUS = torch.tensor([1.0, -1.0])
+LEVEL = 1.7
+"""Between the mean losses of the batch of the ground truth with and without its first person."""
 
 
 def one_hot(y):
@@ -98,6 +101,31 @@ SEPARATE = {
     "clamped": lambda o, y: o.clamp(-0.3, 0.3).pow(2).mean(),
     "einsum": lambda o, y: torch.einsum("bi,bi->", o, o),
     "triplet of one person": lambda o, y: F.triplet_margin_loss(o[:, :1], o[:, 1:2], o[:, 2:3]),
+    "a scale that is clamped": lambda o, y: F.cross_entropy(
+        torch.tensor(3.0, requires_grad=True).clamp(max=2) * o, y
+    ),
+    "accumulated": lambda o, y: F.cross_entropy(o, y) / 4,
+    "scaled": lambda o, y: F.cross_entropy(o, y) * 2**16,
+    "divided by what is clamped": lambda o, y: (
+        o.pow(2).sum(1) / o.abs().sum(1).clamp(min=0.1)
+    ).mean(),
+    "largest of each": lambda o, y: (o.max(1).values - o.median(-1).values + o.amin(1)).mean(),
+    "top-k of each": lambda o, y: o.topk(2, dim=1).values.pow(2).mean(),
+    "sorted for each": lambda o, y: (o.sort(-1).values * WEIGHTS.to(o)).mean(),
+    "largest margin of each": lambda o, y: F.relu(
+        (1 + o - o.gather(1, y[:, None])).max(1).values
+    ).mean(),
+    "one person after the other": lambda o, y: (
+        sum(F.relu(1 - row.max()) + row.amin().abs() for row in o) / len(o)
+    ),
+    "stabilised margin": lambda o, y: F.relu(
+        (o - o.amax()).topk(2).values @ PLUS_MINUS.to(o)
+    ).mean(),
+    "stabilised and certain": lambda o, y: shifted(100 * o, o.argmax(1)),
+    "stabilised by the least": lambda o, y: shifted(o - o.flatten().sort().values[0], y),
+    "sorted in vain": lambda o, y: (
+        F.cross_entropy(o, y, reduction="none").sort().values.mean() + o.topk(len(o), 0)[0].mean()
+    ),
     "in bfloat16": lambda o, y: F.cross_entropy(o.bfloat16().float(), y),
 }
 COUPLED = {
@@ -129,6 +157,38 @@ COUPLED = {
     "distances": (diagnosis.LOSS_COUPLES, lambda o, y: torch.cdist(o, o).pow(2).mean()),
     "covariance": (diagnosis.LOSS_COUPLES, barlow),
     "diversity": (diagnosis.LOSS_COUPLES, diverse),
+    "flooded": (
+        diagnosis.LOSS_COUPLES,
+        lambda o, y: (F.cross_entropy(o, y) - LEVEL).abs() + LEVEL,
+    ),
+    "clamped mean": (diagnosis.LOSS_COUPLES, lambda o, y: F.cross_entropy(o, y).clamp(max=LEVEL)),
+    "rectified mean": (diagnosis.LOSS_COUPLES, lambda o, y: F.relu(F.cross_entropy(o, y) - LEVEL)),
+    "smaller of mean and level": (
+        diagnosis.LOSS_COUPLES,
+        lambda o, y: torch.minimum(torch.tensor(LEVEL), F.cross_entropy(o, y)),
+    ),
+    "largest of two people": (
+        diagnosis.LOSS_COUPLES,
+        lambda o, y: torch.maximum(o, o.roll(1, 0)).mean(),
+    ),
+    "hard mining": (
+        diagnosis.LOSS_COUPLES,
+        lambda o, y: F.cross_entropy(o, y, reduction="none").topk(4).values.mean(),
+    ),
+    "largest of all": (
+        diagnosis.LOSS_COUPLES,
+        lambda o, y: F.cross_entropy(o, y, reduction="none").max(),
+    ),
+    "largest of each class": (diagnosis.LOSS_COUPLES, lambda o, y: o.max(0).values.mean()),
+    "median": (
+        diagnosis.LOSS_COUPLES,
+        lambda o, y: F.cross_entropy(o, y, reduction="none").median(),
+    ),
+    "quantile": (diagnosis.LOSS_COUPLES, lambda o, y: o[:, 0].quantile(0.7)),
+    "trimmed": (
+        diagnosis.LOSS_COUPLES,
+        lambda o, y: F.cross_entropy(o, y, reduction="none").sort().values[:-3].mean(),
+    ),
     "batch norm": (
         diagnosis.LOSS_COUPLES,
         lambda o, y: F.cross_entropy(F.batch_norm(o, None, None, training=True), y),
@@ -453,6 +513,121 @@ def test_what_cannot_be_evaluated_is_not_looked_at():
         assert len(calls) == 1
         training.step(F.multi_margin_loss)
         assert guard.last_step.checks[LOSS].not_run
+
+
+class TwoHeads(nn.Module):
+    """Outputs for each person, of a hidden layer that is kept, and a penalty on its mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(FEATURES, 8), nn.Linear(8, CLASSES)
+        self.other = nn.Linear(8, 2)
+
+    def forward(self, x):
+        self.hidden = self.body(x).tanh()
+        return self.head(self.hidden), balance(self.hidden), self.other(self.hidden)
+
+
+def balance(hidden):
+    return hidden.mean(0).square().sum()
+
+
+ROUND = {
+    "returned": lambda model, out, y: F.cross_entropy(out[0], y) + out[1],
+    "kept": lambda model, out, y: F.cross_entropy(out[0], y) + balance(model._module.hidden),
+    "second": lambda model, out, y: F.cross_entropy(out[0], y) + out[2].std(0).mean(),
+    "largest of the second": lambda model, out, y: F.cross_entropy(out[0], y) + out[2].max(),
+    "both": lambda model, out, y: (
+        (out[0].mean(1) - out[2].mean(1).roll(1)).square().mean() + out[0].square().mean()
+    ),
+}
+OUTRIGHT = {
+    "decay": lambda model, out, y: (
+        F.cross_entropy(out[0], y)
+        + out[2].square().mean()
+        + 0.01 * sum(p.square().sum() for p in model.parameters())
+    ),
+    "two outputs": lambda model, out, y: F.cross_entropy(out[0], y) + out[2].square().mean(),
+    "both of one person": lambda model, out, y: (
+        F.relu(out[0].mean(1) - out[2].topk(1).values[:, 0]).square().mean()
+    ),
+    "no penalty": lambda model, out, y: F.cross_entropy(out[0], y) + out[1].detach(),
+}
+
+
+@pytest.mark.parametrize("name", ROUND | OUTRIGHT)
+def test_parts_of_a_loss_that_are_not_of_the_outputs(name):
+    """A penalty over people inside of the model is not looked at, one on parameters is nobody's."""
+    with dpguard.install(mode="repair", oracle_every=1) as guard:
+        training = Training(TwoHeads)
+        for _ in range(3):
+            training.step(lambda out, y: (ROUND | OUTRIGHT)[name](training.model, out, y))
+            assert guard.last_step.checks[LOSS].passed == (name in OUTRIGHT)
+    assert not [v for v in guard.violations if v.check == LOSS]
+
+
+HOOKS = {
+    "unit norm": (lambda grad: grad / grad.norm(), False),
+    "signs": (torch.sign, False),
+    "seen only": (lambda grad: grad.clone(), True),
+    "itself": (lambda grad: None, True),
+}
+
+
+@pytest.mark.parametrize("place", ["outputs", "between", "module"])
+@pytest.mark.parametrize("name", HOOKS)
+def test_gradients_that_a_hook_changes_before_the_outputs(name, place):
+    """Are not those of the loss, of which nothing can be said then."""
+    change, same = HOOKS[name]
+
+    def loss(outputs, y):
+        if place == "between":
+            (outputs := 2 * outputs).register_hook(change)
+        elif place == "outputs":
+            outputs.register_hook(change)
+        return F.cross_entropy(scale(outputs), y)
+
+    scale = nn.Identity()
+    if place == "module":
+        scale.register_full_backward_hook(
+            lambda module, given, _: None if name == "itself" else (change(given[0]),)
+        )
+    with dpguard.install(mode="repair", oracle_every=1) as guard:
+        training = Training()
+        for _ in range(3):
+            training.step(loss)
+            assert guard.last_step.checks[LOSS].passed == same
+            assert guard.last_step.checks[LOSS].failed == 0
+        training.step(F.cross_entropy)
+        assert guard.last_step.checks[LOSS].passed == 1
+
+
+def test_several_outputs_with_several_backwards():
+    """What comes to an output from another one is not a change, nor is a second backward."""
+
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(FEATURES, 8), nn.Linear(8, CLASSES)
+
+        def forward(self, x):
+            hidden = self.body(x).tanh()
+            return self.head(hidden), hidden
+
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        training = Training(Nested)
+        for _ in range(3):
+            training.step(lambda out, y: F.cross_entropy(out[0], y) + out[1].square().mean())
+            assert guard.last_step.checks[LOSS].passed == 1
+    assert guard.violations == ()
+
+
+def test_a_penalty_on_a_mean_depends_on_others():
+    """Which is why a loss with it does not pass."""
+    hidden = torch.randn(BATCH, 8, requires_grad=True)
+    (whole,) = torch.autograd.grad(BATCH * balance(hidden), hidden)
+    (less,) = torch.autograd.grad((BATCH - 1) * balance(hidden[1:]), hidden)
+    assert (whole[1:] - less[1:]).abs().max() > 1e-2
 
 
 @pytest.mark.usefixtures("by_the_clock")

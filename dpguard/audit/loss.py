@@ -4,6 +4,9 @@ What the loss shows was looked at before its backward (:mod:`dpguard.patches.ora
 whenever the row oracle has drawn somebody. A derivative, or a gradient, that is zero at everybody
 else is so exactly where samples only meet in a sum; where they are taken along and cancel (the
 largest of all logits subtracted from each), what rounding leaves is.
+
+Unless the gradient that arrives at the outputs is the one that the loss makes: a hook that divides
+it by its norm makes rows depend on everybody as well, and the check is not run.
 """
 
 from __future__ import annotations
@@ -41,32 +44,40 @@ class Loss(Check):
         for found in self._losses.take(step.parameters):
             if found.whole:
                 step.run(LOSS, count=1)
-            figures = [figure for pair in found.pairs for figure in pair]
+            pairs = [*found.pairs, *found.further, *found.arrivals]
+            figures = [figure for pair in pairs for figure in pair]
             figures += [found.weights, found.ignored, *(found.broadcast or ())]
             hook = found.hook()
             if found.broadcast is not None and not found.is_broadcast and hook is not None:
                 hook.look_again()
             # Where the optimizer was made for another than the model, that is said of the rows.
             agree = found.reductions[1] == optimizer.loss_reduction
-            step.collect((LOSS,), figures, functools.partial(_verdict, found, agree))
+            step.collect((LOSS,), figures, functools.partial(_verdict, step, found, agree))
         return ()
 
 
-def _verdict(found: Coupling, agree: bool, values: list[float]) -> list[Failure]:
-    count = 2 * len(found.pairs)
-    pairs, (weights, ignored, *square) = values[:count], values[count:]
+def _verdict(step: Step, found: Coupling, agree: bool, values: list[float]) -> list[Failure]:
+    given = iter(values)
+    pairs, further, arrivals = (
+        [(next(given), next(given)) for _ in some]
+        for some in (found.pairs, found.further, found.arrivals)
+    )
+    weights, ignored, *square = given
     reduction, declared = found.reductions
     bound = _ROUNDINGS * found.roundoff
     hook, failures = found.hook(), []
     model = () if hook is None else (type(hook.model).__qualname__,)
-    for own, others in zip(pairs[::2], pairs[1::2], strict=True):
-        if others > bound**2 * own and math.isfinite(own + others):
+    changed = any(apart > bound * scale for scale, apart in arrivals)
+    if changed or any(_exceeds(own, others, bound) for own, others in further):
+        step.ran.pop(LOSS, None)
+    for own, others in pairs:
+        if _exceeds(own, others, bound):
             figure = math.sqrt(others / own) if own else math.inf
             cause = diagnosis.LOSS_COUPLES
             failures = [Failure(LOSS, cause, modules=model, figure=figure, bound=bound)]
     if found.is_broadcast and not failures:
         own, others = square
-        if others > bound**2 * own and math.isfinite(own + others):
+        if _exceeds(own, others, bound):
             failures = [Failure(LOSS, diagnosis.LOSS_BROADCAST, modules=model)]
     if weights > 0:
         failures.append(Failure(LOSS, diagnosis.LOSS_WEIGHTED, modules=model))
@@ -76,3 +87,7 @@ def _verdict(found: Coupling, agree: bool, values: list[float]) -> list[Failure]
         cause = diagnosis.LOSS_IS_SUM if reduction == "sum" else diagnosis.LOSS_IS_MEAN
         failures.append(Failure(LOSS, cause, modules=model))
     return failures
+
+
+def _exceeds(own: float, others: float, bound: float) -> bool:
+    return others > bound**2 * own and math.isfinite(own + others)

@@ -12,16 +12,23 @@ four ways:
 
 * The gradient of the person's outputs is differentiated, in a random direction, by the outputs:
   by those of others it is zero.
-* What decides between two slopes (``relu``, ``clamp``, ``abs``) is constant on either side, so its
-  derivative does not show whom it depends on, and torch has no derivative of that of ``cdist``. One
-  element that is let through is followed to the outputs: they are one person's.
+* What decides between slopes (``relu``, ``clamp``, ``topk``, ``median``), whose derivative does not
+  show whom it depends on, is followed to the outputs: it is one person's
+  (:mod:`dpguard.patches.oracle.decisions`). So is what ``cdist`` compares, whose second derivative
+  torch does not have.
 * A negative log-likelihood whose mean is over the weights of the classes of the batch, or over the
   targets that are not ignored, has a divisor that depends on everybody's targets.
 * Outputs that were broadcast meet everybody's targets (:mod:`dpguard.patches.oracle.broadcasts`).
 
+A part of the loss that reaches layers of the model by another way than its outputs (a penalty that
+it returns as one number, an activation that it keeps) is not looked at; such a loss does not pass.
+Nor does one that couples people only through an output that is not the first one, whose first
+dimension may not be the batch.
+
 On the way it is seen whether the loss is the mean, or the sum, for which the model was wrapped.
 
-What depends on other people through values that were detached is not seen.
+What depends on other people through values that were detached (the condition of ``where``) is not
+seen.
 """
 
 from __future__ import annotations
@@ -32,7 +39,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -40,8 +47,10 @@ from dpguard import _compat
 from dpguard._errors import DPGuardError
 from dpguard.audit.probes import Probes
 from dpguard.noted.grouping import owners, squares_of_people
+from dpguard.patches.model.detach import TALLY
 from dpguard.patches.oracle.broadcasts import WITH_TARGETS, Square, keeps_other_targets, square_at
-from dpguard.patches.oracle.outputs import Draw, OutputHook, Outputs, mark_of
+from dpguard.patches.oracle.decisions import DECISIONS, Decision
+from dpguard.patches.oracle.outputs import Draw, Expected, OutputHook, Outputs, mark_of
 from dpguard.patches.oracle.vjp import Parts, Unfit, propagate
 from dpguard.patches.wrapping import EagerWrapper, TransparentWrapper
 from dpguard.patching import Transaction
@@ -49,22 +58,16 @@ from dpguard.patching import Transaction
 __all__ = ["Coupling", "Losses"]
 
 _KEPT = 16
-_GATES_AT_MOST = 4
+_DECISIONS_AT_MOST = 8
 _NONE, _MEAN = 0, 1
 _REDUCTIONS = {_MEAN: "mean", 2: "sum"}
 """Reductions, as the nodes of losses have them,"""
 _OF_EACH = {"MeanBackward0": "mean", "SumBackward0": "sum"}
 """and of losses of one person each."""
-_GATES = frozenset(
-    f"{name}Backward{number}"
-    for name in (
-        "Abs", "Cdist", "Clamp", "ClampMax", "ClampMin", "Elu", "Fmax", "Fmin", "Hardshrink",
-        "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyRelu", "Maximum", "Minimum", "PreluKernel",
-        "Relu", "Softshrink", "Threshold",
-    )
-    for number in (0, 1)
-)  # fmt: skip
 _LIKELIHOODS = frozenset(("NllLossBackward0", "NllLoss2DBackward0"))
+_End: TypeAlias = "tuple[Any, int, torch.Tensor]"
+"""A mark, the number of an output there and a gradient of it."""
+_Pair: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"
 _autograd = _compat.autograd()
 _inside_transform = _compat.transform_test()
 
@@ -76,25 +79,31 @@ class Coupling:
     Attributes:
         hook: at the model whose outputs they are.
         pairs: squares of what was the person's, and of what was other people's and should be zero:
-            of the derivative of the gradient, and of one element of each gate.
-        whole: whether there is such a derivative.
+            of the derivative of the gradient, and of what each decision compares.
+        whole: whether there is such a derivative, and no other way to the layers of the model.
         weights: by how much class weights differ that a mean is taken over.
         ignored: how many targets were left out of a mean.
         broadcast: squares of what is at outputs next to their person, and next to others, where
             outputs were broadcast to as many as there are people.
+        further: likewise of all outputs, if the loss is of more than the first: one that is as long
+            as the batch by chance is not people's.
+        arrivals: scales of the gradients of outputs, and by how much those differed that arrived in
+            the backward, as far as that has been.
         is_broadcast: whether that is certain, and not a dimension that is as long by chance.
         reductions: of the loss, if that is a plain one, and for which the model was wrapped.
         roundoff: of the lowest precision on the way.
     """
 
     hook: weakref.ref[OutputHook]
-    pairs: list[tuple[torch.Tensor, torch.Tensor]]
+    pairs: list[_Pair]
     whole: bool
     weights: torch.Tensor
     ignored: torch.Tensor
     broadcast: tuple[torch.Tensor, torch.Tensor] | None
     reductions: tuple[str | None, str]
     roundoff: float
+    further: list[_Pair]
+    arrivals: list[_Pair]
     is_broadcast: bool = False
 
 
@@ -199,30 +208,46 @@ class _Examination:
         self._draw = draw
         self._probes = probes
         self._nodes: Any = _compat.nodes()
-        self._gates: list[tuple[Any, torch.Tensor]] = []
+        self._decisions: list[Decision] = []
+        self._largest: torch.Tensor
         self._likelihoods: list[Any] = []
         self._square: Square | None = None
         self._with_targets: list[Any] = []
         self._kinds: set[torch.dtype] = set()
+        self._arrivals: list[_Pair] = []
 
     def of(self, seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> Coupling | None:
         """What the loss shows; ``None`` if it does not begin at outputs of the draw."""
         with torch.enable_grad():
             total = torch.stack([(root * gradient).sum() for root, gradient in seeds]).sum()
-            gradients = self._run(total, self._watch)
+            self._largest = total.new_zeros((), dtype=torch.float64)
+            ends = self._run(total, self._watch)
+            gradients = _firsts(ends)
             if not gradients:
                 return None
             whose = owners(self._draw.people, self._draw.rows, gradients[0].device)
             person = whose.narrow(0, self._draw.row, 1)
-            looked_at = self._looked_at(gradients, whose == person)
-        pairs = []
-        for gate in self._gates:
-            sizes = _sizes(self._one_through(*gate), whose)
-            pairs.append((sizes.amax(), sizes.sum() - sizes.amax()))
+            rest = [g for mark, i, g in ends if i in mark.numbers and i != mark.first]
+            looked_at = [
+                self._looked_at(some, whose == person) for some in (gradients, rest) if some
+            ]
+        self._expect(ends)
+        pairs: list[_Pair] = []
+        further: list[_Pair] = []
+        reaches = [(pairs, _firsts), (further, _of_rows)] if rest else [(pairs, _firsts)]
+        for decision in self._decisions:
+            ends, effect = self._followed(decision, whose.device)
+            for found, reached in reaches:
+                sizes = _sizes(reached(ends), whose)
+                found.append((sizes.amax(), (sizes.sum() - sizes.amax()) * effect))
         try:
-            sizes = _sizes(self._run(looked_at) if looked_at.requires_grad else [], whose)
-            pairs.append((sizes.index_select(0, person)[0], sizes.index_fill(0, person, 0).sum()))
-            whole = True
+            for start, number in enumerate(looked_at):
+                ends = self._run(number) if number.requires_grad else []
+                for found, reached in reaches[start:]:
+                    sizes = _sizes(reached(ends), whose)
+                    others = sizes.index_fill(0, person, 0).sum()
+                    found.append((sizes.index_select(0, person)[0], others))
+            whole = not self._goes_round(seeds)
         except (Unfit, RuntimeError):
             whole = False  # torch knows no such derivative
         weights, ignored = self._divisors(whose.new_zeros((), dtype=torch.float64))
@@ -235,47 +260,85 @@ class _Examination:
             ignored,
             None if square is None else square.parted(whose),
             (_reduction_of(seeds), self._hook.pairing.loss_reduction),
-            max(map(_compat.unit_roundoff, self._kinds)),
+            self._roundoff(),
+            further,
+            self._arrivals,
             is_broadcast=any(map(keeps_other_targets, self._with_targets)),
         )
 
-    def _run(self, root: torch.Tensor, watch: Any = None) -> list[torch.Tensor]:
-        """Gradients of a number by the first output of each forward."""
-        return self._propagate(root.grad_fn, torch.ones_like(root), watch)
+    def _run(self, root: torch.Tensor, watch: Any = None) -> list[_End]:
+        """Gradients of a number by the outputs."""
+        return self._propagate(root.grad_fn, [torch.ones_like(root)], watch)
 
     def _propagate(
-        self, node: Any, gradient: torch.Tensor, watch: Any = None
-    ) -> list[torch.Tensor]:
-        """Likewise, from a node whose first input has this gradient."""
-        more = len(self._nodes.inputs(node)) - 1
+        self,
+        node: Any,
+        gradients: list[torch.Tensor | None],
+        watch: Any = None,
+        instead: list[torch.Tensor | None] | None = None,
+    ) -> list[_End]:
+        """Likewise, from a node whose inputs have these gradients."""
         shares = propagate(
             node,
-            [(gradient,), *[None] * more],
+            _parts(gradients),
             wanted=lambda _: False,
             is_end=lambda node: mark_of(node, self._draw) is not None,
             watch=watch,
+            instead=None if instead is None else _parts(instead),
         )
         self._kinds |= shares.kinds
-        return [
-            parts[0]
-            for node, index, parts in shares.ends
-            if (mark := mark_of(node, self._draw)) is not None and mark.first == index
-        ]
+        return [(mark_of(node, self._draw), index, parts[0]) for node, index, parts in shares.ends]
+
+    def _expect(self, ends: list[_End]) -> None:
+        """Have it seen whether that is what arrives."""
+        for mark, index, gradient in ends:
+            if index in mark.numbers:
+                scale = torch.linalg.vector_norm(gradient.detach().abs(), dtype=torch.float64)
+                expected = Expected(gradient.detach(), scale + self._largest, self._arrivals)
+                mark.expected[index] = expected
 
     def _watch(self, node: Any, arrived: list[Parts | None]) -> None:
         """See the nodes of the loss on the way."""
         if self._square is None and arrived[0] is not None:
             gradient = arrived[0][0]
             self._square = square_at(self._nodes, node, gradient, self._draw.rows)
+        given = [None if parts is None else parts[0].detach() for parts in arrived]
+        for one in given:
+            if one is not None:
+                size = one.abs().sum(dtype=torch.float64)
+                self._kinds.add(one.dtype)
+                self._largest = size.maximum(self._largest)
         name = type(node).__name__
         if name in _LIKELIHOODS:
             self._likelihoods.append(node)
         elif name in WITH_TARGETS:
             self._with_targets.append(node)
-        elif name in _GATES and len(self._gates) < _GATES_AT_MOST:
-            parts = arrived[0]
-            if parts is not None and parts[0].numel() > 1:
-                self._gates.append((node, parts[0].detach()))
+        elif name in DECISIONS and len(self._decisions) < _DECISIONS_AT_MOST:
+            self._decisions.append(Decision(node, given, self._largest, self._roundoff()))
+
+    def _roundoff(self) -> float:
+        return max(map(_compat.unit_roundoff, self._kinds))
+
+    def _goes_round(self, seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+        """Whether there is a way to a call of a layer of the model that is by no marked output.
+
+        A penalty on parameters leads to them, and to no call.
+        """
+        layers = set(self._hook.model.modules())
+        seen: set[Any] = set()
+        ways: list[tuple[Any, int]] = [(root.grad_fn, root.output_nr) for root, _ in seeds]
+        while ways:
+            node, index = ways.pop()
+            mark = mark_of(node, self._draw)
+            if mark is not None:
+                if index not in mark.numbers:
+                    return True
+            elif node not in seen:
+                seen.add(node)
+                if any(tally.module() in layers for tally in node.metadata.get(TALLY, ())):
+                    return True
+                ways += [way for way in node.next_functions if way[0] is not None]
+        return False
 
     def _looked_at(self, gradients: list[torch.Tensor], mine: torch.Tensor) -> torch.Tensor:
         """The person's gradients through random vectors, as one number."""
@@ -287,19 +350,12 @@ class _Examination:
             total = total + (gradient * vector.view(gradient.shape) * wanted).sum()
         return total
 
-    def _one_through(self, node: Any, arrived: torch.Tensor) -> list[torch.Tensor]:
-        """Gradients of one element that a gate lets through."""
-        results = node(arrived)
-        results = results if isinstance(results, tuple) else (results,)
-        fitting = (r for r in results if r is not None and r.shape == arrived.shape)
-        through = next(fitting, arrived)
-        noise = torch.rand(
-            through.shape, generator=self._probes.generator(through.device), device=through.device
-        )
-        place = ((through != 0) * (noise + 1)).flatten().argmax().view(1)
-        one = torch.zeros_like(arrived).flatten()
-        one.index_copy_(0, place, arrived.flatten().index_select(0, place))
-        return self._propagate(node, one.view(arrived.shape))
+    def _followed(
+        self, decision: Decision, device: torch.device
+    ) -> tuple[list[_End], torch.Tensor]:
+        """The outputs that are compared, and whether that has an effect."""
+        compared, effect = decision.compared(self._probes.generator(device))
+        return self._propagate(decision.node, decision.arrived, instead=compared), effect
 
     def _divisors(self, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Class weights and targets that means of likelihoods are divided by."""
@@ -330,6 +386,20 @@ def _reduction_of(seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> str | None:
 
 def _is_of_each(node: Any) -> bool:
     return getattr(node, "_saved_reduction", None) == _NONE
+
+
+def _firsts(ends: list[_End]) -> list[torch.Tensor]:
+    """Gradients by the first output of each forward."""
+    return [gradient for mark, index, gradient in ends if mark.first == index]
+
+
+def _of_rows(ends: list[_End]) -> list[torch.Tensor]:
+    """Gradients by all outputs that have as many rows as there are in the batch."""
+    return [gradient for mark, index, gradient in ends if index in mark.numbers]
+
+
+def _parts(gradients: list[torch.Tensor | None]) -> list[Parts | None]:
+    return [None if gradient is None else (gradient,) for gradient in gradients]
 
 
 def _sizes(gradients: list[torch.Tensor], whose: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import PackedSequence
@@ -27,7 +27,7 @@ from dpguard.patches.model.records import differentiable, no_hook
 from dpguard.patches.oracle.draws import Draws
 from dpguard.patches.oracle.vjp import Parts, Shares, Unfit, added, propagate
 
-__all__ = ["Draw", "OutputHook", "Outputs", "mark_of"]
+__all__ = ["Draw", "Expected", "OutputHook", "Outputs", "mark_of"]
 
 _MARK = "dpguard.output"
 _OUTPUTS_AT_MOST = 4
@@ -80,10 +80,29 @@ class Draw:
             self.found[id(leaf)] = leaf, added(held[1] if held else None, pair)  # type: ignore[assignment]
 
 
+class Expected(NamedTuple):
+    """The gradient of an output as the loss makes it, before anybody's hooks.
+
+    Attributes:
+        scale: what rounding errors in it are relative to.
+        arrivals: is given this and the norm of what the gradient that arrives differs by.
+    """
+
+    gradient: torch.Tensor
+    scale: torch.Tensor
+    arrivals: list[tuple[torch.Tensor, torch.Tensor]]
+
+    def meet(self, real: torch.Tensor | None) -> None:
+        """The gradient has arrived."""
+        if type(real) is torch.Tensor and real.layout is torch.strided:
+            apart = (real - self.gradient).abs()
+            self.arrivals.append((self.scale, torch.linalg.vector_norm(apart, dtype=torch.float64)))
+
+
 class _Mark:
     """Stands at the node of an output and is given its whole gradient, before the node runs."""
 
-    __slots__ = ("draw", "first", "hook", "numbers", "passed_on")
+    __slots__ = ("draw", "expected", "first", "hook", "numbers", "passed_on")
 
     def __init__(self, hook: OutputHook, draw: Draw) -> None:
         self.hook = hook
@@ -98,10 +117,21 @@ class _Mark:
         """Which of these is the first output of the model."""
         self.passed_on: dict[int, Parts] = {}
         """What has come to this node from marked outputs below it."""
+        self.expected: dict[int, Expected] = {}
+        """What comes directly, if the loss was looked at."""
 
     def __call__(self, gradients: tuple[torch.Tensor | None, ...]) -> None:
+        if self.expected:
+            self.hook.outputs.attempt(self._compare, gradients)
         if not self.draw.closed:
             self.hook.outputs.attempt(self._on_gradients, gradients)
+
+    def _compare(self, gradients: tuple[torch.Tensor | None, ...]) -> None:
+        expected, self.expected = self.expected, {}
+        with torch.no_grad():
+            for index, one in expected.items():
+                if index not in self.passed_on:
+                    one.meet(gradients[index])
 
     def _on_gradients(self, gradients: tuple[torch.Tensor | None, ...]) -> None:
         hook, draw = self.hook, self.draw

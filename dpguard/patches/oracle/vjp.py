@@ -57,6 +57,7 @@ def propagate(
     wanted: Callable[[torch.Tensor], bool],
     is_end: Callable[[Any], bool],
     watch: Callable[[Any, list[Parts | None]], None] | None = None,
+    instead: list[Parts | None] | None = None,
 ) -> Shares:
     """Evaluate ``root`` and the nodes above it that lead to what is wanted.
 
@@ -67,12 +68,13 @@ def propagate(
         wanted: whether the gradient of this leaf tensor is asked for.
         is_end: whether to stop at this node, not evaluate it and say what has arrived.
         watch: is given each node before it is evaluated, and what has arrived there.
+        instead: results of ``root``, which is not evaluated.
 
     Raises:
         Unfit: a node on the way may not be evaluated.
         RuntimeError: a node could not be: its saved tensors are gone or there is no memory.
     """
-    return _Run(root, gradients, wanted, is_end, watch).run()
+    return _Run(root, gradients, wanted, is_end, watch, instead=instead).run()
 
 
 class _Run:
@@ -83,6 +85,8 @@ class _Run:
         wanted: Callable[[torch.Tensor], bool],
         is_end: Callable[[Any], bool],
         watch: Callable[[Any, list[Parts | None]], None] | None,
+        *,
+        instead: list[Parts | None] | None,
     ) -> None:
         nodes = _compat.nodes()
         if nodes is None:
@@ -92,6 +96,7 @@ class _Run:
         self._wanted = wanted
         self._is_end = is_end
         self._watch = watch
+        self._instead = instead
         first = next(parts for parts in gradients if parts is not None)
         self._device, self._width = first[0].device, len(first)
         self._waiting: dict[int, list[Parts | None]] = {id(root): gradients}
@@ -160,7 +165,9 @@ class _Run:
         if self._watch is not None:
             self._watch(node, arrived)
         results = arrived
-        if not self._nodes.is_identity(node):
+        if node is self._root and self._instead is not None:
+            results = self._instead
+        elif not self._nodes.is_identity(node):
             if not self._nodes.is_plain(node):
                 raise Unfit
             runs = [
