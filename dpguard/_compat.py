@@ -404,11 +404,30 @@ def uses_stock_hooks(cls: type) -> bool:
 
 
 def uses_ghost_hooks(cls: type) -> bool:
-    """Whether ``cls`` computes norms exactly as Opacus's ghost clipping does."""
-    capturing = ("capture_activations_hook", "capture_backprops_hook", "get_norm_sample")
-    return _methods_come_from(cls, _GHOST, *capturing) and _methods_come_from(
-        cls, _STOCK, "rearrange_grad_samples"
+    """Whether ``cls`` computes norms exactly as Opacus's ghost clipping does.
+
+    Whatever it makes of them: a ``get_norm_sample`` of the user's own does not count.
+    """
+    capturing = ("capture_activations_hook", "capture_backprops_hook")
+    norms = next((c for c in cls.__mro__ if _reads_norms(c) and _is_class_of_opacus(c)), object)
+    return (
+        norms.__module__ == _GHOST
+        and _methods_come_from(cls, _GHOST, *capturing)
+        and _methods_come_from(cls, _STOCK, "rearrange_grad_samples")
     )
+
+
+def own_norm_classes(cls: type) -> list[type]:
+    """The classes of the user's from which ``cls`` has a ``get_norm_sample``."""
+    return [c for c in cls.__mro__ if _reads_norms(c) and not _is_class_of_opacus(c)]
+
+
+def _reads_norms(cls: type) -> bool:
+    return "get_norm_sample" in vars(cls)
+
+
+def _is_class_of_opacus(cls: type) -> bool:
+    return cls.__module__.startswith("opacus.")
 
 
 def _attribute_of(module: str, *names: str) -> Any:
@@ -970,6 +989,13 @@ def is_opacus_method(optimizer: Any, name: str) -> bool:
         return _is_of_opacus_class(found)
     except TypeError:  # it has no hash
         return _is_of_opacus(found)
+
+
+def opacus_method(owner: Any, name: str) -> Any:
+    """A method as Opacus has it, bound, whatever a subclass or an instance has in its place."""
+    found = (vars(cls)[name] for cls in type(owner).__mro__ if name in vars(cls))
+    method = next(filter(_is_of_opacus, found), None)
+    return (method or getattr(type(owner), name)).__get__(owner, type(owner))
 
 
 def clip_rule(optimizer: Any) -> str | None:

@@ -95,6 +95,7 @@ class Runtime:
         self.outputs = Outputs(report) if asks else None
         self._losses = Losses(self.outputs) if self.outputs is not None else None
         self.ledger.norm_draws = NormDraws(report) if asks else None
+        self.ledger.batches.report = report
         self.auditor = StepAuditor(self.ledger, settings, emit, self._checks(), report)
         kinds = ((Pairing, _compat.uses_stock_hooks), (GhostPairing, _compat.uses_ghost_hooks))
         self._verdicts = verdicts = Verdicts(emit, settings.mode)

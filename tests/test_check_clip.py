@@ -731,6 +731,101 @@ def test_a_model_that_clips_to_another_bound_than_the_noise_is_made_for():
         assert guard.violations == ()
 
 
+def whole_norms(model, wanted=lambda _: True):
+    chosen = [p._norm_sample for p in model.trainable_parameters if wanted(p)]
+    return torch.stack(chosen).norm(dim=0)
+
+
+def half_norms(model):
+    return 0.5 * whole_norms(model)
+
+
+def norms_without_biases(model):
+    return whole_norms(model, lambda p: p.dim() > 1)
+
+
+def same_norms(model):
+    return whole_norms(model)
+
+
+def same_norms_in_double(model):
+    squares = [p._norm_sample.double().square() for p in model.trainable_parameters]
+    return sum(squares).sqrt().float()
+
+
+def read(training, norms, how):
+    """Put a ``get_norm_sample`` on the model or its class, with or without asking Opacus's."""
+    model, base = training.model, type(training.model)
+
+    def get_norm_sample(self):
+        if how != "class":
+            base.get_norm_sample(self)
+        return norms(self)
+
+    if how == "instance":
+        model.get_norm_sample = lambda: get_norm_sample(model)
+    else:
+        own = {"get_norm_sample": get_norm_sample, "__module__": __name__}
+        model.__class__ = type("Mine", (base,), own)
+
+
+HOW = ["instance", "class", "class and super"]
+
+
+@needs_ghost
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("mode", ["repair", "observe"])
+@pytest.mark.parametrize("norms", [half_norms, norms_without_biases])
+def test_norms_of_the_users_own_that_are_too_small(norms, mode, how):
+    """The truth is made of the norms of all parameters, whatever the model says they add up to."""
+    with dpguard.install(mode=mode) as guard:
+        training = ghost_training()
+        training.run(2)
+        read(training, norms, how)
+        if mode == "observe":
+            training.run(3)
+        else:
+            for _ in range(2):
+                with pytest.raises(dpguard.PrivacyViolation, match="max_grad_norm"):
+                    training.run(3)
+                assert all(map(torch.equal, training.before, training.raw.parameters()))
+        assert {v.cause for v in guard.violations} == {diagnosis.CLIP_SENSITIVITY}
+
+
+@needs_ghost
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("norms", [same_norms, same_norms_in_double])
+def test_norms_of_the_users_own_that_are_right(norms, how):
+    """Nothing is said, and the model notes no norms that it would not note without a guard."""
+    with dpguard.install(mode="strict") as guard:
+        training = ghost_training()
+        read(training, norms, how)
+        training.run(SKETCH_EVERY + 5)
+        assert guard.violations == ()
+        assert passed(guard, BOUND) == 10
+        noted = {k: v for k, v in vars(training.model).items() if "gradient_norms" in k}
+        assert any(v is not None for v in noted.values()) is (how != "class")
+
+
+@needs_ghost
+def test_norms_of_the_users_own_that_only_fit_its_own_factors(guard):
+    """Each parameter is clipped by itself, all to one factor; and half the norm to half the bound."""
+    training = ghost_training()
+
+    def largest(model):
+        return torch.stack([p._norm_sample for p in model.trainable_parameters]).amax(0)
+
+    use(training, lambda norms, bound: (bound / 10**0.5 / (norms + 1e-6)).clamp(max=1), "class")
+    read(training, largest, "class")
+    training.run(5)
+    training = ghost_training()
+    use(training, lambda norms, bound: stock_factors(norms, bound / 2), "class")
+    read(training, half_norms, "class")
+    training.run(5)
+    assert guard.violations == ()
+    assert passed(guard, BOUND) == 10
+
+
 @needs_ghost
 def test_clip_factors_that_cannot_be_tried_are_said_once(guard):
     """And the training goes on."""

@@ -10,6 +10,7 @@ import types
 
 import pytest
 import torch
+import wrapt
 from models import CNN, MLP, Functorch, InPlaceCNN, Recurrent
 from opacus import PrivacyEngine
 from opacus.utils.batch_memory_manager import BatchMemoryManager
@@ -143,9 +144,19 @@ class Squares(nn.Module):
 class Training:
     """A wrapped model, its optimizer and its criterion."""
 
-    def __init__(self, model, mode="ghost", *, sigma=0.0, reduction="mean", of=None, bound=C):
+    def __init__(
+        self,
+        model,
+        mode="ghost",
+        *,
+        sigma=0.0,
+        reduction="mean",
+        of=None,
+        bound=C,
+        wrapper=ghost_module.GradSampleModuleFastGradientClipping,
+    ):
         self.model = model
-        self.called = ghost_module.GradSampleModuleFastGradientClipping(
+        self.called = wrapper(
             model,
             max_grad_norm=bound,
             use_ghost_clipping=mode == "ghost",
@@ -188,6 +199,34 @@ def found(guard):
 def not_run(guard):
     assert found(guard) == []
     assert sum(seen(guard)) == 0
+
+
+class Reads(ghost_module.GradSampleModuleFastGradientClipping):
+    """Reads the norms by itself."""
+
+    def get_norm_sample(self):
+        return torch.stack([p._norm_sample for p in self.trainable_parameters]).norm(dim=0)
+
+
+class Asks(ghost_module.GradSampleModuleFastGradientClipping):
+    """Asks Opacus for them, in double precision."""
+
+    def get_norm_sample(self):
+        return super().get_norm_sample().double()
+
+
+class Halves(Reads):
+    """Makes them too small."""
+
+    def get_norm_sample(self):
+        return super().get_norm_sample() / 2
+
+
+class HalvesOfOpacus(Asks):
+    """Likewise."""
+
+    def get_norm_sample(self):
+        return super().get_norm_sample() / 2
 
 
 # -- healthy programs ------------------------------------------------------------------------------
@@ -330,8 +369,12 @@ def test_what_was_in_the_gradient_before(guard):
 
 
 @pytest.mark.skipif(adaptive_engine() is None, reason="no adaptive ghost clipping")
-def test_adaptive_clipping(guard):
-    """The bound follows the norms, which are the same."""
+@pytest.mark.parametrize("wrapper", [None, Reads, Asks, Halves, HalvesOfOpacus])
+def test_adaptive_clipping(guard, wrapper, monkeypatch):
+    """The bound follows the norms, which are the same, whoever reads them."""
+    if wrapper is not None:
+        name = "opacus.grad_sample.utils.GradSampleModuleFastGradientClipping"
+        monkeypatch.setattr(name, wrapper)
     torch.manual_seed(5)
     model = Tokens()
     data = torch.utils.data.TensorDataset(torch.randint(7, (96, 12)), torch.zeros(96))
@@ -350,14 +393,24 @@ def test_adaptive_clipping(guard):
         clipbound_learning_rate=0.2,
         max_clipbound_learning_rate=0.2,
     )
+
+    def step(x, y):
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+
+    if wrapper in (Halves, HalvesOfOpacus):
+        # Factors are made of just these norms here, and nothing is there to be tried.
+        with pytest.raises(dpguard.PrivacyViolation, match="not the norm of that person"):
+            step(*next(iter(loader)))
+        return
     for _ in range(3):
         for x, y in loader:
-            optimizer.zero_grad()
-            criterion(model(x), y).backward()
-            optimizer.step()
+            step(x, y)
             assert seen(guard)[1] == 0
             assert seen(guard)[0] >= 4
     assert found(guard) == []
+    assert type(model) is (wrapper or ghost_module.GradSampleModuleFastGradientClipping)
 
 
 def test_a_gradient_scaler(guard):
@@ -486,6 +539,22 @@ def test_norms_of_one_layer_permuted(guard, kind):
     assert violation.parameters == (f"{name}.weight",)
     training.step()
     assert seen(guard)[1] == 0
+
+
+@pytest.mark.parametrize("wrapper", [Reads, Asks])
+def test_norms_that_a_subclass_reads_by_itself(wrapper):
+    """They are compared whether it asks Opacus for them or not: right ones pass, wrong ones do not."""
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        training = Training(MLP(), wrapper=wrapper)
+        assert isinstance(vars(wrapper)["get_norm_sample"], wrapt.FunctionWrapper)
+        for _ in range(3):
+            training.step()
+            assert seen(guard) == (5, 0)
+        assert guard.violations == ()
+        layer = next(m for m in training.model.modules() if type(m) is nn.Linear)
+        with sampler(nn.Linear, of_layer(lambda: layer, exchanged)):
+            refused(guard, training, match="not the norm of that person's gradient")
+    assert isinstance(vars(wrapper)["get_norm_sample"], types.FunctionType)
 
 
 def test_two_people_exchanged(monkeypatch):

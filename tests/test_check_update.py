@@ -20,6 +20,7 @@ import dpguard
 from dpguard import diagnosis
 from dpguard.audit import update as update_module
 from dpguard.audit.update import BUFFERS, KEEP_EVERY, MOVES, OWNED, PRIVATE, STATISTICS
+from dpguard.patches.model import statistics
 
 pytestmark = [
     needs_reshaping,
@@ -506,6 +507,109 @@ def test_buffers_that_stay(guard):
         training.step()
         training.model.ema.add_(1)
     assert guard.violations == ()
+
+
+def averaged(model, x):
+    model.ema.data.mul_(0.9).add_(x.mean(0), alpha=0.1)
+
+
+def put(model, x):
+    model.ema.data = 0.9 * model.ema + 0.1 * x.mean(0)
+
+
+def other_shape(model, x):
+    model.ema.data = torch.cat([model.ema[-6:], x.mean(0)])
+
+
+def one_element(model, x):
+    """The queue of momentum contrast, say: a place after the other."""
+    model.large.data.view(-1)[12345] = x.mean()
+
+
+class Kept(Codebook):
+    """What it sees is kept by other means than a change in place."""
+
+    keep = staticmethod(lambda _model, _x: None)
+
+    def __init__(self):
+        super().__init__(learns=False)
+        self.register_buffer("large", torch.rand(100, 301))
+        self.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+        self.register_buffer("low", torch.tensor([1.0, torch.nan], dtype=torch.bfloat16))
+        self.register_buffer("empty", torch.zeros(0, dtype=torch.float64))
+
+    def forward(self, x):
+        if self.training:
+            self.keep(self, x.detach())
+        self.low.data = self.low.clone()
+        return super().forward(x)
+
+
+def kept(keep):
+    return type("Mine", (Kept,), {"keep": staticmethod(keep)})
+
+
+@pytest.mark.parametrize("mode", ["repair", "observe"])
+@pytest.mark.parametrize(
+    ("keep", "name"),
+    [(averaged, "ema"), (put, "ema"), (other_shape, "ema"), (one_element, "large")],
+)
+def test_buffers_that_are_written_through_data(keep, name, mode):
+    """Their versions stay; they are named all the same, and once, and no other is."""
+    with dpguard.install(mode=mode) as guard:
+        training = Training(kept(keep))
+        training.steps(6)
+        guard.flush()
+        (violation,) = guard.violations
+        assert (violation.check, violation.cause) == (BUFFERS, diagnosis.BUFFERS_CHANGE)
+        assert violation.parameters == (name,)
+        assert violation.severity.value == "WARNING"
+
+
+def test_a_buffer_that_is_written_late(guard):
+    """One that begins in the middle of a run is found within fifty forwards."""
+    training = Training(Kept)
+    training.steps(5)
+    training.model.keep = averaged
+    training.steps(50)
+    assert causes(guard) == {diagnosis.BUFFERS_CHANGE}
+
+
+def test_buffers_that_stay_through_data(guard):
+    """What is put back as it was, and what is written between forwards or without gradients."""
+    training = Training(kept(lambda model, _x: model.ema.data.copy_(model.ema.clone())))
+    for k in range(55):
+        training.step()
+        averaged(training.model, training.x)
+        training.model.load_state_dict({k: v + 0 for k, v in training.model.state_dict().items()})
+        if k % 9 == 0:
+            training.model.keep = averaged
+            with torch.no_grad():
+                training.called(training.x)
+            training.model.eval()
+            training.called(training.x)
+            training.model.train()
+            del training.model.keep
+    guard.flush()
+    assert guard.violations == ()
+    assert guard.last_step.checks[BUFFERS].passed == 1
+
+
+def test_an_error_of_ours_in_looking_at_buffers(monkeypatch):
+    """Is told once; what can be seen by versions is seen on."""
+    monkeypatch.delenv("DPGUARD_RAISE_INTERNAL")
+
+    def broken(_buffer):
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(statistics, "_sum", broken)
+    with dpguard.install(mode="strict") as guard:
+        training = Training(lambda: Codebook(learns=False))
+        training.steps(3)
+        assert [part for part, _ in guard.internal_errors] == ["buffers"]
+        assert guard.violations == ()
+        Training(Codebook).steps(3)
+        assert causes(guard) == {diagnosis.BUFFERS_CHANGE}
 
 
 def test_spectral_norm_is_no_buffer_of_data(guard):

@@ -83,6 +83,32 @@ def test_clipped_sums_equal_truth(training, guard):
     assert guard.violations == ()
 
 
+class Reads(gsm.GradSampleModuleFastGradientClipping):
+    """Reads the norms by itself, and never asks Opacus for them."""
+
+    def get_norm_sample(self):
+        return torch.stack([p._norm_sample for p in self.trainable_parameters]).norm(dim=0)
+
+
+@pytest.mark.parametrize("ghost", [True, False])
+def test_norms_that_a_subclass_reads_by_itself(guard, ghost, monkeypatch):
+    """They are those of this batch, and the second backward is known to be clipped."""
+    monkeypatch.setattr(gsm, "GradSampleModuleFastGradientClipping", Reads)
+    torch.manual_seed(0)
+    model = MLP().double()
+    called, optimizer = private(model, ghost)
+    for seed in range(3):
+        data = batch(4, seed)
+        expected = clipped(model, data)
+        both_backwards(called, optimizer, losses_of(called, *data))
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, expected[name], **CLOSE)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert type(called) is Reads
+    assert guard.violations == ()
+
+
 @pytest.mark.parametrize("to_none", [True, False])
 def test_skipped_steps_add_up(training, guard, to_none):
     """Opacus 1.5.1 clears the sum of a logical batch together with the gradient."""

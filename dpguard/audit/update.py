@@ -13,6 +13,7 @@ is refused once it is proved.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import weakref
@@ -185,7 +186,7 @@ class Update(Check):
         step.run(STATISTICS, BUFFERS, count=1)
         if batches.normalised:
             failures += self._statistics(step)
-        if batches.buffers:
+        if batches.buffers or batches.compared:
             failures += self._buffers(step)
         if watched.steps == 1 or watched.steps % KEEP_EVERY == KEEP_EVERY - 1:
             step.run(OWNED, count=1)
@@ -210,7 +211,13 @@ class Update(Check):
         return [Failure(STATISTICS, diagnosis.BATCH_STATISTICS, modules=found)] if found else []
 
     def _buffers(self, step: Step) -> list[Failure]:
-        found = self._ledger.batches.buffers.take(_trained_by(step))
+        batches, mine = self._ledger.batches, _trained_by(step)
+        for names, moved in batches.compared.take(mine):
+            step.collect((BUFFERS,), moved, functools.partial(self._moved, names))
+        return self._once(BUFFERS, diagnosis.BUFFERS_CHANGE, batches.buffers.take(mine))
+
+    def _moved(self, names: tuple[str, ...], values: list[float]) -> list[Failure]:
+        found = [name for name, moved in zip(names, values, strict=True) if moved]
         return self._once(BUFFERS, diagnosis.BUFFERS_CHANGE, found)
 
     def _owned(self, step: Step) -> list[Failure]:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 
 __all__ = ["Batches"]
+
+_KEPT = 16
+"""Forwards of a model that no step has come to."""
+
+_Comparison: TypeAlias = "tuple[tuple[str, ...], Sequence[torch.Tensor]]"
 
 
 class Batches:
@@ -19,11 +26,46 @@ class Batches:
     Attributes:
         normalised: for each model, names of modules that used statistics of a batch.
         buffers: for each model, names of buffers that changed while it ran.
+        compared: for each model, buffers that nobody has changed openly while it ran, and whether
+            their values are others.
+        report: is told of an error of ours where these are looked at.
+        failed: there was one, and they are not looked at any more.
     """
 
     def __init__(self) -> None:
         self.normalised = Sightings()
         self.buffers = Sightings()
+        self.compared = Compared()
+        self.report: Callable[[str, Exception], None] | None = None
+        self.failed = False
+
+    def fail(self, error: Exception) -> None:
+        """Values of buffers are not compared any more."""
+        self.failed, self.compared = True, Compared()
+        if self.report is not None:
+            self.report("buffers", error)
+
+
+class Compared:
+    """Names of buffers, and for each a tensor that says on its device whether it has changed."""
+
+    def __init__(self) -> None:
+        self._found: weakref.WeakKeyDictionary[torch.nn.Module, deque[_Comparison]]
+        self._found = weakref.WeakKeyDictionary()
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def note(self, model: torch.nn.Module | None, compared: dict[str, torch.Tensor]) -> None:
+        """Note a forward of a model."""
+        if model is not None and compared:
+            of_model = self._found.setdefault(model, deque(maxlen=_KEPT))
+            of_model.append((tuple(compared), list(compared.values())))
+
+    def take(self, wanted: Callable[[torch.nn.Module], bool]) -> list[_Comparison]:
+        """What was noted of the models that are wanted; it is noted no longer."""
+        models = [model for model in list(self._found) if wanted(model)]
+        return [one for model in models for one in self._found.pop(model, ())]
 
 
 class Sightings:

@@ -1,7 +1,9 @@
 """Ghost clipping: the factors by which the losses of the second backward are multiplied.
 
 Opacus asks the model for them, by ``get_clipping_coef()``, once the norms are known. That is seen
-here, whoever has written it, and where it is due the rule is tried on norms that are made up.
+here, whoever has written it, and where it is due the rule is tried on norms that are made up. The
+rule is all that lies between the norms of single parameters and the factors: a
+``get_norm_sample()`` of the user's own is a part of it, and is believed as little.
 """
 
 from __future__ import annotations
@@ -15,15 +17,19 @@ from typing import Any
 import torch
 
 from dpguard import _compat
+from dpguard._errors import DPGuardError
 from dpguard.audit.rewinding import as_it_was
 from dpguard.audit.sensitivity import Unproved, person_and_others
 from dpguard.interrupts import let_through
 from dpguard.noted.ledger import Ledger
+from dpguard.patches.optimizer.amp import scale_of
 from dpguard.patching import ABSENT
 
 __all__ = ["Factors", "watch"]
 
-_RULE = "get_clipping_coef"
+_RULE, _NORMS = "get_clipping_coef", "get_norm_sample"
+_NOTED = ("per_sample_gradient_norms", "_per_sample_gradient_norms")
+"""Where Opacus keeps what it was asked for; that of 1.6 is behind a property."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +88,16 @@ def watch(
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if own.get(_RULE) is call:
-            _restore(own, before)
+            _restore(own, _RULE, before)
         tried: list[Any] = []
         # Whoever repairs has the noise follow the bound that is clipped to.
         bound = hooks.max_grad_norm if repairs else optimizer.max_grad_norm
-        rule = _compat.code_of(hooks, _RULE), _compat.is_same_number(hooks.max_grad_norm, bound)
-        type(hooks).get_norm_sample(hooks)  # norms are settled before any are made up
+        codes = _compat.code_of(hooks, _RULE), _compat.code_of(hooks, _NORMS)
+        rule = *codes, _compat.is_same_number(hooks.max_grad_norm, bound)
+        _settle(hooks)
         trial = ledger.tries_clipping and ledger.tries_clipping(hooks, rule)
         if trial is not None:
-            guarded(lambda: tried.append(_try(hooks, bound, original, trial)))
+            guarded(lambda: tried.append(_try(hooks, bound, original, trial, scale_of(loss))))
         factors = original(*args, **kwargs)
         if isinstance(factors, torch.Tensor) and factors.dim() == 1:
             found = tried[0] if tried else None
@@ -112,18 +119,35 @@ def watch(
         yield
     finally:
         if own.get(_RULE) is call:
-            _restore(own, before)
+            _restore(own, _RULE, before)
 
 
-def _restore(own: dict[str, Any], before: Any) -> None:
-    if before is ABSENT:
-        del own[_RULE]
-    else:
-        own[_RULE] = before
+def _restore(own: dict[str, Any], name: str, before: Any) -> None:
+    if before is not ABSENT:
+        own[name] = before
+    elif name in own:
+        del own[name]
+
+
+def _settle(hooks: Any) -> None:
+    """Have norms ready before any are made up, also where the user's code never asks Opacus's."""
+    own = vars(hooks)
+    before = [own.get(name, ABSENT) for name in _NOTED]
+    try:
+        _compat.opacus_method(hooks, _NORMS)()
+    except DPGuardError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whoever asks for them next sees it, if anybody does
+        let_through(error)
+    finally:
+        for name, value in zip(_NOTED, before, strict=True):
+            _restore(own, name, value)
 
 
 @torch.no_grad()
-def _try(hooks: Any, bound: Any, rule: Callable[[], Any], turn: int) -> Any:
+def _try(
+    hooks: Any, bound: Any, rule: Callable[[], Any], turn: int, scale: torch.Tensor | float
+) -> Any:
     """By how many bounds one person can move the sum at worst; ``Unproved`` if it cannot be told.
 
     The rows of the others may all point in one direction. Then what changes of their factors adds
@@ -141,10 +165,10 @@ def _try(hooks: Any, bound: Any, rule: Callable[[], Any], turn: int) -> Any:
     norms = (bound * norms).clamp(max=most / 4).to(device)
     with as_it_was(hooks, (), device) as rewind:
         try:
-            everyone, all_norms = _asked(hooks, rule, parameters, held, norms)
+            everyone, all_norms = _asked(rule, parameters, held, norms)
             rewind()
             norms[person] = 0
-            others, _ = _asked(hooks, rule, parameters, held, norms)
+            others, _ = _asked(rule, parameters, held, norms)
         except Exception as error:  # noqa: BLE001 - whatever the user's code may raise
             let_through(error)
             return Unproved
@@ -153,23 +177,25 @@ def _try(hooks: Any, bound: Any, rule: Callable[[], Any], turn: int) -> Any:
                 parameter._norm_sample = norm
     if everyone.shape != all_norms.shape or others.shape != all_norms.shape:
         return Unproved
+    all_norms = all_norms / scale
     moved = (everyone - others) * all_norms
     moved[person] = 0
     return (moved.sum().abs() + everyone[person] * all_norms[person]) / bound
 
 
 def _asked(
-    hooks: Any,
     rule: Callable[[], Any],
     parameters: list[Any],
     held: list[torch.Tensor],
     norms: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factors for these norms of the whole gradient, and the norms as the rule sees them."""
+    """The factors for these norms of the whole gradient, and the norms in the precision of each."""
     share = len(parameters) ** -0.5
     for parameter, norm in zip(parameters, held, strict=True):
         parameter._norm_sample = (norms * share).to(norm.dtype).to(norm.device)
+    parts = [parameter._norm_sample.to(norms.device).double() for parameter in parameters]
+    whole = torch.stack(parts).norm(dim=0)
     factors = rule()
     if not isinstance(factors, torch.Tensor):
         raise TypeError("factors are a tensor")
-    return factors.double(), type(hooks).get_norm_sample(hooks).double()
+    return factors.to(norms.device).double(), whole

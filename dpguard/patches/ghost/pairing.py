@@ -338,12 +338,24 @@ class GhostPairing(Pairing):
     def on_norms(self, norms: Any) -> None:
         """The norms are known of which clip factors will be made."""
         if self._draw is not None:
-            self._draw.attempt(self._draw.judge, norms, self.hooks.trainable_parameters)
+            again, counted = self.adapts, self.hooks.trainable_parameters
+            self._draw.attempt(self._draw.judge, norms, counted, again)
         wanted = self.computes and not self.scaled and self._stage is Stage.CLIPPED
         if wanted and not self._judged:
             # Later ones may be made up, to see what becomes of them.
             self._judged = True
             self._blanks = Blanks.of(norms, self.hooks.trainable_parameters)
+
+    def read_norms(self, read: Callable[[], Any]) -> Any:
+        """Norms as code of the user's reads them, which may never ask Opacus's for them.
+
+        Adaptive clipping makes factors of just what is returned; otherwise they are tried.
+        """
+        self.settle()
+        norms = read()
+        if self.adapts:
+            self.on_norms(norms)
+        return norms
 
     def on_clipped_backprops(self, record: Record, backprops: torch.Tensor) -> None:
         """One call in the second backward, of losses that are multiplied with clip factors."""

@@ -15,7 +15,7 @@ from dpguard.noted.ledger import Ledger
 from dpguard.patches.model.hooked import is_paired, is_whole
 from dpguard.patches.model.pairing import Pairing, Registry
 from dpguard.patches.oracle.outputs import Outputs
-from dpguard.patches.wrapping import EagerWrapper
+from dpguard.patches.wrapping import EagerWrapper, wrap_new
 from dpguard.patching import Transaction, living
 from dpguard.verdicts import Verdicts
 
@@ -49,6 +49,8 @@ class GradSamplePatch:
         self._outputs = outputs
         self._pairings: Registry = weakref.WeakValueDictionary()
         self._patched: set[type] = set()
+        self._wrapped: set[tuple[Any, str]] = set()
+        self._transaction = Transaction()
         self._report = report
         self._waiting: list[weakref.ref[Any]] | None = []
 
@@ -61,6 +63,7 @@ class GradSamplePatch:
             Classes of hooked models that were left alone because they compute rows in their
             own way.
         """
+        self._transaction = transaction
         if not self._patched:
             transaction.on_undo("paired models", self._release_all)
             if self._verdicts.repairs:
@@ -115,6 +118,9 @@ class GradSamplePatch:
 
     def _attach(self, hooks: Any) -> None:
         pairing = self.pairing_of(hooks)
+        own = _compat.own_norm_classes(type(hooks))
+        read = [(cls, "get_norm_sample", self._read_norms) for cls in own]
+        wrap_new(self._transaction, self._wrapped, read)
         pairing.attach()
         if self._outputs is not None and _compat.uses_stock_hooks(type(hooks)):
             self._outputs.watch(pairing)
@@ -126,6 +132,12 @@ class GradSamplePatch:
                 self._outputs.unwatch(pairing)
             pairing.release()
         return wrapped(*args, **kwargs)
+
+    def _read_norms(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        pairing = self.find(instance)
+        if pairing is None:
+            return wrapped(*args, **kwargs)
+        return pairing.read_norms(lambda: wrapped(*args, **kwargs))
 
     def _zero_grad(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         self._ledger.forgive(instance.parameters())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -85,6 +85,10 @@ class Pairing(Hooked):
 
     def on_hidden_call(self, module: torch.nn.Module) -> None:
         """Nor here."""
+
+    def read_norms(self, read: Callable[[], Any]) -> Any:
+        """Norms of ghost clipping, as code of the user's reads them; of which there are none."""
+        return read()
 
     def on_backprops(self, record: Record, backprops: torch.Tensor) -> None:
         """Compute and publish the rows of one call."""

@@ -4,6 +4,10 @@ BatchNorm in training mode makes each sample's output depend on all others, so t
 longer bounds what one person changes. Buffers that are updated from samples leave the mechanism
 altogether. Opacus's validator looks at the kinds of layers before training; here it is noted what
 is really used. Only models that have such parts get hooks.
+
+A buffer that is written through ``.data`` keeps its version. So the bits of each are added up as
+integers before and after the forwards that are looked at, which is exact in whatever order that
+goes, and the sums are compared on the device.
 """
 
 from __future__ import annotations
@@ -15,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.modules import batchnorm
 
+from dpguard import _compat
+from dpguard.interrupts import let_through
+
 if TYPE_CHECKING:
     from dpguard.noted.ledger import Ledger
 
@@ -22,6 +29,8 @@ __all__ = ["Inert", "is_ours", "watch"]
 
 _FIRST = 3
 _EVERY = 50
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""For each size of an element."""
 
 
 def watch(model: torch.nn.Module, ledger: Ledger, prefix: str = "") -> list[Callable[[], None]]:
@@ -128,31 +137,78 @@ class _Buffered(_Hook):
         super().__init__(*args)
         self._calls = 0
         self._seen: dict[str, tuple[int, int]] | None = None
+        self._sums: dict[str, torch.Tensor] = {}
+        self._inside_transform = _compat.transform_test()
 
     def before(self, module: torch.nn.Module, args: Any) -> None:  # noqa: ARG002
-        self._seen = None
+        self._seen, self._sums = None, {}
         if module.training and torch.is_grad_enabled():
             self._calls += 1
             if self._calls <= _FIRST or self._calls % _EVERY == 0:
-                self._seen = _buffers_of(module)
+                buffers = _buffers_of(module)
+                self._seen, self._sums = _marks_of(buffers), self._sums_of(buffers)
 
     def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
         seen, self._seen = self._seen, None
+        sums, self._sums = self._sums, {}
         if seen is not None:
-            now = _buffers_of(module)
+            buffers = _buffers_of(module)
+            now = _marks_of(buffers)
             for name in now:
                 if now[name] != seen.get(name, now[name]):
-                    whole = f"{self.name}.{name}" if self.name else name
-                    self.ledger.batches.buffers.note(self.root(), whole)
+                    self.ledger.batches.buffers.note(self.root(), self._path(name))
+                    sums.pop(name, None)
+            after = self._sums_of({name: b for name, b in buffers.items() if name in sums})
+            moved = {
+                self._path(name): total != sums[name]
+                for name, total in after.items()
+                if total.dtype is sums[name].dtype and total.device == sums[name].device
+            }
+            self.ledger.batches.compared.note(self.root(), moved)
+
+    def _path(self, name: str) -> str:
+        return f"{self.name}.{name}" if self.name else name
+
+    def _sums_of(self, buffers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the bits of each add up to, in its precision and on its device."""
+        noted = self.ledger.batches
+        if noted.failed or self._inside_transform():
+            return {}
+        try:
+            return {name: _sum(b) for name, b in buffers.items() if _is_plain(b)}
+        except Exception as error:  # noqa: BLE001 - the host goes on without this part
+            let_through(error)
+            noted.fail(error)
+            return {}
 
 
-def _buffers_of(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
-    """Identity and version of each buffer that could hold something about samples.
+def _is_plain(buffer: torch.Tensor) -> bool:
+    return (
+        type(buffer) is torch.Tensor
+        and buffer.layout is torch.strided
+        and not buffer.is_neg()
+        and not buffer.is_meta
+    )
+
+
+@torch.no_grad()
+def _sum(buffer: torch.Tensor) -> torch.Tensor:
+    kind = _INTEGERS[buffer.element_size()]
+    return buffer.view(kind).sum(dtype=kind)
+
+
+def _marks_of(buffers: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
+    """Identity and version of each."""
+    return {name: (id(buffer), buffer._version) for name, buffer in buffers.items()}
+
+
+def _buffers_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Each buffer that could hold something about samples.
 
     Not those of BatchNorm, which has a check of its own; vectors of spectral norm, which follow
     from the weights; counters; and caches, which are left out of the model's state.
     """
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for prefix, module in model.named_modules():
         if isinstance(module, batchnorm._BatchNorm) or type(module).__name__ == "_SpectralNorm":
             continue
@@ -163,5 +219,5 @@ def _buffers_of(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
                 and name not in module._non_persistent_buffers_set
                 and not name.endswith(("_u", "_v"))
             ):
-                found[f"{prefix}.{name}" if prefix else name] = (id(buffer), buffer._version)
+                found[f"{prefix}.{name}" if prefix else name] = buffer
     return found

@@ -164,6 +164,12 @@ def is_scaled(loss: Any) -> bool:
     return _SCALE in vars(loss)
 
 
+def scale_of(loss: Any) -> torch.Tensor | float:
+    """By what the losses of ghost clipping, and the norms of single parameters, are multiplied."""
+    scale: torch.Tensor | float = vars(loss).get(_SCALE, 1.0)
+    return scale
+
+
 def _divide(parameter: Any, factor: torch.Tensor) -> None:
     """Take the scale out of rows that are still to be used.
 

@@ -335,9 +335,12 @@ class NormDraw:
     # -- between the backwards -----------------------------------------------------------------
 
     @torch.no_grad()
-    def judge(self, norms: Any, counted: Iterable[torch.nn.Parameter]) -> None:
-        """Take the norms of which clip factors will be made, and of which parameters they are."""
-        if not self.parts or self.total is not None:
+    def judge(self, norms: Any, counted: Iterable[torch.nn.Parameter], again: bool) -> None:
+        """Take the norms of which clip factors will be made, and of which parameters they are.
+
+        The first that are given; with ``again`` the last, which others may have been made into.
+        """
+        if not self.parts or (self.total is not None and not again):
             return
         if not isinstance(norms, torch.Tensor) or norms.shape != (self.rows,):
             self.parts = []
