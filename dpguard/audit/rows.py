@@ -111,7 +111,8 @@ class RowValues(Check):
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._mine = _Mine()
-        self._limits: tuple[Any, _Limits] | None = None
+        self._limits: IdentityMap[tuple[Any, _Limits]] = IdentityMap()
+        """Those of the last step, by the first parameter of each optimizer."""
         self._compared: IdentityMap[int] = IdentityMap()
 
     def before_clip(self, step: Step, optimizer: Any) -> Failures:
@@ -244,7 +245,7 @@ class RowValues(Check):
         own = [parameter.dtype for parameter in step.parameters]
         narrow = [state.narrow for state in step.states]
         key = (terms, kinds, own, narrow, compared, step.parameters[0].device)
-        known = self._limits
+        known = self._limits.get(step.parameters[0])
         if known is None or known[0] != key:
             tiny = float(torch.finfo(dtype).tiny)
             made = [
@@ -253,7 +254,8 @@ class RowValues(Check):
             ]
             plain, low, composed = zip(*made, strict=True)
             floors = tuple([floor(step.parameters[i], kinds[i], terms[i]) for i in compared])
-            known = self._limits = key, _Limits(plain, low, composed, floors, tiny)
+            known = key, _Limits(plain, low, composed, floors, tiny)
+            self._limits[step.parameters[0]] = known
         return known[1]
 
 
