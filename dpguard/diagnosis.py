@@ -63,6 +63,7 @@ LOSS_BROADCAST = "loss_broadcast"
 LOSS_IS_SUM = "loss_is_sum"
 LOSS_IS_MEAN = "loss_is_mean"
 NOISE_MISSING = "noise_missing"
+NOISE_COARSE = "noise_coarse"
 NOISE_IN_PART = "noise_in_part"
 NOISE_SCALE = "noise_scale"
 NOISE_REPEATED = "noise_repeated"
@@ -409,6 +410,11 @@ _DIAGNOSES = {
         "nothing was added to the clipped sum where noise is declared and accounted",
         "leave add_noise() to Opacus, or have yours add noise to each parameter of the optimizer",
         Severity.CRITICAL,
+    ),
+    NOISE_COARSE: Diagnosis(
+        "the noise was drawn in half precision and added to sums of a higher one, of which it "
+        "leaves the low bits as they are",
+        "draw it in the precision of the sums (torch.randn_like(p.summed_grad))",
     ),
     NOISE_IN_PART: Diagnosis(
         "nothing was added to some elements of the clipped sum, where noise is declared and "

@@ -14,6 +14,7 @@ import torch
 
 from dpguard import _compat
 from dpguard.audit.gaussian import Along, NoiseTest
+from dpguard.audit.grain import Grain
 from dpguard.audit.shape import Shape
 from dpguard.patches.optimizer.lean import WIDE
 
@@ -77,6 +78,7 @@ class Group:
     often: bool
     test: NoiseTest
     shape: Shape = field(default_factory=Shape)
+    grain: Grain = field(default_factory=Grain)
     due: int = 0
     along: tuple[Along, Along] = field(default_factory=lambda: (Along(), Along()))
 
@@ -99,7 +101,7 @@ class Group:
         dtype = torch.promote_types(kind[0], torch.float32)
         made = cls(dtype, kind[0], indices, shapes, sizes, _parts(sizes), sampled, often, test)
         if former is not None:
-            made.shape, made.along = former.shape, former.along
+            made.shape, made.along, made.grain = former.shape, former.along, former.grain
         return made
 
 

@@ -4,7 +4,8 @@ Per parameter the norm of ``noised - clipped sum`` is measured in each step, or 
 itself where our own code draws and adds it, in one vector that travels to the host; some steps send
 first values of some parameters as well (:mod:`dpguard.audit.added`). What is made of them is in
 :mod:`dpguard.audit.gaussian`, which also says how often it is wrong and what it can find.
-Where no noise is due, on all ranks but the first, nothing may be added.
+Where no noise is due, on all ranks but the first, nothing may be added. Noise that is coarser than
+the sums is in :mod:`dpguard.audit.grain`.
 """
 
 from __future__ import annotations
@@ -295,7 +296,10 @@ class Noise(Check):
             scalars.append(std.detach().to(group.dtype, copy=True))
             std = None
         scalars += bare
-        receive = functools.partial(_received, group, names, std, bound, counts=len(bare))
+        same = all(sums[i].dtype is group.noised is group.dtype for i in group.indices)
+        receive = functools.partial(
+            _received, group, names, std, bound, counts=len(bare), is_fine=same
+        )
         step.collect(self.names, [*scalars, *samples], receive)
 
 
@@ -316,6 +320,7 @@ def _received(
     values: list[float],
     *,
     counts: int,
+    is_fine: bool,
 ) -> list[Failure]:
     """What the figures of one step say.
 
@@ -327,6 +332,7 @@ def _received(
         values: the figures.
         counts: how many numbers there are of elements and lines in which nothing was added, and of
             what was added along the clipped sum and the gradient.
+        is_fine: whether the sums are in single or double precision, before as after.
     """
     count = len(group.sizes)
     norms, mark, rest = values[:count], values[count], values[count + 1 :]
@@ -345,7 +351,12 @@ def _received(
     verdict = group.test.take(norms, std, noised, samples, mark)
     if verdict:
         return _failures(verdict, group, names)
-    slip = _compat.unit_roundoff(group.noised) * max(noised, mark) / std
+    unit = _compat.unit_roundoff(group.noised)
+    sums = mark + size if bound is None else min(bound, mark + size)
+    if is_fine and group.grain.take([*itertools.chain(*samples)], std, unit, sums):
+        who = tuple(names[group.indices[k]] for k in group.sampled)
+        return [Failure(SCALE, diagnosis.NOISE_COARSE, who)]
+    slip = unit * max(noised, mark) / std
     for test, product, square in zip(group.along, along[::2], along[1::2], strict=False):
         evidence = test.take(product, math.sqrt(square), std, slip)
         if evidence >= ALONG_EVIDENCE:
