@@ -45,6 +45,7 @@ class Guard:
         self._runtime: Runtime | None = None
         self._stop_waiting: Callable[[], None] | None = None
         self._problem: str | None = None
+        self._ending = False
         self._ended = settings.mode is Mode.OFF
 
     def __enter__(self) -> Guard:  # noqa: PYI034 - Self would cost an import of typing
@@ -126,19 +127,19 @@ class Guard:
         """Restore everything that was patched. Calling it again is harmless.
 
         Calls whose graphs are still alive keep their records, so a backward that is due still
-        produces its per-sample gradients.
+        produces its per-sample gradients. If this is interrupted, by Ctrl-C say, calling it again
+        does what is left.
         """
         with _lock:
-            if _state["guard"] is self:
-                _state["guard"] = None
+            self._ending = True  # seen by a thread that is importing Opacus, which has no lock
             if self._stop_waiting is not None:
                 self._stop_waiting()
                 self._stop_waiting = None
-            if self._ended:
-                return
-            self._ended = True
-            if self._runtime is not None:
+            if self._runtime is not None and not self._ended:
                 self._runtime.uninstall()
+            self._ended = True
+            if _state["guard"] is self:
+                _state["guard"] = None
 
     def _start(self) -> None:
         if self.settings.log_dir is not None or self.settings.key_file is not None:
@@ -159,7 +160,7 @@ class Guard:
         """Opacus has been imported: apply the patches; reloaded: patch what is new in it."""
         from dpguard import _compat
 
-        if self._ended:
+        if self._ending:
             return
         if self._runtime is not None:
             self._runtime.patch_opacus()
@@ -172,8 +173,17 @@ class Guard:
         from dpguard._runtime import Runtime
 
         runtime = Runtime(self.settings)
-        runtime.install()
-        self._runtime = runtime
+        try:
+            runtime.install()
+        finally:
+            self._hold(runtime)
+
+    def _hold(self, runtime: Runtime) -> None:
+        """Remember what is to be undone; at once, if another thread has uninstalled meanwhile."""
+        if runtime.is_patched:  # all of it, or what an interruption has kept from being undone
+            self._runtime = runtime
+        if self._ending:
+            runtime.uninstall()
 
     def _on_failure(self, error: Exception) -> None:
         self._cannot_guard(f"activation failed: {type(error).__name__}: {error}")
@@ -234,7 +244,7 @@ def install(**settings: Any) -> Guard:
     with _lock:
         current: Guard | None = _state["guard"]
         if current is not None:
-            if current.settings == wanted:
+            if current.settings == wanted and not current._ending:
                 return current
             current.uninstall()
         guard = Guard(wanted)

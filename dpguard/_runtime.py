@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -116,6 +117,8 @@ class Runtime:
         self._transaction = Transaction()
         self._intervened = 0
         self._violated = 0
+        self._ending = threading.RLock()
+        self._ended = False
 
     def _attached(self, optimizer: Any, hook: Any) -> None:
         try:
@@ -173,8 +176,10 @@ class Runtime:
         try:
             skipped = self._apply()
         except BaseException as error:
-            self._transaction.rollback()
-            self._record_failure(error)
+            try:
+                self._transaction.rollback()
+            finally:
+                self._record_failure(error)
             raise
         for cls in skipped:
             self.journal.write(
@@ -238,13 +243,42 @@ class Runtime:
         found = self.grad_sample.find(hooks)
         return found if isinstance(found, GhostPairing) else None
 
+    @property
+    def is_patched(self) -> bool:
+        """Whether something is left to be undone."""
+        return bool(self._transaction.targets)
+
     def uninstall(self) -> None:
-        """Undo all patches and close the log."""
-        self.flush()
+        """Undo all patches and close the log; after an interruption, what is left to be done."""
+        with self._ending:
+            try:
+                self._attempt(self.flush)
+            finally:
+                self._restore()
+
+    def _attempt(self, function: Callable[[], Any]) -> Any:
+        """What fails is an error of ours; all else has to be undone nevertheless."""
         try:
-            restored = self._transaction.rollback()
+            return function()
+        except Exception as error:  # noqa: BLE001 - the host is to be as it was
+            let_through(error)
+            self.report_internal("uninstall", error)
+            return None
+
+    def _restore(self) -> None:
+        restored: list[tuple[str, bool]] = []
+        try:
+            restored = self._attempt(self._transaction.rollback) or []
         finally:
             self.optimizer.stop()
+            if not (self.is_patched or self._ended):
+                self._ended = True
+                try:
+                    self._say_end(restored)
+                finally:
+                    self.journal.close()
+
+    def _say_end(self, restored: list[tuple[str, bool]]) -> None:
         for target, whole in restored:
             self.journal.write(_removed(target, whole=whole))
         self.journal.write(
@@ -255,7 +289,6 @@ class Runtime:
                 violations=self._violated,
             )
         )
-        self.journal.close()
 
     def _run_started(self) -> RunStarted:
         settings = self.settings

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from truth import assert_rows_equal, plain_copy, rows_of
 
 import dpguard
-from dpguard import _compat
+from dpguard import _compat, patching
 from dpguard._status import Status
 from dpguard.patching import Transaction
 
@@ -281,6 +281,29 @@ def test_context_manager_round_an_uninstall(unchanged):
 # -- modes --------------------------------------------------------------------------------------------
 
 
+def test_uninstall_while_opacus_is_imported():
+    """Another thread may uninstall in the middle of an activation: nothing stays patched."""
+    done = run(
+        """
+        import threading, dpguard, dpguard._compat as compat
+
+        guard = dpguard.active()
+        original = compat.unsupported
+
+        def uninstall_elsewhere():
+            thread = threading.Thread(target=guard.uninstall)
+            thread.start()
+            thread.join()
+            return original()
+
+        compat.unsupported = uninstall_elsewhere
+        import opacus, torch
+        print(guard.status().state, dpguard.active(), type(torch.Tensor.detach).__name__)
+        """
+    )
+    assert output(done) == ["uninstalled", "None", "method_descriptor"]
+
+
 def test_off_patches_nothing(unchanged):
     """Mode ``off`` gives a guard that does nothing."""
     before = held(owners())
@@ -387,6 +410,50 @@ def test_uninstall_between_forward_and_backward(unchanged):
     training.step(no_grad)
 
 
+def test_uninstall_restores_whatever_else_fails(unchanged, monkeypatch, tmp_path):
+    """Figures that cannot be had are an error of ours: all is restored, and the log is closed."""
+    monkeypatch.delenv("DPGUARD_RAISE_INTERNAL")
+    guard = dpguard.install(mode="repair", log_dir=tmp_path, run_id="run")
+    Training().step()
+    with monkeypatch.context() as patched:
+        patched.setattr(guard._runtime.auditor, "flush", lambda: 1 / 0)
+        guard.uninstall()
+    assert (guard.status().state, dpguard.active()) == ("uninstalled", None)
+    assert [part for part, _ in guard.internal_errors] == ["uninstall"]
+    lines = next((tmp_path / "run").iterdir()).read_text().splitlines()
+    assert json.loads(lines[-1])["event_name"] == "dpguard.run.ended"
+
+
+@pytest.mark.parametrize("where", ["flush", "patches", "log"])
+@pytest.mark.parametrize("again", ["uninstall", "install"])
+def test_uninstall_that_is_interrupted(unchanged, monkeypatch, again, where):
+    """After Ctrl-C the next call does the rest, and a new guard guards."""
+    guard = dpguard.install(mode="repair")
+    runtime = guard._runtime
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        if where == "flush":
+            patched.setattr(runtime.auditor, "flush", interrupt)
+        elif where == "log":
+            patched.setattr(runtime.journal, "close", interrupt)
+        else:
+            patched.setattr(patching, "own_attribute", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            guard.uninstall()
+        assert dpguard.active() is guard
+    if again == "install":
+        fresh = dpguard.install(mode="repair")
+        assert fresh is not guard
+        Training().step()
+    else:
+        guard.uninstall()
+        assert dpguard.active() is None
+    assert guard.status().state == "uninstalled"
+
+
 # -- failing half-way --------------------------------------------------------------------------------------
 
 
@@ -449,6 +516,28 @@ def test_strict_does_not_go_on_when_activation_fails(unchanged, monkeypatch):
         fail_at(patched, 7)
         with pytest.raises(dpguard.DPGuardError, match=r"in the middle.*strict refuses"):
             dpguard.install(mode="strict")
+    assert dpguard.active() is None
+
+
+def test_activation_that_fails_and_is_interrupted(unchanged, monkeypatch):
+    """Ctrl-C while a failed activation is undone: what is left is undone all the same."""
+    original, own = Transaction.rollback, patching.own_attribute
+    interruptions = [KeyboardInterrupt()]
+
+    def interrupt_once(*args):
+        if interruptions:
+            raise interruptions.pop()
+        return own(*args)
+
+    def rollback(self):
+        patched.setattr(patching, "own_attribute", interrupt_once)
+        return original(self)
+
+    with monkeypatch.context() as patched:
+        fail_at(patched, 7)
+        patched.setattr(Transaction, "rollback", rollback)
+        with pytest.raises(KeyboardInterrupt):
+            dpguard.install(mode="repair")
     assert dpguard.active() is None
 
 
