@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -276,6 +277,98 @@ def test_context_manager_round_an_uninstall(unchanged):
     """Uninstalling inside of the block is harmless."""
     with dpguard.install(mode="repair") as guard:
         guard.uninstall()
+
+
+def test_a_block_inside_of_a_block(unchanged):
+    """With the same settings there is one guard, which ends with the outermost block."""
+    with dpguard.install(mode="repair") as outer:
+        with dpguard.install(mode="repair") as inner, inner:
+            assert inner is outer
+        assert dpguard.active() is outer
+        dpguard.install(mode="repair")
+        Training().step()
+    assert dpguard.active() is None
+
+
+def test_a_block_of_a_library_inside_of_a_guard(unchanged):
+    """A guard that was installed outside of the block outlives it."""
+    guard = dpguard.install(mode="repair")
+    with dpguard.install(mode="repair"):
+        pass
+    assert dpguard.active() is guard
+    Training().step()
+    with dpguard.install(mode="repair"):
+        guard.uninstall()
+        assert dpguard.active() is None
+    assert dpguard.active() is None
+
+
+@pytest.mark.parametrize("inside", ["strict", "observe", "off"])
+def test_a_block_with_other_settings(unchanged, inside):
+    """What it replaces is installed anew at its end, and ends with its own block."""
+    with dpguard.install(mode="repair") as outer:
+        with dpguard.install(mode=inside) as inner:
+            assert outer.status().state == "uninstalled"
+            with dpguard.install(mode="repair", audit_every=3) as innermost:
+                assert dpguard.active() is innermost
+            again = dpguard.active()
+            assert (again is None) if inside == "off" else again.settings == inner.settings
+        again = dpguard.active()
+        assert again is not outer
+        assert again.settings == outer.settings
+        Training().step()
+        assert (outer.status().steps, again.status().steps) == (0, 1)
+    assert dpguard.active() is None
+    assert again.status().state == "uninstalled"
+
+
+def test_what_was_uninstalled_does_not_come_back(unchanged):
+    """Neither at the end of a block in which it was, nor after it has come back once."""
+    first = dpguard.install(mode="repair")
+    with dpguard.install(mode="strict"):
+        first.uninstall()
+    assert dpguard.active() is None
+    first = dpguard.install(mode="repair")
+    with dpguard.install(mode="strict"):
+        pass
+    assert dpguard.active().settings == first.settings
+    first.uninstall()
+    assert dpguard.active() is None
+
+
+def test_what_cannot_come_back_is_said(unchanged, monkeypatch, capfd):
+    """A guard that cannot be installed anew is an error of the block in ``strict`` only."""
+    for mode in ("repair", "strict"):
+        dpguard.install(mode=mode)
+        refused = contextlib.nullcontext()
+        if mode == "strict":
+            refused = pytest.raises(dpguard.DPGuardError, match=r"in the middle.*strict refuses")
+        with monkeypatch.context() as patched, refused, dpguard.install(mode="observe"):
+            fail_at(patched, 7)
+        assert dpguard.active().status().state == "unguarded"
+        assert ("training runs unguarded" in capfd.readouterr().err) is (mode == "repair")
+        dpguard.active().uninstall()
+
+
+@pytest.mark.parametrize("settings", [{}, {"DPGUARD": "repair"}])
+def test_a_block_of_a_library_under_the_import(settings):
+    """What ``import dpguard`` or the environment has activated outlives every block."""
+    done = run(
+        PROGRAM
+        + """
+        import dpguard, opacus
+        first = dpguard.active()
+        with dpguard.install(mode="repair") as guard:
+            assert guard is first
+        assert dpguard.active() is first
+        with dpguard.install(mode="strict"):
+            pass
+        assert dpguard.active().status().mode == "repair"
+        check()
+        """.replace("\n        ", "\n"),
+        **settings,
+    )
+    assert output(done) == ["guarded"]
 
 
 # -- modes --------------------------------------------------------------------------------------------
