@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import gc
 import json
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -105,6 +107,25 @@ def test_a_healthy_run(kind):
         due = epsilon(guard, training)
         assert due == pytest.approx(training.engine.get_epsilon(1e-5))
         assert due > 0
+
+
+def test_a_hook_of_the_trainer_keeps_nothing_alive(guard):
+    """It has the trainer at hand, and the trainer the optimizer."""
+
+    class Trainer:
+        def __init__(self):
+            self.training = Training()
+            self.training.optimizer.attach_step_hook(self.on_step)
+
+        def on_step(self, _):
+            pass
+
+    trainer = Trainer()
+    trainer.training.epoch()
+    references = weakref.ref(trainer), weakref.ref(trainer.training.optimizer)
+    del trainer
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
 
 
 @needs_ghost
