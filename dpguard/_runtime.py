@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from dpguard import _compat
@@ -211,7 +212,7 @@ class Runtime:
 
     def _apply(self) -> list[str]:
         detach.install(
-            self._transaction, self.ledger, lambda error: self.report_internal("detach", error)
+            self._transaction, self.ledger, partial(_weakly(self.report_internal), "detach")
         )
         if self._losses is not None:
             self._losses.install(self._transaction)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import types
+import weakref
 from pathlib import Path
 
 import opacus.grad_sample
@@ -135,8 +137,6 @@ def changes(before, after):
 @pytest.fixture
 def unchanged():
     """At the end of the test every patched owner holds what it held at the start."""
-    import gc
-
     gc.collect()  # classes that other tests made and left
     known = owners()
     before = held(known)
@@ -469,6 +469,20 @@ def test_younger_models_and_optimizers_after_uninstall(unchanged, how):
     with dpguard.install(mode="repair"):
         training.optimizer.zero_grad()
         training.step()
+
+
+def test_nothing_of_a_guard_outlives_it(unchanged):
+    """Its working parts are gone once it is, the guard that trained included."""
+    guard = dpguard.install(mode="repair")
+    training = Training()
+    training.step()
+    guard.uninstall()
+    reference = weakref.ref(guard._runtime)
+    del guard
+    gc.collect()
+    assert reference() is None
+    training.optimizer.zero_grad()
+    training.step(no_grad)
 
 
 @pytest.mark.parametrize("mode", MODES)
