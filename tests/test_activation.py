@@ -689,6 +689,30 @@ def test_a_patch_of_somebody_else_on_top_stays(unchanged):
         DPOptimizer.pre_step = original
 
 
+def test_wrappers_inside_of_those_of_somebody_else_are_inert(unchanged):
+    """After uninstall they neither note anything on new optimizers nor clear for them."""
+    guard = dpguard.install(mode="repair")
+    ours = {name: vars(DPOptimizer)[name] for name in ("__init__", "zero_grad")}
+    originals = {name: wrapper.__wrapped__ for name, wrapper in ours.items()}
+
+    def around(wrapper):
+        return lambda self, *args, **kwargs: wrapper.__get__(self, type(self))(*args, **kwargs)
+
+    try:
+        for name, wrapper in ours.items():
+            setattr(DPOptimizer, name, around(wrapper))
+        guard.uninstall()
+        training = Training()
+        assert [name for name in vars(training.optimizer) if "dpguard" in name] == []
+        training.step(no_grad)
+        parameter = training.optimizer.params[0].requires_grad_(False)
+        training.optimizer.zero_grad()
+        assert parameter.grad_sample is not None
+    finally:
+        for name, original in originals.items():
+            setattr(DPOptimizer, name, original)
+
+
 # -- import orders -----------------------------------------------------------------------------------------
 
 PROGRAM = """

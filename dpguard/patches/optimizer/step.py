@@ -111,6 +111,9 @@ class OptimizerPatch:
         """Nothing is looked at or changed from now on."""
         self._audits = self._active = False
 
+    def _is_stopped(self) -> bool:
+        return not self._active
+
     # -- classes --------------------------------------------------------------------------------
 
     def _subclass_hook(self, torchs: Any, original: Any) -> Callable[..., None]:
@@ -202,12 +205,15 @@ class OptimizerPatch:
 
     def _init_of_base(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         """Around the constructor that makes an object a DP optimizer; a façade may not call it."""
-        if self._active:
-            self._part("protocol", self._protocol.examine, type(instance), args, kwargs)
-            self._family.mark(instance)
+        if self._is_stopped():
+            return wrapped(*args, **kwargs)
+        self._part("protocol", self._protocol.examine, type(instance), args, kwargs)
+        self._family.mark(instance)
         return self._init(wrapped, instance, args, kwargs)
 
     def _init(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        if self._is_stopped():
+            return wrapped(*args, **kwargs)
         self._forwarding.enter_init(instance)
         completed = False
         try:
@@ -229,6 +235,8 @@ class OptimizerPatch:
 
     @_compat.eager
     def _zero_grad(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        if self._is_stopped():
+            return wrapped(*args, **kwargs)
         self._meet_models()
         parameters = [p for group in instance.param_groups for p in group["params"]]
         self._ledger.forgive(parameters)
