@@ -129,7 +129,9 @@ class Guard:
             self._span.leave()
 
     def __repr__(self) -> str:
-        return f"<dpguard.Guard mode={self.settings.mode.value} state={self.status().state}>"
+        status = self.status()
+        off = f" parts_off={','.join(status.parts_off)}" if status.parts_off else ""
+        return f"<dpguard.Guard mode={status.mode} state={status.state}{off}>"
 
     # -- what it saw ---------------------------------------------------------------------------
 
@@ -181,6 +183,7 @@ class Guard:
             steps=runtime.auditor.steps if runtime else 0,
             interventions=len(self.interventions),
             violations=len(self.violations),
+            parts_off=runtime.parts_off if runtime else (),
         )
 
     def _state(self) -> str:

@@ -288,6 +288,7 @@ class Runtime:
                 steps=self.auditor.steps,
                 interventions=self._intervened,
                 violations=self._violated,
+                parts_off=self.parts_off,
             )
         )
 
@@ -333,6 +334,11 @@ class Runtime:
         )
         if os.environ.get("DPGUARD_RAISE_INTERNAL") == "1":
             raise error
+
+    @property
+    def parts_off(self) -> tuple[str, ...]:
+        """The parts that are off for that reason."""
+        return tuple(dict.fromkeys(part for part, _ in self.internal_errors))
 
     def flush(self) -> None:
         """Wait for all figures that are on their way from the device."""

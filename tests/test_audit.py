@@ -854,6 +854,19 @@ def test_an_internal_error_is_said_once_and_training_goes_on(monkeypatch, capfd)
     assert len(said) == 1
     assert "'audit'" in said[0]
     assert guard.status().steps == 1, "the part is off from then on"
+    assert guard.status().parts_off == ("audit",)
+    assert "parts_off=audit" in repr(guard)
+
+
+def test_the_log_ends_with_the_parts_that_are_off(monkeypatch, tmp_path):
+    """Nobody who reads its last line takes a training for audited that was not."""
+    monkeypatch.delenv("DPGUARD_RAISE_INTERNAL", raising=False)
+    with dpguard.install(mode="strict", log_dir=tmp_path) as guard:
+        with monkeypatch.context() as broken:
+            broken.setattr(coverage, "examine", lambda *_: 1 / 0)
+            Training().step()
+        assert guard.status().parts_off == ("audit",)
+    assert events(tmp_path, "dpguard.run.ended")[0]["dpguard.parts_off"] == ["audit"]
 
 
 def test_an_error_in_the_users_step_hook_is_the_users(guard):
