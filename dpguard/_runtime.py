@@ -236,7 +236,7 @@ class Runtime:
         self._loading.install(self._transaction)
         if self.settings.mode.changes_the_host:
             empty_batches.install(self._transaction)
-        sampling.install(self._transaction, self.accounting)
+        sampling.install(self._transaction, self.accounting, _weakly(self.report_internal))
         wrapper_writes.install(self._transaction, self._verdicts, _weakly(self.report_internal))
         return skipped
 

@@ -19,7 +19,15 @@ from torch import nn
 import dpguard
 from dpguard import diagnosis
 from dpguard.audit import update as update_module
-from dpguard.audit.update import BUFFERS, KEEP_EVERY, MOVES, OWNED, PRIVATE, STATISTICS
+from dpguard.audit.update import (
+    BUFFERS,
+    KEEP_EVERY,
+    MOVES,
+    OWNED,
+    PRIVATE,
+    STATISTICS,
+    Update,
+)
 
 pytestmark = [
     needs_reshaping,
@@ -516,6 +524,20 @@ def test_spectral_norm_is_no_buffer_of_data(guard):
     training = Training(lambda: watched)
     training.steps(3)
     assert BUFFERS not in {v.check for v in guard.violations}
+
+
+@pytest.mark.parametrize("clears", ["optimizer", "model"])
+def test_an_error_of_ours_while_gradients_are_cleared(monkeypatch, clears):
+    """The host's ``zero_grad`` goes on; the check is off."""
+    monkeypatch.delenv("DPGUARD_RAISE_INTERNAL", raising=False)
+    with dpguard.install(mode="repair") as guard:
+        training = Training()
+        training.step()
+        monkeypatch.setattr(Update, "_compare", lambda *_: 1 / 0)
+        (training.optimizer if clears == "optimizer" else training.called).zero_grad()
+        training.steps(2)
+        assert [part for part, _ in guard.internal_errors] == ["Update"]
+        assert guard.status().steps == 3
 
 
 # -- parameters that nobody owns, or that stay as they are ---------------------------------------------------

@@ -25,6 +25,7 @@ import torch
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Receiver, Step
 from dpguard.audit.turns import Turns
+from dpguard.interrupts import let_through
 from dpguard.noted.ledger import Ledger
 from dpguard.noted.row_state import ParameterState, sample_of
 from dpguard.patches.optimizer.lean import Clipping
@@ -77,12 +78,20 @@ class Update(Check):
         ledger.before_clearing = self._before_clearing
         self._optimizers = PerOwner(lambda _: _Watched())
         self._mine = _Mine()
+        self._broken: Exception | None = None
+        """An error of our own while gradients were cleared."""
         self._chosen = Turns()
         self._named: set[tuple[str, str]] = set()
 
     def stop(self) -> None:
         """Nothing is looked at when gradients are cleared."""
         self._ledger.before_clearing = None
+
+    def _raise_broken(self) -> None:
+        """Where the auditor switches off what fails; who clears gradients is the host."""
+        broken, self._broken = self._broken, None
+        if broken is not None:
+            raise broken
 
     # -- changes by hand ---------------------------------------------------------------------------
 
@@ -98,11 +107,13 @@ class Update(Check):
 
     def cleared(self, step: Step, optimizer: Any) -> Failures:
         """Gradients are about to be cleared; what was found then is told."""
+        self._raise_broken()
         if self._mine.pending:
             self._tell(step)
         return ()
 
     def _look(self, step: Step) -> None:
+        self._raise_broken()
         step.run(PRIVATE)
         self._compare(step.parameters, step.states)
         if self._mine.pending:
@@ -110,8 +121,13 @@ class Update(Check):
 
     def _before_clearing(self, parameters: Sequence[torch.Tensor]) -> None:
         # Whoever runs the parts of a step by hand has clipped and noised what is in p.grad by now.
-        raw = [p for p in parameters if not _compat.is_processed(getattr(p, "summed_grad", None))]
-        self._compare(raw, map(self._ledger.known, raw))
+        try:
+            raw = [p for p in parameters if not _compat.is_processed(_sum_of(p))]
+            self._compare(raw, map(self._ledger.known, raw))
+        except Exception as error:  # noqa: BLE001 - the host goes on without this check
+            let_through(error)
+            self.stop()
+            self._broken = error
 
     def _compare(
         self, parameters: Iterable[torch.Tensor], states: Iterable[ParameterState | None]
@@ -262,6 +278,10 @@ class Update(Check):
             return [Failure(MOVES, diagnosis.NEVER_CHANGES, still)] if still else []
 
         step.collect((MOVES,), moved, receive)
+
+
+def _sum_of(parameter: torch.Tensor) -> Any:
+    return getattr(parameter, "summed_grad", None)
 
 
 def _trained_by(step: Step) -> Callable[[torch.nn.Module], bool]:

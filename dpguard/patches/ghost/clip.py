@@ -88,9 +88,13 @@ def watch(
         bound = hooks.max_grad_norm if repairs else optimizer.max_grad_norm
         rule = _compat.code_of(hooks, _RULE), _compat.is_same_number(hooks.max_grad_norm, bound)
         type(hooks).get_norm_sample(hooks)  # norms are settled before any are made up
-        trial = ledger.tries_clipping and ledger.tries_clipping(hooks, rule)
-        if trial is not None:
-            guarded(lambda: tried.append(_try(hooks, bound, original, trial)))
+
+        def attempt() -> None:
+            trial = ledger.tries_clipping and ledger.tries_clipping(hooks, rule)
+            if trial is not None:
+                tried.append(_try(hooks, bound, original, trial))
+
+        guarded(attempt)
         factors = original(*args, **kwargs)
         if isinstance(factors, torch.Tensor) and factors.dim() == 1:
             found = tried[0] if tried else None

@@ -367,7 +367,9 @@ class _Guarded:
 
     def _look(self, wanted: Callable[[Any], Any], optimizer: Any) -> Any:
         look = wanted(optimizer) if self._patch._audits else None
-        return None if look is None else functools.partial(self._patch._audit, look)
+        if look is None:
+            return None
+        return functools.partial(self._patch._audit, lambda _, *args: look(*args), optimizer)
 
     def before_clip(self, optimizer: Any, clip: Callable[[], Any]) -> None:
         self._patch._audit(self._patch._auditor.before_clip, optimizer, clip)
