@@ -506,6 +506,13 @@ def test_buffers_that_change_are_named_once(mode):
         assert guard.last_step.ok
 
 
+def test_buffers_are_named_for_each_model(guard):
+    """Folds of a cross-validation have models of the same names."""
+    for _ in range(2):
+        Training(Codebook).steps(2)
+    assert [v.cause for v in guard.violations] == [diagnosis.BUFFERS_CHANGE] * 2
+
+
 def test_buffers_that_stay(guard):
     """Nothing to say; neither of buffers that somebody changes between steps."""
     training = Training(lambda: Codebook(learns=False))
@@ -551,6 +558,13 @@ def test_parameters_that_no_optimizer_owns(guard):
     assert (violation.check, violation.cause) == (OWNED, diagnosis.NOT_OWNED)
     assert violation.parameters == ("2.weight", "2.bias")
     assert violation.severity.value == "WARNING"
+
+
+def test_parameters_that_no_optimizer_owns_are_named_for_each_model(guard):
+    """As those of the first model are."""
+    for _ in range(2):
+        Training(parameters=lambda m: list(m[0].parameters())).steps(3)
+    assert [v.cause for v in guard.violations] == [diagnosis.NOT_OWNED] * 2
 
 
 def test_models_with_optimizers_of_their_own(guard):

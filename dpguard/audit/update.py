@@ -81,7 +81,8 @@ class Update(Check):
         self._broken: Exception | None = None
         """An error of our own while gradients were cleared."""
         self._chosen = Turns()
-        self._named: set[tuple[str, str]] = set()
+        self._named: PerOwner[set[tuple[str, str]]] = PerOwner(lambda _: set())
+        """For each optimizer what was said of the models that it trains."""
 
     def stop(self) -> None:
         """Nothing is looked at when gradients are cleared."""
@@ -193,10 +194,10 @@ class Update(Check):
         if batches.normalised:
             failures += self._statistics(step)
         if batches.buffers:
-            failures += self._buffers(step)
+            failures += self._buffers(step, optimizer)
         if watched.steps == 1 or watched.steps % KEEP_EVERY == KEEP_EVERY - 1:
             step.run(OWNED, count=1)
-            failures += self._owned(step)
+            failures += self._owned(step, optimizer)
         return failures
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
@@ -216,11 +217,11 @@ class Update(Check):
         found = self._ledger.batches.normalised.take(_trained_by(step))
         return [Failure(STATISTICS, diagnosis.BATCH_STATISTICS, modules=found)] if found else []
 
-    def _buffers(self, step: Step) -> list[Failure]:
+    def _buffers(self, step: Step, optimizer: Any) -> list[Failure]:
         found = self._ledger.batches.buffers.take(_trained_by(step))
-        return self._once(BUFFERS, diagnosis.BUFFERS_CHANGE, found)
+        return self._once(optimizer, BUFFERS, diagnosis.BUFFERS_CHANGE, found)
 
-    def _owned(self, step: Step) -> list[Failure]:
+    def _owned(self, step: Step, optimizer: Any) -> list[Failure]:
         """Whether somebody owns the rest of the models of which this optimizer trains a part.
 
         Other models may have optimizers that are not made yet. Opacus gives ``summed_grad`` to the
@@ -233,11 +234,12 @@ class Update(Check):
             and getattr(parameter, "grad_sample", None) is not None
             and not hasattr(parameter, "summed_grad")
         ]
-        return self._once(OWNED, diagnosis.NOT_OWNED, found)
+        return self._once(optimizer, OWNED, diagnosis.NOT_OWNED, found)
 
-    def _once(self, check: str, cause: str, names: Sequence[str]) -> list[Failure]:
-        new = tuple(name for name in names if (check, name) not in self._named)
-        self._named.update((check, name) for name in new)
+    def _once(self, optimizer: Any, check: str, cause: str, names: Sequence[str]) -> list[Failure]:
+        named = self._named.of(optimizer)
+        new = tuple(name for name in names if (check, name) not in named)
+        named.update((check, name) for name in new)
         return [Failure(check, cause, parameters=new)] if new else []
 
     # -- parameters that stay as they are ----------------------------------------------------------
