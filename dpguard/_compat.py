@@ -70,11 +70,9 @@ TORCH_OLDEST = "2.6"
 
 
 def _release(version: str) -> tuple[int, ...]:
-    numbers: list[int] = []
-    for part in version.partition("+")[0].split("."):
-        digits = "".join(ch for ch in part if ch.isdigit())
-        numbers.append(int(digits) if digits else 0)
-    return tuple(numbers)
+    """The numbers of a release, without what tells its builds apart (``rc1``, ``.post1``)."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, found[0].split("."))) if found else (0,)
 
 
 def installed_version(distribution: str) -> str:

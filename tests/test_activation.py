@@ -957,6 +957,22 @@ def test_another_opacus(fake_opacus, mode, version, first):
     assert "training runs unguarded" in line
 
 
+@pytest.mark.parametrize(
+    ("version", "numbers"),
+    [
+        ("1.6.0", (1, 6, 0)),
+        ("1.6.0rc1", (1, 6, 0)),
+        ("1.6.0.post1", (1, 6, 0)),
+        ("2.6.0a0+git1234", (2, 6, 0)),
+        ("2.13.0.dev20261101+cpu", (2, 13, 0)),
+        ("unknown", (0,)),
+    ],
+)
+def test_builds_of_a_release(version, numbers):
+    """Candidates and corrected builds of a release are that release."""
+    assert _compat._release(version) == numbers
+
+
 @pytest.mark.parametrize("first", ["dpguard", "opacus"])
 def test_another_opacus_strict(fake_opacus, first):
     """In ``strict`` the import that completes the pair raises.

@@ -899,6 +899,8 @@ def test_two_optimizers_read_the_same_declaration(guard):
         (lambda: dpguard.rows(group_size=0), ValueError, "1 or more"),
         (lambda: dpguard.rows(group_size="2"), TypeError, "whole number"),
         (lambda: dpguard.rows(group_size=2, layout="rows"), ValueError, "interleaved, blocks"),
+        (lambda: dpguard.rows("concat", layout="blocks"), TypeError, "layout .* not of 'concat'"),
+        (lambda: dpguard.rows(ids=[0], layout="interleaved"), TypeError, "layout .* not of ids"),
     ],
 )
 def test_bad_values(call, error, words):
@@ -912,6 +914,13 @@ def test_bad_ids(guard, ids):
     """One whole number for each row."""
     with pytest.raises(ValueError, match="one whole number for each row"), dpguard.rows(ids=ids):
         pass
+
+
+def test_ids_of_nobody(guard):
+    """An empty batch has none, as a list or a tensor."""
+    for ids in ([], (), torch.zeros(0, dtype=torch.int64)):
+        with dpguard.rows(ids=ids):
+            pass
 
 
 class Copies(TorchDispatchMode):
