@@ -27,11 +27,76 @@ _state: dict[str, Any] = globals().get("_state", {"guard": None})
 _lock: Any = globals().get("_lock", _thread.RLock())
 
 
+class _Span:
+    """How long some settings are in force: over all guards that have them one after another.
+
+    Attributes:
+        guard: the guard that has them now, ``None`` while another has taken its place.
+        installs: how often they were installed outside of a block; none once they were uninstalled.
+        entries: how many blocks are entered.
+        before: what was replaced, and comes back when the outermost block is left.
+    """
+
+    __slots__ = ("before", "entries", "guard", "installs", "settings")
+
+    def __init__(self, guard: Guard) -> None:
+        self.settings = guard.settings
+        self.guard: Guard | None = guard
+        self.installs = 1
+        self.entries = 0
+        self.before: _Span | None = None
+
+    def install(self) -> None:
+        """The same settings are installed once more."""
+        if not self.entries:
+            self.installs += 1
+
+    def make_way(self) -> None:
+        """A guard with other settings takes the place of this one."""
+        if self.guard is not None:
+            self.guard._end()
+        self.guard = None
+        if not self.entries:
+            self.before = None  # there is no block that could be left for it
+
+    def leave(self) -> None:
+        """A block is left: with the outermost, what was before it is again."""
+        self.entries -= 1
+        if self.entries:
+            return
+        self.installs -= 1
+        if self.installs > 0:
+            return
+        if self.guard is not None:
+            self.guard._end()
+        before, self.before = self.before, None
+        if before is not None and before.installs > 0 and _state["guard"] is None:
+            before.resume()
+
+    def resume(self) -> None:
+        """Guard with these settings again."""
+        self.guard = _state["guard"] = guard = Guard(self.settings, self)
+        try:
+            guard._start()
+        except Exception as error:  # noqa: BLE001 - a block of the host's is left
+            guard._on_failure(error)
+
+    def end(self) -> None:
+        """They were uninstalled, whatever blocks are entered."""
+        self.installs = 0
+        if self.guard is not None:
+            self.guard._end()
+
+
 class Guard:
     """One activation of dpguard; also a context manager that ends it.
 
     Made by :func:`dpguard.install`. Before Opacus has been imported it waits; from then on all
     models and optimizers of Opacus in this process are guarded.
+
+    Leaving a ``with`` block restores what was before it. A guard that was installed outside of the
+    block as well, by the environment for example, stays active; one with other settings that
+    was replaced is installed anew.
 
     Example:
         >>> with dpguard.install(mode="strict") as guard:
@@ -40,14 +105,18 @@ class Guard:
         True
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, span: _Span | None = None) -> None:
         self.settings = settings
         self._runtime: Runtime | None = None
         self._stop_waiting: Callable[[], None] | None = None
         self._problem: str | None = None
+        self._ending = False
         self._ended = settings.mode is Mode.OFF
+        self._span = span or _Span(self)
 
     def __enter__(self) -> Guard:  # noqa: PYI034 - Self would cost an import of typing
+        with _lock:
+            self._span.entries += 1
         return self
 
     def __exit__(
@@ -56,10 +125,13 @@ class Guard:
         _error: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
-        self.uninstall()
+        with _lock:
+            self._span.leave()
 
     def __repr__(self) -> str:
-        return f"<dpguard.Guard mode={self.settings.mode.value} state={self.status().state}>"
+        status = self.status()
+        off = f" parts_off={','.join(status.parts_off)}" if status.parts_off else ""
+        return f"<dpguard.Guard mode={status.mode} state={status.state}{off}>"
 
     # -- what it saw ---------------------------------------------------------------------------
 
@@ -111,6 +183,7 @@ class Guard:
             steps=runtime.auditor.steps if runtime else 0,
             interventions=len(self.interventions),
             violations=len(self.violations),
+            parts_off=runtime.parts_off if runtime else (),
         )
 
     def _state(self) -> str:
@@ -123,22 +196,27 @@ class Guard:
     # -- on and off ----------------------------------------------------------------------------
 
     def uninstall(self) -> None:
-        """Restore everything that was patched. Calling it again is harmless.
+        """Restore everything that was patched, in a block as well. Calling it again is harmless.
 
         Calls whose graphs are still alive keep their records, so a backward that is due still
-        produces its per-sample gradients.
+        produces its per-sample gradients. If this is interrupted, by Ctrl-C say, calling it again
+        does what is left.
         """
         with _lock:
-            if _state["guard"] is self:
-                _state["guard"] = None
+            self._span.end()
+            self._end()
+
+    def _end(self) -> None:
+        with _lock:
+            self._ending = True  # seen by a thread that is importing Opacus, which has no lock
             if self._stop_waiting is not None:
                 self._stop_waiting()
                 self._stop_waiting = None
-            if self._ended:
-                return
-            self._ended = True
-            if self._runtime is not None:
+            if self._runtime is not None and not self._ended:
                 self._runtime.uninstall()
+            self._ended = True
+            if _state["guard"] is self:
+                _state["guard"] = None
 
     def _start(self) -> None:
         if self.settings.log_dir is not None or self.settings.key_file is not None:
@@ -159,7 +237,7 @@ class Guard:
         """Opacus has been imported: apply the patches; reloaded: patch what is new in it."""
         from dpguard import _compat
 
-        if self._ended:
+        if self._ending:
             return
         if self._runtime is not None:
             self._runtime.patch_opacus()
@@ -172,8 +250,17 @@ class Guard:
         from dpguard._runtime import Runtime
 
         runtime = Runtime(self.settings)
-        runtime.install()
-        self._runtime = runtime
+        try:
+            runtime.install()
+        finally:
+            self._hold(runtime)
+
+    def _hold(self, runtime: Runtime) -> None:
+        """Remember what is to be undone; at once, if another thread has uninstalled meanwhile."""
+        if runtime.is_patched:  # all of it, or what an interruption has kept from being undone
+            self._runtime = runtime
+        if self._ending:
+            runtime.uninstall()
 
     def _on_failure(self, error: Exception) -> None:
         self._cannot_guard(f"activation failed: {type(error).__name__}: {error}")
@@ -211,7 +298,8 @@ def install(**settings: Any) -> Guard:
     """Guard every Opacus model and optimizer of this process.
 
     Settings that are not given come from the environment. If dpguard is active already with the
-    same settings, its guard is returned; with others it is uninstalled and installed anew.
+    same settings, its guard is returned; with others it is uninstalled and installed anew, until a
+    ``with`` block of the new guard is left.
 
     Args:
         **settings: any of ``mode`` (``"repair"``, ``"observe"``, ``"strict"``, ``"off"``),
@@ -234,10 +322,13 @@ def install(**settings: Any) -> Guard:
     with _lock:
         current: Guard | None = _state["guard"]
         if current is not None:
-            if current.settings == wanted:
+            if current.settings == wanted and not current._ending:
+                current._span.install()
                 return current
-            current.uninstall()
+            current._span.make_way()
         guard = Guard(wanted)
+        if current is not None:
+            guard._span.before = current._span
         if wanted.mode is Mode.OFF:
             return guard
         _state["guard"] = guard

@@ -11,10 +11,20 @@ import torch
 
 __all__ = ["ForwardCaller", "caller", "inside_function", "mark_outer_forward", "writer"]
 
+
+def _working_directory() -> str | None:
+    try:
+        return os.getcwd()  # noqa: PTH109 - as text
+    except OSError:  # it was removed
+        return None
+
+
 _PACKAGE = Path(__file__).resolve().parent
 _EXAMPLES = _PACKAGE / "examples"
 _CALL_MODULE: CodeType = torch.nn.Module._call_impl.__code__
 _OURS, _OPACUS, _TORCH, _USERS = range(4)
+_START = _working_directory()
+"""One for all that is shown, wherever the program goes: a line has one name."""
 _FRAMES_OF_A_HOOK = 4
 """Those of a forward hook of ours, at least: to ask a frame for its code is to make an object."""
 _FRAMES_OF_A_CALL = 3
@@ -51,13 +61,13 @@ def _look_up(filename: str) -> int:
 
 
 def _show(frame: FrameType) -> str:
-    """``file:line``, the file relative to the working directory where it lies below it."""
+    """``file:line``, the file relative to the directory of the start where it lies below it."""
     filename = frame.f_code.co_filename
     shown = _shown.get(filename)
     if shown is None:
         shown = filename
-        if not filename.startswith("<"):
-            relative = os.path.relpath(filename)
+        if _START is not None and not filename.startswith("<"):
+            relative = os.path.relpath(filename, _START)
             shown = filename if relative.startswith(os.pardir) else relative
         _shown[filename] = shown
     return f"{shown}:{frame.f_lineno}"

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from dpguard.callables import at_hand, closure_of
+from dpguard.identity import IdentityMap
 
 if TYPE_CHECKING:
     import torch
@@ -69,11 +70,9 @@ TORCH_OLDEST = "2.6"
 
 
 def _release(version: str) -> tuple[int, ...]:
-    numbers: list[int] = []
-    for part in version.partition("+")[0].split("."):
-        digits = "".join(ch for ch in part if ch.isdigit())
-        numbers.append(int(digits) if digits else 0)
-    return tuple(numbers)
+    """The numbers of a release, without what tells its builds apart (``rc1``, ``.post1``)."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, found[0].split("."))) if found else (0,)
 
 
 def installed_version(distribution: str) -> str:
@@ -976,7 +975,17 @@ def _is_of_opacus(found: Any) -> bool:
     return str(getattr(_code(found), "__module__", "")).startswith("opacus.")
 
 
-_is_of_opacus_class = functools.lru_cache(maxsize=64)(_is_of_opacus)
+_of_opacus: IdentityMap[bool] = IdentityMap()
+"""What was asked of methods of classes; weakly, since one that is wrapped has the guard at hand."""
+
+
+def _is_of_opacus_class(found: Any) -> bool:
+    found = getattr(found, "fget", found)  # nothing refers weakly to a property
+    known = _of_opacus.get(found)
+    if known is None:
+        known = _is_of_opacus(found)
+        _of_opacus[found] = known
+    return known
 
 
 def is_opacus_method(optimizer: Any, name: str) -> bool:
@@ -987,7 +996,7 @@ def is_opacus_method(optimizer: Any, name: str) -> bool:
     found = _of_class(type(optimizer), name)
     try:
         return _is_of_opacus_class(found)
-    except TypeError:  # it has no hash
+    except TypeError:  # nothing refers weakly to it
         return _is_of_opacus(found)
 
 

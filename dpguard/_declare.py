@@ -147,7 +147,7 @@ def rows(
     *,
     group_size: int | None = None,
     ids: torch.Tensor | Sequence[int] | None = None,
-    layout: Literal["interleaved", "blocks"] = "interleaved",
+    layout: Literal["interleaved", "blocks"] | None = None,
 ) -> _Rows:
     """Declare, round the forward and the backward of a batch, whose rows are whose.
 
@@ -184,10 +184,11 @@ def rows(
         arrangement: ``"concat"`` or nothing.
         group_size: rows of each person, at least 1.
         ids: person of each row, of shape ``(B,)``.
-        layout: order of the rows of ``group_size``.
+        layout: order of the rows of ``group_size``, ``"interleaved"`` unless it is given.
 
     Raises:
-        TypeError: none or several of the three are given, or ``group_size`` is no whole number.
+        TypeError: none or several of the three are given, ``group_size`` is no whole number, or
+            ``layout`` is given without it.
         ValueError: a value is not one of the valid ones.
         PrivacyViolation: in the backward, if the number of rows does not fit the declaration.
 
@@ -212,9 +213,12 @@ def rows(
             ) from None
         if group_size < 1:
             raise ValueError(f"rows: group_size must be 1 or more, not {group_size}")
-    if layout not in _LAYOUTS:
+    if layout is not None and layout not in _LAYOUTS:
         raise ValueError(f"rows: layout must be one of {', '.join(_LAYOUTS)}, not {layout!r}")
-    return _Rows(arrangement, group_size, ids, layout)
+    if layout is not None and group_size is None:
+        other = "ids" if arrangement is None else repr(arrangement)
+        raise TypeError(f"rows: layout is the order of the rows of group_size, not of {other}")
+    return _Rows(arrangement, group_size, ids, layout or _LAYOUTS[0])
 
 
 def declared_of(drawn: int) -> tuple[int, Grouping | None]:

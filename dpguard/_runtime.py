@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from dpguard import _compat
@@ -118,6 +120,8 @@ class Runtime:
         self._transaction = Transaction()
         self._intervened = 0
         self._violated = 0
+        self._ending = threading.RLock()
+        self._ended = False
 
     def _attached(self, optimizer: Any, hook: Any) -> None:
         try:
@@ -175,8 +179,10 @@ class Runtime:
         try:
             skipped = self._apply()
         except BaseException as error:
-            self._transaction.rollback()
-            self._record_failure(error)
+            try:
+                self._transaction.rollback()
+            finally:
+                self._record_failure(error)
             raise
         for cls in skipped:
             self.journal.write(
@@ -208,7 +214,7 @@ class Runtime:
 
     def _apply(self) -> list[str]:
         detach.install(
-            self._transaction, self.ledger, lambda error: self.report_internal("detach", error)
+            self._transaction, self.ledger, partial(_weakly(self.report_internal), "detach")
         )
         if self._losses is not None:
             self._losses.install(self._transaction)
@@ -232,7 +238,7 @@ class Runtime:
         self._loading.install(self._transaction)
         if self.settings.mode.changes_the_host:
             empty_batches.install(self._transaction)
-        sampling.install(self._transaction, self.accounting)
+        sampling.install(self._transaction, self.accounting, _weakly(self.report_internal))
         wrapper_writes.install(self._transaction, self._verdicts, _weakly(self.report_internal))
         return skipped
 
@@ -240,13 +246,42 @@ class Runtime:
         found = self.grad_sample.find(hooks)
         return found if isinstance(found, GhostPairing) else None
 
+    @property
+    def is_patched(self) -> bool:
+        """Whether something is left to be undone."""
+        return bool(self._transaction.targets)
+
     def uninstall(self) -> None:
-        """Undo all patches and close the log."""
-        self.flush()
+        """Undo all patches and close the log; after an interruption, what is left to be done."""
+        with self._ending:
+            try:
+                self._attempt(self.flush)
+            finally:
+                self._restore()
+
+    def _attempt(self, function: Callable[[], Any]) -> Any:
+        """What fails is an error of ours; all else has to be undone nevertheless."""
         try:
-            restored = self._transaction.rollback()
+            return function()
+        except Exception as error:  # noqa: BLE001 - the host is to be as it was
+            let_through(error)
+            self.report_internal("uninstall", error)
+            return None
+
+    def _restore(self) -> None:
+        restored: list[tuple[str, bool]] = []
+        try:
+            restored = self._attempt(self._transaction.rollback) or []
         finally:
             self.optimizer.stop()
+            if not (self.is_patched or self._ended):
+                self._ended = True
+                try:
+                    self._say_end(restored)
+                finally:
+                    self.journal.close()
+
+    def _say_end(self, restored: list[tuple[str, bool]]) -> None:
         for target, whole in restored:
             self.journal.write(_removed(target, whole=whole))
         self.journal.write(
@@ -255,9 +290,9 @@ class Runtime:
                 steps=self.auditor.steps,
                 interventions=self._intervened,
                 violations=self._violated,
+                parts_off=self.parts_off,
             )
         )
-        self.journal.close()
 
     def _run_started(self) -> RunStarted:
         settings = self.settings
@@ -301,6 +336,11 @@ class Runtime:
         )
         if os.environ.get("DPGUARD_RAISE_INTERNAL") == "1":
             raise error
+
+    @property
+    def parts_off(self) -> tuple[str, ...]:
+        """The parts that are off for that reason."""
+        return tuple(dict.fromkeys(part for part, _ in self.internal_errors))
 
     def flush(self) -> None:
         """Wait for all figures that are on their way from the device."""

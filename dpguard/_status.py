@@ -22,6 +22,8 @@ class Status:
         steps: logical steps that were taken.
         interventions: how many interventions are remembered.
         violations: how many violations are remembered.
+        parts_off: parts that an internal error of dpguard has switched off: training goes on
+            without what they do, in ``strict`` as well.
     """
 
     state: str
@@ -33,3 +35,4 @@ class Status:
     steps: int
     interventions: int
     violations: int
+    parts_off: tuple[str, ...] = ()

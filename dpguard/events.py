@@ -124,6 +124,7 @@ class RunEnded(Event):
     steps: int = _marked(DataClass.DERIVED, "dpguard.steps", default=0)
     interventions: int = _marked(DataClass.CODE, "dpguard.interventions", default=0)
     violations: int = _marked(DataClass.CODE, "dpguard.violations", default=0)
+    parts_off: tuple[str, ...] = _marked(DataClass.CODE, "dpguard.parts_off", default=())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,28 @@ defines ``__eq__`` has no hash, and two of its objects may be equal.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar, overload
 
-__all__ = ["IdentityMap", "IdentitySet"]
+__all__ = ["GONE", "IdentityMap", "IdentitySet", "weakly"]
+
+GONE: Any = object()
+"""Stands for an object that lives no more."""
 
 _T = TypeVar("_T")
 _D = TypeVar("_D")
+
+
+def weakly(found: Any) -> Callable[[], Any]:
+    """What gives ``found`` as long as it lives, then ``GONE``, and does not keep it alive.
+
+    What cannot be referred to weakly (``None``, numbers, lists, objects with slots) is kept.
+    """
+    try:
+        reference = weakref.ref(found)
+    except TypeError:
+        return lambda: found
+    return lambda: GONE if (living := reference()) is None else living
 
 
 class _Reference(weakref.ref[Any]):

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from dpguard.interrupts import let_through
+
 __all__ = ["ABSENT", "Patch", "Transaction", "is_instance", "living"]
 
 ABSENT: Any = object()
@@ -111,17 +113,21 @@ class Transaction:
         """Undo everything, last first; say of each target whether it was restored.
 
         A step that fails does not keep the others from being undone; the first failure is
-        raised when all have had their turn.
+        raised when all have had their turn. A step that is interrupted is undone by the next call.
         """
         results: list[tuple[str, bool]] = []
         failure: BaseException | None = None
         while self._undo:
-            target, undo = self._undo.pop()
+            target, undo = self._undo[-1]
+            whole = False
             try:
-                results.append((target, undo() is not False))
+                whole = undo() is not False
             except Exception as error:  # noqa: BLE001 - the others must be undone first
+                let_through(error)
                 failure = failure or error
-                results.append((target, False))
+            if self._undo and self._undo[-1][1] is undo:  # else a handler of a signal has gone on
+                self._undo.pop()
+            results.append((target, whole))
         if failure is not None:
             raise failure
         return results

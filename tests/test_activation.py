@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
 import json
 import os
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import types
+import weakref
 from pathlib import Path
 
 import opacus.grad_sample
@@ -25,7 +28,7 @@ from torch.nn import functional as F
 from truth import assert_rows_equal, plain_copy, rows_of
 
 import dpguard
-from dpguard import _compat
+from dpguard import _compat, patching
 from dpguard._status import Status
 from dpguard.patching import Transaction
 
@@ -134,8 +137,6 @@ def changes(before, after):
 @pytest.fixture
 def unchanged():
     """At the end of the test every patched owner holds what it held at the start."""
-    import gc
-
     gc.collect()  # classes that other tests made and left
     known = owners()
     before = held(known)
@@ -278,7 +279,122 @@ def test_context_manager_round_an_uninstall(unchanged):
         guard.uninstall()
 
 
+def test_a_block_inside_of_a_block(unchanged):
+    """With the same settings there is one guard, which ends with the outermost block."""
+    with dpguard.install(mode="repair") as outer:
+        with dpguard.install(mode="repair") as inner, inner:
+            assert inner is outer
+        assert dpguard.active() is outer
+        dpguard.install(mode="repair")
+        Training().step()
+    assert dpguard.active() is None
+
+
+def test_a_block_of_a_library_inside_of_a_guard(unchanged):
+    """A guard that was installed outside of the block outlives it."""
+    guard = dpguard.install(mode="repair")
+    with dpguard.install(mode="repair"):
+        pass
+    assert dpguard.active() is guard
+    Training().step()
+    with dpguard.install(mode="repair"):
+        guard.uninstall()
+        assert dpguard.active() is None
+    assert dpguard.active() is None
+
+
+@pytest.mark.parametrize("inside", ["strict", "observe", "off"])
+def test_a_block_with_other_settings(unchanged, inside):
+    """What it replaces is installed anew at its end, and ends with its own block."""
+    with dpguard.install(mode="repair") as outer:
+        with dpguard.install(mode=inside) as inner:
+            assert outer.status().state == "uninstalled"
+            with dpguard.install(mode="repair", audit_every=3) as innermost:
+                assert dpguard.active() is innermost
+            again = dpguard.active()
+            assert (again is None) if inside == "off" else again.settings == inner.settings
+        again = dpguard.active()
+        assert again is not outer
+        assert again.settings == outer.settings
+        Training().step()
+        assert (outer.status().steps, again.status().steps) == (0, 1)
+    assert dpguard.active() is None
+    assert again.status().state == "uninstalled"
+
+
+def test_what_was_uninstalled_does_not_come_back(unchanged):
+    """Neither at the end of a block in which it was, nor after it has come back once."""
+    first = dpguard.install(mode="repair")
+    with dpguard.install(mode="strict"):
+        first.uninstall()
+    assert dpguard.active() is None
+    first = dpguard.install(mode="repair")
+    with dpguard.install(mode="strict"):
+        pass
+    assert dpguard.active().settings == first.settings
+    first.uninstall()
+    assert dpguard.active() is None
+
+
+def test_what_cannot_come_back_is_said(unchanged, monkeypatch, capfd):
+    """A guard that cannot be installed anew is an error of the block in ``strict`` only."""
+    for mode in ("repair", "strict"):
+        dpguard.install(mode=mode)
+        refused = contextlib.nullcontext()
+        if mode == "strict":
+            refused = pytest.raises(dpguard.DPGuardError, match=r"in the middle.*strict refuses")
+        with monkeypatch.context() as patched, refused, dpguard.install(mode="observe"):
+            fail_at(patched, 7)
+        assert dpguard.active().status().state == "unguarded"
+        assert ("training runs unguarded" in capfd.readouterr().err) is (mode == "repair")
+        dpguard.active().uninstall()
+
+
+@pytest.mark.parametrize("settings", [{}, {"DPGUARD": "repair"}])
+def test_a_block_of_a_library_under_the_import(settings):
+    """What ``import dpguard`` or the environment has activated outlives every block."""
+    done = run(
+        PROGRAM
+        + """
+        import dpguard, opacus
+        first = dpguard.active()
+        with dpguard.install(mode="repair") as guard:
+            assert guard is first
+        assert dpguard.active() is first
+        with dpguard.install(mode="strict"):
+            pass
+        assert dpguard.active().status().mode == "repair"
+        check()
+        """.replace("\n        ", "\n"),
+        **settings,
+    )
+    assert output(done) == ["guarded"]
+
+
 # -- modes --------------------------------------------------------------------------------------------
+
+
+def test_uninstall_while_opacus_is_imported():
+    """Another thread may uninstall in the middle of an activation: nothing stays patched."""
+    done = run(
+        """
+        import threading, dpguard, dpguard._compat as compat
+
+        guard = dpguard.active()
+        original = compat.unsupported
+
+        def uninstall_elsewhere():
+            thread = threading.Thread(target=guard.uninstall)
+            thread.start()
+            thread.join()
+            return original()
+
+        compat.unsupported = uninstall_elsewhere
+        import opacus, torch
+        print(guard.status().state, dpguard.active(), type(torch.Tensor.detach).__name__)
+        """
+    )
+    assert output(done) == ["uninstalled", "None", "method_descriptor"]
 
 
 def test_off_patches_nothing(unchanged):
@@ -355,6 +471,20 @@ def test_younger_models_and_optimizers_after_uninstall(unchanged, how):
         training.step()
 
 
+def test_nothing_of_a_guard_outlives_it(unchanged):
+    """Its working parts are gone once it is, the guard that trained included."""
+    guard = dpguard.install(mode="repair")
+    training = Training()
+    training.step()
+    guard.uninstall()
+    reference = weakref.ref(guard._runtime)
+    del guard
+    gc.collect()
+    assert reference() is None
+    training.optimizer.zero_grad()
+    training.step(no_grad)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_hooks_of_an_older_model_are_restored(unchanged, mode):
     """The hooks of each module are the same objects in the same order as before."""
@@ -385,6 +515,50 @@ def test_uninstall_between_forward_and_backward(unchanged):
     training.optimizer.step()
     training.optimizer.zero_grad()
     training.step(no_grad)
+
+
+def test_uninstall_restores_whatever_else_fails(unchanged, monkeypatch, tmp_path):
+    """Figures that cannot be had are an error of ours: all is restored, and the log is closed."""
+    monkeypatch.delenv("DPGUARD_RAISE_INTERNAL")
+    guard = dpguard.install(mode="repair", log_dir=tmp_path, run_id="run")
+    Training().step()
+    with monkeypatch.context() as patched:
+        patched.setattr(guard._runtime.auditor, "flush", lambda: 1 / 0)
+        guard.uninstall()
+    assert (guard.status().state, dpguard.active()) == ("uninstalled", None)
+    assert [part for part, _ in guard.internal_errors] == ["uninstall"]
+    lines = next((tmp_path / "run").iterdir()).read_text().splitlines()
+    assert json.loads(lines[-1])["event_name"] == "dpguard.run.ended"
+
+
+@pytest.mark.parametrize("where", ["flush", "patches", "log"])
+@pytest.mark.parametrize("again", ["uninstall", "install"])
+def test_uninstall_that_is_interrupted(unchanged, monkeypatch, again, where):
+    """After Ctrl-C the next call does the rest, and a new guard guards."""
+    guard = dpguard.install(mode="repair")
+    runtime = guard._runtime
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        if where == "flush":
+            patched.setattr(runtime.auditor, "flush", interrupt)
+        elif where == "log":
+            patched.setattr(runtime.journal, "close", interrupt)
+        else:
+            patched.setattr(patching, "own_attribute", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            guard.uninstall()
+        assert dpguard.active() is guard
+    if again == "install":
+        fresh = dpguard.install(mode="repair")
+        assert fresh is not guard
+        Training().step()
+    else:
+        guard.uninstall()
+        assert dpguard.active() is None
+    assert guard.status().state == "uninstalled"
 
 
 # -- failing half-way --------------------------------------------------------------------------------------
@@ -452,6 +626,28 @@ def test_strict_does_not_go_on_when_activation_fails(unchanged, monkeypatch):
     assert dpguard.active() is None
 
 
+def test_activation_that_fails_and_is_interrupted(unchanged, monkeypatch):
+    """Ctrl-C while a failed activation is undone: what is left is undone all the same."""
+    original, own = Transaction.rollback, patching.own_attribute
+    interruptions = [KeyboardInterrupt()]
+
+    def interrupt_once(*args):
+        if interruptions:
+            raise interruptions.pop()
+        return own(*args)
+
+    def rollback(self):
+        patched.setattr(patching, "own_attribute", interrupt_once)
+        return original(self)
+
+    with monkeypatch.context() as patched:
+        fail_at(patched, 7)
+        patched.setattr(Transaction, "rollback", rollback)
+        with pytest.raises(KeyboardInterrupt):
+            dpguard.install(mode="repair")
+    assert dpguard.active() is None
+
+
 def test_activation_that_fails_while_adopting(unchanged, monkeypatch):
     """An error after the last patch undoes the adoption of models and optimizers too."""
     from dpguard.patches.optimizer.step import OptimizerPatch
@@ -491,6 +687,30 @@ def test_a_patch_of_somebody_else_on_top_stays(unchanged):
         assert guard.status().steps == 0
     finally:
         DPOptimizer.pre_step = original
+
+
+def test_wrappers_inside_of_those_of_somebody_else_are_inert(unchanged):
+    """After uninstall they neither note anything on new optimizers nor clear for them."""
+    guard = dpguard.install(mode="repair")
+    ours = {name: vars(DPOptimizer)[name] for name in ("__init__", "zero_grad")}
+    originals = {name: wrapper.__wrapped__ for name, wrapper in ours.items()}
+
+    def around(wrapper):
+        return lambda self, *args, **kwargs: wrapper.__get__(self, type(self))(*args, **kwargs)
+
+    try:
+        for name, wrapper in ours.items():
+            setattr(DPOptimizer, name, around(wrapper))
+        guard.uninstall()
+        training = Training()
+        assert [name for name in vars(training.optimizer) if "dpguard" in name] == []
+        training.step(no_grad)
+        parameter = training.optimizer.params[0].requires_grad_(False)
+        training.optimizer.zero_grad()
+        assert parameter.grad_sample is not None
+    finally:
+        for name, original in originals.items():
+            setattr(DPOptimizer, name, original)
 
 
 # -- import orders -----------------------------------------------------------------------------------------
@@ -735,6 +955,22 @@ def test_another_opacus(fake_opacus, mode, version, first):
     (line,) = done.stderr.splitlines()
     assert f"Opacus {version} is not supported (requested 1.0.2 to 1.6.0)" in line
     assert "training runs unguarded" in line
+
+
+@pytest.mark.parametrize(
+    ("version", "numbers"),
+    [
+        ("1.6.0", (1, 6, 0)),
+        ("1.6.0rc1", (1, 6, 0)),
+        ("1.6.0.post1", (1, 6, 0)),
+        ("2.6.0a0+git1234", (2, 6, 0)),
+        ("2.13.0.dev20261101+cpu", (2, 13, 0)),
+        ("unknown", (0,)),
+    ],
+)
+def test_builds_of_a_release(version, numbers):
+    """Candidates and corrected builds of a release are that release."""
+    assert _compat._release(version) == numbers
 
 
 @pytest.mark.parametrize("first", ["dpguard", "opacus"])

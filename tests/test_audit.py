@@ -25,6 +25,8 @@ from dpguard._settings import Settings
 from dpguard.audit import collector, coverage
 from dpguard.audit.check import Failure, Step
 from dpguard.audit.collector import Collector, finite_flags
+from dpguard.audit.moved import Moved
+from dpguard.audit.noise import Noise
 from dpguard.audit.steps import StepAuditor
 from dpguard.events import CheckCount
 from dpguard.noted.ledger import Ledger
@@ -854,6 +856,46 @@ def test_an_internal_error_is_said_once_and_training_goes_on(monkeypatch, capfd)
     assert len(said) == 1
     assert "'audit'" in said[0]
     assert guard.status().steps == 1, "the part is off from then on"
+    assert guard.status().parts_off == ("audit",)
+    assert "parts_off=audit" in repr(guard)
+
+
+def test_the_log_ends_with_the_parts_that_are_off(monkeypatch, tmp_path):
+    """Nobody who reads its last line takes a training for audited that was not."""
+    monkeypatch.delenv("DPGUARD_RAISE_INTERNAL", raising=False)
+    with dpguard.install(mode="strict", log_dir=tmp_path) as guard:
+        with monkeypatch.context() as broken:
+            broken.setattr(coverage, "examine", lambda *_: 1 / 0)
+            Training().step()
+        assert guard.status().parts_off == ("audit",)
+    assert events(tmp_path, "dpguard.run.ended")[0]["dpguard.parts_off"] == ["audit"]
+
+
+def test_an_error_of_ours_after_a_refusal_leaves_the_refusal(monkeypatch):
+    """Who has to forget the step, and fails, is switched off; the user gets what was raised."""
+    monkeypatch.delenv("DPGUARD_RAISE_INTERNAL", raising=False)
+    monkeypatch.setattr(Moved, "forget", lambda *_: 1 / 0)
+    with dpguard.install(mode="repair") as guard:
+        training = Training()
+        for _ in range(2):
+            training.backward()
+            weight = training.model.body[0].weight
+            weight.grad_sample = weight.grad_sample[:3]
+            with pytest.raises(dpguard.DPGuardError, match="rows"):
+                training.optimizer.step()
+        training.step()
+    assert [part for part, _ in guard.internal_errors] == ["Moved"]
+
+
+def test_what_is_found_in_noise_while_it_is_drawn_is_refused(monkeypatch):
+    """As what is found anywhere else."""
+    found = [Failure("noise.scale", diagnosis.NOISE_MISSING)]
+    monkeypatch.setattr(Noise, "noise_drawn", lambda *_: found)
+    with dpguard.install(mode="repair") as guard:
+        training = Training(sigma=1.0)
+        with pytest.raises(dpguard.PrivacyViolation):
+            training.step()
+        assert causes(guard) == [diagnosis.NOISE_MISSING]
 
 
 def test_an_error_in_the_users_step_hook_is_the_users(guard):

@@ -11,6 +11,8 @@ import torch
 from opacus import GradSampleModule
 from torch import nn
 
+from dpguard import _callsite
+
 pytestmark = pytest.mark.usefixtures("guard")
 
 
@@ -163,3 +165,17 @@ def test_a_thread_without_any_line_of_a_user(guard):
         time.sleep(0.01)
     assert len(calls) == 3
     assert sites(guard) == {None}
+
+
+def test_a_line_has_one_name_wherever_the_program_goes(guard, monkeypatch, tmp_path):
+    """Whether its file was seen before the working directory changed or after."""
+    model, x, calls = GradSampleModule(Nested()), torch.ones(2, 3), guard._runtime.ledger.open_calls
+    names = []
+    for folder in (None, tmp_path):
+        if folder is not None:
+            monkeypatch.chdir(folder)
+        _callsite._shown.clear()
+        one(model, x)
+        names.append(sites(guard))
+        calls.clear()
+    assert names[0] == names[1]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import gc
 import json
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from torch import nn
 
 import dpguard
 from dpguard import _compat, diagnosis
-from dpguard.audit.accounting import RATE, SAMPLING, SIGMA, STEPS
+from dpguard.audit.accounting import RATE, SAMPLING, SIGMA, STEPS, Accounting
 
 DATA = torch.utils.data.TensorDataset(torch.randn(60, 6), torch.arange(60) % 5)
 MODERN = hasattr(RDPAccountant(), "history")
@@ -105,6 +107,35 @@ def test_a_healthy_run(kind):
         due = epsilon(guard, training)
         assert due == pytest.approx(training.engine.get_epsilon(1e-5))
         assert due > 0
+
+
+def test_a_hook_of_the_trainer_keeps_nothing_alive(guard):
+    """It has the trainer at hand, and the trainer the optimizer."""
+
+    class Trainer:
+        def __init__(self):
+            self.training = Training()
+            self.training.optimizer.attach_step_hook(self.on_step)
+
+        def on_step(self, _):
+            pass
+
+    trainer = Trainer()
+    trainer.training.epoch()
+    references = weakref.ref(trainer), weakref.ref(trainer.training.optimizer)
+    del trainer
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
+
+
+@pytest.mark.parametrize("told", ["prepared", "drawn"])
+def test_an_error_of_ours_while_a_batch_is_drawn(monkeypatch, told):
+    """Loaders are made and deliver all the same."""
+    monkeypatch.delenv("DPGUARD_RAISE_INTERNAL", raising=False)
+    monkeypatch.setattr(Accounting, told, lambda *_: 1 / 0)
+    with dpguard.install(mode="repair") as guard:
+        Training().epoch()
+        assert [part for part, _ in guard.internal_errors] == ["sampling"]
 
 
 @needs_ghost

@@ -670,6 +670,16 @@ def test_ghost_clipping_in_low_precision(dtype):
 
 
 @needs_ghost
+def test_an_error_of_ours_while_factors_are_asked_for(monkeypatch):
+    """The backward of the host goes on."""
+    monkeypatch.delenv("DPGUARD_RAISE_INTERNAL", raising=False)
+    monkeypatch.setattr(clip_module.Clip, "_trial", lambda *_: 1 / 0)
+    with dpguard.install(mode="repair") as guard:
+        ghost_training().run(2)
+        assert [part for part, _ in guard.internal_errors] == ["ghost_clip"]
+
+
+@needs_ghost
 @pytest.mark.parametrize("how", ["instance", "class"])
 @pytest.mark.parametrize("factors", [stock_factors, normalising_factors, half_factors])
 def test_sound_clip_factors_of_the_users_own(factors, how):

@@ -75,6 +75,24 @@ def test_healthy_steps_pass(guard, dtype, reduction):
     assert guard.last_step.checks["conservation"].passed == 9
 
 
+def test_a_backward_that_failed_keeps_no_later_one_from_being_compared(guard):
+    """An error in the middle of a first backward costs that batch and no more."""
+    model, optimizer, criterion, loader = private(Model())
+    train(model, optimizer, criterion, loader)
+
+    def fail(_):
+        raise RuntimeError("out of memory")
+
+    handle = model._module.embed.weight.register_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(model, optimizer, criterion, loader)
+    handle.remove()
+    train(model, optimizer, criterion, loader)
+    guard.flush()
+    assert violations(guard) == ()
+    assert guard.last_step.checks["conservation"].passed == 9
+
+
 @pytest.mark.skipif(not DOUBLE_EMBEDDING, reason="this Opacus cannot train it in half precision")
 def test_sums_in_low_precision_are_no_faults():
     """Torch adds up gradients of norms and embeddings in the precision of their parameters."""

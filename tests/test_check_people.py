@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import itertools
 import json
@@ -21,7 +22,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import dpguard
 from dpguard import diagnosis
+from dpguard._settings import Mode
+from dpguard.identity import IdentityMap
+from dpguard.noted.deliveries import Deliveries, Delivery, Iteration
 from dpguard.noted.grouping import grouping_of
+from dpguard.patches.optimizer.signals import Signals
+from dpguard.verdicts import Verdicts
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
 
@@ -924,6 +930,8 @@ def test_two_optimizers_read_the_same_declaration(guard):
         (lambda: dpguard.rows(group_size=0), ValueError, "1 or more"),
         (lambda: dpguard.rows(group_size="2"), TypeError, "whole number"),
         (lambda: dpguard.rows(group_size=2, layout="rows"), ValueError, "interleaved, blocks"),
+        (lambda: dpguard.rows("concat", layout="blocks"), TypeError, "layout .* not of 'concat'"),
+        (lambda: dpguard.rows(ids=[0], layout="interleaved"), TypeError, "layout .* not of ids"),
     ],
 )
 def test_bad_values(call, error, words):
@@ -937,6 +945,13 @@ def test_bad_ids(guard, ids):
     """One whole number for each row."""
     with pytest.raises(ValueError, match="one whole number for each row"), dpguard.rows(ids=ids):
         pass
+
+
+def test_ids_of_nobody(guard):
+    """An empty batch has none, as a list or a tensor."""
+    for ids in ([], (), torch.zeros(0, dtype=torch.int64)):
+        with dpguard.rows(ids=ids):
+            pass
 
 
 class Copies(TorchDispatchMode):
@@ -1264,3 +1279,63 @@ def test_declared_rows_raise_no_alarm_in_other_checks(name):
         guard.flush()
         assert guard.violations == ()
         assert guard.internal_errors == ()
+
+
+# -- another thread draws ahead ----------------------------------------------------------------------
+
+
+class Owner:
+    """Stands for an optimizer."""
+
+
+class Fed(list):
+    """Something is added to it, as by another thread, whenever it is read or written."""
+
+    added = ()
+
+    def __getitem__(self, index):
+        return self.fed(super().__getitem__, index)
+
+    def __delitem__(self, index):
+        return self.fed(super().__delitem__, index)
+
+    def fed(self, do, index):
+        found = do(index)
+        added, self.added = self.added, ()
+        self.extend(added)
+        return found
+
+
+def made(number):
+    iteration = Iteration([], 0, counts=True, fills=False)
+    return [Delivery(iteration, 1, 1) for _ in range(number)]
+
+
+def test_what_is_delivered_while_others_are_dropped():
+    """It waits as those that were there."""
+
+    class Waiting(collections.deque):
+        def __iter__(self):
+            for found in super().__iter__():
+                self.append(made(1)[0])
+                yield found
+
+    deliveries, owner = Deliveries(), Owner()
+    reader = deliveries.reader(owner)
+    first, second, gone = made(3)
+    reader.pending = Waiting([first, second])
+    deliveries.drop(owner, [first, gone])
+    assert reader.pending.popleft() is second
+    assert not reader.pending
+
+
+def test_a_signal_that_comes_while_others_are_dropped():
+    """It stands at the end of the queue, and its batch with it."""
+    deliveries = made(3)
+    queue, tags = Fed([True, False]), deliveries[:2]
+    queue.added = [True]
+    verdicts = Verdicts(lambda _: None, Mode.REPAIR)
+    signals = Signals(IdentityMap(), Deliveries(), lambda _: (), verdicts)
+    signals._drop(Owner(), tags, queue, deliveries[:1])
+    assert list(queue) == [False, True]
+    assert tags == deliveries[1:2]

@@ -9,8 +9,9 @@ from releases import needs_ghost, needs_reshaping
 
 import dpguard
 from dpguard import diagnosis
+from dpguard.audit.check import Step
 from dpguard.audit.noise import SCALE
-from dpguard.audit.scaling import MATCHES, RATIOS
+from dpguard.audit.scaling import MATCHES, RATIOS, Scaling
 
 pytestmark = needs_reshaping
 
@@ -213,3 +214,21 @@ def test_batches_that_are_not_drawn_may_be_counted():
 def batches_of_two_sizes(data):
     order = [list(range(i % 7, i % 7 + 20 + i % 2)) for i in range(30)]
     return torch.utils.data.DataLoader(data, batch_sampler=order)
+
+
+class OnADevice:
+    """An optimizer whose learning rate is a tensor that the host cannot read without waiting."""
+
+    loss_reduction = "sum"
+
+    def __init__(self):
+        self.param_groups = [{"lr": torch.tensor(0.1, device="meta")} for _ in range(2)]
+
+
+def test_a_learning_rate_on_a_device_is_not_waited_for():
+    """It is not compared."""
+    check, optimizer = Scaling(), OnADevice()
+    for people in (8, 9, 8, 7):
+        step = Step(0, audited=True, optimizer="OnADevice", people=people, rates={0.1})
+        assert list(check.before_update(step, optimizer)) == []
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.1 * people, device="meta")

@@ -19,7 +19,15 @@ from torch import nn
 import dpguard
 from dpguard import diagnosis
 from dpguard.audit import update as update_module
-from dpguard.audit.update import BUFFERS, KEEP_EVERY, MOVES, OWNED, PRIVATE, STATISTICS
+from dpguard.audit.update import (
+    BUFFERS,
+    KEEP_EVERY,
+    MOVES,
+    OWNED,
+    PRIVATE,
+    STATISTICS,
+    Update,
+)
 from dpguard.patches.model import statistics
 
 pytestmark = [
@@ -500,6 +508,13 @@ def test_buffers_that_change_are_named_once(mode):
         assert guard.last_step.ok
 
 
+def test_buffers_are_named_for_each_model(guard):
+    """Folds of a cross-validation have models of the same names."""
+    for _ in range(2):
+        Training(Codebook).steps(2)
+    assert [v.cause for v in guard.violations] == [diagnosis.BUFFERS_CHANGE] * 2
+
+
 def test_buffers_that_stay(guard):
     """Nothing to say; neither of buffers that somebody changes between steps."""
     training = Training(lambda: Codebook(learns=False))
@@ -623,6 +638,20 @@ def test_spectral_norm_is_no_buffer_of_data(guard):
     assert BUFFERS not in {v.check for v in guard.violations}
 
 
+@pytest.mark.parametrize("clears", ["optimizer", "model"])
+def test_an_error_of_ours_while_gradients_are_cleared(monkeypatch, clears):
+    """The host's ``zero_grad`` goes on; the check is off."""
+    monkeypatch.delenv("DPGUARD_RAISE_INTERNAL", raising=False)
+    with dpguard.install(mode="repair") as guard:
+        training = Training()
+        training.step()
+        monkeypatch.setattr(Update, "_compare", lambda *_: 1 / 0)
+        (training.optimizer if clears == "optimizer" else training.called).zero_grad()
+        training.steps(2)
+        assert [part for part, _ in guard.internal_errors] == ["Update"]
+        assert guard.status().steps == 3
+
+
 # -- parameters that nobody owns, or that stay as they are ---------------------------------------------------
 
 
@@ -634,6 +663,13 @@ def test_parameters_that_no_optimizer_owns(guard):
     assert (violation.check, violation.cause) == (OWNED, diagnosis.NOT_OWNED)
     assert violation.parameters == ("2.weight", "2.bias")
     assert violation.severity.value == "WARNING"
+
+
+def test_parameters_that_no_optimizer_owns_are_named_for_each_model(guard):
+    """As those of the first model are."""
+    for _ in range(2):
+        Training(parameters=lambda m: list(m[0].parameters())).steps(3)
+    assert [v.cause for v in guard.violations] == [diagnosis.NOT_OWNED] * 2
 
 
 def test_models_with_optimizers_of_their_own(guard):

@@ -7,7 +7,7 @@ import gc
 import pytest
 
 from dpguard.audit.check import PerOwner
-from dpguard.identity import IdentityMap, IdentitySet
+from dpguard.identity import GONE, IdentityMap, IdentitySet, weakly
 
 
 class Equal:
@@ -69,6 +69,17 @@ def test_a_set_holds_objects_by_identity():
     assert (len(held), next(iter(held)) is other) == (1, True)
     del other
     assert list(held) == []
+
+
+def test_an_object_is_held_weakly():
+    """As long as it lives; one that no weak reference can be made to is kept."""
+    one = Equal()
+    held = weakly(one)
+    assert held() is one
+    del one
+    assert held() is GONE
+    assert weakly(None)() is None
+    assert weakly([1])() == [1]
 
 
 def test_what_a_check_knows_is_made_once_for_each():

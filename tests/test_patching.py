@@ -160,6 +160,40 @@ def test_a_step_that_fails_does_not_keep_the_others():
     assert transaction.targets == []
 
 
+def test_a_rollback_that_is_interrupted_goes_on():
+    """The step that Ctrl-C has hit, and those after it, are undone by the next call."""
+    owner = make()
+    before = held(owner)
+    transaction = Transaction()
+    interruptions = [KeyboardInterrupt()]
+
+    def interrupted():
+        if interruptions:
+            raise interruptions.pop()
+
+    transaction.patch(owner, "own", other)
+    transaction.on_undo("interrupted", interrupted)
+    transaction.patch(owner, "new", other)
+    with pytest.raises(KeyboardInterrupt):
+        transaction.rollback()
+    assert transaction.targets[1:] == ["interrupted"]
+    assert transaction.rollback()[0] == ("interrupted", True)
+    assert held(owner) == before
+
+
+def test_a_rollback_within_a_rollback():
+    """A signal handler that rolls back as well leaves nothing to the one that it has come upon."""
+    owner = make()
+    before = held(owner)
+    transaction = Transaction()
+    transaction.patch(owner, "own", other)
+    come = [True]
+    transaction.on_undo("nested", lambda: come.pop() and transaction.rollback() if come else None)
+    transaction.rollback()
+    assert transaction.targets == []
+    assert held(owner) == before
+
+
 def test_a_patch_that_fails_is_not_remembered():
     """What could not be set does not have to be put back."""
 

@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.update import KEEP_EVERY, KEEP_FIRST
-from dpguard.identity import IdentityMap
+from dpguard.identity import GONE, IdentityMap, weakly
 from dpguard.noted.row_state import UNKNOWN
 from dpguard.patches.optimizer.step_hooks import ACCOUNTED
-from dpguard.patching import ABSENT, living
+from dpguard.patching import living
 
 __all__ = ["RATE", "SAMPLING", "SIGMA", "STEPS", "Accounting"]
 
@@ -135,13 +135,13 @@ class _State:
     """What is known of one optimizer, and of the step that is under way.
 
     Attributes:
-        hook: the step hook that was looked at last.
+        hook: the step hook that was looked at last, weakly: it may have the optimizer at hand.
         accountants: those that have to be told of each step.
         others: those that the hook has at hand, which may be told by it.
         book: the one that was compared last with those in which earlier steps of the model stand.
     """
 
-    hook: Any = ABSENT
+    hook: Callable[[], Any] = lambda: GONE
     accountants: list[_Told] = field(default_factory=list)
     others: list[_Told] = field(default_factory=list)
     book: _Book | None = None
@@ -178,7 +178,7 @@ class Accounting(Check):
     def attached(self, optimizer: Any, hook: Any) -> None:
         """A step hook was attached."""
         state = self._states.of(optimizer)
-        state.hook = hook
+        state.hook = weakly(hook)
         self._learn(state, hook)
 
     def prepared(self, engine: Any, sampler: Any, dataset: Any) -> None:
@@ -307,8 +307,8 @@ class Accounting(Check):
     def _know(self, state: _State, optimizer: Any) -> None:
         """Learn which accountants the step hook tells, and which it should tell."""
         hook = getattr(optimizer, "step_hook", None)
-        if hook is not state.hook:
-            state.hook = hook
+        if hook is not state.hook():
+            state.hook = weakly(hook)
             self._learn(state, hook)
         state.had = state.had or bool(state.accountants) or hasattr(optimizer, ACCOUNTED)
 

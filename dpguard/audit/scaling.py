@@ -19,7 +19,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpguard import diagnosis
+from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.noise import SCALE
 
@@ -108,7 +108,7 @@ class Scaling(Check):
         return max(state.matches, state.late) >= MATCHES
 
     def _learns_by_people(self, state: _Divided, step: Step, optimizer: Any) -> bool:
-        rates = [group.get("lr") for group in optimizer.param_groups]
+        rates = [_compat.plain_number(group.get("lr")) for group in optimizer.param_groups]
         if len(rates) != len(state.rates):
             state.rates = [Ratios() for _ in rates]
         drawn = bool(step.rates)

@@ -246,8 +246,12 @@ class StepAuditor:
         step = self._steps.get(optimizer)
         if step is not None:
             self._begin(optimizer, step.number)
-            for _, forget in self._hooks["forget"]:
-                forget(optimizer)
+            for check, forget in self._hooks["forget"]:
+                try:
+                    forget(optimizer)
+                except Exception as error:  # noqa: BLE001 - what the step raised goes on
+                    let_through(error)
+                    self._switch_off(check, error)
 
     # -- asked by the guard --------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ import torch
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Receiver, Step
 from dpguard.audit.turns import Turns
+from dpguard.interrupts import let_through
 from dpguard.noted.ledger import Ledger
 from dpguard.noted.row_state import ParameterState, awaits_its_step, sample_of
 from dpguard.patches.optimizer.lean import Clipping
@@ -78,12 +79,21 @@ class Update(Check):
         ledger.before_clearing = self._before_clearing
         self._optimizers = PerOwner(lambda _: _Watched())
         self._mine = _Mine()
+        self._broken: Exception | None = None
+        """An error of our own while gradients were cleared."""
         self._chosen = Turns()
-        self._named: set[tuple[str, str]] = set()
+        self._named: PerOwner[set[tuple[str, str]]] = PerOwner(lambda _: set())
+        """For each optimizer what was said of the models that it trains."""
 
     def stop(self) -> None:
         """Nothing is looked at when gradients are cleared."""
         self._ledger.before_clearing = None
+
+    def _raise_broken(self) -> None:
+        """Where the auditor switches off what fails; who clears gradients is the host."""
+        broken, self._broken = self._broken, None
+        if broken is not None:
+            raise broken
 
     # -- changes by hand ---------------------------------------------------------------------------
 
@@ -99,11 +109,13 @@ class Update(Check):
 
     def cleared(self, step: Step, optimizer: Any) -> Failures:
         """Gradients are about to be cleared; what was found then is told."""
+        self._raise_broken()
         if self._mine.pending:
             self._tell(step)
         return ()
 
     def _look(self, step: Step) -> None:
+        self._raise_broken()
         step.run(PRIVATE)
         self._compare(step.parameters, step.states)
         if self._mine.pending:
@@ -111,8 +123,13 @@ class Update(Check):
 
     def _before_clearing(self, parameters: Sequence[torch.Tensor]) -> None:
         # Whoever runs the parts of a step by hand has clipped and noised what is in p.grad by now.
-        raw = [p for p in parameters if not awaits_its_step(p)]
-        self._compare(raw, map(self._ledger.known, raw))
+        try:
+            raw = [p for p in parameters if not awaits_its_step(p)]
+            self._compare(raw, map(self._ledger.known, raw))
+        except Exception as error:  # noqa: BLE001 - the host goes on without this check
+            let_through(error)
+            self.stop()
+            self._broken = error
 
     def _compare(
         self, parameters: Iterable[torch.Tensor], states: Iterable[ParameterState | None]
@@ -187,10 +204,10 @@ class Update(Check):
         if batches.normalised:
             failures += self._statistics(step)
         if batches.buffers or batches.compared:
-            failures += self._buffers(step)
+            failures += self._buffers(step, optimizer)
         if watched.steps == 1 or watched.steps % KEEP_EVERY == KEEP_EVERY - 1:
             step.run(OWNED, count=1)
-            failures += self._owned(step)
+            failures += self._owned(step, optimizer)
         return failures
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
@@ -210,17 +227,24 @@ class Update(Check):
         found = self._ledger.batches.normalised.take(_trained_by(step))
         return [Failure(STATISTICS, diagnosis.BATCH_STATISTICS, modules=found)] if found else []
 
-    def _buffers(self, step: Step) -> list[Failure]:
+    def _buffers(self, step: Step, optimizer: Any) -> list[Failure]:
         batches, mine = self._ledger.batches, _trained_by(step)
         for names, moved in batches.compared.take(mine):
-            step.collect((BUFFERS,), moved, functools.partial(self._moved, names))
-        return self._once(BUFFERS, diagnosis.BUFFERS_CHANGE, batches.buffers.take(mine))
+            receive = functools.partial(self._moved, weakref.ref(optimizer), names)
+            step.collect((BUFFERS,), moved, receive)
+        found = batches.buffers.take(mine)
+        return self._once(optimizer, BUFFERS, diagnosis.BUFFERS_CHANGE, found)
 
-    def _moved(self, names: tuple[str, ...], values: list[float]) -> list[Failure]:
+    def _moved(
+        self, reference: weakref.ref[Any], names: tuple[str, ...], values: list[float]
+    ) -> list[Failure]:
         found = [name for name, moved in zip(names, values, strict=True) if moved]
-        return self._once(BUFFERS, diagnosis.BUFFERS_CHANGE, found)
+        optimizer = reference()
+        if optimizer is None:
+            return []
+        return self._once(optimizer, BUFFERS, diagnosis.BUFFERS_CHANGE, found)
 
-    def _owned(self, step: Step) -> list[Failure]:
+    def _owned(self, step: Step, optimizer: Any) -> list[Failure]:
         """Whether somebody owns the rest of the models of which this optimizer trains a part.
 
         Other models may have optimizers that are not made yet. Opacus gives ``summed_grad`` to the
@@ -233,7 +257,7 @@ class Update(Check):
             and not hasattr(parameter, "summed_grad")
             and self._took_part(parameter)
         ]
-        return self._once(OWNED, diagnosis.NOT_OWNED, found)
+        return self._once(optimizer, OWNED, diagnosis.NOT_OWNED, found)
 
     def _took_part(self, parameter: torch.Tensor) -> bool:
         """Whether it has rows or, in ghost clipping, a clipped sum that no step has taken."""
@@ -243,9 +267,10 @@ class Update(Check):
             return not note.is_empty
         return getattr(parameter, "grad_sample", None) is not None
 
-    def _once(self, check: str, cause: str, names: Sequence[str]) -> list[Failure]:
-        new = tuple(name for name in names if (check, name) not in self._named)
-        self._named.update((check, name) for name in new)
+    def _once(self, optimizer: Any, check: str, cause: str, names: Sequence[str]) -> list[Failure]:
+        named = self._named.of(optimizer)
+        new = tuple(name for name in names if (check, name) not in named)
+        named.update((check, name) for name in new)
         return [Failure(check, cause, parameters=new)] if new else []
 
     # -- parameters that stay as they are ----------------------------------------------------------

@@ -11,6 +11,7 @@ last few private batches, by which a call can be told to have seen one of them.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import weakref
 from collections import deque
@@ -294,8 +295,10 @@ class Deliveries:
 
     def drop(self, optimizer: Any, gone: Iterable[Delivery]) -> None:
         """These batches will not be used by ``optimizer``."""
-        reader, wanted = self.reader(optimizer), set(map(id, gone))
-        reader.pending = deque(d for d in reader.pending if id(d) not in wanted)
+        pending = self.reader(optimizer).pending
+        for delivery in gone:
+            with contextlib.suppress(ValueError):  # it waits no more
+                pending.remove(delivery)  # another thread may deliver meanwhile
 
     def forget(self, reader: Reader) -> None:
         """Nothing delivered so far counts for this optimizer any more."""

@@ -171,6 +171,8 @@ def grouping_of(arrangement: str | None, group_size: int | None, ids: Any, layou
     if group_size is not None:
         return EqualGroups(group_size, blocks=layout == "blocks")
     whose = ids if isinstance(ids, torch.Tensor) else torch.as_tensor(ids, device="cpu")
+    if whose is not ids and not whose.numel():
+        whose = whose.long()  # of nobody: torch takes an empty list for floats
     if whose.dim() != 1 or whose.is_floating_point() or whose.is_complex():
         raise ValueError(
             "rows: ids must be one whole number for each row, of shape (B,), not a tensor of "

@@ -219,6 +219,13 @@ class Ledger:
         """Whether a backward in which a call of this model was met is under way."""
         return any(id(owner) in task.owners for task in list(self._tasks.values()))
 
+    def drop_failed(self, owner: object) -> None:
+        """A backward of this model begins: one that is still known has raised, unless inside it."""
+        if _autograd.graph_task_id() == -1:
+            for key, task in list(self._tasks.items()):
+                if id(owner) in task.owners:
+                    self._tasks.pop(key, None)
+
     def note_factors(self, found: Any) -> None:
         """Keep what is known of the clip factors of a batch, together with those like them."""
         for i, known in enumerate(self.factors):

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import wrapt
 
 from dpguard import _compat
+from dpguard.interrupts import let_through
 from dpguard.patching import Transaction
 
 __all__ = ["Sampled", "install"]
@@ -33,13 +34,40 @@ class Sampled(Protocol):
         """A batch was drawn by Poisson sampling."""
 
 
-def install(transaction: Transaction, observer: Sampled) -> None:
-    """Wrap Opacus's Poisson samplers, and what its engine makes of them."""
+class _Telling:
+    """Tells an observer, until it fails by an error of its own."""
+
+    def __init__(self, report: Callable[[str, Exception], None]) -> None:
+        self._report = report
+        self._on = True
+
+    def __call__(self, tell: Callable[..., None], *args: Any) -> None:
+        if not self._on:
+            return
+        try:
+            tell(*args)
+        except Exception as error:  # noqa: BLE001 - the host draws and prepares all the same
+            let_through(error)
+            self._on = False
+            self._report("sampling", error)
+
+
+def install(
+    transaction: Transaction, observer: Sampled, report: Callable[[str, Exception], None]
+) -> None:
+    """Wrap Opacus's Poisson samplers, and what its engine makes of them.
+
+    Args:
+        transaction: remembers how to undo it.
+        observer: is told.
+        report: is given an internal error, after which nothing is told any more.
+    """
+    telling = _Telling(report)
 
     def iterate(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
         def told(batches: Iterator[Any]) -> Iterator[Any]:
             for batch in batches:
-                observer.drawn(instance)
+                telling(observer.drawn, instance)
                 yield batch
 
         return told(wrapped(*args, **kwargs))
@@ -50,13 +78,14 @@ def install(transaction: Transaction, observer: Sampled) -> None:
             sampler = getattr(loader, "batch_sampler", None)
             is_poisson = isinstance(sampler, tuple(_compat.poisson_samplers()))
             dataset = getattr(loader, "dataset", None)
-            observer.prepared(instance, sampler if is_poisson else None, dataset)
+            telling(observer.prepared, instance, sampler if is_poisson else None, dataset)
         return loader
 
     def aim(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
         made = wrapped(*args, **kwargs)
         if getattr(instance, "accountant", None) is not None:
-            observer.planned(instance, math.ceil(kwargs["epochs"] * len(kwargs["data_loader"])))
+            steps = math.ceil(kwargs["epochs"] * len(kwargs["data_loader"]))
+            telling(observer.planned, instance, steps)
         return made
 
     engine = _compat.engine_class()

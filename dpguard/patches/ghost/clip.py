@@ -95,9 +95,13 @@ def watch(
         codes = _compat.code_of(hooks, _RULE), _compat.code_of(hooks, _NORMS)
         rule = *codes, _compat.is_same_number(hooks.max_grad_norm, bound)
         _settle(hooks)
-        trial = ledger.tries_clipping and ledger.tries_clipping(hooks, rule)
-        if trial is not None:
-            guarded(lambda: tried.append(_try(hooks, bound, original, trial, scale_of(loss))))
+
+        def attempt() -> None:
+            trial = ledger.tries_clipping and ledger.tries_clipping(hooks, rule)
+            if trial is not None:
+                tried.append(_try(hooks, bound, original, trial, scale_of(loss)))
+
+        guarded(attempt)
         factors = original(*args, **kwargs)
         if isinstance(factors, torch.Tensor) and factors.dim() == 1:
             found = tried[0] if tried else None

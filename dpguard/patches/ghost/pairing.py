@@ -206,6 +206,7 @@ class GhostPairing(Pairing):
         """
         if self._stage is not Stage.OUTSIDE or not isinstance(losses, torch.Tensor):
             return backward()
+        self.ledger.drop_failed(self)
         parameters = list(self.hooks._module.parameters())
         carried = Carried(self.ledger, parameters if self.computes else ())
         if losses.dim() != 1:

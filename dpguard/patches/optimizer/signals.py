@@ -110,9 +110,9 @@ class Signals:
             found.said = True
         self._deliveries.drop(optimizer, skipped)
         if self._verdicts.repairs:
-            kept = [i for i, tag in enumerate(tags) if id(tag) not in gone]
-            queue[:] = [queue[i] for i in kept]
-            tags[:] = [tags[i] for i in kept]
+            # From the end, one by one: another thread may add to both meanwhile.
+            for i in [i for i, tag in enumerate(tags) if id(tag) in gone][::-1]:
+                del queue[i], tags[i]
 
     def _keep_apart(self, optimizer: Any, in_hand: Delivery) -> None:
         if not optimizer._is_last_step_skipped:

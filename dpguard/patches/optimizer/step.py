@@ -114,6 +114,9 @@ class OptimizerPatch:
         """Nothing is looked at or changed from now on."""
         self._audits = self._active = False
 
+    def _is_stopped(self) -> bool:
+        return not self._active
+
     # -- classes --------------------------------------------------------------------------------
 
     def _subclass_hook(self, torchs: Any, original: Any) -> Callable[..., None]:
@@ -212,12 +215,15 @@ class OptimizerPatch:
 
     def _init_of_base(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         """Around the constructor that makes an object a DP optimizer; a façade may not call it."""
-        if self._active:
-            self._part("protocol", self._protocol.examine, type(instance), args, kwargs)
-            self._family.mark(instance)
+        if self._is_stopped():
+            return wrapped(*args, **kwargs)
+        self._part("protocol", self._protocol.examine, type(instance), args, kwargs)
+        self._family.mark(instance)
         return self._init(wrapped, instance, args, kwargs)
 
     def _init(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        if self._is_stopped():
+            return wrapped(*args, **kwargs)
         self._forwarding.enter_init(instance)
         completed = False
         try:
@@ -239,6 +245,8 @@ class OptimizerPatch:
 
     @_compat.eager
     def _zero_grad(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        if self._is_stopped():
+            return wrapped(*args, **kwargs)
         self._meet_models()
         parameters = [p for group in instance.param_groups for p in group["params"]]
         self._ledger.forgive(parameters)
@@ -369,7 +377,9 @@ class _Guarded:
 
     def _look(self, wanted: Callable[[Any], Any], optimizer: Any) -> Any:
         look = wanted(optimizer) if self._patch._audits else None
-        return None if look is None else functools.partial(self._patch._audit, look)
+        if look is None:
+            return None
+        return functools.partial(self._patch._audit, lambda _, *args: look(*args), optimizer)
 
     def before_clip(self, optimizer: Any, clip: Callable[[], Any]) -> None:
         self._patch._audit(self._patch._auditor.before_clip, optimizer, clip)

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from dpguard import diagnosis
+from dpguard.identity import GONE, weakly
 from dpguard.patches.optimizer.facades import PER_BATCH, shown_values
 from dpguard.patching import ABSENT
 from dpguard.verdicts import Verdicts
@@ -37,14 +39,15 @@ class _Known:
         optimizer: which one.
         steps: how many there were.
         wrapper: the object that had it step, if it is one that is followed.
-        agreed: values of the wrapper that were those of the DP optimizer when last looked at.
+        agreed: values of the wrapper that were those of the DP optimizer when last looked at,
+            weakly: a step hook may have the optimizer at hand.
     """
 
     def __init__(self, optimizer: weakref.ref[Any]) -> None:
         self.optimizer = optimizer
         self.steps = 0
         self.wrapper: weakref.ref[Any] | None = None
-        self.agreed: dict[str, Any] = {}
+        self.agreed: dict[str, Callable[[], Any]] = {}
         self.names: list[str] = []
         """What the wrapper had of its own when last looked at as a whole."""
         self.looks = True
@@ -109,10 +112,10 @@ class Wrappers:
                 continue
             applied = getattr(optimizer, name, ABSENT)
             if _agree(mine, applied):
-                agreed[name] = mine
+                agreed[name] = weakly(mine)
                 continue
-            before = agreed.pop(name, ABSENT)
-            if before is ABSENT:
+            before = agreed.pop(name, _unseen)()
+            if before is GONE:
                 continue  # never seen to be the same: it may be anything
             if mine is not before and _agree(before, applied):
                 is_first = name not in known.told
@@ -139,6 +142,10 @@ class Wrappers:
         )
         if strict:
             raise error
+
+
+def _unseen() -> Any:
+    return GONE
 
 
 def _agree(one: Any, other: Any) -> bool:
