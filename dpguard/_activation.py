@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import atexit
+import os
 import sys
 
 from dpguard._errors import DPGuardError
@@ -96,7 +97,7 @@ class Guard:
 
     Leaving a ``with`` block restores what was before it. A guard that was installed outside of the
     block as well, by the environment for example, stays active; one with other settings that
-    was replaced is installed anew.
+    was replaced is installed anew. That of ``import dpguard`` alone ends with the block.
 
     Example:
         >>> with dpguard.install(mode="strict") as guard:
@@ -353,9 +354,15 @@ def active_runtime() -> Runtime | None:
 
 
 def activate() -> None:
-    """What ``import dpguard`` does: install with the settings of the environment, once."""
+    """What ``import dpguard`` does: install with the settings of the environment, once.
+
+    Where the environment does not ask for it, a block that is entered takes over what the import
+    has begun, and ends it.
+    """
     if active() is None:
-        install()
+        guard = install()
+        if not os.environ.get("DPGUARD"):
+            guard._span.installs = 0
 
 
 def _at_exit() -> None:

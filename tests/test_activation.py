@@ -350,9 +350,8 @@ def test_what_cannot_come_back_is_said(unchanged, monkeypatch, capfd):
         dpguard.active().uninstall()
 
 
-@pytest.mark.parametrize("settings", [{}, {"DPGUARD": "repair"}])
-def test_a_block_of_a_library_under_the_import(settings):
-    """What ``import dpguard`` or the environment has activated outlives every block."""
+def test_a_block_of_a_library_under_the_environment():
+    """What the environment has activated outlives every block."""
     done = run(
         PROGRAM
         + """
@@ -366,9 +365,25 @@ def test_a_block_of_a_library_under_the_import(settings):
         assert dpguard.active().status().mode == "repair"
         check()
         """.replace("\n        ", "\n"),
-        **settings,
+        DPGUARD="repair",
     )
     assert output(done) == ["guarded"]
+
+
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+def test_a_block_after_a_mere_import(mode):
+    """It takes over what ``import dpguard`` has begun, and ends it."""
+    done = run(
+        PROGRAM
+        + f"""
+        import dpguard, opacus
+        with dpguard.install(mode="{mode}"):
+            check()
+        assert dpguard.active() is None
+        check()
+        """.replace("\n        ", "\n")
+    )
+    assert output(done) == ["guarded", "plain"]
 
 
 # -- modes --------------------------------------------------------------------------------------------
