@@ -75,7 +75,7 @@ def keeps_other_targets(node: Any) -> bool:
 
 def are_broadcast(losses: torch.Tensor, given: Sequence[Any]) -> bool:
     """Whether losses of shape ``(B, B)`` were made of what has one element for each person."""
-    rows = losses.shape[0]
+    rows = losses.shape[0] if losses.dim() else 0
     if rows < 2 or tuple(losses.shape) != (rows, rows):  # noqa: PLR2004 - nobody else
         return False
     tensors = [one for one in given if isinstance(one, torch.Tensor) and one.dim()]
