@@ -274,14 +274,16 @@ class Runtime:
             restored = self._attempt(self._transaction.rollback) or []
         finally:
             self.optimizer.stop()
-            if not (self.is_patched or self._ended):
-                self._ended = True
+            if not self.is_patched:
                 try:
                     self._say_end(restored)
                 finally:
                     self.journal.close()
 
     def _say_end(self, restored: list[tuple[str, bool]]) -> None:
+        if self._ended:
+            return
+        self._ended = True
         for target, whole in restored:
             self.journal.write(_removed(target, whole=whole))
         self.journal.write(
