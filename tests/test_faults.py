@@ -50,7 +50,7 @@ KINDS = {
     "split": (),
 }
 WITH_ROWS = tuple(kind for kind in KINDS if kind != "ghost")
-ORACLE_EVERY, STEPS_OF_A_RUN = 5, 8
+ORACLE_EVERY, STEPS_OF_A_RUN = 5, 10
 
 
 # -- clipping: (1) the gradient of the batch, (2) micro-batches --------------------------------------
@@ -298,7 +298,7 @@ FAULTS = {
         rows_of_another_person,
         ORACLE,
         diagnosis.ROW_OF_ANOTHER,
-        within=ORACLE_EVERY - 1,
+        within=2 * ORACLE_EVERY - 2,
         kinds=WITH_ROWS,
     ),
     "8 one row twice": Fault(one_row_twice, CONSERVATION, diagnosis.NOT_CONSERVED, kinds=WITH_ROWS),
