@@ -171,7 +171,7 @@ def test_a_model_without_an_optimizer(monkeypatch, mode):
             if step in {120, 199}:
                 gc.collect()
                 counts.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
-        assert counts[0] == counts[1]
+        assert counts[0] >= counts[1]
         assert len(runs) <= 20
 
 

@@ -255,7 +255,7 @@ class Accounting(Check):
             return ()
         failures = self._shared(state, step, optimizer)
         if not state.had:
-            return [*failures, *_unaccounted(state, step), *_untold(state, step)]
+            return [*failures, *_unaccounted(state, step), *self._untold(state, step)]
         state.number, state.past = step.number, 0
         iterations = _compat.accumulated_iterations(optimizer, step.parameters)
         living = [told for told in state.accountants if told.accountant() is not None]
@@ -417,6 +417,24 @@ class Accounting(Check):
                 found = [Failure(STEPS, diagnosis.TWO_OPTIMIZERS, names, only_said=True)]
         return found
 
+    def _untold(self, state: _State, step: Step) -> list[Failure]:
+        """Whether batches that an engine's loader has drawn are used and no accountant is told.
+
+        Whoever accounts by hand tells one from step to step.
+        """
+        if state.misses or not any(book.rates & step.rates for book in self._books.values()):
+            return []
+        before = state.histories
+        state.histories = {
+            id(one): sum(_entry(found)[2] for found in _compat.history_of(one) or ())
+            for one in living(_compat.accountant_classes())
+        }
+        if before is None:
+            return []
+        state.misses = True  # it is asked once
+        told = state.histories != before
+        return [] if told else [Failure(STEPS, diagnosis.NOBODY_TOLD, tuple(step.names))]
+
     def _compare_books(self, step: Step, book: _Book) -> list[Failure]:
         """Whether the model was trained on the same data under an accountant that is forgotten."""
         models, dataset = _models_of(step), book.dataset()
@@ -471,25 +489,6 @@ def _compare_sampling(step: Step, base: float, book: _Book) -> list[Failure]:
             step.fail(failure)
             return _once(failure, book)
     return []
-
-
-def _untold(state: _State, step: Step) -> list[Failure]:
-    """Whether batches that an engine's loader has drawn are used and no accountant is told.
-
-    Whoever accounts by hand tells one from step to step.
-    """
-    if state.misses or not step.rates:
-        return []
-    before = state.histories
-    state.histories = {
-        id(one): sum(_entry(found)[2] for found in _compat.history_of(one) or ())
-        for one in living(_compat.accountant_classes())
-    }
-    if before is None:
-        return []
-    state.misses = True  # it is asked once
-    told = state.histories != before
-    return [] if told else [Failure(STEPS, diagnosis.NOBODY_TOLD, tuple(step.names))]
 
 
 def _models_of(step: Step) -> list[Any]:

@@ -197,7 +197,8 @@ def _asked(
     share = len(parameters) ** -0.5
     for parameter, norm in zip(parameters, held, strict=True):
         parameter._norm_sample = (norms * share).to(norm.dtype).to(norm.device)
-    parts = [parameter._norm_sample.to(norms.device).double() for parameter in parameters]
+    # Those of complex gradients are complex.
+    parts = [parameter._norm_sample.to(norms.device).abs().double() for parameter in parameters]
     whole = torch.stack(parts).norm(dim=0)
     factors = rule()
     if not isinstance(factors, torch.Tensor):

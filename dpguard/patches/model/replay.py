@@ -98,7 +98,8 @@ def _inputs(parameter: inspect.Parameter, value: Any) -> Iterator[tuple[Any, Any
 
 
 def _is_same(value: Any, default: Any) -> bool:
-    if value is default:
+    # Nothing, where it can be given for no as well, is no; rows that are others do not add up.
+    if value is default or (value is None and default is False):
         return True
     # By what is written: there are two zeros, and numbers that do not equal themselves.
     return type(value) is type(default) and type(value) in _PLAIN and repr(value) == repr(default)
