@@ -14,7 +14,7 @@ from opacus import GradSampleModule, PrivacyEngine
 from opacus.accountants import RDPAccountant
 from opacus.optimizers import DPOptimizer
 from opacus.utils.batch_memory_manager import BatchMemoryManager
-from releases import needs_adaptive, needs_ghost, needs_reshaping
+from releases import LEAN, needs_adaptive, needs_ghost, needs_reshaping
 from shuffled import is_ok, violations
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -887,6 +887,7 @@ def test_an_error_of_ours_after_a_refusal_leaves_the_refusal(monkeypatch):
     assert [part for part, _ in guard.internal_errors] == ["Moved"]
 
 
+@pytest.mark.skipif(not LEAN, reason="noise is drawn by Opacus's own code")
 def test_what_is_found_in_noise_while_it_is_drawn_is_refused(monkeypatch):
     """As what is found anywhere else."""
     found = [Failure("noise.scale", diagnosis.NOISE_MISSING)]

@@ -617,6 +617,7 @@ def test_one_optimizer_after_another(mode):
     with dpguard.install(mode=mode) as guard:
         training = Training()
         training.epoch()
+        training.optimizer.zero_grad()
         second = second_optimizer(training.optimizer, list(training.raw.parameters())[2:])
         second.attach_step_hook(training.hook(0.2))
         for p in list(training.raw.parameters())[:2]:
@@ -651,9 +652,9 @@ def test_more_steps_than_a_target_epsilon_was_asked_for(guard):
     for _ in range(3):
         training.epoch()
     assert causes(guard) == set()
-    assert training.engine.get_epsilon(1e-3) <= 4
+    assert training.engine.get_epsilon(1e-3) == pytest.approx(4, abs=0.05)
     training.epoch()
-    assert training.engine.get_epsilon(1e-3) > 4
+    assert training.engine.get_epsilon(1e-3) > 4.1
     (said,) = [v for v in guard.violations if v.check == STEPS]
     assert (said.cause, said.step) == (diagnosis.BEYOND_TARGET, 15)
     assert said.severity.value == "WARNING"
