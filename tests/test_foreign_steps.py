@@ -7,7 +7,7 @@ import torch
 from models import MLP
 from opacus import PrivacyEngine
 from opacus.optimizers import DPOptimizer
-from releases import needs_ghost
+from releases import POISSON, needs_ghost
 from torch import nn
 
 import dpguard
@@ -90,6 +90,10 @@ def test_raw_steps_after_private_ones(options, whose, clear):
         x, y = next(iter(training.loader))
         before = training.values()
         clears[clear].zero_grad()
+        if not POISSON and not options and clear != "the model":
+            with pytest.raises(ValueError, match="accumulation"):
+                training.backward(x, y)  # this Opacus says so itself
+            return
         training.backward(x, y)
         with pytest.raises(dpguard.PrivacyViolation, match="not private"):
             other.step()
