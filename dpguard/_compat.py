@@ -371,7 +371,7 @@ def prepare_parameter(parameter: Any) -> None:
 def wrapper_classes() -> list[type]:
     """The classes of Opacus that make up ``GradSampleModule``, the wrapper round a model."""
     wrapper = _grad_sample_module().GradSampleModule
-    return [cls for cls in wrapper.__mro__ if cls.__module__.startswith("opacus.")]
+    return list(filter(_is_class_of_opacus, wrapper.__mro__))
 
 
 def base_of_wrappers() -> type:

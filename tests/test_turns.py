@@ -34,18 +34,23 @@ def test_one_of_each(every, first):
     assert deviation < every - 1 + 6 * (2 * max(1, every - 1)) ** 0.5
 
 
+def training(expected_batch_size):
+    """A private model, its optimizer and a batch."""
+    torch.manual_seed(0)
+    model = GradSampleModule(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)))
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.01),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        expected_batch_size=expected_batch_size,
+    )
+    return model, optimizer, torch.randn(8, 6), torch.randint(3, (8,))
+
+
 def test_a_fault_with_a_period_of_its_own():
     """Rows of somebody else in each tenth step, never in the first of so many: it is found."""
     with dpguard.install(mode="repair", oracle_every=20) as guard:
-        torch.manual_seed(0)
-        model = GradSampleModule(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)))
-        optimizer = DPOptimizer(
-            torch.optim.SGD(model.parameters(), lr=0.01),
-            noise_multiplier=1.0,
-            max_grad_norm=1.0,
-            expected_batch_size=8,
-        )
-        x, y = torch.randn(8, 6), torch.randint(3, (8,))
+        model, optimizer, x, y = training(8)
         with pytest.raises(dpguard.PrivacyViolation):  # noqa: PT012
             for number in range(4000):
                 optimizer.zero_grad()
@@ -61,15 +66,7 @@ def test_a_fault_with_a_period_of_its_own():
 def test_any_physical_batch_is_looked_at(splits):
     """Rows that are mixed in the last physical batch of a step only are found as well."""
     with dpguard.install(mode="repair", oracle_every=2) as guard:
-        torch.manual_seed(0)
-        model = GradSampleModule(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)))
-        optimizer = DPOptimizer(
-            torch.optim.SGD(model.parameters(), lr=0.01),
-            noise_multiplier=1.0,
-            max_grad_norm=1.0,
-            expected_batch_size=8 * splits,
-        )
-        x, y = torch.randn(8, 6), torch.randint(3, (8,))
+        model, optimizer, x, y = training(8 * splits)
         with pytest.raises(dpguard.PrivacyViolation):  # noqa: PT012
             for _ in range(200):
                 for part in range(splits):

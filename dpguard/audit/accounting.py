@@ -104,7 +104,7 @@ class _Book:
             if any(has.get(key, 0) < steps for key, steps in _merged(self.observed).items()):
                 return True
         self.observed = entries
-        self.steps = sum(steps for _, _, steps in entries)
+        self.steps = _steps_in(entries)
         return False
 
     def added(self, history: Sequence[Any]) -> int | None:
@@ -194,8 +194,7 @@ class Accounting(Check):
 
     def planned(self, engine: Any, steps: int) -> None:
         """An engine has chosen a noise multiplier for so many steps from here on."""
-        history = _compat.history_of(engine.accountant) or []
-        taken = sum(_entry(found)[2] for found in history)
+        taken = _steps_in(_compat.history_of(engine.accountant) or ())
         self._books.of(engine.accountant).planned = taken + steps
 
     def drawn(self, sampler: Any) -> None:
@@ -426,7 +425,7 @@ class Accounting(Check):
             return []
         before = state.histories
         state.histories = {
-            id(one): sum(_entry(found)[2] for found in _compat.history_of(one) or ())
+            id(one): _steps_in(_compat.history_of(one) or ())
             for one in living(_compat.accountant_classes())
         }
         if before is None:
@@ -582,6 +581,10 @@ def _number(told: Any) -> float:
     """What an accountant was told, which may be anything; not read where that would wait."""
     number = _compat.plain_number(told)
     return math.nan if number is None else number
+
+
+def _steps_in(history: Sequence[Any]) -> int:
+    return sum(_entry(found)[2] for found in history)
 
 
 def _merged(history: Sequence[Any]) -> dict[tuple[float, float], int]:
