@@ -53,7 +53,7 @@ def views(*shape):
 def squares(called, x):
     """Mean squared distance of each row's output from a ramp: 0 for no layer's own output."""
     out = called(x).flatten(1)
-    return (out - torch.linspace(-1, 2, out.shape[1], dtype=out.dtype)).square().mean(dim=1)
+    return (out - torch.linspace(-1, 2, out.shape[1]).to(out)).square().mean(dim=1)
 
 
 # -- layers ----------------------------------------------------------------------------------------

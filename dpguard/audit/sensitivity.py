@@ -117,7 +117,9 @@ def _made_up(
     found = []
     for mine in rows.pieces:
         device = mine[0].device
-        shares = (norms.to(device) * bound / size).float().split(list(rows.sizes))
+        shares = (
+            (norms.to(device, non_blocking=True) * bound / size).float().split(list(rows.sizes))
+        )
         one = torch.randn(
             (1, *mine[0].shape[1:]), generator=generator, device=device, dtype=torch.float32
         )

@@ -166,7 +166,7 @@ def _try(
         return None
     most = min(torch.finfo(norm.dtype).max for norm in held)
     person, norms = person_and_others(count, turn)
-    norms = (bound * norms).clamp(max=most / 4).to(device)
+    norms = (bound * norms).clamp(max=most / 4).to(device, non_blocking=True)
     with as_it_was(hooks, (), device) as rewind:
         try:
             everyone, all_norms = _asked(rule, parameters, held, norms)
