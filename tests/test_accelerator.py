@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
-from accelerator import moved, simulate, there, values_of
+from accelerator import DEVICE, moved, simulate, there, values_of
 from healthy import GHOSTS, HOW, private
 from models import MLP
-from opacus import GradSampleModule
+from opacus import GradSampleModule, PrivacyEngine
 from opacus.optimizers import DPOptimizer, DPPerLayerOptimizer
+from opacus.utils.batch_memory_manager import BatchMemoryManager
+from releases import GHOST
 from test_right_today import LAYERS, PROGRAMS, REPEATED, case_of, squares
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import dpguard
 
@@ -114,6 +120,52 @@ def test_a_healthy_run(monkeypatch, cls, parts):
     with simulate(monkeypatch) as device, dpguard.install(mode="strict", oracle_every=5) as guard:
         trained(guard, cls, bound=bound, parts=parts)
         assert guard.violations == ()
+    assert device.waits == {}
+
+
+ADAPTIVE = {
+    "clipping": "adaptive",
+    "target_unclipped_quantile": 0.5,
+    "clipbound_learning_rate": 0.2,
+    "max_clipbound": 10.0,
+    "min_clipbound": 0.01,
+    "unclipped_num_std": 2.0,
+}
+ENGINES = {"flat": {}, "split": {}, "adaptive": ADAPTIVE}
+if GHOST:
+    ENGINES["ghost"] = {"grad_sample_mode": "ghost", "criterion": nn.CrossEntropyLoss()}
+
+
+@pytest.mark.parametrize("how", ENGINES)
+def test_an_engine(monkeypatch, how):
+    """Batches of Poisson sampling that the loop copies to the device."""
+    with simulate(monkeypatch) as device, dpguard.install(mode="strict", oracle_every=3) as guard:
+        torch.manual_seed(0)
+        model = moved(MLP())
+        data = TensorDataset(torch.randn(80, 6), torch.randint(5, (80,)))
+        called, optimizer, *criterion, loader = PrivacyEngine().make_private(
+            module=model,
+            optimizer=torch.optim.Adam(model.parameters()),
+            data_loader=DataLoader(data, batch_size=8),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            **ENGINES[how],
+        )
+        loss = criterion[0] if criterion else nn.CrossEntropyLoss()
+        with contextlib.ExitStack() as parts:
+            if how == "split":
+                manager = BatchMemoryManager(
+                    data_loader=loader, max_physical_batch_size=4, optimizer=optimizer
+                )
+                loader = parts.enter_context(manager)
+            for _ in range(2):
+                for x, y in loader:
+                    optimizer.zero_grad()
+                    loss(called(x.to(DEVICE)), y.to(DEVICE)).backward()
+                    optimizer.step()
+        guard.flush()
+        assert guard.violations == ()
+        assert guard.last_step.checks["people.rows"].passed
     assert device.waits == {}
 
 
