@@ -256,11 +256,18 @@ def add_noise(optimizer: Any, parameters: Sequence[Any], look: Look | None = Non
         noises = [draw(std=std, reference=total, **options) for total in totals]
         if look is not None:
             look(part.start, noises)
-        for parameter, total, noise in zip(parameters[part], totals, noises, strict=True):
-            owned = is_fresh and noise.dtype is total.dtype
-            noised = noise.add_(total) if owned else total + noise
+        if noises and is_fresh and all(map(_are_alike, noises, totals)):
+            torch._foreach_add_(noises, totals)
+        else:
+            noises = [total + noise for total, noise in zip(totals, noises, strict=True)]
+        for parameter, noised in zip(parameters[part], noises, strict=True):
             parameter.grad = noised.view_as(parameter)
         mark(totals)
+
+
+def _are_alike(noise: torch.Tensor, total: torch.Tensor) -> bool:
+    """Whether their sum has the precision of ``noise``."""
+    return noise.dtype is total.dtype
 
 
 def scale_grad(optimizer: Any, parameters: Sequence[Any]) -> None:
