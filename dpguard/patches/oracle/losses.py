@@ -152,7 +152,7 @@ class Losses:
 
     def _backward(self, wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
         if _autograd.graph_task_id() == -1 and not _inside_transform():
-            self._outputs.attempt(self._look, wrapped, args, kwargs)
+            self._outputs.run(self._look, wrapped, args, kwargs)
         return wrapped(*args, **kwargs)
 
     def _look(self, wrapped: Any, args: Any, kwargs: Any) -> None:
