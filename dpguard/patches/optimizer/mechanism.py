@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from dpguard import _compat
 from dpguard.patches.optimizer import lean
-from dpguard.patching import ABSENT
+from dpguard.patching import ABSENT, put_back
 
 __all__ = ["Mechanism", "Observer"]
 
@@ -111,7 +111,7 @@ class Mechanism:
         finally:
             for name, watcher in put.items():
                 if own.get(name) is watcher:
-                    _restore(own, name, before[name])
+                    put_back(own, name, before[name])
 
     def _watcher(
         self, instance: Any, own: dict[str, Any], name: str, before: Any
@@ -121,7 +121,7 @@ class Mechanism:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if own.get(name) is call:
-                _restore(own, name, before)
+                put_back(own, name, before)
             stock = not args and not kwargs and self._is_stock(original, instance, name)
             return run(
                 instance, lambda: original(*args, **kwargs), instance.params if stock else None
@@ -203,10 +203,3 @@ def _is_lean(rows: lean.Rows) -> bool:
     return _compat.casts_rows() or all(
         mine[0].dtype == p.dtype for p, mine in zip(rows.parameters, rows.pieces, strict=True)
     )
-
-
-def _restore(own: dict[str, Any], name: str, before: Any) -> None:
-    if before is ABSENT:
-        del own[name]
-    else:
-        own[name] = before
