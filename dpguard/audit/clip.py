@@ -43,11 +43,11 @@ from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.probes import CERTAIN, Probes
 from dpguard.audit.sensitivity import KINDS, Unproved, sensitivity
-from dpguard.audit.turns import Turns
 from dpguard.identity import IdentityMap, IdentitySet
 from dpguard.noted.ledger import Ledger
 from dpguard.patches.optimizer.lean import Clipping, Rows, row_norms
 from dpguard.patches.optimizer.sums import flat
+from dpguard.turns import Turns
 
 if TYPE_CHECKING:
     from dpguard.patches.ghost.clip import Factors
