@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dpguard
-from dpguard.audit.probes import Probes
+from dpguard.numerics.probes import Probes
 from dpguard.patches.ghost import pass_sums
 from dpguard.patches.model import pairing
 from dpguard.turns import Turns

@@ -24,8 +24,8 @@ from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.update import KEEP_EVERY, KEEP_FIRST
 from dpguard.identity import GONE, IdentityMap, weakly
+from dpguard.noted.marks import ACCOUNTED
 from dpguard.noted.row_state import UNKNOWN
-from dpguard.patches.optimizer.step_hooks import ACCOUNTED
 from dpguard.patching import living
 
 __all__ = ["RATE", "SAMPLING", "SIGMA", "STEPS", "Accounting"]

@@ -33,7 +33,7 @@ from dpguard.audit.noise import SCALE
 from dpguard.audit.scaling import Ratios
 from dpguard.audit.update import PRIVATE
 from dpguard.noted.row_state import pieces_of, sample_of_rows
-from dpguard.patches.optimizer.lean import Clipping
+from dpguard.numerics.rows import Clipping
 from dpguard.turns import Turns
 
 __all__ = ["LOOK_EVERY", "LOOK_FIRST", "Applied", "is_due"]

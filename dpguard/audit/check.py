@@ -15,7 +15,7 @@ from dpguard.identity import IdentityMap
 if TYPE_CHECKING:
     from dpguard.audit.collector import Collector
     from dpguard.noted.row_state import ParameterState
-    from dpguard.patches.optimizer.lean import Clipping, Rows
+    from dpguard.numerics.rows import Clipping, Rows
 
 __all__ = ["NOTHING", "Check", "Failure", "Failures", "Noted", "PerOwner", "Step"]
 

@@ -31,7 +31,7 @@ from dpguard.audit.gaussian import ALONG_EVIDENCE, NoiseVerdict
 from dpguard.noted.ledger import Ledger
 
 if TYPE_CHECKING:
-    from dpguard.patches.optimizer.lean import Clipping
+    from dpguard.numerics.rows import Clipping
 
 __all__ = ["FRESH", "SCALE", "Noise"]
 

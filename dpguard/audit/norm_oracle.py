@@ -35,8 +35,8 @@ import torch
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.oracle import CERTAIN, ORACLE, TIMES, failure
-from dpguard.audit.rows import LAMBDA
 from dpguard.noted.ledger import Ledger
+from dpguard.numerics.rounding import LAMBDA
 from dpguard.turns import Turns
 
 if TYPE_CHECKING:

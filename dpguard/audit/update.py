@@ -28,7 +28,7 @@ from dpguard.audit.check import Check, Failure, Failures, PerOwner, Receiver, St
 from dpguard.interrupts import let_through
 from dpguard.noted.ledger import Ledger
 from dpguard.noted.row_state import ParameterState, awaits_its_step, sample_of
-from dpguard.patches.optimizer.lean import Clipping
+from dpguard.numerics.rows import Clipping
 from dpguard.turns import Turns
 
 __all__ = ["BUFFERS", "MOVES", "OWNED", "PRIVATE", "STATISTICS", "Update"]

@@ -18,10 +18,10 @@ import torch
 
 from dpguard import _compat
 from dpguard._errors import DPGuardError
-from dpguard.audit.rewinding import as_it_was
-from dpguard.audit.sensitivity import Unproved, person_and_others
 from dpguard.interrupts import let_through
 from dpguard.noted.ledger import Ledger
+from dpguard.numerics.rewinding import as_it_was
+from dpguard.numerics.sensitivity import Unproved, person_and_others
 from dpguard.patches.optimizer.amp import scale_of
 from dpguard.patching import ABSENT, put_back
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpguard import _compat
 from dpguard._errors import DPGuardError
-from dpguard.audit.steps import StepAuditor
 from dpguard.identity import IdentitySet
 from dpguard.noted.ledger import Ledger
 from dpguard.parts import Part
@@ -30,6 +29,9 @@ from dpguard.patches.optimizer.wrappers import Wrappers
 from dpguard.patches.wrapping import EagerWrapper, MethodWrapper
 from dpguard.patching import Transaction, living
 from dpguard.verdicts import Verdicts
+
+if TYPE_CHECKING:
+    from dpguard.audit.steps import StepAuditor
 
 __all__ = ["OptimizerPatch"]
 

@@ -45,8 +45,8 @@ import torch
 
 from dpguard import _compat
 from dpguard._errors import DPGuardError
-from dpguard.audit.probes import Probes
 from dpguard.noted.grouping import owners, squares_of_people
+from dpguard.numerics.probes import Probes
 from dpguard.patches.model.detach import TALLY
 from dpguard.patches.oracle.broadcasts import WITH_TARGETS, Square, keeps_other_targets, square_at
 from dpguard.patches.oracle.decisions import DECISIONS, Decision

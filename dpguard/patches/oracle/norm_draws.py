@@ -26,10 +26,10 @@ import torch
 
 from dpguard import _compat
 from dpguard._errors import DPGuardError
-from dpguard.audit.rows import LAMBDA
 from dpguard.noted.conditioning import conditions
 from dpguard.noted.grouping import Grouping, owners, squares_of_people
 from dpguard.noted.precision import precision_of
+from dpguard.numerics.rounding import LAMBDA
 from dpguard.patches.oracle.draws import Draws
 from dpguard.patches.oracle.vjp import Parts, Unfit, propagate
 
