@@ -347,7 +347,8 @@ class Accounting(Check):
             return failures
         failures += self._compare(step, state.sigma, (told.rate, iterations), history, book)
         if book.planned is not None and book.steps > book.planned:
-            failures += _once(Failure(STEPS, diagnosis.BEYOND_TARGET, only_said=True), book)
+            beyond = Failure(STEPS, diagnosis.BEYOND_TARGET, only_said=True, named=(book.planned,))
+            failures += _once(beyond, book)
         if book is not state.book:
             state.book = book
             failures += self._compare_books(step, book)
