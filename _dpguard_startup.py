@@ -21,6 +21,8 @@ __all__ = ["main"]
 _done = False
 importing_dpguard = False
 """While true, dpguard must not draw conclusions from a search path that is not complete yet."""
+failed = False
+"""Whether it was said that dpguard could not be started."""
 
 
 def main() -> None:
@@ -43,6 +45,8 @@ def main() -> None:
 
 
 def _survive(error: BaseException) -> None:
+    global failed  # noqa: PLW0603  the package asks for it
+    failed = True
     try:
         from_users_setting = _refuse_opacus(error)
         end = "dpguard is not active, and importing opacus in this process will fail."

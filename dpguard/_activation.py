@@ -15,7 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType, TracebackType
-    from typing import Any
+    from typing import Any, NoReturn
 
     from dpguard._runtime import Runtime
     from dpguard._status import Status
@@ -295,17 +295,33 @@ def _no_opacus() -> str:
     return f"Opacus is not installed (requested {low} to {high}, found none)"
 
 
-def install(**settings: Any) -> Guard:
+def install(
+    *,
+    mode: str | None = None,
+    log_dir: str | os.PathLike[str] | None = None,
+    audit_every: int | None = None,
+    oracle_every: int | None = None,
+    sensitive: bool | None = None,
+    run_id: str | None = None,
+    key_file: str | os.PathLike[str] | None = None,
+    **unknown: NoReturn,
+) -> Guard:
     """Guard every Opacus model and optimizer of this process.
 
-    Settings that are not given come from the environment. If dpguard is active already with the
-    same settings, its guard is returned; with others it is uninstalled and installed anew, until a
-    ``with`` block of the new guard is left.
+    Settings that are not given, or ``None``, come from the environment. If dpguard is active
+    already with the same settings, its guard is returned; with others it is uninstalled and
+    installed anew, until a ``with`` block of the new guard is left.
 
     Args:
-        **settings: any of ``mode`` (``"repair"``, ``"observe"``, ``"strict"``, ``"off"``),
-            ``log_dir`` (path), ``audit_every`` (int), ``oracle_every`` (int),
-            ``sensitive`` (bool), ``run_id`` (str) and ``key_file`` (path); see the README.
+        mode: ``"repair"``, ``"observe"``, ``"strict"`` or ``"off"`` (``DPGUARD``).
+        log_dir: directory of the audit log (``DPGUARD_LOG``).
+        audit_every: audit every N-th logical step (``DPGUARD_AUDIT_EVERY``).
+        oracle_every: recompute rows in the first logical step and in one of each N; 0 for never
+            (``DPGUARD_ORACLE_EVERY``).
+        sensitive: write data-dependent figures to their own file (``DPGUARD_SENSITIVE``).
+        run_id: name of the run (``DPGUARD_RUN_ID``).
+        key_file: file that holds the key for the HMAC of the log (``DPGUARD_KEY_FILE``).
+        **unknown: nothing else; the error lists the settings there are.
 
     Returns:
         The guard, which is also a context manager. With mode ``off`` it does nothing.
@@ -319,7 +335,16 @@ def install(**settings: Any) -> Guard:
         >>> guard.status().state
         'active'
     """
-    wanted = Settings.resolve(**settings)
+    wanted = Settings.resolve(
+        mode=mode,
+        log_dir=log_dir,
+        audit_every=audit_every,
+        oracle_every=oracle_every,
+        sensitive=sensitive,
+        run_id=run_id,
+        key_file=key_file,
+        **unknown,
+    )
     with _lock:
         current: Guard | None = _state["guard"]
         if current is not None:
@@ -360,9 +385,29 @@ def activate() -> None:
     has begun, and ends it.
     """
     if active() is None:
-        guard = install()
+        try:
+            guard = install()
+        except DPGuardError as error:
+            if not _interpreter_is_starting() and _runs_a_command_of_ours():
+                _end_command(error)
+            raise
         if not os.environ.get("DPGUARD"):
             guard._span.installs = 0
+
+
+def _runs_a_command_of_ours() -> bool:
+    """Whether this process is ``dpguard ...`` or ``python -m dpguard ...``."""
+    if sys.argv[:1] == ["-m"]:  # until the module that is to be run is found, which imports us
+        return sys.orig_argv[-len(sys.argv)] == "dpguard"
+    return "".join(sys.argv[:1]).rpartition("/")[2] == "dpguard"
+
+
+def _end_command(error: DPGuardError) -> NoReturn:
+    """Where a program gets the error, somebody at a prompt gets a line, if it was not said yet."""
+    startup = sys.modules.get("_dpguard_startup")
+    if not getattr(startup, "failed", False):
+        sys.stderr.write(f"dpguard: {' '.join(str(error).split())}\n")
+    raise SystemExit(2)
 
 
 def _at_exit() -> None:

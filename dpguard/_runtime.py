@@ -12,7 +12,6 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from dpguard import _compat
@@ -124,11 +123,7 @@ class Runtime:
         self._ended = False
 
     def _attached(self, optimizer: Any, hook: Any) -> None:
-        try:
-            self.accounting.attached(optimizer, hook)
-        except Exception as error:  # noqa: BLE001 - the hook is attached all the same
-            let_through(error)
-            self.report_internal("accounting", error)
+        self._attempt("accounting", self.accounting.attached, optimizer, hook)
 
     def _checks(self) -> list[Check]:
         """What is looked at in each step besides the coverage, in this order."""
@@ -213,9 +208,7 @@ class Runtime:
         self.journal.close()
 
     def _apply(self) -> list[str]:
-        detach.install(
-            self._transaction, self.ledger, partial(_weakly(self.report_internal), "detach")
-        )
+        detach.install(self._transaction, self.ledger, _weakly(self.report_internal))
         if self._losses is not None:
             self._losses.install(self._transaction)
         return self.patch_opacus()
@@ -255,23 +248,23 @@ class Runtime:
         """Undo all patches and close the log; after an interruption, what is left to be done."""
         with self._ending:
             try:
-                self._attempt(self.flush)
+                self._attempt("uninstall", self.flush)
             finally:
                 self._restore()
 
-    def _attempt(self, function: Callable[[], Any]) -> Any:
-        """What fails is an error of ours; all else has to be undone nevertheless."""
+    def _attempt(self, part: str, function: Callable[..., Any], *args: Any) -> Any:
+        """What fails is an error of ours; all else goes on."""
         try:
-            return function()
+            return function(*args)
         except Exception as error:  # noqa: BLE001 - the host is to be as it was
             let_through(error)
-            self.report_internal("uninstall", error)
+            self.report_internal(part, error)
             return None
 
     def _restore(self) -> None:
         restored: list[tuple[str, bool]] = []
         try:
-            restored = self._attempt(self._transaction.rollback) or []
+            restored = self._attempt("uninstall", self._transaction.rollback) or []
         finally:
             self.optimizer.stop()
             if not self.is_patched:

@@ -182,11 +182,18 @@ class Diagnosis:
 
     ``CRITICAL`` is what makes the guarantee false: rows no longer belong to one person each, are
     not clipped, or are not noised as accounted.
+
+    A statement may leave places, ``{}``, for names of classes and for settings; never for anything
+    that depends on the data.
     """
 
     statement: str
     remedy: str
     severity: Severity = Severity.ERROR
+
+    def stated(self, named: Sequence[str | int] = ()) -> str:
+        """The statement with what it names in its places."""
+        return self.statement.format(*named)
 
 
 _DIAGNOSES = {
@@ -466,8 +473,9 @@ _DIAGNOSES = {
         Severity.ERROR,
     ),
     BEYOND_TARGET: Diagnosis(
-        "there were more steps than make_private_with_epsilon has chosen the noise multiplier for, "
-        "so the target epsilon need not hold any more; the accountant reports what was spent",
+        "there were more than the {} steps that make_private_with_epsilon has chosen the noise "
+        "multiplier for, so the target epsilon need not hold any more; the accountant reports what "
+        "was spent",
         "train for as many epochs as make_private_with_epsilon(epochs=...) was told, or report "
         "engine.get_epsilon(delta)",
         Severity.WARNING,
@@ -627,7 +635,7 @@ _DIAGNOSES = {
         Severity.CRITICAL,
     ),
     NOISE_UNKNOWN: Diagnosis(
-        "both clip_and_accumulate() and add_noise() are the optimizer's own, so it is not known "
+        "clip_and_accumulate() and add_noise() of this {} are both its own, so it is not known "
         "for which bound noise is made, and neither its size nor whether there is any is looked at",
         "override one of both and leave the other to Opacus; or see to it yourself that the noise "
         "has the standard deviation noise_multiplier times the sensitivity of the clipped sum",

@@ -13,7 +13,7 @@ from typing import Any
 
 from dpguard.interrupts import let_through
 
-__all__ = ["ABSENT", "Patch", "Transaction", "is_instance", "living"]
+__all__ = ["ABSENT", "Patch", "Transaction", "is_instance", "living", "put_back"]
 
 ABSENT: Any = object()
 """Stands for an attribute that the owner itself did not have."""
@@ -22,6 +22,17 @@ ABSENT: Any = object()
 def own_attribute(owner: Any, name: str) -> Any:
     """What ``owner`` itself holds under ``name``, not what it inherits; else ``ABSENT``."""
     return vars(owner).get(name, ABSENT)
+
+
+def put_back(own: dict[str, Any], name: str, before: Any) -> None:
+    """Have in the dictionary of an object what was there, or nothing if that was ``ABSENT``.
+
+    Not by ``setattr``: classes of optimizers and hooks do more than keep what is assigned.
+    """
+    if before is ABSENT:
+        own.pop(name, None)
+    else:
+        own[name] = before
 
 
 class _Verdicts(dict[type, bool]):

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import dpguard
-from dpguard.audit.probes import Probes
-from dpguard.audit.turns import Turns
+from dpguard.numerics.probes import Probes
 from dpguard.patches.ghost import pass_sums
 from dpguard.patches.model import pairing
+from dpguard.turns import Turns
 
 # The test process itself starts unguarded; tests install what they need.
 _imported = dpguard.active()

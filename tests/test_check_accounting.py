@@ -657,6 +657,8 @@ def test_more_steps_than_a_target_epsilon_was_asked_for(guard):
     assert training.engine.get_epsilon(1e-3) > 4.1
     (said,) = [v for v in guard.violations if v.check == STEPS]
     assert (said.cause, said.step) == (diagnosis.BEYOND_TARGET, 15)
+    assert "more than the 15 steps that" in said.body
+    assert said.statement in said.body
     assert said.severity.value == "WARNING"
 
 

@@ -419,8 +419,9 @@ def test_a_mechanism_of_the_users_own(guard, where):
         dp.add_noise = lambda: Whole.add_noise(dp)
     steps(training, 3)
     assert verdicts(guard) == {SCALE: "not_run", FRESH: "not_run"}
-    said = [v.cause for v in guard.violations if v.check in (SCALE, FRESH)]
-    assert said == [diagnosis.NOISE_UNKNOWN]
+    (said,) = [v for v in guard.violations if v.check in (SCALE, FRESH)]
+    assert said.cause == diagnosis.NOISE_UNKNOWN
+    assert f"of this {type(training.optimizer).__qualname__} are both its own" in said.body
 
 
 def test_clipping_of_the_users_own(guard):

@@ -11,7 +11,7 @@ from torch import nn
 
 import dpguard
 from dpguard.audit import passes
-from dpguard.audit.probes import Probes
+from dpguard.numerics.probes import Probes
 from dpguard.patches.ghost import pass_sums
 
 pytestmark = needs_ghost

@@ -528,6 +528,10 @@ def averaged(model, x):
     model.ema.data.mul_(0.9).add_(x.mean(0), alpha=0.1)
 
 
+def counted(model, _x):
+    model.ema.data.add_(1)
+
+
 def put(model, x):
     model.ema.data = 0.9 * model.ema + 0.1 * x.mean(0)
 
@@ -582,12 +586,26 @@ def test_buffers_that_are_written_through_data(keep, name, mode):
 
 
 def test_a_buffer_that_is_written_late(guard):
-    """One that begins in the middle of a run is found within fifty forwards."""
+    """One that begins in the middle of a run is found within a hundred forwards."""
     training = Training(Kept)
     training.steps(5)
     training.model.keep = averaged
-    training.steps(50)
+    training.steps(95)
     assert causes(guard) == {diagnosis.BUFFERS_CHANGE}
+
+
+def test_a_buffer_that_is_written_by_a_clock_of_its_own(guard):
+    """In each second forward: whether the others are even or odd, some are looked at."""
+    for phase in range(2):
+        training = Training(Kept)
+        training.steps(3)
+        for number in range(30 * 50):
+            training.model.keep = counted if number % 2 == phase else Kept.keep
+            training.called(training.x)
+        training.step()
+        guard.flush()
+        (violation,) = guard.violations[phase:]
+        assert (violation.cause, violation.parameters) == (diagnosis.BUFFERS_CHANGE, ("ema",))
 
 
 def test_buffers_that_stay_through_data(guard):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -50,8 +51,15 @@ def run_stub(monkeypatch, capsys):
 
 def python_m_dpguard(*argv):
     """Run ``python -m dpguard`` in a process of its own."""
+    return run_python("-m", "dpguard", *argv)
+
+
+def run_python(*argv, cwd=None, **environ):
+    """Run Python in a process of its own, with the settings of ``environ``."""
     return subprocess.run(
-        [sys.executable, "-m", "dpguard", *argv],
+        [sys.executable, *argv],
+        cwd=cwd,
+        env=os.environ | environ,
         capture_output=True,
         text=True,
         timeout=120,
@@ -195,3 +203,30 @@ def test_cuda_that_is_not_there_is_refused():
     assert done.stderr == (
         "dpguard: --device cuda: torch finds no CUDA device here; use --device cpu.\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "valid"),
+    [("DPGUARD", "bogus", "'strict'"), ("DPGUARD_LOG", "/dev/null/log", "Name a directory")],
+)
+@pytest.mark.parametrize("script", [False, True])
+def test_bad_settings_in_the_environment(tmp_path, script, variable, value, valid):
+    """The command line ends in one line that names what is valid; a start-up file has said it."""
+    command = ["-m", "dpguard"]
+    if script:
+        command = [tmp_path / "dpguard"]
+        command[0].write_text("import sys; from dpguard.commands import main; sys.exit(main())")
+    done = run_python(*command, "--help", **{variable: value})
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(f"dpguard: {variable}")
+    assert value in done.stderr
+    assert valid in done.stderr
+
+
+@pytest.mark.parametrize("command", [["-m", "other", "dpguard"], ["other.py"]])
+def test_bad_settings_of_a_program(tmp_path, command):
+    """One that imports dpguard gets the error, whatever its arguments are."""
+    (tmp_path / "other.py").write_text("import dpguard")
+    done = run_python(*command, cwd=tmp_path, DPGUARD="bogus")
+    assert done.returncode == 1
+    assert "dpguard._errors.SettingsError: DPGUARD has the invalid value" in done.stderr

@@ -165,6 +165,7 @@ def test_every_cause_has_words():
     for cause in causes:
         found = diagnosis.explain(cause)
         assert found.statement
+        assert "{" not in found.stated(("X",))
         assert found.remedy
         assert not found.statement.endswith(".")
         assert not found.remedy.endswith(".")

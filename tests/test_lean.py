@@ -15,7 +15,7 @@ from truth import equal_to_rounding
 import dpguard
 from dpguard import _compat
 from dpguard.audit.clip import TRIALS
-from dpguard.patches.optimizer import sums
+from dpguard.numerics import sums
 
 MODELS = (MLP, CNN, Recurrent, Functorch) if FUNCTORCH else (MLP, CNN, Recurrent)
 

@@ -14,8 +14,8 @@ from torch import nn
 
 import dpguard
 from dpguard import _compat
-from dpguard.audit.sensitivity import sensitivity
-from dpguard.patches.optimizer.lean import Rows
+from dpguard.numerics.rows import Rows
+from dpguard.numerics.sensitivity import sensitivity
 
 pytestmark = [
     needs_reshaping,

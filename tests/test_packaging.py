@@ -102,3 +102,20 @@ def test_scripts_are_executable(name):
 def test_package_is_typed():
     """Type checkers may rely on the annotations."""
     assert (ROOT / "dpguard" / "py.typed").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("folder", "strangers"),
+    [
+        ("patches", {"audit"}),
+        ("audit", {"patches"}),
+        ("noted", {"audit", "patches"}),
+        ("numerics", {"audit", "patches"}),
+    ],
+)
+def test_which_parts_know_of_which(folder, strangers):
+    """Patches and audits import what both build on, and each other for annotations only."""
+    for file in (ROOT / "dpguard" / folder).rglob("*.py"):
+        code = re.sub(r"(?m)^if TYPE_CHECKING:\n(?:    .*\n|\n)+", "", file.read_text())
+        imported = set(re.findall(r"(?m)^ *(?:from|import) dpguard\.(\w+)", code))
+        assert imported.isdisjoint(strangers), file

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from dpguard.patching import ABSENT, Patch, Transaction
+from dpguard.patching import ABSENT, Patch, Transaction, put_back
 
 
 def make():
@@ -209,3 +209,11 @@ def test_a_patch_that_fails_is_not_remembered():
         transaction.patch(int, "real", other)
     assert len(transaction.targets) == 1
     assert len(transaction.rollback()) == 1
+
+
+@pytest.mark.parametrize("before", [{}, {"name": None}, {"name": 1}])
+@pytest.mark.parametrize("now", [{}, {"name": 2}])
+def test_what_an_object_holds_is_put_back(before, now):
+    """As it was, or not at all, whatever became of it in between."""
+    put_back(now, "name", before.get("name", ABSENT))
+    assert now == before

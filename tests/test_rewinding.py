@@ -15,7 +15,7 @@ from torch import nn
 
 import dpguard
 from dpguard import diagnosis
-from dpguard.audit.rewinding import DrawsFromSharedStream, as_it_was
+from dpguard.numerics.rewinding import DrawsFromSharedStream, as_it_was
 
 CPU = torch.device("cpu")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 from pathlib import Path
 
@@ -150,6 +151,23 @@ def test_keywords_of_another_type(name, value):
     """A keyword of a type that the setting cannot have is refused, not guessed at."""
     with pytest.raises(dpguard.SettingsError, match=f"{name}="):
         Settings.resolve({}, **{name: value})
+
+
+def test_install_spells_out_each_setting():
+    """Editors and type checkers know them, and none has a default of its own."""
+    *known, unknown = inspect.signature(dpguard.install).parameters.values()
+    assert {p.name for p in known} == set(VARIABLES) == set(Settings.__slots__)
+    assert {(p.kind, p.default) for p in known} == {(p.KEYWORD_ONLY, None) for p in known}
+    assert unknown.kind is unknown.VAR_KEYWORD
+
+
+def test_install_passes_each_setting_on():
+    """Each by its name, so that the error for one that is wrong names it."""
+    for name in VARIABLES:
+        with pytest.raises(dpguard.SettingsError, match=f"install\\({name}=...\\)"):
+            dpguard.install(**{name: object()})
+    with pytest.raises(dpguard.SettingsError, match="unknown setting 'audit_evry'; valid"):
+        dpguard.install(audit_evry=3)
 
 
 def test_an_unknown_keyword():

@@ -10,7 +10,7 @@ from torch import nn
 
 import dpguard
 from dpguard import diagnosis
-from dpguard.audit.turns import Turns
+from dpguard.turns import Turns
 
 
 @pytest.mark.parametrize("every", [1, 2, 7, 50])

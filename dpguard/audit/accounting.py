@@ -24,8 +24,8 @@ from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.update import KEEP_EVERY, KEEP_FIRST
 from dpguard.identity import GONE, IdentityMap, weakly
+from dpguard.noted.marks import ACCOUNTED
 from dpguard.noted.row_state import UNKNOWN
-from dpguard.patches.optimizer.step_hooks import ACCOUNTED
 from dpguard.patching import living
 
 __all__ = ["RATE", "SAMPLING", "SIGMA", "STEPS", "Accounting"]
@@ -347,7 +347,8 @@ class Accounting(Check):
             return failures
         failures += self._compare(step, state.sigma, (told.rate, iterations), history, book)
         if book.planned is not None and book.steps > book.planned:
-            failures += _once(Failure(STEPS, diagnosis.BEYOND_TARGET, only_said=True), book)
+            beyond = Failure(STEPS, diagnosis.BEYOND_TARGET, only_said=True, named=(book.planned,))
+            failures += _once(beyond, book)
         if book is not state.book:
             state.book = book
             failures += self._compare_books(step, book)

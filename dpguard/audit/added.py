@@ -16,7 +16,7 @@ from dpguard import _compat
 from dpguard.audit.gaussian import Along, NoiseTest
 from dpguard.audit.grain import Grain
 from dpguard.audit.shape import Shape
-from dpguard.patches.optimizer.lean import WIDE
+from dpguard.numerics.rows import WIDE
 
 __all__ = [
     "ALONG",

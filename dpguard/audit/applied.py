@@ -31,10 +31,10 @@ from dpguard.audit.check import NOTHING, Check, Failure, Failures, Noted, PerOwn
 from dpguard.audit.multiples import Samples, emptied, factor, mixed, without_noise
 from dpguard.audit.noise import SCALE
 from dpguard.audit.scaling import Ratios
-from dpguard.audit.turns import Turns
 from dpguard.audit.update import PRIVATE
 from dpguard.noted.row_state import pieces_of, sample_of_rows
-from dpguard.patches.optimizer.lean import Clipping
+from dpguard.numerics.rows import Clipping
+from dpguard.turns import Turns
 
 __all__ = ["LOOK_EVERY", "LOOK_FIRST", "Applied", "is_due"]
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dpguard import diagnosis
 from dpguard.audit.check import Failure
-from dpguard.interrupts import let_through
 from dpguard.noted.deliveries import Deliveries, Delivery
 from dpguard.noted.ledger import Ledger
 from dpguard.noted.row_state import UNKNOWN
+from dpguard.parts import Part
 
 if TYPE_CHECKING:
     from dpguard.patches.model.records import Record
@@ -72,26 +73,17 @@ class Calls:
     ) -> None:
         self._ledger = ledger
         self._deliveries = deliveries
-        self._report = report
+        self._part = Part("calls", report, partial(setattr, ledger, "watcher", None))
         self._notes: list[Note] = []
-        self._on = True
         self.watch()
 
     def watch(self) -> None:
         """Calls are to be noted from now on."""
-        if self._on:
-            self._ledger.watcher = self.note
-
-    def note(self, record: Record) -> None:
-        """A call was backpropagated."""
-        try:
-            self._note(record)
-        except Exception as error:  # noqa: BLE001 - the backward of the host goes on
-            let_through(error)
-            self._on, self._ledger.watcher = False, None
-            self._report("calls", error)
+        if self._part.on:
+            self._ledger.watcher = partial(self._part.run, self._note)
 
     def _note(self, record: Record) -> None:
+        """A call was backpropagated."""
         if len(self._notes) >= _AT_MOST:
             self._notes.clear()
         inputs = record.activations or ()

@@ -15,7 +15,7 @@ from dpguard.identity import IdentityMap
 if TYPE_CHECKING:
     from dpguard.audit.collector import Collector
     from dpguard.noted.row_state import ParameterState
-    from dpguard.patches.optimizer.lean import Clipping, Rows
+    from dpguard.numerics.rows import Clipping, Rows
 
 __all__ = ["NOTHING", "Check", "Failure", "Failures", "Noted", "PerOwner", "Step"]
 
@@ -37,6 +37,7 @@ class Failure:
         site: ``file:line`` of the user's code, if it is known.
         figure: what was measured; it depends on the data and goes to their channel only.
         bound: what it should have been at most, likewise.
+        named: classes and settings that the statement of the cause names, in order.
     """
 
     check: str
@@ -48,6 +49,7 @@ class Failure:
     bound: float | None = None
     only_said: bool = False
     """Something is told, and the check counts as not run."""
+    named: tuple[str | int, ...] = ()
 
 
 Failures: TypeAlias = "Iterable[Failure]"

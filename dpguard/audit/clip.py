@@ -8,7 +8,7 @@ with ``sum_i c_i <row_i, v>``. A sum that is off by ``d`` shows as ``|<d, v>|``,
 Where our own code clips that is done in the first audited step and in one of each ``SKETCH_EVERY``,
 where Opacus's does (per layer, adaptive) in each. Rules of the user's own are measured by what they
 have to keep, their sensitivity, as often, and in their first ``TRIALS`` steps: see
-:mod:`dpguard.audit.sensitivity`.
+:mod:`dpguard.numerics.sensitivity`.
 
 In ghost clipping there are no rows. There the sum is compared with ``B C`` in each step, and the
 rule by which the model computes the factors is measured like one of the user's own, on norms that
@@ -41,13 +41,13 @@ import torch
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
-from dpguard.audit.probes import CERTAIN, Probes
-from dpguard.audit.sensitivity import KINDS, Unproved, sensitivity
-from dpguard.audit.turns import Turns
 from dpguard.identity import IdentityMap, IdentitySet
 from dpguard.noted.ledger import Ledger
-from dpguard.patches.optimizer.lean import Clipping, Rows, row_norms
-from dpguard.patches.optimizer.sums import flat
+from dpguard.numerics.probes import CERTAIN, Probes
+from dpguard.numerics.rows import Clipping, Rows, row_norms
+from dpguard.numerics.sensitivity import KINDS, Unproved, sensitivity
+from dpguard.numerics.sums import flat
+from dpguard.turns import Turns
 
 if TYPE_CHECKING:
     from dpguard.patches.ghost.clip import Factors

@@ -14,7 +14,7 @@ from dpguard import diagnosis
 from dpguard.audit.check import Failure
 from dpguard.noted.ledger import Ledger
 from dpguard.noted.row_state import Clipped
-from dpguard.patches.optimizer.lean import Rows
+from dpguard.numerics.rows import Rows
 
 __all__ = [
     "CHECKS",

@@ -46,16 +46,17 @@ class Findings:
     def _violation(self, step: Step, failure: Failure) -> Violation:
         diagnosed = diagnosis.explain(failure.cause)
         concerned = failure.parameters or failure.modules
+        statement = diagnosed.stated(failure.named)
         seen = self._first_seen.of(step.collector or self)
         key = (step.optimizer, failure.check, failure.cause, concerned)
         where = f" for {diagnosis.listed(concerned)}" if concerned else ""
         return Violation(
             severity=diagnosed.severity,
-            body=f"{failure.check} failed in step {step.number}{where}: {diagnosed.statement}.",
+            body=f"{failure.check} failed in step {step.number}{where}: {statement}.",
             step=step.number,
             confidential=failure.cause == diagnosis.ROWS_NOT_FINITE,
             check=failure.check,
-            statement=diagnosed.statement,
+            statement=statement,
             parameters=failure.parameters,
             modules=failure.modules,
             site=failure.site,

@@ -27,10 +27,10 @@ import torch
 from dpguard import diagnosis
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.clip import BOUND
-from dpguard.patches.optimizer.lean import Rows, row_norms
+from dpguard.numerics.rows import Rows, row_norms
 
 if TYPE_CHECKING:
-    from dpguard.patches.optimizer.lean import Clipping
+    from dpguard.numerics.rows import Clipping
 
 __all__ = ["CHANGES", "Following"]
 

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpguard import diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
-from dpguard.patches.optimizer.lean import Clipping
-from dpguard.patches.oracle.losses import Coupling, Losses
+from dpguard.numerics.rows import Clipping
+
+if TYPE_CHECKING:
+    from dpguard.patches.oracle.losses import Coupling, Losses
 
 __all__ = ["LOSS", "Loss"]
 

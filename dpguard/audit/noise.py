@@ -31,7 +31,7 @@ from dpguard.audit.gaussian import ALONG_EVIDENCE, NoiseVerdict
 from dpguard.noted.ledger import Ledger
 
 if TYPE_CHECKING:
-    from dpguard.patches.optimizer.lean import Clipping
+    from dpguard.numerics.rows import Clipping
 
 __all__ = ["FRESH", "SCALE", "Noise"]
 
@@ -187,7 +187,8 @@ class Noise(Check):
             return ()
         if _compat.has_own_mechanism(optimizer):
             state.said = True
-            return [Failure(SCALE, diagnosis.NOISE_UNKNOWN, only_said=True)]
+            named = (type(optimizer).__qualname__,)
+            return [Failure(SCALE, diagnosis.NOISE_UNKNOWN, only_said=True, named=named)]
         if seen:
             return ()
         std = step.noise_std(optimizer)

@@ -35,9 +35,9 @@ import torch
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.oracle import CERTAIN, ORACLE, TIMES, failure
-from dpguard.audit.rows import LAMBDA
-from dpguard.audit.turns import Turns
 from dpguard.noted.ledger import Ledger
+from dpguard.numerics.rounding import LAMBDA
+from dpguard.turns import Turns
 
 if TYPE_CHECKING:
     from dpguard.patches.oracle.norm_draws import NormDraw, Part

@@ -32,12 +32,12 @@ import torch
 from dpguard import diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.rows import factors, floor
-from dpguard.audit.turns import Turns
 from dpguard.noted.conditioning import roundings
 from dpguard.noted.ledger import Ledger
 from dpguard.noted.precision import computed_in
-from dpguard.patches.optimizer.lean import Clipping, Rows
-from dpguard.patches.optimizer.sums import flat
+from dpguard.numerics.rows import Clipping, Rows
+from dpguard.numerics.sums import flat
+from dpguard.turns import Turns
 
 if TYPE_CHECKING:
     from dpguard.noted.conditioning import Moments

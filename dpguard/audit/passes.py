@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
-from dpguard.audit.rows import CONSERVATION, LAMBDA
+from dpguard.audit.rows import CONSERVATION
 from dpguard.noted.ledger import Ledger
+from dpguard.numerics.rounding import LAMBDA
 
 if TYPE_CHECKING:
     from dpguard.patches.ghost.pass_sums import Sketched

@@ -56,15 +56,15 @@ from dpguard.identity import IdentityMap
 from dpguard.noted.conditioning import roundings
 from dpguard.noted.ledger import Ledger
 from dpguard.noted.precision import computed_in
-from dpguard.patches.optimizer.lean import Clipping
+from dpguard.numerics.rounding import LAMBDA
+from dpguard.numerics.rows import Clipping
 
 if TYPE_CHECKING:
-    from dpguard.patches.optimizer.lean import Rows
+    from dpguard.numerics.rows import Rows
 
-__all__ = ["CONSERVATION", "LAMBDA", "RowValues", "factors", "finiteness", "floor"]
+__all__ = ["CONSERVATION", "RowValues", "factors", "finiteness", "floor"]
 
 CONSERVATION = "conservation"
-LAMBDA = 8.0
 PROBE_EVERY = 50
 """How many audited steps there are to one in which the strength of the rows is probed."""
 

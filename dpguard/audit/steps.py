@@ -24,7 +24,7 @@ from dpguard.noted.alignment import EVEN, Alignment, align, join_blocks
 from dpguard.noted.ledger import Dead, Ledger
 
 if TYPE_CHECKING:
-    from dpguard.patches.optimizer.lean import Clipping, Look, Rows
+    from dpguard.numerics.rows import Clipping, Look, Rows
 
 __all__ = ["StepAuditor"]
 

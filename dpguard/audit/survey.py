@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from dpguard.patches.optimizer.lean import Look, Rows, row_norms, row_shares
-from dpguard.patches.optimizer.sums import Weights, parts, sums_of
+from dpguard.numerics.rows import Look, Rows, row_norms, row_shares
+from dpguard.numerics.sums import Weights, parts, sums_of
 
 __all__ = ["Survey"]
 

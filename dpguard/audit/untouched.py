@@ -31,7 +31,7 @@ from dpguard.audit.check import NOTHING, Check, Failure, Failures, Noted, PerOwn
 from dpguard.audit.clip import SUM
 from dpguard.audit.multiples import factor
 from dpguard.noted.row_state import sample_of, spread_of
-from dpguard.patches.optimizer.lean import Clipping
+from dpguard.numerics.rows import Clipping
 
 __all__ = ["Accumulated", "Untouched"]
 

@@ -25,11 +25,11 @@ import torch
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Receiver, Step
-from dpguard.audit.turns import Turns
 from dpguard.interrupts import let_through
 from dpguard.noted.ledger import Ledger
 from dpguard.noted.row_state import ParameterState, awaits_its_step, sample_of
-from dpguard.patches.optimizer.lean import Clipping
+from dpguard.numerics.rows import Clipping
+from dpguard.turns import Turns
 
 __all__ = ["BUFFERS", "MOVES", "OWNED", "PRIVATE", "STATISTICS", "Update"]
 

@@ -15,11 +15,11 @@ import wrapt
 
 from dpguard import _compat
 from dpguard.identity import IdentityMap, IdentitySet
-from dpguard.interrupts import let_through
 from dpguard.noted.datasets import repeated_places
 from dpguard.noted.deliveries import Deliveries, Delivery, Iteration
 from dpguard.noted.ledger import Ledger
 from dpguard.noted.poisson import Rate
+from dpguard.parts import Part
 from dpguard.patching import Transaction
 
 __all__ = ["LoadingPatch"]
@@ -48,8 +48,7 @@ class LoadingPatch:
         self._deliveries = deliveries
         self._ledger = ledger
         self._watch = watch
-        self._report = report
-        self._active = True
+        self._part = Part("loading", report, deliveries.stop)
         self._iterations: IdentityMap[Iteration] = IdentityMap()
         self._ties: IdentityMap[IdentitySet] = IdentityMap()
         self._engines: set[type] = set()
@@ -72,7 +71,7 @@ class LoadingPatch:
         self._engines.add(engine)
 
     def _stop(self) -> None:
-        self._active = False
+        self._part.on = False
         self._iterations.clear()
 
     # -- the patches ---------------------------------------------------------------------------
@@ -81,8 +80,7 @@ class LoadingPatch:
         @functools.wraps(original)
         def next_index(iterator: Any) -> Any:
             index = original(iterator)
-            if self._active:
-                self._guarded(self._drawn, iterator, index)
+            self._part.run(self._drawn, iterator, index)
             return index
 
         return next_index
@@ -97,27 +95,15 @@ class LoadingPatch:
                 if iteration is not None:
                     iteration.finished = True
                 raise
-            if self._active:
-                self._guarded(self._delivered, iterator, data)
+            self._part.run(self._delivered, iterator, data)
             return data
 
         return deliver
 
     def _make_private(self, wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
         result = wrapped(*args, **kwargs)
-        if self._active:
-            self._guarded(self._tie, result)
+        self._part.run(self._tie, result)
         return result
-
-    def _guarded(self, function: Callable[..., None], *args: Any) -> None:
-        """Run a part of ours; an error of its own does not reach the host."""
-        try:
-            function(*args)
-        except Exception as error:  # noqa: BLE001 - the host goes on without this part
-            let_through(error)
-            self._active = False
-            self._deliveries.stop()
-            self._report("loading", error)
 
     # -- what they do --------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import wrapt
 
 from dpguard import _compat
-from dpguard.interrupts import let_through
+from dpguard.parts import Part
 from dpguard.patching import Transaction
 
 __all__ = ["Sampled", "install"]
@@ -34,24 +34,6 @@ class Sampled(Protocol):
         """A batch was drawn by Poisson sampling."""
 
 
-class _Telling:
-    """Tells an observer, until it fails by an error of its own."""
-
-    def __init__(self, report: Callable[[str, Exception], None]) -> None:
-        self._report = report
-        self._on = True
-
-    def __call__(self, tell: Callable[..., None], *args: Any) -> None:
-        if not self._on:
-            return
-        try:
-            tell(*args)
-        except Exception as error:  # noqa: BLE001 - the host draws and prepares all the same
-            let_through(error)
-            self._on = False
-            self._report("sampling", error)
-
-
 def install(
     transaction: Transaction, observer: Sampled, report: Callable[[str, Exception], None]
 ) -> None:
@@ -62,12 +44,12 @@ def install(
         observer: is told.
         report: is given an internal error, after which nothing is told any more.
     """
-    telling = _Telling(report)
+    telling = Part("sampling", report)
 
     def iterate(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
         def told(batches: Iterator[Any]) -> Iterator[Any]:
             for batch in batches:
-                telling(observer.drawn, instance)
+                telling.run(observer.drawn, instance)
                 yield batch
 
         return told(wrapped(*args, **kwargs))
@@ -78,14 +60,14 @@ def install(
             sampler = getattr(loader, "batch_sampler", None)
             is_poisson = isinstance(sampler, tuple(_compat.poisson_samplers()))
             dataset = getattr(loader, "dataset", None)
-            telling(observer.prepared, instance, sampler if is_poisson else None, dataset)
+            telling.run(observer.prepared, instance, sampler if is_poisson else None, dataset)
         return loader
 
     def aim(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
         made = wrapped(*args, **kwargs)
         if getattr(instance, "accountant", None) is not None:
             steps = math.ceil(kwargs["epochs"] * len(kwargs["data_loader"]))
-            telling(observer.planned, instance, steps)
+            telling.run(observer.planned, instance, steps)
         return made
 
     engine = _compat.engine_class()

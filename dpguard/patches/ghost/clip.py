@@ -18,12 +18,12 @@ import torch
 
 from dpguard import _compat
 from dpguard._errors import DPGuardError
-from dpguard.audit.rewinding import as_it_was
-from dpguard.audit.sensitivity import Unproved, person_and_others
 from dpguard.interrupts import let_through
 from dpguard.noted.ledger import Ledger
+from dpguard.numerics.rewinding import as_it_was
+from dpguard.numerics.sensitivity import Unproved, person_and_others
 from dpguard.patches.optimizer.amp import scale_of
-from dpguard.patching import ABSENT
+from dpguard.patching import ABSENT, put_back
 
 __all__ = ["Factors", "watch"]
 
@@ -88,7 +88,7 @@ def watch(
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if own.get(_RULE) is call:
-            _restore(own, _RULE, before)
+            put_back(own, _RULE, before)
         tried: list[Any] = []
         # Whoever repairs has the noise follow the bound that is clipped to.
         bound = hooks.max_grad_norm if repairs else optimizer.max_grad_norm
@@ -123,14 +123,7 @@ def watch(
         yield
     finally:
         if own.get(_RULE) is call:
-            _restore(own, _RULE, before)
-
-
-def _restore(own: dict[str, Any], name: str, before: Any) -> None:
-    if before is not ABSENT:
-        own[name] = before
-    elif name in own:
-        del own[name]
+            put_back(own, _RULE, before)
 
 
 def _settle(hooks: Any) -> None:
@@ -145,7 +138,7 @@ def _settle(hooks: Any) -> None:
         let_through(error)
     finally:
         for name, value in zip(_NOTED, before, strict=True):
-            _restore(own, name, value)
+            put_back(own, name, value)
 
 
 @torch.no_grad()

@@ -16,10 +16,9 @@ import torch
 import wrapt
 
 from dpguard import _compat, diagnosis
-from dpguard._errors import DPGuardError
-from dpguard.interrupts import let_through
 from dpguard.noted.ledger import Ledger
 from dpguard.noted.row_state import Clipped
+from dpguard.parts import Part
 from dpguard.patches.ghost import clip as ghost_clip
 from dpguard.patches.optimizer.amp import is_scaled
 from dpguard.patches.oracle.broadcasts import are_broadcast
@@ -219,7 +218,7 @@ class _Wrappers:
         verdicts: Verdicts,
     ) -> None:
         self._ledger = ledger
-        self._report = report
+        self._trials = Part("ghost_clip", report)
         self._pairing_of = pairing_of
         self._verdicts = verdicts
         self._repairs = verdicts.repairs
@@ -241,21 +240,10 @@ class _Wrappers:
         pairing.scaled = is_scaled(instance)
         if self._repairs:
             _adopt(getattr(instance.optimizer, "params", ()))
-        with ghost_clip.watch(instance, self._ledger, self._guarded, repairs=self._repairs):
+        with ghost_clip.watch(instance, self._ledger, self._trials.run, repairs=self._repairs):
             return pairing.run(
                 instance.loss_per_sample, instance.loss_reduction, lambda: wrapped(*args, **kwargs)
             )
-
-    def _guarded(self, function: Callable[[], None]) -> None:
-        """An error of our own does not reach the host, and switches trials off."""
-        try:
-            function()
-        except DPGuardError:
-            raise
-        except Exception as error:  # noqa: BLE001 - the host goes on without this part
-            let_through(error)
-            self._ledger.tries_clipping = None
-            self._report("ghost_clip", error)
 
     def criterion(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         pairing = self._pairing_of(instance.module)

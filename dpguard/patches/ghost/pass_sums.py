@@ -17,9 +17,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
-from dpguard.audit.probes import Probes
 from dpguard.noted.conditioning import Moments, conditions
 from dpguard.noted.precision import computed_in, full_precision, precision_of
+from dpguard.numerics.probes import Probes
 
 __all__ = ["PassSums", "Sketched"]
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from dpguard import _callsite, _compat
-from dpguard.interrupts import let_through
 from dpguard.noted.ledger import CallKey, Ledger, Tally
+from dpguard.parts import Part
 from dpguard.patches.wrapping import TransparentWrapper
 from dpguard.patching import Transaction
 
@@ -36,7 +36,9 @@ class _StableWrapper(TransparentWrapper):
         return self if instance is None else super().__get__(instance, owner)
 
 
-def install(transaction: Transaction, ledger: Ledger, report: Callable[[Exception], None]) -> None:
+def install(
+    transaction: Transaction, ledger: Ledger, report: Callable[[str, Exception], None]
+) -> None:
     """Patch ``Tensor.detach``, ``Tensor.detach_``, ``torch.detach`` and ``torch.detach_``.
 
     Args:
@@ -58,14 +60,13 @@ def install(transaction: Transaction, ledger: Ledger, report: Callable[[Exceptio
 
 
 class _Attribution:
-    def __init__(self, ledger: Ledger, report: Callable[[Exception], None]) -> None:
+    def __init__(self, ledger: Ledger, report: Callable[[str, Exception], None]) -> None:
         self._ledger = ledger
-        self._report = report
-        self._on = True
+        self._part = Part("detach", report)
         self._known: dict[tuple[str, tuple[CallKey, ...]], frozenset[CallKey]] = {}
 
     def stop(self) -> None:
-        self._on = False
+        self._part.on = False
 
     def wrapper(self, api: str) -> Callable[..., Any]:
         def detach(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -78,7 +79,7 @@ class _Attribution:
         tensor = instance if isinstance(instance, torch.Tensor) else None
         if tensor is None:
             tensor = args[0] if args else kwargs.get("input")
-        if not self._on or not isinstance(tensor, torch.Tensor) or _inside_transform():
+        if not self._part.on or not isinstance(tensor, torch.Tensor) or _inside_transform():
             return
         try:
             if tensor.grad_fn is None or not torch.is_grad_enabled():
@@ -86,9 +87,7 @@ class _Attribution:
             if _autograd.graph_task_id() == -1:
                 self._note(api, tensor)
         except Exception as error:  # noqa: BLE001 - detach itself must go on
-            let_through(error)
-            self._on = False
-            self._report(error)
+            self._part.fail(error)
 
     def _note(self, api: str, tensor: torch.Tensor) -> None:
         frontier = tuple(_calls_above(tensor.grad_fn, stop_at_call=True))

@@ -10,8 +10,8 @@ import torch
 import wrapt
 
 from dpguard import _callsite, _compat
-from dpguard.interrupts import let_through
 from dpguard.noted.ledger import Ledger
+from dpguard.parts import Part
 from dpguard.patches.model.hooked import is_paired, is_whole
 from dpguard.patches.model.pairing import Pairing, Registry
 from dpguard.patches.oracle.outputs import Outputs
@@ -51,7 +51,7 @@ class GradSamplePatch:
         self._patched: set[type] = set()
         self._wrapped: set[tuple[Any, str]] = set()
         self._transaction = Transaction()
-        self._report = report
+        self._stored = Part("stored models", report)
         self._waiting: list[weakref.ref[Any]] | None = []
 
     def install(self, transaction: Transaction) -> list[str]:
@@ -184,11 +184,11 @@ class GradSamplePatch:
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, None
-        try:
-            self._waiting = [reference for reference in waiting if not self._met(reference())]
-        except Exception as error:  # noqa: BLE001 - the host goes on with Opacus's hooks
-            let_through(error)
-            self._report("stored models", error)
+        self._waiting = self._stored.run(self._unmet, waiting)
+
+    def _unmet(self, waiting: list[weakref.ref[Any]]) -> list[weakref.ref[Any]]:
+        """Those for which something is left to be done."""
+        return [reference for reference in waiting if not self._met(reference())]
 
     def _met(self, hooks: Any) -> bool:
         """Whether nothing is left to be done for a model."""

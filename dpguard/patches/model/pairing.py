@@ -14,11 +14,11 @@ import torch
 
 from dpguard import _compat, diagnosis
 from dpguard._errors import PerSampleGradientError
-from dpguard.audit.probes import Probes
 from dpguard.noted.graph_task import GraphTask
 from dpguard.noted.grouping import Grouping, misfit_sentence
 from dpguard.noted.precision import autocast_of, note_precision
 from dpguard.noted.row_state import ParameterState, owned_rows
+from dpguard.numerics.probes import Probes
 from dpguard.patches.model.hooked import Hooked
 from dpguard.patches.model.layers import Roster, row_by_row
 from dpguard.patches.model.records import Record

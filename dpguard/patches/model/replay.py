@@ -16,7 +16,7 @@ import torch
 
 from dpguard import _compat
 from dpguard.noted.precision import autocast_of, note_precision
-from dpguard.patching import ABSENT
+from dpguard.patching import ABSENT, put_back
 
 __all__ = ["has_further_inputs", "outline", "replay"]
 
@@ -132,10 +132,7 @@ def replay(
         with as_called:
             rows: dict[torch.nn.Parameter, torch.Tensor] = sampler(module, *arranged)
     finally:
-        if original is ABSENT:
-            del own[_compat.REPLAY]
-        else:
-            own[_compat.REPLAY] = original
+        put_back(own, _compat.REPLAY, original)
     coarse = cast or now  # autograd's own products are under the backward's
     if coarse is not None:
         for found in rows.values():

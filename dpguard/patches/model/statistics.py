@@ -21,6 +21,7 @@ from torch.nn.modules import batchnorm
 
 from dpguard import _compat
 from dpguard.interrupts import let_through
+from dpguard.turns import Turns
 
 if TYPE_CHECKING:
     from dpguard.noted.ledger import Ledger
@@ -135,7 +136,7 @@ class _Buffered(_Hook):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._calls = 0
+        self._chosen, self._calls = Turns(), 0
         self._seen: dict[str, tuple[int, int]] | None = None
         self._sums: dict[str, torch.Tensor] = {}
         self._inside_transform = _compat.transform_test()
@@ -143,8 +144,9 @@ class _Buffered(_Hook):
     def before(self, module: torch.nn.Module, args: Any) -> None:  # noqa: ARG002
         self._seen, self._sums = None, {}
         if module.training and torch.is_grad_enabled():
+            looks = self._chosen.has(self._calls, _EVERY, _FIRST)
             self._calls += 1
-            if self._calls <= _FIRST or self._calls % _EVERY == 0:
+            if looks:
                 buffers = _buffers_of(module)
                 self._seen, self._sums = _marks_of(buffers), self._sums_of(buffers)
 

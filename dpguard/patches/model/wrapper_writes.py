@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dpguard import _callsite, _compat, diagnosis
-from dpguard.interrupts import let_through
+from dpguard.parts import Part
 from dpguard.patching import ABSENT, Transaction
 from dpguard.verdicts import Verdicts
 
@@ -35,18 +35,15 @@ def install(
     owner: Any = _compat.base_of_wrappers()
     if "__setattr__" in vars(owner):
         return
-    active = True
+    part = Part("wrapper_writes", report)
 
     def set_attribute(wrapper: Any, name: str, value: Any) -> None:
-        nonlocal active
-        if active and name not in _OF_ANY_MODULE:
-            try:
+        if part.on and name not in _OF_ANY_MODULE:
+            try:  # in line: ghost clipping sets several attributes in every step
                 if _is_of_the_model(wrapper, name, value):
                     _say(verdicts, wrapper, name)
             except Exception as error:  # noqa: BLE001 - it is set all the same
-                let_through(error)
-                active = False
-                report("wrapper_writes", error)
+                part.fail(error)
         super(owner, wrapper).__setattr__(name, value)
 
     transaction.patch(owner, "__setattr__", set_attribute)

@@ -20,8 +20,8 @@ import torch
 
 from dpguard import _compat, diagnosis
 from dpguard.identity import IdentityMap, IdentitySet
+from dpguard.noted.marks import MINE
 from dpguard.noted.precision import computed_in, note_precision
-from dpguard.patches.optimizer.copies import MINE
 from dpguard.patches.optimizer.facades import Family
 from dpguard.patches.wrapping import wrap_new
 from dpguard.patching import Transaction

@@ -15,12 +15,10 @@ from typing import Any
 
 from dpguard import _compat, diagnosis
 from dpguard._errors import UnsupportedError
+from dpguard.noted.marks import MINE
 from dpguard.verdicts import Verdicts
 
-__all__ = ["FORWARDED", "MINE", "Copying", "slots_of"]
-
-MINE = "_dpguard_"
-"""Beginning of the keys that dpguard keeps in an instance's ``__dict__``."""
+__all__ = ["FORWARDED", "Copying", "slots_of"]
 
 FORWARDED = MINE + "forwarded"
 """Key in an instance's ``__dict__``: what each forwarded attribute showed last."""

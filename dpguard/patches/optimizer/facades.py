@@ -15,7 +15,8 @@ from typing import Any
 
 from dpguard import _callsite, _compat, diagnosis
 from dpguard.identity import IdentityMap
-from dpguard.patches.optimizer.copies import MINE, slots_of
+from dpguard.noted.marks import MINE
+from dpguard.patches.optimizer.copies import slots_of
 from dpguard.patching import ABSENT, Transaction, is_instance
 from dpguard.verdicts import Verdicts
 

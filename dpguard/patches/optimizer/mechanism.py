@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from dpguard import _compat
+from dpguard.numerics.rows import Clipping, Look, Rows
 from dpguard.patches.optimizer import lean
-from dpguard.patching import ABSENT
+from dpguard.patching import ABSENT, put_back
 
 __all__ = ["Mechanism", "Observer"]
 
@@ -27,19 +28,19 @@ _READ = frozenset(("params", "grad_samples", "_get_flat_grad_sample"))
 class Observer(Protocol):
     """What is told of each step."""
 
-    def rows_of(self, optimizer: Any) -> lean.Rows | None:
+    def rows_of(self, optimizer: Any) -> Rows | None:
         """The rows that were found when the step began, if they were as they should be."""
 
-    def of_means(self, optimizer: Any) -> lean.Look | None:
+    def of_means(self, optimizer: Any) -> Look | None:
         """What is given the means of the rows, if they are wanted along with the clipped sums."""
 
-    def of_noise(self, optimizer: Any) -> lean.Look | None:
+    def of_noise(self, optimizer: Any) -> Look | None:
         """What is given the noise before it is added, if it is wanted."""
 
     def before_clip(self, optimizer: Any, clip: Callable[[], Any]) -> None:
         """Rows are about to be clipped by code that is not ours, which is ``clip``."""
 
-    def after_clip(self, optimizer: Any, clipping: lean.Clipping | None) -> None:
+    def after_clip(self, optimizer: Any, clipping: Clipping | None) -> None:
         """Rows were clipped; ``None`` if not by :mod:`dpguard.patches.optimizer.lean`."""
 
     def before_noise(self, optimizer: Any) -> None:
@@ -111,7 +112,7 @@ class Mechanism:
         finally:
             for name, watcher in put.items():
                 if own.get(name) is watcher:
-                    _restore(own, name, before[name])
+                    put_back(own, name, before[name])
 
     def _watcher(
         self, instance: Any, own: dict[str, Any], name: str, before: Any
@@ -121,7 +122,7 @@ class Mechanism:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if own.get(name) is call:
-                _restore(own, name, before)
+                put_back(own, name, before)
             stock = not args and not kwargs and self._is_stock(original, instance, name)
             return run(
                 instance, lambda: original(*args, **kwargs), instance.params if stock else None
@@ -171,11 +172,11 @@ class Mechanism:
         self._observer.after_clip(instance, clipping)
         return None
 
-    def _rows(self, instance: Any, parameters: Sequence[Any]) -> lean.Rows | None:
+    def _rows(self, instance: Any, parameters: Sequence[Any]) -> Rows | None:
         known = self._observer.rows_of(instance)
         if known is not None and known.are_current(parameters):
             return known
-        return lean.Rows.of(parameters)
+        return Rows.of(parameters)
 
     def _add_noise(
         self, instance: Any, original: Callable[[], Any], parameters: Sequence[Any] | None
@@ -198,15 +199,8 @@ class Mechanism:
         return None
 
 
-def _is_lean(rows: lean.Rows) -> bool:
+def _is_lean(rows: Rows) -> bool:
     """Whether Opacus can clip these rows, and would do so with the same numbers."""
     return _compat.casts_rows() or all(
         mine[0].dtype == p.dtype for p, mine in zip(rows.parameters, rows.pieces, strict=True)
     )
-
-
-def _restore(own: dict[str, Any], name: str, before: Any) -> None:
-    if before is ABSENT:
-        del own[name]
-    else:
-        own[name] = before

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpguard import _compat
 from dpguard._errors import DPGuardError
-from dpguard.audit.steps import StepAuditor
 from dpguard.identity import IdentitySet
-from dpguard.interrupts import let_through
 from dpguard.noted.ledger import Ledger
+from dpguard.parts import Part
 from dpguard.patches.optimizer.amp import LossScale
 from dpguard.patches.optimizer.attributes import AttributeForwarding
 from dpguard.patches.optimizer.bounds import Bounds
@@ -31,7 +30,23 @@ from dpguard.patches.wrapping import EagerWrapper, MethodWrapper
 from dpguard.patching import Transaction, living
 from dpguard.verdicts import Verdicts
 
+if TYPE_CHECKING:
+    from dpguard.audit.steps import StepAuditor
+
 __all__ = ["OptimizerPatch"]
+
+_PARTS = (
+    "attributes",
+    "bounds",
+    "classes",
+    "frozen",
+    "hooks",
+    "protocol",
+    "scale",
+    "sigma",
+    "signals",
+    "wrappers",
+)
 
 
 class OptimizerPatch:
@@ -73,10 +88,9 @@ class OptimizerPatch:
         self._sigma = DueSigma(verdicts)
         self._wrappers = Wrappers(verdicts)
         self._mechanism = Mechanism(_Guarded(self), lean=verdicts.repairs)
-        self._report = report
         self._active = True
-        self._audits = True
-        self._off: set[str] = set()
+        self._auditing = Part("audit", report)
+        self._parts = {name: Part(name, report) for name in _PARTS}
         self._inside: set[int] = set()
         self._instances = IdentitySet()
         self._transaction: Transaction | None = None
@@ -112,7 +126,7 @@ class OptimizerPatch:
 
     def stop(self) -> None:
         """Nothing is looked at or changed from now on."""
-        self._audits = self._active = False
+        self._auditing.on = self._active = False
 
     def _is_stopped(self) -> bool:
         return not self._active
@@ -125,7 +139,7 @@ class OptimizerPatch:
                 super(torchs, cls).__init_subclass__(**kwargs)
             else:
                 original.__get__(None, cls)(**kwargs)
-            self._part("classes", self._meet, cls)
+            self._parts["classes"].run(self._meet, cls)
 
         return meet_subclass
 
@@ -180,8 +194,8 @@ class OptimizerPatch:
         if self._is_itself(instance):
             self._family.mark(instance)
             self._hooks.adopt(instance)
-            self._part("bounds", self._bounds.adopt, instance)
-            self._part("attributes", self._forwarding.discover, instance)
+            self._parts["bounds"].run(self._bounds.adopt, instance)
+            self._parts["attributes"].run(self._forwarding.discover, instance)
         self._forwarding.adopt(instance, reconcile=True)
 
     def _wrapping(self, optimizer: Any) -> Any:
@@ -217,7 +231,7 @@ class OptimizerPatch:
         """Around the constructor that makes an object a DP optimizer; a façade may not call it."""
         if self._is_stopped():
             return wrapped(*args, **kwargs)
-        self._part("protocol", self._protocol.examine, type(instance), args, kwargs)
+        self._parts["protocol"].run(self._protocol.examine, type(instance), args, kwargs)
         self._family.mark(instance)
         return self._init(wrapped, instance, args, kwargs)
 
@@ -236,8 +250,8 @@ class OptimizerPatch:
             self._meet_models()
             if self._active and self._is_itself(instance):
                 given = (*args, *kwargs.values())
-                self._part("attributes", self._forwarding.discover, instance, given)
-                self._part("bounds", self._bounds.adopt, instance)
+                self._parts["attributes"].run(self._forwarding.discover, instance, given)
+                self._parts["bounds"].run(self._bounds.adopt, instance)
             self._forwarding.adopt(instance, reconcile=False)
         return result
 
@@ -272,16 +286,16 @@ class OptimizerPatch:
         self._inside.add(id(instance))
         stepped = False
         try:
-            self._part("attributes", self._forwarding.raise_pending, instance)
-            self._part("wrappers", self._wrappers.before_step, instance)
-            self._part("signals", self._signals.before_step, instance)
-            answer = self._part("scale", self._scale.answer, instance)
+            self._parts["attributes"].run(self._forwarding.raise_pending, instance)
+            self._parts["wrappers"].run(self._wrappers.before_step, instance)
+            self._parts["signals"].run(self._signals.before_step, instance)
+            answer = self._parts["scale"].run(self._scale.answer, instance)
             if answer is None:
-                answer = self._part("protocol", self._protocol.answer, instance)
+                answer = self._parts["protocol"].run(self._protocol.answer, instance)
             if answer is None:
-                self._part("protocol", self._protocol.before_step, instance)
-                self._part("hooks", self._hooks.before_step, instance)
-                self._part("frozen", self._foreign.before_step, instance)
+                self._parts["protocol"].run(self._protocol.before_step, instance)
+                self._parts["hooks"].run(self._hooks.before_step, instance)
+                self._parts["frozen"].run(self._foreign.before_step, instance)
                 self._audit(self._before, instance)
                 answer = self._private(wrapped, instance, args, kwargs)
                 if answer:
@@ -289,25 +303,25 @@ class OptimizerPatch:
                 stepped = True
         finally:
             self._inside.discard(id(instance))
-            self._part("sigma", self._sigma.restore, instance)
+            self._parts["sigma"].run(self._sigma.restore, instance)
             if not stepped:
                 self._auditor.abandon(instance)
         if answer:
             self._foreign.grant(instance)
         if stepped:
             if answer:
-                self._part("protocol", self._protocol.after_step, instance)
+                self._parts["protocol"].run(self._protocol.after_step, instance)
             self._audit(self._auditor.after_step, instance, stepped=bool(answer))
         return answer
 
     def _private(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         """Clip, add noise, scale; all with one bound."""
-        give_back = self._part("bounds", self._bounds.fix, instance)
+        give_back = self._parts["bounds"].run(self._bounds.fix, instance)
         try:
             return self._mechanism.step(wrapped, instance, args, kwargs)
         finally:
             if give_back is not None:
-                self._part("bounds", give_back)
+                self._parts["bounds"].run(give_back)
 
     def _before(self, instance: Any) -> None:
         if instance not in self._instances:
@@ -315,25 +329,11 @@ class OptimizerPatch:
         self._forwarding.check(instance)
         self._auditor.before_step(instance)
 
-    def _part(self, part: str, function: Callable[..., Any], *args: Any) -> Any:
-        """Run a part of ours, until it fails by an error of its own."""
-        if part in self._off:
-            return None
-        try:
-            return function(*args)
-        except DPGuardError:
-            raise
-        except Exception as error:  # noqa: BLE001 - the host goes on without this part
-            let_through(error)
-            self._off.add(part)
-            self._report(part, error)
-            return None
-
     def _audit(
         self, function: Callable[..., None], instance: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Run a part of ours; what it raises on purpose goes to the user, nothing else does."""
-        if not self._audits:
+        if not self._auditing.on:
             return
         try:
             function(instance, *args, **kwargs)
@@ -342,9 +342,7 @@ class OptimizerPatch:
                 _void(instance)
             raise
         except Exception as error:  # noqa: BLE001 - the host goes on without this part
-            let_through(error)
-            self._audits = False
-            self._report("audit", error)
+            self._auditing.fail(error)
 
 
 def _void(instance: Any) -> None:
@@ -367,7 +365,7 @@ class _Guarded:
         self._patch = patch
 
     def rows_of(self, optimizer: Any) -> Any:
-        return self._patch._auditor.rows_of(optimizer) if self._patch._audits else None
+        return self._patch._auditor.rows_of(optimizer) if self._patch._auditing.on else None
 
     def of_means(self, optimizer: Any) -> Any:
         return self._look(self._patch._auditor.of_means, optimizer)
@@ -376,7 +374,7 @@ class _Guarded:
         return self._look(self._patch._auditor.of_noise, optimizer)
 
     def _look(self, wanted: Callable[[Any], Any], optimizer: Any) -> Any:
-        look = wanted(optimizer) if self._patch._audits else None
+        look = wanted(optimizer) if self._patch._auditing.on else None
         if look is None:
             return None
         return functools.partial(self._patch._audit, lambda _, *args: look(*args), optimizer)
@@ -392,7 +390,7 @@ class _Guarded:
 
     def after_noise(self, optimizer: Any) -> None:
         self._patch._audit(self._patch._auditor.after_noise, optimizer)
-        self._patch._part("sigma", self._patch._sigma.show, optimizer)
+        self._patch._parts["sigma"].run(self._patch._sigma.show, optimizer)
 
 
 def _with_subclasses(base: type[Any]) -> Iterator[type[Any]]:

@@ -13,18 +13,16 @@ from typing import Any
 
 from dpguard import _callsite, _compat, diagnosis
 from dpguard.callables import at_hand, names_in
-from dpguard.patches.optimizer.copies import MINE
+from dpguard.noted.marks import ACCOUNTED, MINE
 from dpguard.patches.wrapping import EagerWrapper
 from dpguard.patching import ABSENT, Transaction
 from dpguard.verdicts import Verdicts
 
-__all__ = ["ACCOUNTED", "HookChain", "StepHooks"]
+__all__ = ["HookChain", "StepHooks"]
 
 _TELLING = frozenset(("step", "steps", "history"))
 """What a hook by hand calls or changes to have its accountant account for a step."""
 _ATTACHED = MINE + "step_hook"
-ACCOUNTED = MINE + "accounted"
-"""Mark of a DP optimizer to which the hook of an accountant was attached."""
 
 
 class HookChain:

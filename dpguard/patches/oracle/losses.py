@@ -45,8 +45,8 @@ import torch
 
 from dpguard import _compat
 from dpguard._errors import DPGuardError
-from dpguard.audit.probes import Probes
 from dpguard.noted.grouping import owners, squares_of_people
+from dpguard.numerics.probes import Probes
 from dpguard.patches.model.detach import TALLY
 from dpguard.patches.oracle.broadcasts import WITH_TARGETS, Square, keeps_other_targets, square_at
 from dpguard.patches.oracle.decisions import DECISIONS, Decision
@@ -152,7 +152,7 @@ class Losses:
 
     def _backward(self, wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
         if _autograd.graph_task_id() == -1 and not _inside_transform():
-            self._outputs.attempt(self._look, wrapped, args, kwargs)
+            self._outputs.run(self._look, wrapped, args, kwargs)
         return wrapped(*args, **kwargs)
 
     def _look(self, wrapped: Any, args: Any, kwargs: Any) -> None:

@@ -26,10 +26,10 @@ import torch
 
 from dpguard import _compat
 from dpguard._errors import DPGuardError
-from dpguard.audit.rows import LAMBDA
 from dpguard.noted.conditioning import conditions
 from dpguard.noted.grouping import Grouping, owners, squares_of_people
 from dpguard.noted.precision import precision_of
+from dpguard.numerics.rounding import LAMBDA
 from dpguard.patches.oracle.draws import Draws
 from dpguard.patches.oracle.vjp import Parts, Unfit, propagate
 
@@ -125,7 +125,7 @@ class NormDraw:
         weight: float,
     ) -> None:
         self._draws = draws
-        self.attempt = draws.attempt
+        self.attempt = draws.run
         self.rows = len(losses)
         self.parts: list[Part] = []
         self.mixing: torch.Tensor | None = None
@@ -377,7 +377,7 @@ class NormDraws(Draws):
 
     def is_due(self, pairing: GhostPairing) -> bool:
         """Whether it is time to draw somebody of a batch of this model."""
-        return not self.failed and pairing not in self._idle and not self._later.get(pairing)
+        return self.on and pairing not in self._idle and not self._later.get(pairing)
 
     def draw(self, pairing: GhostPairing, losses: torch.Tensor, reduction: str) -> NormDraw | None:
         """Someone of a batch that is about to be backpropagated, if it is time."""
@@ -385,7 +385,7 @@ class NormDraws(Draws):
             self._later[pairing] = max(0, self._later.get(pairing, 0) - 1)
             return None
         made: list[NormDraw] = []
-        self.attempt(self._draw, made, pairing, losses, reduction)
+        self.run(self._draw, made, pairing, losses, reduction)
         return made[0] if made else None
 
     def _draw(

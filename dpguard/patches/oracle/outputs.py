@@ -122,9 +122,9 @@ class _Mark:
 
     def __call__(self, gradients: tuple[torch.Tensor | None, ...]) -> None:
         if self.expected:
-            self.hook.outputs.attempt(self._compare, gradients)
+            self.hook.outputs.run(self._compare, gradients)
         if not self.draw.closed:
-            self.hook.outputs.attempt(self._on_gradients, gradients)
+            self.hook.outputs.run(self._on_gradients, gradients)
 
     def _compare(self, gradients: tuple[torch.Tensor | None, ...]) -> None:
         expected, self.expected = self.expected, {}
@@ -256,7 +256,7 @@ class OutputHook:
     def __call__(self, _module: torch.nn.Module, _args: Any, output: Any) -> None:
         """Mark the output if it is time."""
         if self.armed and torch.is_grad_enabled():
-            self.outputs.attempt(self._on_output, output)
+            self.outputs.run(self._on_output, output)
 
     def arm(self, batches: int = 1) -> None:
         """One of the next ``batches`` is to be looked at."""
@@ -439,7 +439,7 @@ class Outputs(Draws):
         """One of the next ``batches`` of the models of these parameters is to be looked at."""
         wanted = {id(p) for p in parameters}
         for hook in list(self.hooks):
-            if self.failed or not hook.is_whole:
+            if not self.on or not hook.is_whole:
                 continue
             if any(id(p) in wanted for p in hook.model.parameters()):
                 hook.arm(batches)

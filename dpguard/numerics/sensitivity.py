@@ -17,7 +17,7 @@ Before the person is forgotten, the rule is given another batch: it must not rem
 one before.
 
 Nothing of the data enters, so the verdict tells nothing of it. What the rule may have changed is
-put back (:mod:`dpguard.audit.rewinding`).
+put back (:mod:`dpguard.numerics.rewinding`).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from typing import Any
 import torch
 
 from dpguard import _compat
-from dpguard.audit.rewinding import as_it_was
 from dpguard.interrupts import let_through
-from dpguard.patches.optimizer.lean import Rows
+from dpguard.numerics.rewinding import as_it_was
+from dpguard.numerics.rows import Rows
 
 __all__ = ["KINDS", "Unproved", "person_and_others", "sensitivity"]
 

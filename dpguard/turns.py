@@ -1,4 +1,4 @@
-"""Which steps are looked at more closely than others: one of so many, and none can be told before.
+"""Which steps, or forwards, are looked at more closely: one of so many, none can be told before.
 
 What goes wrong by a clock of its own, in each tenth step or while a metric is logged, would never
 meet looks of a fixed phase whose period it divides.
