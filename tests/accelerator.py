@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import dpguard
 from dpguard.audit import collector
-from dpguard.audit.probes import Probes
+from dpguard.numerics.probes import Probes
 
 DEVICE = torch.device("meta")
 WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_unique2", "masked_select")
