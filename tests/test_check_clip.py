@@ -19,7 +19,7 @@ from torch import nn
 import dpguard
 from dpguard import diagnosis
 from dpguard.audit import clip as clip_module
-from dpguard.audit.clip import BOUND, SKETCH_EVERY, SUM
+from dpguard.audit.clip import BOUND, SKETCH_EVERY, SUM, TRIALS
 
 pytestmark = [
     needs_reshaping,
@@ -366,6 +366,40 @@ def test_gradients_that_vanish(guard, monkeypatch):
     assert guard.violations == ()
 
 
+def last_counts_twice(optimizer):
+    """As a sum does that begins with one of its rows."""
+    factors = (optimizer.max_grad_norm / (norms_of(optimizer) + 1e-6)).clamp(max=1)
+    factors[-1] *= 2
+    for p in optimizer.params:
+        add(p, weighted(factors, rows_of(p)))
+
+
+def third_is_not_clipped(optimizer):
+    factors = (optimizer.max_grad_norm / (norms_of(optimizer) + 1e-6)).clamp(max=1)
+    factors[2] = 1
+    for p in optimizer.params:
+        add(p, weighted(factors, rows_of(p)))
+
+
+def squares_for_norms(optimizer):
+    """The root was forgotten: a row of norm ``n`` becomes one of ``C / n``, or stays."""
+    factors = (optimizer.max_grad_norm / norms_of(optimizer).square()).clamp(max=1)
+    for p in optimizer.params:
+        add(p, weighted(factors, rows_of(p)))
+
+
+@pytest.mark.parametrize("fault", [last_counts_twice, third_is_not_clipped, squares_for_norms])
+def test_a_rule_that_is_wrong_for_somebody(fault, monkeypatch):
+    """It is refused in the first steps, whoever it is."""
+    for _ in range(4):
+        with dpguard.install(mode="repair") as guard:
+            training = overriding("subclass", fault, monkeypatch, batch=16, bound=0.1)
+            with pytest.raises(dpguard.PrivacyViolation, match="max_grad_norm"):
+                training.steps(TRIALS)
+            wrong = {diagnosis.CLIP_SENSITIVITY, diagnosis.CLIP_EXCEEDED}
+            assert wrong & {v.cause for v in guard.violations}
+
+
 # -- rules of the user's own that are sound ---------------------------------------------------------------
 
 
@@ -424,7 +458,7 @@ def test_a_sound_rule_of_the_users_own(rule, how, monkeypatch):
             training.step()
             if mode == "strict":
                 assert passed(guard, SUM) == passed(guard, BOUND) == 5
-            training.steps(3)
+            training.steps(TRIALS)
             ends.append([*map(torch.clone, training.model.parameters()), torch.rand(2)])
             if mode == "strict":
                 assert guard.violations == ()
@@ -641,6 +675,27 @@ def too_large_by_a_hundredth(norms, bound):
     return (1.01 * bound / norms).clamp(max=1)
 
 
+def last_factor_twice(norms, bound):
+    factors = stock_factors(norms, bound)
+    factors[-1] *= 2
+    return factors
+
+
+def third_factor_is_one(norms, bound):
+    factors = stock_factors(norms, bound)
+    factors[min(2, len(factors) - 1)] = 1
+    return factors
+
+
+def factors_of_squares(norms, bound):
+    return (bound / norms.square()).clamp(max=1)
+
+
+def larger_with_more_people(norms, bound):
+    """As if the sum were to be divided by the number of people in a batch."""
+    return stock_factors(norms, bound) * (len(norms) / 32)
+
+
 def use(training, factors, how):
     """Put a rule for clip factors on the model, or on a class of the user's."""
     model = training.model
@@ -723,6 +778,30 @@ def test_clip_factors_that_are_not_sound(factors, how, mode):
         causes = {v.cause for v in guard.violations}
         assert diagnosis.CLIP_SENSITIVITY in causes
         assert causes <= {diagnosis.CLIP_SENSITIVITY, diagnosis.CLIP_EXCEEDED}
+
+
+@needs_ghost
+@pytest.mark.parametrize("factors", [last_factor_twice, third_factor_is_one, factors_of_squares])
+def test_clip_factors_that_are_wrong_for_somebody(factors):
+    """They are refused in the first steps, whoever it is."""
+    for _ in range(4):
+        with dpguard.install(mode="repair") as guard:
+            training = ghost_training()
+            training.model.max_grad_norm = training.optimizer.max_grad_norm = 0.1
+            use(training, factors, "instance")
+            with pytest.raises(dpguard.PrivacyViolation, match="max_grad_norm"):
+                training.run(TRIALS)
+            assert diagnosis.CLIP_SENSITIVITY in {v.cause for v in guard.violations}
+
+
+@needs_ghost
+def test_clip_factors_that_follow_the_number_of_people():
+    """One person less, and everybody's part changes: refused in the first step."""
+    with dpguard.install(mode="repair"):
+        training = ghost_training()
+        use(training, larger_with_more_people, "instance")
+        with pytest.raises(dpguard.PrivacyViolation, match="max_grad_norm"):
+            training.run(1)
 
 
 @needs_ghost

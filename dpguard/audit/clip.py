@@ -45,7 +45,7 @@ from dpguard.identity import IdentityMap, IdentitySet
 from dpguard.noted.ledger import Ledger
 from dpguard.numerics.probes import CERTAIN, Probes
 from dpguard.numerics.rows import Clipping, Rows, row_norms
-from dpguard.numerics.sensitivity import KINDS, Unproved, sensitivity
+from dpguard.numerics.sensitivity import KINDS, Unproved, are_alike, sensitivity
 from dpguard.numerics.sums import flat
 from dpguard.turns import Turns
 
@@ -57,7 +57,7 @@ __all__ = ["BOUND", "SKETCH_EVERY", "SUM", "TRIALS", "Clip"]
 BOUND = "clip.bound"
 SUM = "clip.sum"
 SKETCH_EVERY = 50
-TRIALS = 3
+TRIALS = KINDS
 """So often in a row a rule of the user's own is measured before it is left until its turn."""
 _VANISHED = 1e-14
 """A row may be as long as that and have a norm of zero: squares below 1e-38 vanish, of a billion
@@ -226,7 +226,7 @@ class Clip(Check):
         limit = 1 + ALLOWED + CERTAIN * own * count
         if low > own:
             # Rows in one direction add up to as many times the bound as there are.
-            limit += CERTAIN * low * (count if turn % KINDS else math.sqrt(count) + 1)
+            limit += CERTAIN * low * (count if are_alike(turn) else math.sqrt(count) + 1)
         self._hold_to(step, optimizer, (optimizer, rule), figure, limit)
         return ()
 

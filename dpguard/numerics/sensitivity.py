@@ -8,6 +8,9 @@ others then shows what the person can do. The rows are, in turns:
 * of one size, in random directions, with one person who is far larger than all others together. A
   rule that clips the gradient of the batch, or of groups of people, turns round by up to ``2 C``;
   one that does not clip moves without bound.
+* of one size, and of many sizes, in random directions, with the person whose own part of the sum is
+  the largest. That is told by the projection of the sum on everybody's direction: for rules that
+  are wrong for somebody in particular (the last of the batch), or for rows of some size.
 * all in one direction, so that whatever changes of other people's factors adds up, and of many
   sizes: for rules that weigh people against each other.
 * the same, half of them small and half of them large, with one person of size ``C`` in the middle:
@@ -32,8 +35,17 @@ from dpguard import _compat
 from dpguard.interrupts import let_through
 from dpguard.numerics.rewinding import as_it_was
 from dpguard.numerics.rows import Rows
+from dpguard.numerics.sums import flat
 
-__all__ = ["KINDS", "Unproved", "person_and_others", "sensitivity"]
+__all__ = [
+    "KINDS",
+    "Unproved",
+    "are_alike",
+    "others_of",
+    "person_and_others",
+    "sensitivity",
+    "with_zero",
+]
 
 _OTHERS = 10.0
 """Norm of the other people's rows over ``C``: so large that a sound rule has to clip them."""
@@ -41,7 +53,7 @@ _LARGE = 1e4
 """Norm of the large one over that of all others together."""
 _SPREAD = 2.0
 """Norms of many sizes are between ``C`` over ten to this and ``C`` times that."""
-KINDS = 3
+KINDS = 5
 """Kinds of made-up rows."""
 
 
@@ -72,20 +84,24 @@ def sensitivity(
     if _compat.is_distributed():
         raise Unproved
     bound, mean = optimizer.max_grad_norm, optimizer.loss_reduction == "mean"
-    person, norms = person_and_others(sum(rows.sizes), turn)
-    made_up = _made_up(rows, bound, norms, generator, alike=turn % KINDS > 0)
+    count, device = sum(rows.sizes), rows.parameters[0].device
+    person, norms = person_and_others(count, turn, device)
+    made_up = _made_up(rows, bound, norms, generator, alike=are_alike(turn))
     later = _made_up(rows, bound, torch.full_like(norms, _OTHERS), generator, alike=False)
 
     def clipped(given: list[list[torch.Tensor]]) -> tuple[list[torch.Tensor], ...]:
         return tuple(_clipped(clip, rows, batch, mean=mean) for batch in (given, later))
 
-    with as_it_was(optimizer, rows.parameters, rows.parameters[0].device) as rewind:
+    with as_it_was(optimizer, rows.parameters, device) as rewind:
         try:
             everyone = clipped(made_up)
         except Exception as error:  # whatever the user's code may raise at rows of ours
             let_through(error)
             raise Unproved from error
-        for absent in (_removed, _zeroed):
+        if person is None:
+            person = (_projections(made_up, everyone[0]) / norms).argmax()
+        # Of several batches only the device may know which one the person is in.
+        for absent in (_removed, _zeroed) if len(rows.sizes) == 1 else (_zeroed,):
             rewind()
             try:
                 others = clipped([absent(mine, person) for mine in made_up])
@@ -97,6 +113,16 @@ def sensitivity(
                 total: torch.Tensor = torch.stack(moved).sum() / bound
                 return total
     raise Unproved
+
+
+@torch.no_grad()
+def _projections(given: list[list[torch.Tensor]], sums: list[torch.Tensor]) -> torch.Tensor:
+    """The product of everybody's row with what was added up, over all parameters."""
+    found = [
+        flat(torch.cat(mine)).double() @ total.flatten().double()
+        for mine, total in zip(given, sums, strict=True)
+    ]
+    return torch.stack(found).sum(0)
 
 
 def _distance(one: list[torch.Tensor], other: list[torch.Tensor]) -> torch.Tensor:
@@ -117,9 +143,7 @@ def _made_up(
     found = []
     for mine in rows.pieces:
         device = mine[0].device
-        shares = (
-            (norms.to(device, non_blocking=True) * bound / size).float().split(list(rows.sizes))
-        )
+        shares = (norms.to(device) * bound / size).float().split(list(rows.sizes))
         one = torch.randn(
             (1, *mine[0].shape[1:]), generator=generator, device=device, dtype=torch.float32
         )
@@ -135,46 +159,64 @@ def _made_up(
     return found
 
 
-def person_and_others(count: int, turn: int) -> tuple[int, torch.Tensor]:
+def are_alike(turn: int) -> bool:
+    """Whether the made-up rows of this turn are all in one direction."""
+    return turn % KINDS in {3, 4}
+
+
+def person_and_others(
+    count: int, turn: int, device: torch.device
+) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Somebody, and made-up norms of all rows, over the clip bound.
 
     Args:
         count: how many rows.
         turn: which kind of norms, counted on and on.
+        device: where both are wanted; it is not waited for.
+
+    Returns:
+        The place of a person, without dimensions, or ``None`` for the one who turns out to have the
+        largest part of the sum; and norms of shape ``(count,)``.
     """
     person, kind = secrets.randbelow(count), turn % KINDS
-    if kind == 0:
-        norms = torch.full((count,), _OTHERS, dtype=torch.float64, device="cpu")
-        norms[person] = _OTHERS * _LARGE * count**0.5
-    elif kind == 1:
+    if kind in {2, 3}:
         exponents = torch.linspace(-_SPREAD, _SPREAD, count, dtype=torch.float64, device="cpu")
         norms = (10.0**exponents).roll(secrets.randbelow(count))
     else:
-        norms = torch.full((count,), 1 / _OTHERS, dtype=torch.float64, device="cpu")
-        norms[::2] = _OTHERS
-        norms[person] = 1.0
-    return person, norms
+        norms = torch.full((count,), _OTHERS, dtype=torch.float64, device="cpu")
+        if kind == 0:
+            norms[person] *= _LARGE * count**0.5
+        elif kind == 4:  # noqa: PLR2004
+            norms[1::2] = 1 / _OTHERS
+            norms[person] = 1.0
+    norms = norms.to(device, non_blocking=True)
+    if kind in {1, 2}:
+        return None, norms
+    return torch.tensor(person, device="cpu").to(device, non_blocking=True), norms
 
 
-def _removed(mine: list[torch.Tensor], person: int) -> list[torch.Tensor]:
-    """Rows without those of the person."""
-    found, start = [], 0
-    for piece in mine:
-        at, start = person - start, start + len(piece)
-        inside = 0 <= at < len(piece)
-        found.append(torch.cat([piece[:at], piece[at + 1 :]]) if inside else piece.clone())
-    return found
+def others_of(values: torch.Tensor, person: torch.Tensor) -> torch.Tensor:
+    """The values of all others, of shape ``(count - 1, ...)``; no device is waited for."""
+    places = torch.arange(len(values) - 1, device=values.device)
+    return values.index_select(0, places + (places >= person.to(places.device)))
 
 
-def _zeroed(mine: list[torch.Tensor], person: int) -> list[torch.Tensor]:
+def with_zero(values: torch.Tensor, person: torch.Tensor) -> torch.Tensor:
+    """The same values with zeros in the place of the person."""
+    places = torch.arange(len(values), device=values.device)
+    here = (places == person.to(places.device)).view(-1, *[1] * (values.dim() - 1))
+    return values.masked_fill(here, 0)
+
+
+def _removed(mine: list[torch.Tensor], person: torch.Tensor) -> list[torch.Tensor]:
+    """The rows of one batch without those of the person."""
+    return [others_of(mine[0], person)]
+
+
+def _zeroed(mine: list[torch.Tensor], person: torch.Tensor) -> list[torch.Tensor]:
     """Rows with zeros for the person."""
-    found, start = [], 0
-    for piece in mine:
-        at, start = person - start, start + len(piece)
-        found.append(piece.clone())
-        if 0 <= at < len(piece):
-            found[-1][at] = 0
-    return found
+    sizes = [len(piece) for piece in mine]
+    return list(with_zero(torch.cat(mine), person).split(sizes))
 
 
 def _clipped(
@@ -195,7 +237,8 @@ def _clipped(
     clip()
     sums = []
     for held in rows.parameters:
-        if not isinstance(held.summed_grad, torch.Tensor):
+        total = held.summed_grad
+        if not isinstance(total, torch.Tensor) or total.numel() != held.numel():
             raise Unproved
-        sums.append(held.summed_grad.detach().clone())
+        sums.append(total.detach().clone())
     return sums

@@ -9,6 +9,7 @@ rule is all that lies between the norms of single parameters and the factors: a
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from dpguard._errors import DPGuardError
 from dpguard.interrupts import let_through
 from dpguard.noted.ledger import Ledger
 from dpguard.numerics.rewinding import as_it_was
-from dpguard.numerics.sensitivity import Unproved, person_and_others
+from dpguard.numerics.sensitivity import Unproved, others_of, person_and_others, with_zero
 from dpguard.patches.optimizer.amp import scale_of
 from dpguard.patching import ABSENT, put_back
 
@@ -158,14 +159,18 @@ def _try(
     if count < 2:  # noqa: PLR2004 - nobody else is there
         return None
     most = min(torch.finfo(norm.dtype).max for norm in held)
-    person, norms = person_and_others(count, turn)
-    norms = (bound * norms).clamp(max=most / 4).to(device, non_blocking=True)
+    person, norms = person_and_others(count, turn, device)
+    norms = (bound * norms).clamp(max=most / 4)
+    ask = functools.partial(_asked, rule, parameters, held)
     with as_it_was(hooks, (), device) as rewind:
         try:
-            everyone, all_norms = _asked(rule, parameters, held, norms)
+            everyone, all_norms = ask(norms)
+            all_norms = all_norms / scale
+            own = everyone * all_norms
+            if person is None:
+                person = own.argmax()
             rewind()
-            norms[person] = 0
-            others, _ = _asked(rule, parameters, held, norms)
+            others = _without(ask, norms, person, rewind)
         except Exception as error:  # noqa: BLE001 - whatever the user's code may raise
             let_through(error)
             return Unproved
@@ -174,10 +179,28 @@ def _try(
                 parameter._norm_sample = norm
     if everyone.shape != all_norms.shape or others.shape != all_norms.shape:
         return Unproved
-    all_norms = all_norms / scale
-    moved = (everyone - others) * all_norms
-    moved[person] = 0
-    return (moved.sum().abs() + everyone[person] * all_norms[person]) / bound
+    moved = with_zero((everyone - others) * all_norms, person)
+    mine = own.index_select(0, person.view(1))
+    # Whoever's row is at right angles to all others moves the sum by it, at least.
+    return (moved.sum().abs() + mine).maximum(own.max()).squeeze(0) / bound
+
+
+def _without(
+    ask: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    norms: torch.Tensor,
+    person: torch.Tensor,
+    rewind: Callable[[], None],
+) -> torch.Tensor:
+    """The factors of the others, of shape ``(B,)``: without the person, or with a norm of zero."""
+    try:
+        factors, _ = ask(others_of(norms, person))
+        places = torch.arange(len(norms) - 1, device=norms.device)
+        spread = factors.new_zeros(len(norms))
+        return spread.index_copy(0, places + (places >= person), factors)
+    except Exception as error:  # noqa: BLE001 - e.g. a rule that knows how many rows there are
+        let_through(error)
+    rewind()
+    return ask(with_zero(norms, person))[0]
 
 
 def _asked(
