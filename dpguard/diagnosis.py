@@ -126,6 +126,7 @@ SKIPPED_BATCH = "skipped_batch"
 ROWS_NOT_PEOPLE = "rows_not_people"
 NOT_AS_DECLARED = "rows_not_as_declared"
 SAMPLES_ADDED = "samples_added"
+ROWS_SUMMED = "rows_summed"
 TIME_FIRST = "time_first"
 ROWS_LEFT_OUT = "rows_left_out"
 ROWS_MAY_BE_SHARED = "rows_may_be_shared"
@@ -878,6 +879,14 @@ _DIAGNOSES = {
         "backward, so the per-sample gradients of different people were added and clipped as one",
         "give the model the whole batch at once, or backpropagate each part before the forward of "
         "the next one",
+        Severity.CRITICAL,
+    ),
+    ROWS_SUMMED: Diagnosis(
+        "the per-sample gradients of different people were added up, or averaged, between their "
+        "backward and the step (or by what dpguard.rows() declares), so several people are clipped "
+        "as one",
+        "leave p.grad_sample as it is; where several rows are one person's, say so with "
+        "dpguard.rows(group_size=K) or dpguard.rows(ids=...), which adds them up",
         Severity.CRITICAL,
     ),
     TIME_FIRST: Diagnosis(

@@ -492,6 +492,45 @@ def test_rows_that_are_not_people_are_refused(guard, name, poisson):
         assert torch.equal(value, before[name_])
 
 
+REDUCED = {
+    "the sum of all": lambda r: r.sum(0, keepdim=True),
+    "sums of pairs": lambda r: r.unflatten(0, (-1, 2)).sum(1),
+    "means of pairs": lambda r: r.unflatten(0, (-1, 2)).mean(1),
+}
+
+
+def with_rows(private, batch, change):
+    """A step whose rows are changed after the backward."""
+    private.optimizer.zero_grad()
+    plain(private, *batch).backward()
+    for p in private.model.parameters():
+        p.grad_sample = change(p.grad_sample)
+    private.optimizer.step()
+
+
+@pytest.mark.parametrize("change", REDUCED)
+def test_rows_that_are_summed_after_the_backward_are_refused(guard, change):
+    """Under a name of its own: the calls have made one row for each person."""
+    private = Private(poisson=False)
+    before = copy.deepcopy(private.model.state_dict())
+    with pytest.raises(dpguard.PrivacyViolation, match="added up, or averaged, between"):
+        with_rows(private, next(iter(private.loader)), REDUCED[change])
+    assert diagnosis.ROWS_SUMMED in causes(guard)
+    assert diagnosis.SAMPLES_ADDED not in causes(guard)
+    for name, value in private.model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_rows_that_are_left_out_after_the_backward(guard):
+    """Nobody is in somebody else's row: said once, as where samples are left out before."""
+    private = Private(poisson=False)
+    for batch in private.loader:
+        with_rows(private, batch, lambda r: r[1:6])
+    found = [v for v in violations(guard) if v.check == ROWS]
+    assert [(v.cause, v.severity.value) for v in found] == [(diagnosis.ROWS_LEFT_OUT, "WARNING")]
+    assert guard.status().steps == len(private.loader)
+
+
 @needs_ghost
 @pytest.mark.parametrize("program", [concatenated, several_augmentations])
 def test_rows_that_are_not_people_are_refused_in_ghost_mode(guard, program):

@@ -154,6 +154,10 @@ class Calls:
             totals[note.module] = totals.get(note.module, 0) + note.rows
         return bool(totals) and min(totals.values()) in people
 
+    def had_more(self, notes: Sequence[Note], rows: int) -> bool:
+        """Whether calls had more rows than there are now: it is not the calls that have added."""
+        return any(note.rows > rows for note in notes)
+
     def are_time_first(self, notes: Sequence[Note], people: Sequence[int]) -> bool:
         """Whether the people are in the second dimension of all inputs."""
         seconds = {note.second for note in notes}

@@ -25,7 +25,7 @@ that was left out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from dpguard.audit.accounting import RATE, SAMPLING
 from dpguard.audit.calls import Calls, Note
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.explain import explain, joined
+from dpguard.audit.multiples import factor
 from dpguard.events import Severity
 from dpguard.noted.deliveries import DECLARED, Deliveries, Delivery, Reader
 from dpguard.noted.ledger import Ledger
@@ -45,6 +46,9 @@ __all__ = ["BATCHES", "ROWS", "People", "rows_at_hand"]
 
 ROWS = "people.rows"
 BATCHES = "people.batches"
+_ENOUGH = 32
+"""Elements of vectors of which it says something that they are parallel."""
+_PARALLEL = 1e-5
 _WEAK_STEPS = 3
 """So many steps in a row have to look wrong by a loader of unknown purpose before it is said."""
 
@@ -140,6 +144,8 @@ class People(Check):
             logical.draws, logical.parts = None, 0
             if not logical.waits:
                 self._deliveries.forget(logical.reader)
+            if found.cause == diagnosis.ROWS_LEFT_OUT and self._calls.had_more(notes, sum(sizes)):
+                return [*wrong, *self._less_than_calls(step, logical, found)]
             return [*wrong, *([found] if _is_new(found, logical) else ())]
         return wrong
 
@@ -253,11 +259,31 @@ class People(Check):
             sum(sizes) > sum(people) and not private[-1].iteration.finished
         ):
             return _failure(diagnosis.ROWS_NOT_PEOPLE, sizes, private)
+        if self._calls.had_more(notes, sum(sizes)):
+            return _failure(diagnosis.ROWS_LEFT_OUT, sizes, private)
         if self._calls.add_people(notes, people):
             return _failure(diagnosis.SAMPLES_ADDED, sizes, private)
         if self._calls.are_time_first(notes, people):
             return _failure(diagnosis.TIME_FIRST, sizes, private)
         return _failure(diagnosis.ROWS_LEFT_OUT, sizes, private)
+
+    def _less_than_calls(self, step: Step, logical: _Logical, found: Failure) -> Failures:
+        """There are fewer rows than the calls have made: left out since then, or added up?
+
+        All people are in rows that add up to a multiple of the gradient of the batch.
+        """
+        figures = _totals(step.parameters)
+        if figures is None:
+            return [found] if _is_new(found, logical) else ()
+
+        def receive(values: list[float]) -> Failures:
+            _, far, length = values
+            if far <= _PARALLEL * length and length:
+                return [replace(found, cause=diagnosis.ROWS_SUMMED)]
+            return [found] if _is_new(found, logical) else ()
+
+        step.collect((ROWS,), figures, receive)
+        return ()
 
     def _by_nobody(
         self, logical: _Logical, sizes: Sequence[int], notes: Sequence[Note]
@@ -398,6 +424,20 @@ _CHECKS = {
     diagnosis.DRAWN_DEPENDENTLY: SAMPLING,
     diagnosis.BATCH_DRAWN_AGAIN: BATCHES,
 }
+
+
+@torch.no_grad()
+def _totals(parameters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor] | None:
+    """Of which multiple of the gradient all rows together are, how far they are off, how long."""
+    totals, grads = [], []
+    for parameter in parameters:
+        pieces, grad = pieces_of(parameter), parameter.grad
+        if not pieces or type(grad) is not torch.Tensor or grad.layout is not torch.strided:
+            return None
+        totals.append(torch.stack([piece.double().sum(0) for piece in pieces]).sum(0).flatten())
+        grads.append(grad.double().flatten())
+    rows, whole = torch.cat(totals), torch.cat(grads)
+    return factor(rows, whole) if len(rows) == len(whole) >= _ENOUGH else None
 
 
 def _is_part(rows: Sequence[int], private: Sequence[Delivery]) -> bool:
