@@ -83,6 +83,7 @@ ACCOUNTED_SIGMA_LOW = "accounted_sigma_too_low"
 ACCOUNTED_RATE = "accounted_rate"
 ACCOUNTED_RATE_HIGH = "accounted_rate_too_high"
 HISTORY_CHANGED = "history_changed"
+HISTORY_LOST = "history_lost"
 ACCOUNTANT_REPLACED = "accountant_replaced"
 ACCOUNTED_ANEW = "accounted_anew"
 ACCOUNTED_BEFORE = "accounted_before"
@@ -511,6 +512,13 @@ _DIAGNOSES = {
         Severity.WARNING,
     ),
     ACCOUNTANT_REPLACED: Diagnosis(
+    HISTORY_LOST: Diagnosis(
+        "steps of this training are gone from the history of the accountant, and it goes on from "
+        "the parameters that they have led to, so the accountant reports less than was spent",
+        "leave the history alone for as long as the parameters are trained; a new training begins "
+        "with a new PrivacyEngine and new parameters",
+        Severity.CRITICAL,
+    ),
         "the engine was given another accountant after it had made the optimizer, whose steps "
         "stand in the history of the first; engine.get_epsilon() reports without them",
         "set engine.accountant before make_private(), or ask the accountant that has the steps",
