@@ -126,6 +126,7 @@ SET_ON_WRAPPER = "set_on_wrapper"
 SKIPPED_BATCH = "skipped_batch"
 ROWS_NOT_PEOPLE = "rows_not_people"
 NOT_AS_DECLARED = "rows_not_as_declared"
+MORE_DECLARED = "more_declared_than_delivered"
 SAMPLES_ADDED = "samples_added"
 ROWS_SUMMED = "rows_summed"
 TIME_FIRST = "time_first"
@@ -511,7 +512,6 @@ _DIAGNOSES = {
         "leave the history alone; a new training begins with a new PrivacyEngine",
         Severity.WARNING,
     ),
-    ACCOUNTANT_REPLACED: Diagnosis(
     HISTORY_LOST: Diagnosis(
         "steps of this training are gone from the history of the accountant, and it goes on from "
         "the parameters that they have led to, so the accountant reports less than was spent",
@@ -519,6 +519,7 @@ _DIAGNOSES = {
         "with a new PrivacyEngine and new parameters",
         Severity.CRITICAL,
     ),
+    ACCOUNTANT_REPLACED: Diagnosis(
         "the engine was given another accountant after it had made the optimizer, whose steps "
         "stand in the history of the first; engine.get_epsilon() reports without them",
         "set engine.accountant before make_private(), or ask the accountant that has the steps",
@@ -881,6 +882,15 @@ _DIAGNOSES = {
         "call dpguard.batch_size(n) once for each batch that is backpropagated, with the number of "
         "its people; where a person has several rows, declare that with dpguard.rows()",
         Severity.CRITICAL,
+    ),
+    MORE_DECLARED: Diagnosis(
+        "dpguard.batch_size() declares more people than data loaders have delivered; if the "
+        "further rows are of the same people (views, time steps), each of them counts for more "
+        "than the clip bound",
+        "nothing to do if the further rows are nobody's, such as public data; where a person has "
+        "several rows, declare them with dpguard.rows(group_size=K) or dpguard.rows(ids=...), and "
+        "the number of people with dpguard.batch_size()",
+        Severity.WARNING,
     ),
     SAMPLES_ADDED: Diagnosis(
         "the samples of a batch were given to the model one part after the other before the "

@@ -946,6 +946,112 @@ def test_another_number_of_rows_than_declared_is_refused(guard, count):
     assert causes(guard) == [diagnosis.NOT_AS_DECLARED]
 
 
+def declared(program, *counts):
+    """A step on a batch that has so many people, as is said."""
+
+    def step(private, x, y):
+        for times in counts:
+            dpguard.batch_size(int(times * len(x)))
+        private.step(program(private, x, y))
+
+    return step
+
+
+def one_by_one(private, x, y):
+    """Two rounds on the same people, declared as if they were others."""
+    private.optimizer.zero_grad()
+    for _ in range(2):
+        dpguard.batch_size(len(x))
+        plain(private, x, y).backward()
+    private.optimizer.step()
+
+
+BEYOND = {
+    "views": (declared(concatenated, 2), {}),
+    "augmentations": (declared(several_augmentations, 3), {}),
+    "Poisson": (declared(concatenated, 2), {"poisson": True}),
+    "rounds": (one_by_one, {}),
+    "ghost": (declared(concatenated, 2), {"mode": "ghost"}),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=needs_ghost) if n == "ghost" else n for n in BEYOND]
+)
+def test_more_people_than_were_delivered_are_declared(name):
+    """Said once in each mode: the further rows may be nobody's."""
+    step, options = BEYOND[name]
+    with dpguard.install(mode="strict") as guard:
+        private = Private(**{"poisson": False, **options})
+        for _ in range(2):
+            for batch in private.loader:
+                step(private, *batch)
+        found = [(v.cause, v.severity.value) for v in violations(guard)]
+        assert found == [(diagnosis.MORE_DECLARED, "WARNING")]
+
+
+def in_halves(private, x, y):
+    private.optimizer.zero_grad()
+    for part in (slice(0, 3), slice(3, None)):
+        dpguard.batch_size(len(x[part]))
+        plain(private, x[part], y[part]).backward()
+    private.optimizer.step()
+
+
+def ahead(batches):
+    """One batch is fetched before the last one is used."""
+    batches = iter(batches)
+    at_hand = next(batches)
+    for following in batches:
+        yield at_hand
+        at_hand = following
+    yield at_hand
+
+
+def in_threes(batches):
+    kept = list(batches)
+    for i in range(0, len(kept), 3):
+        yield tuple(map(torch.cat, zip(*kept[i : i + 3], strict=True)))
+
+
+WITHIN = {
+    "plain": (declared(plain, 1), iter, {}),
+    "left out": (
+        declared(lambda p, x, y: plain(p, x[: len(x) // 2], y[: len(x) // 2]), 0.5),
+        iter,
+        {},
+    ),
+    "in halves": (in_halves, iter, {}),
+    "fetched ahead": (declared(plain, 1), ahead, {"poisson": True, "batch": 16}),
+    "buffered": (declared(plain, 1), buffered, {"poisson": True, "batch": 16}),
+    "in another order": (declared(plain, 1), shuffled, {"poisson": True, "batch": 16}),
+    "joined": (declared(plain, 1), in_threes, {}),
+}
+
+
+@pytest.mark.parametrize("name", WITHIN)
+def test_as_many_people_as_were_delivered_are_declared(name):
+    """Whenever batches are used, whole, in parts or joined."""
+    step, order, options = WITHIN[name]
+    with dpguard.install(mode="strict") as guard:
+        private = Private(samples(160), **{"poisson": False, **options})
+        for _ in range(3):
+            for batch in order(private.loader):
+                step(private, *batch)
+        assert violations(guard) == ()
+
+
+def test_rows_of_another_loader_are_declared(guard):
+    """It has delivered the further people, who may be public."""
+    private = Private(poisson=False)
+    public = DataLoader(samples(seed=7), batch_size=8)
+    for _ in range(3):
+        for (x, y), (u, v) in zip(private.loader, public, strict=True):
+            dpguard.batch_size(len(x) + len(u))
+            private.step(plain(private, torch.cat([x, u]), torch.cat([y, v])))
+    assert violations(guard) == ()
+
+
 def test_two_optimizers_read_the_same_declaration(guard):
     """Both models see the batch."""
     models = [by_hand(), by_hand()]

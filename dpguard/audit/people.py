@@ -2,7 +2,8 @@
 
 What is known of the batch decides how much a deviation proves:
 
-* the user has declared it (:func:`dpguard.batch_size`): any other number of rows is wrong;
+* the user has declared it (:func:`dpguard.batch_size`): any other number of rows is wrong. If in
+  all more people were declared than loaders have delivered meanwhile, that is said;
 * it comes from a loader of ``make_private``, or one that draws with Opacus's samplers: more rows
   than people, two batches in the same rows, or more batches than the accountant is told of make
   the guarantee false. Fewer rows may be a choice (samples left out), unless the calls show that
@@ -66,6 +67,8 @@ class _Logical:
         split: whether they were drawn as one and split by ``BatchMemoryManager``.
         others: how many batches loaders of unknown purpose had delivered by its last step.
         streak: for how many steps these loaders have made it look wrong.
+        declared: how many people were declared in steps beside which there were private batches.
+        beyond: for how many steps in a row these have been more than loaders have delivered.
         undelivered: how many steps there were on batches that nobody had delivered.
         waits: whether the last step was one of them.
         reused: whether the last step was refused because its batch had been used before.
@@ -84,6 +87,8 @@ class _Logical:
     split: bool = False
     others: int = 0
     streak: int = 0
+    declared: int = 0
+    beyond: int = 0
     undelivered: int = 0
     waits: bool = False
     reused: bool = False
@@ -182,7 +187,7 @@ class People(Check):
                 like = [d for d in private if d not in used and d.fits_any(rows)]
                 self._note_rates(step, logical, [*used, *like])
             if declared and private:
-                self._deliveries.use(logical.reader, private[-1])
+                self._note_declared(logical, used, private)
             return None
         if declared:
             return _failure(diagnosis.NOT_AS_DECLARED, sizes, declared)
@@ -192,6 +197,22 @@ class People(Check):
             return self._by_private(step, logical, sizes, private=private, notes=notes)
         logical.draws = None
         return None if private else self._by_others(step, logical, sizes, notes)
+
+    def _note_declared(
+        self, logical: _Logical, used: Sequence[Delivery], private: Sequence[Delivery]
+    ) -> None:
+        """Rows are as declared; whether loaders have delivered as many people.
+
+        In all steps so far together: a batch may be used at any time after its delivery, and in
+        parts. Fewer rows than people are a choice. More may be nobody's, else somebody has several.
+        """
+        self._deliveries.use(logical.reader, private[-1])
+        logical.declared += sum(map(_people, used))
+        beyond = logical.declared > self._deliveries.delivered(logical.reader)
+        logical.beyond = logical.beyond + 1 if beyond else 0
+        found = _failure(diagnosis.MORE_DECLARED, list(map(_people, used)), private)
+        if logical.beyond >= _WEAK_STEPS and _is_new(found, logical):
+            logical.found.append(found)
 
     def _note_rates(self, step: Step, logical: _Logical, candidates: Sequence[Delivery]) -> None:
         """With which rates the batches were drawn, one of which each of the step's may be."""
