@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from dpguard import _compat
+from dpguard._errors import DPGuardError
 from dpguard._settings import Settings
 from dpguard.audit.accounting import Accounting
 from dpguard.audit.applied import Applied
@@ -98,7 +99,10 @@ class Runtime:
         self._losses = Losses(self.outputs) if self.outputs is not None else None
         self.ledger.norm_draws = NormDraws(report) if asks else None
         self.ledger.batches.report = report
-        self.auditor = StepAuditor(self.ledger, settings, emit, self._checks(), report)
+        self._people = people = People(self.ledger, self._deliveries, self._calls)
+        self.auditor = StepAuditor(
+            self.ledger, settings, emit, self._checks(), report, people.are_people
+        )
         kinds = ((Pairing, _compat.uses_stock_hooks), (GhostPairing, _compat.uses_ghost_hooks))
         self._verdicts = verdicts = Verdicts(emit, settings.mode)
         self.grad_sample = GradSamplePatch(
@@ -133,7 +137,7 @@ class Runtime:
     def _checks(self) -> list[Check]:
         """What is looked at in each step besides the coverage, in this order."""
         checks: list[Check] = [
-            People(self.ledger, self._deliveries, self._calls),
+            self._people,
             RowValues(self.ledger),
             PassValues(self.ledger),
             Untouched(),
@@ -255,7 +259,7 @@ class Runtime:
         """Undo all patches and close the log; after an interruption, what is left to be done."""
         with self._ending:
             try:
-                self._attempt(self.flush)
+                self._attempt(self.auditor.flush)
             finally:
                 self._restore()
 
@@ -345,8 +349,20 @@ class Runtime:
         return tuple(dict.fromkeys(part for part, _ in self.internal_errors))
 
     def flush(self) -> None:
-        """Wait for all figures that are on their way from the device."""
+        """Wait for all figures that are on their way from the device.
+
+        Raises:
+            DPGuardError: they ask for it, or something else does that no step has raised yet.
+        """
         self.auditor.flush()
+        error = self.auditor.take_overdue()
+        if error is not None:
+            raise error
+
+    def overdue(self) -> DPGuardError | None:
+        """What :meth:`flush` would raise."""
+        self._attempt(self.auditor.flush)
+        return self.auditor.take_overdue()
 
 
 def _removed(target: str, *, whole: bool) -> PatchEvent:

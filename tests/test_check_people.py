@@ -402,6 +402,35 @@ def by_hand(model=None):
     return called, optimizer
 
 
+class Flattened(nn.Module):
+    """(B, T, 6): all layers but the last have a row for each of B * T tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.body = nn.Linear(8, 5), nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8))
+
+    def forward(self, x):
+        return self.head(self.body(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("known", "named"),
+    [("delivered", "body"), ("declared", "body"), ("other number declared", "head"), ("", "head")],
+)
+def test_numbers_of_rows_that_differ(guard, known, named):
+    """Those that are not of people are named, if it is known how many these are; else the few."""
+    data = TensorDataset(torch.randn(PEOPLE, 3, 6), torch.arange(PEOPLE) % 5)
+    private = Private(data, model=Flattened(), poisson=False)
+    x, y = next(iter(private.loader)) if known == "delivered" else data[:8]
+    if "declared" in known:
+        dpguard.batch_size(8 if known == "declared" else 5)
+    with pytest.raises(dpguard.PrivacyViolation, match="different numbers"):
+        private.step(plain(private, x, y))
+    (violation,) = violations(guard)
+    assert violation.cause == diagnosis.ROW_COUNT
+    assert {name.split(".")[0] for name in violation.parameters} == {named}
+
+
 def by_hand_step(called, optimizer, x, y):
     optimizer.zero_grad()
     cross_entropy(called(x), y).backward()

@@ -154,6 +154,12 @@ class People(Check):
             return [*wrong, *([found] if _is_new(found, logical) else ())]
         return wrong
 
+    def are_people(self, optimizer: Any, sizes: Sequence[int]) -> bool:
+        """Whether so many rows, in each accumulated batch, are as declared or delivered."""
+        reader = self._logical.of(optimizer).reader
+        batches = self._deliveries.declared(reader) or self._deliveries.pending(reader)
+        return bool(batches) and explain(sizes, batches) is not None
+
     def _compare(
         self,
         step: Step,
