@@ -101,7 +101,7 @@ class Runtime:
         self.ledger.batches.report = report
         self._people = people = People(self.ledger, self._deliveries, self._calls)
         self.auditor = StepAuditor(
-            self.ledger, settings, emit, self._checks(), report, people.are_people
+            self.ledger, settings, emit, self._checks(), report, are_people=people.are_people
         )
         kinds = ((Pairing, _compat.uses_stock_hooks), (GhostPairing, _compat.uses_ghost_hooks))
         self._verdicts = verdicts = Verdicts(emit, settings.mode)

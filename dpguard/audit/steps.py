@@ -64,6 +64,7 @@ class StepAuditor:
         emit: Callable[[Event], None],
         checks: Sequence[Check] = (),
         report: Callable[[str, Exception], None] | None = None,
+        *,
         are_people: Callable[[Any, tuple[int, ...]], bool] | None = None,
     ) -> None:
         self._ledger = ledger
@@ -472,12 +473,12 @@ class StepAuditor:
 
     def _end(self, step: Step) -> None:
         """Tell how the step went; most go as the one before did."""
-        went = (step.ran, step.failed, len(step.parameters))
+        went = (step.ran, step.failed, step.left, len(step.parameters))
         known = self._went
         if known is None or known[0] != went:
             # A refused step may fail again when its figures arrive, after the next has begun.
             failed = {check: set(names) for check, names in step.failed.items()}
-            kept = (dict(step.ran), failed, len(step.parameters))
+            kept = (dict(step.ran), failed, dict(step.left), len(step.parameters))
             known = self._went = kept, {check: step.count(check) for check in self._names}
         audit = self.last_step = step.audit(known[1])
         self._emit(audit)
