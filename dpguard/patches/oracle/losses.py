@@ -64,6 +64,8 @@ _REDUCTIONS = {_MEAN: "mean", 2: "sum"}
 """Reductions, as the nodes of losses have them,"""
 _OF_EACH = {"MeanBackward0": "mean", "SumBackward0": "sum"}
 """and of losses of one person each."""
+_EXPANDED = "PerSampleGradBackward"
+"""Names of calls of layers with expanded weights end so."""
 _LIKELIHOODS = frozenset(("NllLossBackward0", "NllLoss2DBackward0"))
 _End: TypeAlias = "tuple[Any, int, torch.Tensor]"
 """A mark, the number of an output there and a gradient of it."""
@@ -336,6 +338,8 @@ class _Examination:
             elif node not in seen:
                 seen.add(node)
                 if any(tally.module() in layers for tally in node.metadata.get(TALLY, ())):
+                    return True
+                if type(node).__name__.endswith(_EXPANDED):
                     return True
                 ways += [way for way in node.next_functions if way[0] is not None]
         return False
