@@ -60,6 +60,7 @@ LOSS_COUPLES = "loss_couples_people"
 LOSS_WEIGHTED = "loss_divided_by_weights"
 LOSS_IGNORES = "loss_divided_by_targets"
 LOSS_BROADCAST = "loss_broadcast"
+LOSS_OF_SOME = "loss_of_some_rows"
 LOSS_IS_SUM = "loss_is_sum"
 LOSS_IS_MEAN = "loss_is_mean"
 NOISE_MISSING = "noise_missing"
@@ -706,6 +707,14 @@ _DIAGNOSES = {
         "changes the rows of others",
         "give both the same shape: outputs.squeeze(1), or targets.unsqueeze(1)",
         Severity.ERROR,
+    ),
+    LOSS_OF_SOME: Diagnosis(
+        "the loss is a mean over some of the rows of the batch, but each row is multiplied by the "
+        "number of all, so how large it is depends on how many others there are on either side",
+        "take losses with reduction='none' of all rows, set those to zero that do not count, and "
+        "take the mean of all; or give the model only the rows that count, and say how many they "
+        "are with dpguard.batch_size(n)",
+        Severity.WARNING,
     ),
     LOSS_IS_SUM: Diagnosis(
         "the loss is a sum over the batch, but the model was wrapped for a mean, so each row is "

@@ -389,6 +389,67 @@ def test_strict_refuses_and_says_why():
     assert causes[0] == diagnosis.LOSS_IGNORES
 
 
+def of_some(outputs, y):
+    return F.cross_entropy(outputs[y > 1], y[y > 1])
+
+
+SOME = {
+    "masked": of_some,
+    "masked losses": lambda o, y: F.cross_entropy(o, y, reduction="none")[y > 1].mean(),
+    "chosen": lambda o, y: F.mse_loss(o.index_select(0, torch.arange(4)), one_hot(y[:4])),
+    "the first": lambda o, y: F.cross_entropy(o[:4], y[:4]),
+    "a chunk": lambda o, y: F.cross_entropy(o.split(4)[1], y[4:8]),
+    "a logit of some": lambda o, y: F.binary_cross_entropy_with_logits(o[4:, 0], (y[4:] > 2).to(o)),
+}
+OF_ALL = {
+    "all": lambda o, y: F.cross_entropy(o[:], y),
+    "in another order": lambda o, y: F.cross_entropy(o[torch.arange(len(o)).flip(0)], y.flip(0)),
+    "those of others are zero": lambda o, y: (
+        F.cross_entropy(o, y, reduction="none") * (y > 1)
+    ).mean(),
+    "divided by a number": lambda o, y: (
+        F.cross_entropy(o[y > 1], y[y > 1], reduction="sum") / BATCH
+    ),
+    "multiplied": lambda o, y: of_some(o, y) * ((y > 1).sum() / len(y)),
+    "columns": lambda o, y: F.mse_loss(o[:, 1:4], one_hot(y)[:, 1:4]),
+    "both halves": lambda o, y: F.cross_entropy(torch.cat([o[:4], o[4:]]), y),
+}
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_a_mean_over_some_of_the_rows(name):
+    """Rows are multiplied by the number of all: who is not among them counts, and it is said."""
+    assert changes_others(SOME[name]) > 1e-3
+    causes, _, guard = train(SOME[name], mode="strict")
+    assert set(causes) == {diagnosis.LOSS_OF_SOME}
+    assert {v.severity.value for v in guard.violations} == {"WARNING"}
+
+
+@pytest.mark.parametrize("name", OF_ALL)
+def test_a_mean_over_all_of_the_rows(name):
+    """Or what is as large as if it was one: nothing is said."""
+    *_, guard = train(OF_ALL[name], mode="strict")
+    assert guard.violations == ()
+
+
+def test_a_mean_over_some_of_the_rows_of_each_person():
+    """Views of which one is a target: as many as there are people."""
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        training = Training()
+        for _ in range(3):
+            with dpguard.rows(group_size=2, layout="blocks"):
+                training.step(lambda o, y: F.mse_loss(o[:6], o[6:].detach()))
+    assert guard.violations == ()
+
+
+def test_a_mean_over_some_of_the_rows_under_a_sum():
+    """Nothing is multiplied there: that it is no sum, or not quite, is another matter."""
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        training = Training(reduction="sum")
+        training.step(lambda o, y: F.cross_entropy(o[:4], y[:4], reduction="sum"))
+    assert guard.violations == ()
+
+
 @pytest.mark.parametrize("declared", ["mean", "sum"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("of_each", [False, True])
