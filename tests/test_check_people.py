@@ -550,6 +550,16 @@ def test_rows_that_are_summed_after_the_backward_are_refused(guard, change):
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.parametrize("mode", [None, pytest.param("ghost", marks=needs_ghost)])
+def test_rows_of_several_people_that_are_declared_to_be_of_one_are_refused(guard, mode):
+    """The loader has delivered a person for each row."""
+    private = Private(poisson=False, mode=mode)
+    batch = next(iter(private.loader))
+    with pytest.raises(dpguard.PrivacyViolation, match="declares"), dpguard.rows(group_size=2):
+        private.step(plain(private, *batch))
+    assert causes(guard) == [diagnosis.ROWS_SUMMED]
+
+
 def test_rows_that_are_left_out_after_the_backward(guard):
     """Nobody is in somebody else's row: said once, as where samples are left out before."""
     private = Private(poisson=False)

@@ -149,7 +149,8 @@ class People(Check):
             logical.draws, logical.parts = None, 0
             if not logical.waits:
                 self._deliveries.forget(logical.reader)
-            if found.cause == diagnosis.ROWS_LEFT_OUT and self._calls.had_more(notes, sum(sizes)):
+            changed = logical.clips_rows and self._calls.had_more(notes, sum(sizes))
+            if changed and found.cause == diagnosis.ROWS_LEFT_OUT:
                 return [*wrong, *self._less_than_calls(step, logical, found)]
             return [*wrong, *([found] if _is_new(found, logical) else ())]
         return wrong
@@ -286,10 +287,11 @@ class People(Check):
             sum(sizes) > sum(people) and not private[-1].iteration.finished
         ):
             return _failure(diagnosis.ROWS_NOT_PEOPLE, sizes, private)
-        if self._calls.had_more(notes, sum(sizes)):
-            return _failure(diagnosis.ROWS_LEFT_OUT, sizes, private)
         if self._calls.add_people(notes, people):
-            return _failure(diagnosis.SAMPLES_ADDED, sizes, private)
+            if self._calls.were_grouped(notes, sum(sizes)):
+                return _failure(diagnosis.ROWS_SUMMED, sizes, private)
+            if not (logical.clips_rows and self._calls.had_more(notes, sum(sizes))):
+                return _failure(diagnosis.SAMPLES_ADDED, sizes, private)
         if self._calls.are_time_first(notes, people):
             return _failure(diagnosis.TIME_FIRST, sizes, private)
         return _failure(diagnosis.ROWS_LEFT_OUT, sizes, private)
