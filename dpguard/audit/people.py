@@ -290,8 +290,9 @@ class People(Check):
         if self._calls.add_people(notes, people):
             if self._calls.were_grouped(notes, sum(sizes)):
                 return _failure(diagnosis.ROWS_SUMMED, sizes, private)
-            if not (logical.clips_rows and self._calls.had_more(notes, sum(sizes))):
-                return _failure(diagnosis.SAMPLES_ADDED, sizes, private)
+            changed = logical.clips_rows and self._calls.had_more(notes, sum(sizes))
+            cause = diagnosis.ROWS_LEFT_OUT if changed else diagnosis.SAMPLES_ADDED
+            return _failure(cause, sizes, private)
         if self._calls.are_time_first(notes, people):
             return _failure(diagnosis.TIME_FIRST, sizes, private)
         return _failure(diagnosis.ROWS_LEFT_OUT, sizes, private)
