@@ -398,6 +398,7 @@ SOME = {
     "masked losses": lambda o, y: F.cross_entropy(o, y, reduction="none")[y > 1].mean(),
     "chosen": lambda o, y: F.mse_loss(o.index_select(0, torch.arange(4)), one_hot(y[:4])),
     "the first": lambda o, y: F.cross_entropy(o[:4], y[:4]),
+    "columns of some": lambda o, y: F.mse_loss(o[:4, 1:3], one_hot(y)[:4, 1:3]),
     "a chunk": lambda o, y: F.cross_entropy(o.split(4)[1], y[4:8]),
     "a logit of some": lambda o, y: F.binary_cross_entropy_with_logits(o[4:, 0], (y[4:] > 2).to(o)),
 }

@@ -165,8 +165,10 @@ class _State:
     """It was seen to train what was accounted before."""
     mine: IdentityMap[Counter[tuple[float, float]]] = field(default_factory=IdentityMap)
     """For each book how many of its steps are steps of this optimizer, by sigma and rate."""
+    parameter: Callable[[], Any] = lambda: GONE
+    """The first of those that it trains, weakly,"""
     first: torch.Tensor | None = None
-    """Values of a parameter before the first update that was seen,"""
+    """its values before the first update that was seen,"""
     last: torch.Tensor | None = None
     """and after the last."""
 
@@ -248,13 +250,15 @@ class Accounting(Check):
         state = self._states.of(optimizer)
         state.sigma = _compat.plain_number(_compat.due_sigma(optimizer))
         self._know(state, optimizer)
-        if state.first is None:
-            state.first = _values_of(optimizer)
+        parameter = step.parameters[0] if step.parameters else None
+        if parameter is not state.parameter():
+            state.parameter = weakly(parameter)
+            state.first, state.last = _values_of(parameter), None
         failures: list[Failure] = []
         for told in state.accountants:
             history = _history_of(told)
             if history is not None and told.book.look(history):
-                failures += self._gone(state, step, told.book, optimizer, history)
+                failures += self._gone(state, step, told.book, history)
         for told in state.others:
             history = _history_of(told)
             if history is not None:
@@ -288,7 +292,7 @@ class Accounting(Check):
         """Note what the update has made of the parameters."""
         state = self._states.of(optimizer)
         if state.accountants:
-            state.last = _values_of(optimizer)
+            state.last = _values_of(state.parameter())
         return ()
 
     def flush(self) -> Iterable[tuple[int, Failure]]:
@@ -349,7 +353,7 @@ class Accounting(Check):
         state.others = [one for one in at_hand if id(one.book) not in known]
 
     def _gone(
-        self, state: _State, step: Step, book: _Book, optimizer: Any, history: Sequence[Any]
+        self, state: _State, step: Step, book: _Book, history: Sequence[Any]
     ) -> list[Failure]:
         """Steps are gone from a history: are they spent?
 
@@ -360,7 +364,7 @@ class Accounting(Check):
         lost = mine is not None and any(has.get(key, 0) < count for key, count in mine.items())
         if mine is not None:
             state.mine[book] = Counter({k: min(n, has.get(k, 0)) for k, n in mine.items()})
-        now = _values_of(optimizer)
+        now = _values_of(state.parameter())
         known = [values for values in (state.first, state.last, now) if values is not None]
         if not lost or len({values.shape for values in known}) != 1 or len(known) < 3:  # noqa: PLR2004
             return _say_gone(book)
@@ -534,9 +538,8 @@ def _succeed(told: _Told, former: Sequence[_Told]) -> None:
             book.engine, book.dataset = one.book.engine, one.book.dataset
 
 
-def _values_of(optimizer: Any) -> torch.Tensor | None:
-    """Some values of the first parameter that is trained, as they are now."""
-    parameter = next((p for p in optimizer.params if p.requires_grad), None)
+def _values_of(parameter: Any) -> torch.Tensor | None:
+    """Some values of a parameter, as they are now."""
     if type(parameter) is not torch.nn.Parameter or parameter.layout is not torch.strided:
         return None
     return sample_of(parameter.detach())

@@ -372,8 +372,9 @@ class _Examination:
                 after, before = (
                     list(self._nodes.inputs(n)[i].shape) for n, i in ((node, index), (above, at))
                 )
-                if before[:1] == [self._draw.rows] and before[1:] == after[1:]:
-                    return bool(after[0] < before[0])
+                of_rows = before[:1] == [self._draw.rows] and before[1:] == after[1:]
+                if of_rows and after[:1] < before[:1]:
+                    return True
             node, index = above, at
         return False
 
