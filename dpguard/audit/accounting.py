@@ -366,7 +366,8 @@ class Accounting(Check):
             state.mine[book] = Counter({k: min(n, has.get(k, 0)) for k, n in mine.items()})
         now = _values_of(state.parameter())
         known = [values for values in (state.first, state.last, now) if values is not None]
-        if not lost or len({values.shape for values in known}) != 1 or len(known) < 3:  # noqa: PLR2004
+        kinds = {(values.shape, values.device) for values in known}
+        if not lost or len(kinds) != 1 or len(known) < 3:  # noqa: PLR2004 - one is not known
             return _say_gone(book)
         first, last, now = known
 

@@ -461,8 +461,12 @@ def _totals(parameters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor] | No
     """Of which multiple of the gradient all rows together are, how far they are off, how long."""
     totals, grads = [], []
     for parameter in parameters:
-        pieces, grad = pieces_of(parameter), parameter.grad
-        if not pieces or type(grad) is not torch.Tensor or grad.layout is not torch.strided:
+        pieces: list[Any] = pieces_of(parameter) or []
+        grad: Any = parameter.grad
+        if not pieces or any(type(one) is not torch.Tensor for one in (grad, *pieces)):
+            return None
+        kinds = {(one.layout, one.device, one.is_complex()) for one in (grad, *pieces)}
+        if kinds != {(torch.strided, parameters[0].device, False)}:
             return None
         totals.append(torch.stack([piece.double().sum(0) for piece in pieces]).sum(0).flatten())
         grads.append(grad.double().flatten())
