@@ -95,8 +95,9 @@ class Guard:
     Made by :func:`dpguard.install`. Before Opacus has been imported it waits; from then on all
     models and optimizers of Opacus in this process are guarded.
 
-    Leaving a ``with`` block restores what was before it. A guard that was installed outside of the
-    block as well, by the environment for example, stays active; one with other settings that
+    Leaving a ``with`` block restores what was before it, and raises what was found too late
+    for the last step, unless an exception leaves the block. A guard that was installed outside of
+    the block as well, by the environment for example, stays active; one with other settings that
     was replaced is installed anew. That of ``import dpguard`` alone ends with the block.
 
     Example:
@@ -123,11 +124,20 @@ class Guard:
     def __exit__(
         self,
         _kind: type[BaseException] | None,
-        _error: BaseException | None,
+        error: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
-        with _lock:
-            self._span.leave()
+        overdue = None
+        try:
+            if error is None:
+                guards = dict.fromkeys((self, self._span.guard or self))
+                found = [guard._overdue() for guard in guards]
+                overdue = next((one for one in found if one is not None), None)
+        finally:
+            with _lock:
+                self._span.leave()
+        if overdue is not None:
+            raise overdue
 
     def __repr__(self) -> str:
         status = self.status()
@@ -165,9 +175,16 @@ class Guard:
         return self._runtime.auditor.coverage() if self._runtime else {}
 
     def flush(self) -> None:
-        """Wait until all audits that are under way are complete and written."""
+        """Wait until all audits that are under way are complete and written.
+
+        Raises:
+            DPGuardError: what was found by then would have been raised by the next step.
+        """
         if self._runtime is not None:
             self._runtime.flush()
+
+    def _overdue(self) -> DPGuardError | None:
+        return self._runtime.overdue() if self._runtime is not None else None
 
     def status(self) -> Status:
         """What state this activation is in, as a frozen dataclass."""

@@ -440,6 +440,11 @@ def _attribute_of(module: str, *names: str) -> Any:
     return next((vars(found)[name] for name in names if name in vars(found)), None)
 
 
+def expanded_class() -> Any:
+    """The wrapper round a model with expanded weights, or ``None`` before 1.2."""
+    return _attribute_of("opacus.grad_sample.gsm_exp_weights", "GradSampleModuleExpandedWeights")
+
+
 def ghost_hooks_class() -> Any:
     """The class that holds the hooks of ghost clipping, or ``None`` before 1.5."""
     hooks = "GradSampleHooksFastGradientClipping"  # from 1.6 on

@@ -80,7 +80,8 @@ def batch_size(people: int) -> None:
     Call it in the training loop before the backward of the batch, once for each batch that is
     accumulated and for each physical batch. The rows of the next step must then be exactly as many
     (of several batches: each as many as declared, in this order); a step with another number of
-    rows is refused. What data loaders have delivered is not compared any more.
+    rows is refused. What data loaders have delivered is not compared any more, but a warning says
+    if they were fewer people in all than are declared.
 
     A row that is nobody's, such as one of public data mixed into the batch, counts as a person.
 

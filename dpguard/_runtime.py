@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dpguard import _compat
+from dpguard._errors import DPGuardError
 from dpguard._settings import Settings
 from dpguard.audit.accounting import Accounting
 from dpguard.audit.applied import Applied
@@ -59,6 +60,7 @@ from dpguard.patches.optimizer import empty_batches
 from dpguard.patches.optimizer.attributes import AttributeForwarding
 from dpguard.patches.optimizer.signals import Signals
 from dpguard.patches.optimizer.step import OptimizerPatch
+from dpguard.patches.oracle.expanded import ExpandedOutputs
 from dpguard.patches.oracle.losses import Losses
 from dpguard.patches.oracle.norm_draws import NormDraws
 from dpguard.patches.oracle.outputs import Outputs
@@ -95,9 +97,15 @@ class Runtime:
         asks = bool(settings.oracle_every and _compat.nodes())
         self.outputs = Outputs(report) if asks else None
         self._losses = Losses(self.outputs) if self.outputs is not None else None
+        self._expanded = None
+        if self.outputs is not None:
+            self._expanded = ExpandedOutputs(self.outputs, self.ledger)
         self.ledger.norm_draws = NormDraws(report) if asks else None
         self.ledger.batches.report = report
-        self.auditor = StepAuditor(self.ledger, settings, emit, self._checks(), report)
+        self._people = people = People(self.ledger, self._deliveries, self._calls)
+        self.auditor = StepAuditor(
+            self.ledger, settings, emit, self._checks(), report, are_people=people.are_people
+        )
         kinds = ((Pairing, _compat.uses_stock_hooks), (GhostPairing, _compat.uses_ghost_hooks))
         self._verdicts = verdicts = Verdicts(emit, settings.mode)
         self.grad_sample = GradSamplePatch(
@@ -128,7 +136,7 @@ class Runtime:
     def _checks(self) -> list[Check]:
         """What is looked at in each step besides the coverage, in this order."""
         checks: list[Check] = [
-            People(self.ledger, self._deliveries, self._calls),
+            self._people,
             RowValues(self.ledger),
             PassValues(self.ledger),
             Untouched(),
@@ -229,6 +237,8 @@ class Runtime:
         )
         self.optimizer.install(self._transaction)
         self._loading.install(self._transaction)
+        if self._expanded is not None:
+            self._expanded.install(self._transaction)
         if self.settings.mode.changes_the_host:
             empty_batches.install(self._transaction)
         sampling.install(self._transaction, self.accounting, _weakly(self.report_internal))
@@ -248,7 +258,7 @@ class Runtime:
         """Undo all patches and close the log; after an interruption, what is left to be done."""
         with self._ending:
             try:
-                self._attempt("uninstall", self.flush)
+                self._attempt("uninstall", self.auditor.flush)
             finally:
                 self._restore()
 
@@ -338,8 +348,20 @@ class Runtime:
         return tuple(dict.fromkeys(part for part, _ in self.internal_errors))
 
     def flush(self) -> None:
-        """Wait for all figures that are on their way from the device."""
+        """Wait for all figures that are on their way from the device.
+
+        Raises:
+            DPGuardError: they ask for it, or something else does that no step has raised yet.
+        """
         self.auditor.flush()
+        error = self.auditor.take_overdue()
+        if error is not None:
+            raise error
+
+    def overdue(self) -> DPGuardError | None:
+        """What :meth:`flush` would raise."""
+        self._attempt("flush", self.auditor.flush)
+        return self.auditor.take_overdue()
 
 
 def _removed(target: str, *, whole: bool) -> PatchEvent:

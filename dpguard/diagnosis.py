@@ -60,6 +60,7 @@ LOSS_COUPLES = "loss_couples_people"
 LOSS_WEIGHTED = "loss_divided_by_weights"
 LOSS_IGNORES = "loss_divided_by_targets"
 LOSS_BROADCAST = "loss_broadcast"
+LOSS_OF_SOME = "loss_of_some_rows"
 LOSS_IS_SUM = "loss_is_sum"
 LOSS_IS_MEAN = "loss_is_mean"
 NOISE_MISSING = "noise_missing"
@@ -83,6 +84,7 @@ ACCOUNTED_SIGMA_LOW = "accounted_sigma_too_low"
 ACCOUNTED_RATE = "accounted_rate"
 ACCOUNTED_RATE_HIGH = "accounted_rate_too_high"
 HISTORY_CHANGED = "history_changed"
+HISTORY_LOST = "history_lost"
 ACCOUNTANT_REPLACED = "accountant_replaced"
 ACCOUNTED_ANEW = "accounted_anew"
 ACCOUNTED_BEFORE = "accounted_before"
@@ -125,7 +127,9 @@ SET_ON_WRAPPER = "set_on_wrapper"
 SKIPPED_BATCH = "skipped_batch"
 ROWS_NOT_PEOPLE = "rows_not_people"
 NOT_AS_DECLARED = "rows_not_as_declared"
+MORE_DECLARED = "more_declared_than_delivered"
 SAMPLES_ADDED = "samples_added"
+ROWS_SUMMED = "rows_summed"
 TIME_FIRST = "time_first"
 ROWS_LEFT_OUT = "rows_left_out"
 ROWS_MAY_BE_SHARED = "rows_may_be_shared"
@@ -517,6 +521,13 @@ _DIAGNOSES = {
         "leave the history alone; a new training begins with a new PrivacyEngine",
         Severity.WARNING,
     ),
+    HISTORY_LOST: Diagnosis(
+        "steps of this training are gone from the history of the accountant, and it goes on from "
+        "the parameters that they have led to, so the accountant reports less than was spent",
+        "leave the history alone for as long as the parameters are trained; a new training begins "
+        "with a new PrivacyEngine and new parameters",
+        Severity.CRITICAL,
+    ),
     ACCOUNTANT_REPLACED: Diagnosis(
         "the engine was given another accountant after it had made the optimizer, whose steps "
         "stand in the history of the first; engine.get_epsilon() reports without them",
@@ -705,6 +716,14 @@ _DIAGNOSES = {
         "give both the same shape: outputs.squeeze(1), or targets.unsqueeze(1)",
         Severity.ERROR,
     ),
+    LOSS_OF_SOME: Diagnosis(
+        "the loss is a mean over some of the rows of the batch, but each row is multiplied by the "
+        "number of all, so how large it is depends on how many others there are on either side",
+        "take losses with reduction='none' of all rows, set those to zero that do not count, and "
+        "take the mean of all; or give the model only the rows that count, and say how many they "
+        "are with dpguard.batch_size(n)",
+        Severity.WARNING,
+    ),
     LOSS_IS_SUM: Diagnosis(
         "the loss is a sum over the batch, but the model was wrapped for a mean, so each row is "
         "multiplied by the number of people in the batch, whoever they are",
@@ -881,11 +900,28 @@ _DIAGNOSES = {
         "its people; where a person has several rows, declare that with dpguard.rows()",
         Severity.CRITICAL,
     ),
+    MORE_DECLARED: Diagnosis(
+        "dpguard.batch_size() declares more people than data loaders have delivered; if the "
+        "further rows are of the same people (views, time steps), each of them counts for more "
+        "than the clip bound",
+        "nothing to do if the further rows are nobody's, such as public data; where a person has "
+        "several rows, declare them with dpguard.rows(group_size=K) or dpguard.rows(ids=...), and "
+        "the number of people with dpguard.batch_size()",
+        Severity.WARNING,
+    ),
     SAMPLES_ADDED: Diagnosis(
         "the samples of a batch were given to the model one part after the other before the "
         "backward, so the per-sample gradients of different people were added and clipped as one",
         "give the model the whole batch at once, or backpropagate each part before the forward of "
         "the next one",
+        Severity.CRITICAL,
+    ),
+    ROWS_SUMMED: Diagnosis(
+        "the per-sample gradients of different people were added up, or averaged, between their "
+        "backward and the step (or by what dpguard.rows() declares), so several people are clipped "
+        "as one",
+        "leave p.grad_sample as it is; where several rows are one person's, say so with "
+        "dpguard.rows(group_size=K) or dpguard.rows(ids=...), which adds them up",
         Severity.CRITICAL,
     ),
     TIME_FIRST: Diagnosis(

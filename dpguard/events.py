@@ -232,10 +232,10 @@ class CheckCount:
 
     @property
     def verdict(self) -> str:
-        """``fail`` if any failed, else ``pass`` if any passed, else ``not_run``."""
+        """``fail`` if any failed, else ``pass`` if all were looked at and there are some."""
         if self.failed:
             return "fail"
-        return "pass" if self.passed else "not_run"
+        return "pass" if self.passed and not self.not_run else "not_run"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -504,8 +504,8 @@ def test_strict_raises_at_the_first_step_after_it_is_known(late):
         training.step(with_nan())
         training.model.load_state_dict(MLP().state_dict())
         training.step()
-        late[0].there = late[1].there = True
-        guard.flush()
+        for event in late:
+            event.there = True
         before = training.values()
         with pytest.raises(dpguard.PerSampleGradientError, match="in step 0"):
             training.step()
@@ -514,6 +514,108 @@ def test_strict_raises_at_the_first_step_after_it_is_known(late):
         guard.flush()
         assert guard.last_step.step == 2
         assert guard.last_step.ok
+
+
+class Quiet(DPOptimizer):
+    """Its noise is a tenth of what is accounted."""
+
+    def add_noise(self):
+        for p in self.params:
+            p.grad = p.summed_grad + 0.1 * torch.randn_like(p)
+
+
+def last_step(fault):
+    """A step that is wrong, with figures that arrive after it, as on an accelerator."""
+    training = Training()
+    if fault == "critical":
+        training.optimizer = optimizer_of(training.model.parameters(), 1.0, cls=Quiet)
+    training.step(None if fault == "critical" else with_nan())
+    return training
+
+
+LATE = [
+    pytest.param("repair", "critical", dpguard.PrivacyViolation, id="critical"),
+    pytest.param("strict", "critical", dpguard.PrivacyViolation, id="critical strict"),
+    pytest.param("strict", "error", dpguard.PerSampleGradientError, id="error strict"),
+]
+
+
+@pytest.mark.parametrize(("mode", "fault", "error"), LATE)
+@pytest.mark.parametrize("gone", [False, True])
+def test_what_the_last_step_has_left_is_raised_by_flush(late, mode, fault, error, gone):
+    """Once, whether its optimizer is still there or not."""
+    with dpguard.install(mode=mode) as guard:
+        training = last_step(fault)
+        assert guard.violations == ()
+        if gone:
+            del training
+            gc.collect()
+        with pytest.raises(error, match="in step 0"):
+            guard.flush()
+        guard.flush()
+        assert {v.step for v in guard.violations} == {0}
+
+
+@pytest.mark.parametrize(("mode", "fault", "error"), LATE)
+def test_what_the_last_step_has_left_is_raised_at_the_end_of_the_block(late, mode, fault, error):
+    """Everything is restored then, and nothing more is raised."""
+    step = DPOptimizer.pre_step
+    with pytest.raises(error, match="in step 0"), dpguard.install(mode=mode) as guard:
+        last_step(fault)
+    assert guard.status().state == "uninstalled"
+    assert dpguard.active() is None
+    assert DPOptimizer.pre_step is step
+    assert guard.internal_errors == ()
+    guard.uninstall()
+
+
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+def test_what_the_last_step_has_left_masks_no_exception(late, mode):
+    """That of the user leaves the block, and what was found is told."""
+
+    def train():
+        last_step("critical")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), dpguard.install(mode=mode) as guard:
+        train()
+    assert guard.status().state == "uninstalled"
+    assert diagnosis.NOISE_SCALE in causes(guard)
+
+
+@pytest.mark.parametrize("mode", ["repair", "observe"])
+def test_what_is_only_said_is_not_raised_at_the_end(late, mode):
+    """An error in ``repair``, and anything in ``observe``."""
+    with dpguard.install(mode=mode) as guard:
+        last_step("error" if mode == "repair" else "critical")
+        guard.flush()
+    assert guard.violations
+
+
+def test_the_end_of_an_inner_block_raises_as_well(late):
+    """Its guard stays, and so does that of a block with other settings that was resumed."""
+    with dpguard.install(mode="repair") as outer:
+        with pytest.raises(dpguard.PrivacyViolation), dpguard.install(mode="repair"):
+            last_step("critical")
+        assert dpguard.active() is outer
+
+    def train():
+        with dpguard.install(mode="observe"):
+            last_step("critical")
+        last_step("critical")
+
+    with pytest.raises(dpguard.PrivacyViolation), dpguard.install(mode="repair"):
+        train()
+    assert dpguard.active() is None
+
+
+def test_uninstalling_raises_nothing(late):
+    """It restores; what was found is told."""
+    guard = dpguard.install(mode="strict")
+    last_step("critical")
+    guard.uninstall()
+    assert diagnosis.NOISE_SCALE in causes(guard)
+    assert guard.internal_errors == ()
 
 
 def test_what_comes_late_is_raised_in_a_step_of_the_same_optimizer(late):

@@ -17,7 +17,7 @@ from releases import GHOST
 from torch import nn
 
 import dpguard
-from dpguard import diagnosis
+from dpguard import _compat, diagnosis
 from dpguard.patches.oracle import losses
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
@@ -224,8 +224,8 @@ def batch_of(count=BATCH):
 
 
 class Training:
-    def __init__(self, make=model_of, reduction="mean"):
-        self.model = GradSampleModule(make(), loss_reduction=reduction)
+    def __init__(self, make=model_of, reduction="mean", wrapper=GradSampleModule):
+        self.model = wrapper(make(), loss_reduction=reduction)
         self.optimizer = DPOptimizer(
             torch.optim.SGD(self.model.parameters(), lr=0.05),
             noise_multiplier=1.0,
@@ -387,6 +387,68 @@ def test_strict_refuses_and_says_why():
         train(COUPLED["class weights"][1], mode="strict")
     causes, *_ = train(COUPLED["ignored"][1], mode="strict")
     assert causes[0] == diagnosis.LOSS_IGNORES
+
+
+def of_some(outputs, y):
+    return F.cross_entropy(outputs[y > 1], y[y > 1])
+
+
+SOME = {
+    "masked": of_some,
+    "masked losses": lambda o, y: F.cross_entropy(o, y, reduction="none")[y > 1].mean(),
+    "chosen": lambda o, y: F.mse_loss(o.index_select(0, torch.arange(4)), one_hot(y[:4])),
+    "the first": lambda o, y: F.cross_entropy(o[:4], y[:4]),
+    "columns of some": lambda o, y: F.mse_loss(o[:4, 1:3], one_hot(y)[:4, 1:3]),
+    "a chunk": lambda o, y: F.cross_entropy(o.split(4)[1], y[4:8]),
+    "a logit of some": lambda o, y: F.binary_cross_entropy_with_logits(o[4:, 0], (y[4:] > 2).to(o)),
+}
+OF_ALL = {
+    "all": lambda o, y: F.cross_entropy(o[:], y),
+    "in another order": lambda o, y: F.cross_entropy(o[torch.arange(len(o)).flip(0)], y.flip(0)),
+    "those of others are zero": lambda o, y: (
+        F.cross_entropy(o, y, reduction="none") * (y > 1)
+    ).mean(),
+    "divided by a number": lambda o, y: (
+        F.cross_entropy(o[y > 1], y[y > 1], reduction="sum") / BATCH
+    ),
+    "multiplied": lambda o, y: of_some(o, y) * ((y > 1).sum() / len(y)),
+    "columns": lambda o, y: F.mse_loss(o[:, 1:4], one_hot(y)[:, 1:4]),
+    "both halves": lambda o, y: F.cross_entropy(torch.cat([o[:4], o[4:]]), y),
+}
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_a_mean_over_some_of_the_rows(name):
+    """Rows are multiplied by the number of all: who is not among them counts, and it is said."""
+    assert changes_others(SOME[name]) > 1e-3
+    causes, _, guard = train(SOME[name], mode="strict")
+    assert set(causes) == {diagnosis.LOSS_OF_SOME}
+    assert {v.severity.value for v in guard.violations} == {"WARNING"}
+
+
+@pytest.mark.parametrize("name", OF_ALL)
+def test_a_mean_over_all_of_the_rows(name):
+    """Or what is as large as if it was one: nothing is said."""
+    *_, guard = train(OF_ALL[name], mode="strict")
+    assert guard.violations == ()
+
+
+def test_a_mean_over_some_of_the_rows_of_each_person():
+    """Views of which one is a target: as many as there are people."""
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        training = Training()
+        for _ in range(3):
+            with dpguard.rows(group_size=2, layout="blocks"):
+                training.step(lambda o, y: F.mse_loss(o[:6], o[6:].detach()))
+    assert guard.violations == ()
+
+
+def test_a_mean_over_some_of_the_rows_under_a_sum():
+    """Nothing is multiplied there: that it is no sum, or not quite, is another matter."""
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        training = Training(reduction="sum")
+        training.step(lambda o, y: F.cross_entropy(o[:4], y[:4], reduction="sum"))
+    assert guard.violations == ()
 
 
 @pytest.mark.parametrize("declared", ["mean", "sum"])
@@ -564,6 +626,89 @@ def test_parts_of_a_loss_that_are_not_of_the_outputs(name):
             training.step(lambda out, y: (ROUND | OUTRIGHT)[name](training.model, out, y))
             assert guard.last_step.checks[LOSS].passed == (name in OUTRIGHT)
     assert not [v for v in guard.violations if v.check == LOSS]
+
+
+EXPANDED = _compat.expanded_class()
+needs_expanded = pytest.mark.skipif(EXPANDED is None, reason="this Opacus has hooks only")
+
+
+@needs_expanded
+@pytest.mark.parametrize("mode", ["strict", "observe"])
+@pytest.mark.parametrize("name", SEPARATE)
+def test_terms_of_one_person_each_with_expanded_weights(name, mode):
+    """The loss is looked at, though no row is, and nothing is said."""
+    with dpguard.install(mode=mode, oracle_every=1) as guard:
+        training = Training(wrapper=EXPANDED)
+        for count in (12, 12, 9):
+            training.step(SEPARATE[name], batch_of(count))
+            assert guard.last_step.checks[LOSS].passed == 1
+            assert guard.last_step.checks["oracle.rows"].not_run
+        assert guard.violations == ()
+
+
+@needs_expanded
+@pytest.mark.parametrize("name", BROADCAST)
+@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
+def test_outputs_and_targets_of_other_shapes_with_expanded_weights(name):
+    """Said as soon as where there are hooks; in ``strict`` it is refused."""
+    with dpguard.install(mode="repair") as guard:
+        training = Training(wrapper=EXPANDED)
+        for count in (12, 9):
+            training.step(BROADCAST[name], batch_of(count))
+    first, *_ = found = [v for v in guard.violations if v.check == LOSS]
+    assert {v.cause for v in found} == {diagnosis.LOSS_BROADCAST}
+    assert first.step == (0 if name in {"mse", "mse the other way", "smooth l1"} else 1)
+    with dpguard.install(mode="strict", oracle_every=1):
+        training = Training(wrapper=EXPANDED)
+        with pytest.raises(dpguard.DPGuardError, match="broadcast"):
+            _ = [training.step(BROADCAST[name], batch_of(count)) for count in (12, 9)]
+
+
+@needs_expanded
+@pytest.mark.parametrize("name", COUPLED)
+def test_losses_that_compare_people_with_expanded_weights(name):
+    """As where there are hooks."""
+    cause, loss = COUPLED[name]
+    with dpguard.install(mode="repair", oracle_every=1) as guard, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        training = Training(wrapper=EXPANDED)
+        for _ in range(6):
+            training.step(loss)
+    assert {v.cause for v in guard.violations} == {cause}
+
+
+@needs_expanded
+@pytest.mark.parametrize("name", ROUND)
+def test_parts_of_a_loss_that_are_not_of_the_outputs_with_expanded_weights(name):
+    """They are not looked at there either."""
+    with dpguard.install(mode="repair", oracle_every=1) as guard:
+        training = Training(TwoHeads, wrapper=EXPANDED)
+        for _ in range(3):
+            # Where torch computes the rows, each layer has to take part.
+            training.step(lambda out, y: ROUND[name](training.model, out, y) + 0 * out[2].sum())
+            assert not guard.last_step.checks[LOSS].passed
+    assert not [v for v in guard.violations if v.check == LOSS]
+
+
+@needs_expanded
+def test_models_with_expanded_weights_go_and_come():
+    """One that is gone is not asked for, copies are models of their own, and all is restored."""
+    plain = EXPANDED.forward
+    with dpguard.install(mode="repair", oracle_every=1) as guard:
+        training = Training(wrapper=EXPANDED)
+        training.step(F.cross_entropy)
+        training.optimizer.zero_grad()
+        reference, inside = weakref.ref(training.model), copy.deepcopy(training.model._module)
+        other = Training(lambda: inside, wrapper=EXPANDED)
+        twin = pickle.loads(pickle.dumps(training.model))
+        assert twin(torch.ones(2, FEATURES)).equal(training.model(torch.ones(2, FEATURES)))
+        del training
+        gc.collect()
+        assert reference() is None
+        other.step(F.cross_entropy)
+        assert guard.last_step.checks[LOSS].passed == 1
+        assert guard.internal_errors == ()
+    assert EXPANDED.forward is plain
 
 
 HOOKS = {

@@ -402,6 +402,35 @@ def by_hand(model=None):
     return called, optimizer
 
 
+class Flattened(nn.Module):
+    """(B, T, 6): all layers but the last have a row for each of B * T tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.body = nn.Linear(8, 5), nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8))
+
+    def forward(self, x):
+        return self.head(self.body(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("known", "named"),
+    [("delivered", "body"), ("declared", "body"), ("other number declared", "head"), ("", "head")],
+)
+def test_numbers_of_rows_that_differ(guard, known, named):
+    """Those that are not of people are named, if it is known how many these are; else the few."""
+    data = TensorDataset(torch.randn(PEOPLE, 3, 6), torch.arange(PEOPLE) % 5)
+    private = Private(data, model=Flattened(), poisson=False)
+    x, y = next(iter(private.loader)) if known == "delivered" else data[:8]
+    if "declared" in known:
+        dpguard.batch_size(8 if known == "declared" else 5)
+    with pytest.raises(dpguard.PrivacyViolation, match="different numbers"):
+        private.step(plain(private, x, y))
+    (violation,) = violations(guard)
+    assert violation.cause == diagnosis.ROW_COUNT
+    assert {name.split(".")[0] for name in violation.parameters} == {named}
+
+
 def by_hand_step(called, optimizer, x, y):
     optimizer.zero_grad()
     cross_entropy(called(x), y).backward()
@@ -490,6 +519,55 @@ def test_rows_that_are_not_people_are_refused(guard, name, poisson):
     assert not any(ch.isdigit() for ch in str(raised.value).replace("step 0", ""))
     for name_, value in private.model.state_dict().items():
         assert torch.equal(value, before[name_])
+
+
+REDUCED = {
+    "the sum of all": lambda r: r.sum(0, keepdim=True),
+    "sums of pairs": lambda r: r.unflatten(0, (-1, 2)).sum(1),
+    "means of pairs": lambda r: r.unflatten(0, (-1, 2)).mean(1),
+}
+
+
+def with_rows(private, batch, change):
+    """A step whose rows are changed after the backward."""
+    private.optimizer.zero_grad()
+    plain(private, *batch).backward()
+    for p in private.model.parameters():
+        p.grad_sample = change(p.grad_sample)
+    private.optimizer.step()
+
+
+@pytest.mark.parametrize("change", REDUCED)
+def test_rows_that_are_summed_after_the_backward_are_refused(guard, change):
+    """Under a name of its own: the calls have made one row for each person."""
+    private = Private(poisson=False)
+    before = copy.deepcopy(private.model.state_dict())
+    with pytest.raises(dpguard.PrivacyViolation, match="added up, or averaged, between"):
+        with_rows(private, next(iter(private.loader)), REDUCED[change])
+    assert diagnosis.ROWS_SUMMED in causes(guard)
+    assert diagnosis.SAMPLES_ADDED not in causes(guard)
+    for name, value in private.model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("mode", [None, pytest.param("ghost", marks=needs_ghost)])
+def test_rows_of_several_people_that_are_declared_to_be_of_one_are_refused(guard, mode):
+    """The loader has delivered a person for each row."""
+    private = Private(poisson=False, mode=mode)
+    batch = next(iter(private.loader))
+    with pytest.raises(dpguard.PrivacyViolation, match="declares"), dpguard.rows(group_size=2):
+        private.step(plain(private, *batch))
+    assert causes(guard) == [diagnosis.ROWS_SUMMED]
+
+
+def test_rows_that_are_left_out_after_the_backward(guard):
+    """Nobody is in somebody else's row: said once, as where samples are left out before."""
+    private = Private(poisson=False)
+    for batch in private.loader:
+        with_rows(private, batch, lambda r: r[1:6])
+    found = [v for v in violations(guard) if v.check == ROWS]
+    assert [(v.cause, v.severity.value) for v in found] == [(diagnosis.ROWS_LEFT_OUT, "WARNING")]
+    assert guard.status().steps == len(private.loader)
 
 
 @needs_ghost
@@ -905,6 +983,112 @@ def test_another_number_of_rows_than_declared_is_refused(guard, count):
     with pytest.raises(dpguard.PrivacyViolation, match=r"people\.rows"):
         by_hand_step(called, optimizer, x[:count], y[:count])
     assert causes(guard) == [diagnosis.NOT_AS_DECLARED]
+
+
+def declared(program, *counts):
+    """A step on a batch that has so many people, as is said."""
+
+    def step(private, x, y):
+        for times in counts:
+            dpguard.batch_size(int(times * len(x)))
+        private.step(program(private, x, y))
+
+    return step
+
+
+def one_by_one(private, x, y):
+    """Two rounds on the same people, declared as if they were others."""
+    private.optimizer.zero_grad()
+    for _ in range(2):
+        dpguard.batch_size(len(x))
+        plain(private, x, y).backward()
+    private.optimizer.step()
+
+
+BEYOND = {
+    "views": (declared(concatenated, 2), {}),
+    "augmentations": (declared(several_augmentations, 3), {}),
+    "Poisson": (declared(concatenated, 2), {"poisson": True}),
+    "rounds": (one_by_one, {}),
+    "ghost": (declared(concatenated, 2), {"mode": "ghost"}),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=needs_ghost) if n == "ghost" else n for n in BEYOND]
+)
+def test_more_people_than_were_delivered_are_declared(name):
+    """Said once in each mode: the further rows may be nobody's."""
+    step, options = BEYOND[name]
+    with dpguard.install(mode="strict") as guard:
+        private = Private(**{"poisson": False, **options})
+        for _ in range(2):
+            for batch in private.loader:
+                step(private, *batch)
+        found = [(v.cause, v.severity.value) for v in violations(guard)]
+        assert found == [(diagnosis.MORE_DECLARED, "WARNING")]
+
+
+def in_halves(private, x, y):
+    private.optimizer.zero_grad()
+    for part in (slice(0, 3), slice(3, None)):
+        dpguard.batch_size(len(x[part]))
+        plain(private, x[part], y[part]).backward()
+    private.optimizer.step()
+
+
+def ahead(batches):
+    """One batch is fetched before the last one is used."""
+    batches = iter(batches)
+    at_hand = next(batches)
+    for following in batches:
+        yield at_hand
+        at_hand = following
+    yield at_hand
+
+
+def in_threes(batches):
+    kept = list(batches)
+    for i in range(0, len(kept), 3):
+        yield tuple(map(torch.cat, zip(*kept[i : i + 3], strict=True)))
+
+
+WITHIN = {
+    "plain": (declared(plain, 1), iter, {}),
+    "left out": (
+        declared(lambda p, x, y: plain(p, x[: len(x) // 2], y[: len(x) // 2]), 0.5),
+        iter,
+        {},
+    ),
+    "in halves": (in_halves, iter, {}),
+    "fetched ahead": (declared(plain, 1), ahead, {"poisson": True, "batch": 16}),
+    "buffered": (declared(plain, 1), buffered, {"poisson": True, "batch": 16}),
+    "in another order": (declared(plain, 1), shuffled, {"poisson": True, "batch": 16}),
+    "joined": (declared(plain, 1), in_threes, {}),
+}
+
+
+@pytest.mark.parametrize("name", WITHIN)
+def test_as_many_people_as_were_delivered_are_declared(name):
+    """Whenever batches are used, whole, in parts or joined."""
+    step, order, options = WITHIN[name]
+    with dpguard.install(mode="strict") as guard:
+        private = Private(samples(160), **{"poisson": False, **options})
+        for _ in range(3):
+            for batch in order(private.loader):
+                step(private, *batch)
+        assert violations(guard) == ()
+
+
+def test_rows_of_another_loader_are_declared(guard):
+    """It has delivered the further people, who may be public."""
+    private = Private(poisson=False)
+    public = DataLoader(samples(seed=7), batch_size=8)
+    for _ in range(3):
+        for (x, y), (u, v) in zip(private.loader, public, strict=True):
+            dpguard.batch_size(len(x) + len(u))
+            private.step(plain(private, torch.cat([x, u]), torch.cat([y, v])))
+    assert violations(guard) == ()
 
 
 def test_two_optimizers_read_the_same_declaration(guard):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import MLP, SimSiam
 from opacus import GradSampleModule
+from opacus.optimizers import DPOptimizer
 from torch.nn import functional as F
 
 import dpguard
@@ -193,3 +194,23 @@ def test_the_event_names_line_modules_and_parameters(guard, api, cut):
     }
     assert event.action == "repaired"
     assert event.step == 0
+
+
+def test_what_the_oracle_cuts_is_not_the_users():
+    """A forward whose loss was given up, in a step in which the oracle is asked."""
+    with dpguard.install(oracle_every=1) as guard:
+        model = MLP()
+        called = GradSampleModule(model)
+        optimizer = DPOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            expected_batch_size=4,
+        )
+        x, y = torch.randn(4, 6), torch.randint(5, (4,))
+        for _attempt in range(2):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(called(x), y)
+        loss.backward()
+        optimizer.step()
+        assert {i.cause for i in guard.interventions} == {"unused_forward"}

@@ -10,22 +10,29 @@ The rate in force is that with which the batch of the step was drawn, if it is k
 else one with which the samplers draw that the accountant's engine has made. Opacus accounts one
 over the number of batches of an epoch, which it rounds down, so up to ``q / (1 - q)`` for a rate of
 ``q``.
+
+Steps that are gone from a history may have led to what nobody releases: a first try, after which
+the parameters were set back. They are spent if the optimizer that has taken them goes on from where
+they have led, which some values of a parameter tell.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+import torch
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.update import KEEP_EVERY, KEEP_FIRST
 from dpguard.identity import GONE, IdentityMap, weakly
 from dpguard.noted.marks import ACCOUNTED
-from dpguard.noted.row_state import UNKNOWN
+from dpguard.noted.row_state import UNKNOWN, sample_of
 from dpguard.patching import living
 
 __all__ = ["RATE", "SAMPLING", "SIGMA", "STEPS", "Accounting"]
@@ -156,6 +163,14 @@ class _State:
     """How many steps on end have gone round the audit."""
     misses: bool = False
     """It was seen to train what was accounted before."""
+    mine: IdentityMap[Counter[tuple[float, float]]] = field(default_factory=IdentityMap)
+    """For each book how many of its steps are steps of this optimizer, by sigma and rate."""
+    parameter: Callable[[], Any] = lambda: GONE
+    """The first of those that it trains, weakly,"""
+    first: torch.Tensor | None = None
+    """its values before the first update that was seen,"""
+    last: torch.Tensor | None = None
+    """and after the last."""
 
 
 class Accounting(Check):
@@ -187,6 +202,9 @@ class Accounting(Check):
         book = self._books.of(accountant)
         book.engine = weakref.ref(engine)
         if type(dataset).__weakrefoffset__:
+            if book.dataset() is not dataset:  # what is gone may be what others were asked for
+                for state in self._states.values():
+                    state.mine[book] = Counter()
             book.dataset = weakref.ref(dataset)
         book.is_poisson = sampler is not None and book.is_poisson is not False
         if sampler is not None:
@@ -232,11 +250,15 @@ class Accounting(Check):
         state = self._states.of(optimizer)
         state.sigma = _compat.plain_number(_compat.due_sigma(optimizer))
         self._know(state, optimizer)
+        parameter = step.parameters[0] if step.parameters else None
+        if parameter is not state.parameter():
+            state.parameter = weakly(parameter)
+            state.first, state.last = _values_of(parameter), None
         failures: list[Failure] = []
         for told in state.accountants:
             history = _history_of(told)
             if history is not None and told.book.look(history):
-                failures += _say_gone(told.book)
+                failures += self._gone(state, step, told.book, history)
         for told in state.others:
             history = _history_of(told)
             if history is not None:
@@ -265,6 +287,13 @@ class Accounting(Check):
         self._strays.clear()
         state.sigma = None
         return failures
+
+    def applied(self, step: Step, optimizer: Any) -> Failures:
+        """Note what the update has made of the parameters."""
+        state = self._states.of(optimizer)
+        if state.accountants:
+            state.last = _values_of(state.parameter())
+        return ()
 
     def flush(self) -> Iterable[tuple[int, Failure]]:
         """Whether epsilon of what was observed is that of the accountants: so are the histories."""
@@ -314,12 +343,42 @@ class Accounting(Check):
     def _learn(self, state: _State, hook: Any) -> None:
         """If the hook tells none, those that were told before are due; else those still asked."""
         told = [self._told(*pair) for pair in _compat.accountants_of(hook)]
+        for one in told:
+            _succeed(one, state.accountants)
         kept = [one for one in state.accountants if not told or _is_asked(one)]
         new = {id(one.book) for one in told}
         state.accountants = [*told, *(one for one in kept if id(one.book) not in new)]
         known = {id(one.book) for one in state.accountants}
         at_hand = [self._told(one, None) for one in _compat.accountants_at_hand(hook)]
         state.others = [one for one in at_hand if id(one.book) not in known]
+
+    def _gone(
+        self, state: _State, step: Step, book: _Book, history: Sequence[Any]
+    ) -> list[Failure]:
+        """Steps are gone from a history: are they spent?
+
+        They are if steps of this optimizer are among them and it goes on from where they have led.
+        If its parameters were set back, or steps of others are gone, nobody knows.
+        """
+        mine, has = state.mine.get(book), _merged([_entry(found) for found in history])
+        lost = mine is not None and any(has.get(key, 0) < count for key, count in mine.items())
+        if mine is not None:
+            state.mine[book] = Counter({k: min(n, has.get(k, 0)) for k, n in mine.items()})
+        now = _values_of(state.parameter())
+        known = [values for values in (state.first, state.last, now) if values is not None]
+        kinds = {(values.shape, values.device) for values in known}
+        if not lost or len(kinds) != 1 or len(known) < 3:  # noqa: PLR2004 - one is not known
+            return _say_gone(book)
+        first, last, now = known
+
+        def receive(values: list[float]) -> Failures:
+            moved, set_since = values
+            if moved and not set_since:
+                return [Failure(STEPS, diagnosis.HISTORY_LOST)]
+            return _say_gone(book)
+
+        step.collect((STEPS,), [(first != now).any(), (last != now).any()], receive)
+        return []
 
     def _told(self, accountant: Any, rate: float | None) -> _Told:
         return _Told(weakref.ref(accountant), rate, self._books.of(accountant))
@@ -345,7 +404,13 @@ class Accounting(Check):
             failures = _once(replaced, book)
         if history is None:
             return failures
+        before = book.steps
         failures += self._compare(step, state.sigma, (told.rate, iterations), history, book)
+        if book.steps == before + 1:
+            mine = state.mine.get(book)
+            if mine is None:
+                mine = state.mine[book] = Counter()
+            mine[book.observed[-1][:2]] += 1
         if book.planned is not None and book.steps > book.planned:
             beyond = Failure(STEPS, diagnosis.BEYOND_TARGET, only_said=True, named=(book.planned,))
             failures += _once(beyond, book)
@@ -464,6 +529,22 @@ class Accounting(Check):
 def _history_of(told: _Told) -> list[tuple[float, float, int]] | None:
     accountant = told.accountant()
     return None if accountant is None else _compat.history_of(accountant)
+
+
+def _succeed(told: _Told, former: Sequence[_Told]) -> None:
+    """An accountant that an engine has been given in the place of another is one of its own."""
+    book = told.book
+    for one in former:
+        engine = one.book.engine()
+        if book.engine() is None and engine is not None and engine.accountant is told.accountant():
+            book.engine, book.dataset = one.book.engine, one.book.dataset
+
+
+def _values_of(parameter: Any) -> torch.Tensor | None:
+    """Some values of a parameter, as they are now."""
+    if type(parameter) is not torch.nn.Parameter or parameter.layout is not torch.strided:
+        return None
+    return sample_of(parameter.detach())
 
 
 def _unaccounted(state: _State, step: Step) -> list[Failure]:

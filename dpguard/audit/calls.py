@@ -146,6 +146,19 @@ class Calls:
             totals[note.module] = totals.get(note.module, 0) + note.rows
         return bool(totals) and min(totals.values()) in people
 
+    def had_more(self, notes: Sequence[Note], rows: int) -> bool:
+        """Whether calls had more rows than there are now: it is not the calls that have added."""
+        return any(note.rows > rows for note in notes)
+
+    def were_grouped(self, notes: Sequence[Note], rows: int) -> bool:
+        """Whether it is declared of all calls that their rows are those of so many people."""
+        return all(
+            note.people is not None
+            and not note.people.misfit(note.rows)
+            and rows == note.people.people_of(note.rows) < note.rows
+            for note in notes
+        )
+
     def are_time_first(self, notes: Sequence[Note], people: Sequence[int]) -> bool:
         """Whether the people are in the second dimension of all inputs."""
         seconds = {note.second for note in notes}

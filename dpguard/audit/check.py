@@ -106,6 +106,7 @@ class Step:
             order or shuffled, and none that was drawn by Poisson sampling.
         ran: for each check that was run, on how many parameters (or other things) it was.
         failed: for each check that failed, on which.
+        left: for each check that could not judge all that it was run on, how many it did not.
     """
 
     number: int
@@ -126,6 +127,7 @@ class Step:
     unsampled: bool = False
     ran: dict[str, int] = field(default_factory=dict)
     failed: dict[str, set[str]] = field(default_factory=dict)
+    left: dict[str, int] = field(default_factory=dict)
     is_early: bool = False
     """Nothing of the physical batch at hand has entered the sums yet."""
     refused: bool = False
@@ -152,6 +154,12 @@ class Step:
         """Note that these checks are run, on all parameters unless ``count`` says otherwise."""
         for check in checks:
             self.ran[check] = len(self.names) if count is None else count
+
+    def judge(self, check: str, known: int) -> None:
+        """Of what the check was run on so many can be judged; none: it was not run."""
+        ran = self.ran.pop(check, known)
+        if known:
+            self.ran[check], self.left[check] = known, ran - known
 
     def fail(self, failure: Failure) -> None:
         """Note a failure."""
@@ -191,7 +199,8 @@ class Step:
         if ran is None:
             return CheckCount(not_run=len(self.parameters))
         failed = len(self.failed.get(check, ()))
-        return CheckCount(passed=max(0, ran - failed), failed=failed)
+        left = self.left.get(check, 0)
+        return CheckCount(passed=max(0, ran - failed), failed=failed, not_run=left)
 
 
 class PerOwner(IdentityMap[_T]):

@@ -5,8 +5,9 @@ Everything here but finiteness is metadata and needs no device work.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 
@@ -34,6 +35,7 @@ SHAPE = "coverage.shape"
 DTYPE = "coverage.dtype"
 DEVICE = "coverage.device"
 FINITE = "coverage.finite"
+ArePeople: TypeAlias = "Callable[[tuple[int, ...]], bool]"
 OF_EACH = (PRESENT, ROWS)
 """Checks that there are in each mode."""
 OF_ROWS = (SHAPE, DTYPE, DEVICE)
@@ -61,9 +63,15 @@ class Coverage:
 
 
 def examine(
-    ledger: Ledger, parameters: Sequence[torch.nn.Parameter], names: tuple[str, ...]
+    ledger: Ledger,
+    parameters: Sequence[torch.nn.Parameter],
+    names: tuple[str, ...],
+    are_people: ArePeople | None = None,
 ) -> Coverage:
-    """Look at the metadata of all rows of one optimizer."""
+    """Look at the metadata of all rows of one optimizer.
+
+    ``are_people`` says whether so many rows, of each accumulated batch, are known to be right.
+    """
     coverage = Coverage(names)
     coverage.rows = Rows.of(parameters)
     if coverage.rows is not None:
@@ -89,12 +97,15 @@ def examine(
         Failure(check, cause, tuple(dict.fromkeys(names)))
         for (check, cause), names in wrong.items()
     )
-    coverage.failures.extend(_uneven(counts))
+    coverage.failures.extend(_uneven(counts, are_people))
     return coverage
 
 
 def examine_clipped(
-    ledger: Ledger, parameters: Sequence[torch.nn.Parameter], names: tuple[str, ...]
+    ledger: Ledger,
+    parameters: Sequence[torch.nn.Parameter],
+    names: tuple[str, ...],
+    are_people: ArePeople | None = None,
 ) -> Coverage:
     """Look at what ghost clipping left in the ``p.grad`` of one optimizer.
 
@@ -129,7 +140,7 @@ def examine_clipped(
     coverage.failures.extend(
         Failure(check, cause, tuple(who)) for (check, cause), who in found.items()
     )
-    coverage.failures.extend(_uneven(counts))
+    coverage.failures.extend(_uneven(counts, are_people))
     return coverage
 
 
@@ -170,13 +181,16 @@ def _same_kind(one: torch.dtype, other: torch.dtype) -> bool:
     return one.is_floating_point == other.is_floating_point and one.is_complex == other.is_complex
 
 
-def _uneven(counts: dict[str, tuple[int, ...]]) -> list[Failure]:
-    """Parameters whose number of rows differs from that of most others."""
+def _uneven(counts: dict[str, tuple[int, ...]], are_people: ArePeople | None) -> list[Failure]:
+    """Parameters whose number of rows is not that of the people, or else differs from most."""
     by_count: dict[tuple[int, ...], list[str]] = {}
     for name, count in counts.items():
         by_count.setdefault(count, []).append(name)
     if len(by_count) <= 1:
         return []
-    usual = max(by_count.values(), key=len)
-    odd = [name for names in by_count.values() if names is not usual for name in names]
+    right = max(by_count, key=lambda count: len(by_count[count]))
+    known = [count for count in by_count if are_people is not None and are_people(count)]
+    if len(known) == 1:
+        right = known[0]
+    odd = [name for count, names in by_count.items() if count != right for name in names]
     return [Failure(ROWS, diagnosis.ROW_COUNT, tuple(odd))]

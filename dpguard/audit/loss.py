@@ -85,6 +85,8 @@ def _verdict(step: Step, found: Coupling, agree: bool, values: list[float]) -> l
         failures.append(Failure(LOSS, diagnosis.LOSS_WEIGHTED, modules=model))
     elif ignored > 0:
         failures.append(Failure(LOSS, diagnosis.LOSS_IGNORES, modules=model))
+    if found.of_some and declared == "mean" and agree and not failures:
+        failures.append(Failure(LOSS, diagnosis.LOSS_OF_SOME, modules=model))
     if reduction is not None and reduction != declared and agree:
         cause = diagnosis.LOSS_IS_SUM if reduction == "sum" else diagnosis.LOSS_IS_MEAN
         failures.append(Failure(LOSS, cause, modules=model))

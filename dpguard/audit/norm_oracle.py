@@ -177,10 +177,9 @@ def _verdict(
         <= compared[i].factors.together * (one.all_given + most + rows * one.scale)
         + compared[i].factors.least
     ]
+    step.judge(ORACLE, len(known))
     if not known:
-        step.ran.pop(ORACLE, None)
         return []
-    step.ran[ORACLE] = len(known)
     worst = max(found.factors.together for found in compared)
     scale = min(totals, rows * math.hypot(*(one.mine for one in per)))
     if math.hypot(*(one.whole for one in per)) <= TIMES * worst * scale:

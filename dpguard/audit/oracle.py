@@ -263,10 +263,9 @@ def _verdict(
             for i, one in enumerate(per)
             if one.short <= together[i] * (one.products + rounded[i] + totals) + lost[i]
         ]
+        step.judge(ORACLE, len(known))
         if not known:
-            step.ran.pop(ORACLE, None)
             return []
-        step.ran[ORACLE] = len(known)
         whole = math.hypot(*(one.own for one in per))
         if math.hypot(*(one.whole for one in per)) <= TIMES * max(together) * totals:
             return []  # rows that cancel add up to anything

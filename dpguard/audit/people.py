@@ -2,7 +2,8 @@
 
 What is known of the batch decides how much a deviation proves:
 
-* the user has declared it (:func:`dpguard.batch_size`): any other number of rows is wrong;
+* the user has declared it (:func:`dpguard.batch_size`): any other number of rows is wrong. If in
+  all more people were declared than loaders have delivered meanwhile, that is said;
 * it comes from a loader of ``make_private``, or one that draws with Opacus's samplers: more rows
   than people, two batches in the same rows, or more batches than the accountant is told of make
   the guarantee false. Fewer rows may be a choice (samples left out), unless the calls show that
@@ -25,7 +26,7 @@ that was left out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from dpguard.audit.accounting import RATE, SAMPLING
 from dpguard.audit.calls import Calls, Note
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.explain import explain, joined
+from dpguard.audit.multiples import factor
 from dpguard.events import Severity
 from dpguard.noted.deliveries import DECLARED, Deliveries, Delivery, Reader
 from dpguard.noted.ledger import Ledger
@@ -45,6 +47,9 @@ __all__ = ["BATCHES", "ROWS", "People", "rows_at_hand"]
 
 ROWS = "people.rows"
 BATCHES = "people.batches"
+_ENOUGH = 32
+"""Elements of vectors of which it says something that they are parallel."""
+_PARALLEL = 1e-5
 _WEAK_STEPS = 3
 """So many steps in a row have to look wrong by a loader of unknown purpose before it is said."""
 
@@ -62,6 +67,8 @@ class _Logical:
         split: whether they were drawn as one and split by ``BatchMemoryManager``.
         others: how many batches loaders of unknown purpose had delivered by its last step.
         streak: for how many steps these loaders have made it look wrong.
+        declared: how many people were declared in steps beside which there were private batches.
+        beyond: for how many steps in a row these have been more than loaders have delivered.
         undelivered: how many steps there were on batches that nobody had delivered.
         waits: whether the last step was one of them.
         reused: whether the last step was refused because its batch had been used before.
@@ -80,6 +87,8 @@ class _Logical:
     split: bool = False
     others: int = 0
     streak: int = 0
+    declared: int = 0
+    beyond: int = 0
     undelivered: int = 0
     waits: bool = False
     reused: bool = False
@@ -140,8 +149,17 @@ class People(Check):
             logical.draws, logical.parts = None, 0
             if not logical.waits:
                 self._deliveries.forget(logical.reader)
+            changed = logical.clips_rows and self._calls.had_more(notes, sum(sizes))
+            if changed and found.cause == diagnosis.ROWS_LEFT_OUT:
+                return [*wrong, *self._less_than_calls(step, logical, found)]
             return [*wrong, *([found] if _is_new(found, logical) else ())]
         return wrong
+
+    def are_people(self, optimizer: Any, sizes: Sequence[int]) -> bool:
+        """Whether so many rows, in each accumulated batch, are as declared or delivered."""
+        reader = self._logical.of(optimizer).reader
+        batches = self._deliveries.declared(reader) or self._deliveries.pending(reader)
+        return bool(batches) and explain(sizes, batches) is not None
 
     def _compare(
         self,
@@ -176,7 +194,7 @@ class People(Check):
                 like = [d for d in private if d not in used and d.fits_any(rows)]
                 self._note_rates(step, logical, [*used, *like])
             if declared and private:
-                self._deliveries.use(logical.reader, private[-1])
+                self._note_declared(logical, used, private)
             return None
         if declared:
             return _failure(diagnosis.NOT_AS_DECLARED, sizes, declared)
@@ -186,6 +204,22 @@ class People(Check):
             return self._by_private(step, logical, sizes, private=private, notes=notes)
         logical.draws = None
         return None if private else self._by_others(step, logical, sizes, notes)
+
+    def _note_declared(
+        self, logical: _Logical, used: Sequence[Delivery], private: Sequence[Delivery]
+    ) -> None:
+        """Rows are as declared; whether loaders have delivered as many people.
+
+        In all steps so far together: a batch may be used at any time after its delivery, and in
+        parts. Fewer rows than people are a choice. More may be nobody's, else somebody has several.
+        """
+        self._deliveries.use(logical.reader, private[-1])
+        logical.declared += sum(map(_people, used))
+        beyond = logical.declared > self._deliveries.delivered(logical.reader)
+        logical.beyond = logical.beyond + 1 if beyond else 0
+        found = _failure(diagnosis.MORE_DECLARED, list(map(_people, used)), private)
+        if logical.beyond >= _WEAK_STEPS and _is_new(found, logical):
+            logical.found.append(found)
 
     def _note_rates(self, step: Step, logical: _Logical, candidates: Sequence[Delivery]) -> None:
         """With which rates the batches were drawn, one of which each of the step's may be."""
@@ -254,10 +288,32 @@ class People(Check):
         ):
             return _failure(diagnosis.ROWS_NOT_PEOPLE, sizes, private)
         if self._calls.add_people(notes, people):
-            return _failure(diagnosis.SAMPLES_ADDED, sizes, private)
+            if self._calls.were_grouped(notes, sum(sizes)):
+                return _failure(diagnosis.ROWS_SUMMED, sizes, private)
+            changed = logical.clips_rows and self._calls.had_more(notes, sum(sizes))
+            cause = diagnosis.ROWS_LEFT_OUT if changed else diagnosis.SAMPLES_ADDED
+            return _failure(cause, sizes, private)
         if self._calls.are_time_first(notes, people):
             return _failure(diagnosis.TIME_FIRST, sizes, private)
         return _failure(diagnosis.ROWS_LEFT_OUT, sizes, private)
+
+    def _less_than_calls(self, step: Step, logical: _Logical, found: Failure) -> Failures:
+        """There are fewer rows than the calls have made: left out since then, or added up?
+
+        All people are in rows that add up to a multiple of the gradient of the batch.
+        """
+        figures = _totals(step.parameters)
+        if figures is None:
+            return [found] if _is_new(found, logical) else ()
+
+        def receive(values: list[float]) -> Failures:
+            _, far, length = values
+            if far <= _PARALLEL * length and length:
+                return [replace(found, cause=diagnosis.ROWS_SUMMED)]
+            return [found] if _is_new(found, logical) else ()
+
+        step.collect((ROWS,), figures, receive)
+        return ()
 
     def _by_nobody(
         self, logical: _Logical, sizes: Sequence[int], notes: Sequence[Note]
@@ -398,6 +454,24 @@ _CHECKS = {
     diagnosis.DRAWN_DEPENDENTLY: SAMPLING,
     diagnosis.BATCH_DRAWN_AGAIN: BATCHES,
 }
+
+
+@torch.no_grad()
+def _totals(parameters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor] | None:
+    """Of which multiple of the gradient all rows together are, how far they are off, how long."""
+    totals, grads = [], []
+    for parameter in parameters:
+        pieces: list[Any] = pieces_of(parameter) or []
+        grad: Any = parameter.grad
+        if not pieces or any(type(one) is not torch.Tensor for one in (grad, *pieces)):
+            return None
+        kinds = {(one.layout, one.device, one.is_complex()) for one in (grad, *pieces)}
+        if kinds != {(torch.strided, parameters[0].device, False)}:
+            return None
+        totals.append(torch.stack([piece.double().sum(0) for piece in pieces]).sum(0).flatten())
+        grads.append(grad.double().flatten())
+    rows, whole = torch.cat(totals), torch.cat(grads)
+    return factor(rows, whole) if len(rows) == len(whole) >= _ENOUGH else None
 
 
 def _is_part(rows: Sequence[int], private: Sequence[Delivery]) -> bool:

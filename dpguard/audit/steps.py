@@ -54,6 +54,7 @@ class StepAuditor:
         emit: is given each event.
         checks: what is looked at besides the coverage.
         report: is given the name of a check and the error that has switched it off.
+        are_people: whether so many rows are known to be the people of an optimizer's batches.
     """
 
     def __init__(
@@ -63,11 +64,14 @@ class StepAuditor:
         emit: Callable[[Event], None],
         checks: Sequence[Check] = (),
         report: Callable[[str, Exception], None] | None = None,
+        *,
+        are_people: Callable[[Any, tuple[int, ...]], bool] | None = None,
     ) -> None:
         self._ledger = ledger
         self._settings = settings
         self._emit = emit
         self._report = report
+        self._are_people = are_people or (lambda _optimizer, _sizes: False)
         self._findings = Findings(settings.mode, emit)
         self._collectors = PerOwner(lambda optimizer: Collector(weakref.ref(optimizer)))
         self._waiting: set[Collector] = set()
@@ -110,21 +114,26 @@ class StepAuditor:
             step.is_early = False
             return
         if _compat.clips_rows(optimizer):
-            self._cover_rows(step, parameters, dead)
+            self._cover_rows(step, optimizer, parameters, dead)
         else:
-            self._cover_sums(step, parameters)
+            self._cover_sums(step, optimizer, parameters)
         self._run("begin", optimizer)
         step.is_early = False
 
     def _cover_rows(
-        self, step: Step, parameters: Sequence[torch.nn.Parameter], dead: Sequence[Dead]
+        self,
+        step: Step,
+        optimizer: Any,
+        parameters: Sequence[torch.nn.Parameter],
+        dead: Sequence[Dead],
     ) -> None:
         repairs = self._settings.mode.changes_the_host
         alignment = align(self._ledger, parameters, fill=repairs)
         if self._ledger.blocks:
             join_blocks(self._ledger, parameters)
         self._say_unused(step, alignment)
-        seen = structure.examine(self._ledger, parameters, _names_of(step))
+        are_people = functools.partial(self._are_people, optimizer)
+        seen = structure.examine(self._ledger, parameters, _names_of(step), are_people)
         step.names, step.rows = seen.names, seen.rows
         failures: list[Failure] = []
         if seen.rows is None or alignment is not EVEN:
@@ -138,9 +147,12 @@ class StepAuditor:
         if failures:
             self._refuse(step, failures)
 
-    def _cover_sums(self, step: Step, parameters: Sequence[torch.nn.Parameter]) -> None:
+    def _cover_sums(
+        self, step: Step, optimizer: Any, parameters: Sequence[torch.nn.Parameter]
+    ) -> None:
         """Ghost clipping has norms instead of rows, and clipped sums in ``p.grad``."""
-        seen = structure.examine_clipped(self._ledger, parameters, _names_of(step))
+        are_people = functools.partial(self._are_people, optimizer)
+        seen = structure.examine_clipped(self._ledger, parameters, _names_of(step), are_people)
         step.names = seen.names
         if seen.names:
             step.run(*structure.OF_EACH)
@@ -268,6 +280,16 @@ class StepAuditor:
             except Exception as error:  # noqa: BLE001 - the host goes on without this check
                 let_through(error)
                 self._switch_off(check, error)
+
+    def take_overdue(self) -> DPGuardError | None:
+        """The error that was found and no step has raised yet; none is raised after it.
+
+        Of several it is the first; all were said when they were found.
+        """
+        errors = [self._settle(collector) for collector in list(self._waiting)]
+        self._adopt()
+        late, self._late = self._late, None
+        return next((error for error in (*errors, late) if error is not None), None)
 
     def coverage(self) -> dict[str, CheckCount]:
         """For each parameter in how many audited logical steps its rows were all there."""
@@ -451,12 +473,12 @@ class StepAuditor:
 
     def _end(self, step: Step) -> None:
         """Tell how the step went; most go as the one before did."""
-        went = (step.ran, step.failed, len(step.parameters))
+        went = (step.ran, step.failed, step.left, len(step.parameters))
         known = self._went
         if known is None or known[0] != went:
             # A refused step may fail again when its figures arrive, after the next has begun.
             failed = {check: set(names) for check, names in step.failed.items()}
-            kept = (dict(step.ran), failed, len(step.parameters))
+            kept = (dict(step.ran), failed, dict(step.left), len(step.parameters))
             known = self._went = kept, {check: step.count(check) for check in self._names}
         audit = self.last_step = step.audit(known[1])
         self._emit(audit)

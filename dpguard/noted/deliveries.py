@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -158,6 +159,7 @@ class Reader:
         lost: batches had to be forgotten, so that one that is missed here proves nothing.
         declared_until: serial of the last declared batch that was used.
         last: the private batch that was used last.
+        people: how many were delivered so far; infinite once that cannot be known.
         dataset: the data set of the loader that ``make_private`` returned for the optimizer.
     """
 
@@ -168,11 +170,13 @@ class Reader:
         self.lost = False
         self.declared_until = 0
         self.last: Delivery | None = None
+        self.people = 0.0
         self.dataset: Callable[[], Any] = lambda: None
 
     def add(self, delivery: Delivery) -> None:
         """A batch was delivered."""
         self.pending.append(delivery)
+        self.people += math.inf if delivery.people is None else delivery.people
         if len(self.pending) > _PENDING_AT_MOST:
             self.pending.popleft()
             self.lost = True
@@ -199,6 +203,8 @@ class Deliveries:
         self.unclear = True
         """Whether the calls of the next backward are to be noted: it may take more than numbers
         to tell which batch they have seen."""
+        self._of_others = 0.0
+        """How many people were in them."""
         self._readers: IdentityMap[Reader] = IdentityMap()
         self._steppers = IdentitySet()
         self.untied = Reader()
@@ -221,6 +227,7 @@ class Deliveries:
         if not iteration.readers:
             self.others += 1
             self.other = delivery
+            self._of_others += math.inf if delivery.people is None else delivery.people
             return
         self.serial += 1
         delivery.serial = self.serial
@@ -266,6 +273,10 @@ class Deliveries:
     def lost(self, reader: Reader) -> bool:
         """Whether batches that may yet be used had to be forgotten."""
         return reader.lost or self.untied.lost
+
+    def delivered(self, reader: Reader) -> float:
+        """How many people were delivered so far that may be used with this reader."""
+        return reader.people + self.untied.people + self._of_others
 
     def declared(self, reader: Reader) -> list[Delivery]:
         """Declared batches that were not used yet."""

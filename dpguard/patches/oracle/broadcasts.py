@@ -13,10 +13,16 @@ from typing import Any
 
 import torch
 
-__all__ = ["WITH_TARGETS", "Square", "are_broadcast", "keeps_other_targets", "square_at"]
+__all__ = ["WITH_TARGETS", "Square", "apart", "are_broadcast", "keeps_other_targets", "square_at"]
 
 WITH_TARGETS = frozenset(("HuberLossBackward0", "MseLossBackward0", "SmoothL1LossBackward0"))
 """Nodes of losses that keep the targets."""
+
+
+def apart(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of a tensor in a graph of ours; nothing of the user's is cut off by that."""
+    with torch.no_grad():
+        return tensor.detach()
 
 
 class Square:
@@ -29,7 +35,7 @@ class Square:
     """
 
     def __init__(self, gradient: torch.Tensor, people: int, everybody: int) -> None:
-        self._gradient = gradient.detach()
+        self._gradient = apart(gradient)
         self._dimensions = (people, everybody)
 
     def parted(self, whose: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,7 +25,8 @@ it returns as one number, an activation that it keeps) is not looked at; such a 
 Nor does one that couples people only through an output that is not the first one, whose first
 dimension may not be the batch.
 
-On the way it is seen whether the loss is the mean, or the sum, for which the model was wrapped.
+On the way it is seen whether the loss is the mean, or the sum, for which the model was wrapped, and
+whether it is a mean over some of the rows, by whose number rows are not multiplied.
 
 What depends on other people through values that were detached (the condition of ``where``) is not
 seen.
@@ -48,7 +49,13 @@ from dpguard._errors import DPGuardError
 from dpguard.noted.grouping import owners, squares_of_people
 from dpguard.numerics.probes import Probes
 from dpguard.patches.model.detach import TALLY
-from dpguard.patches.oracle.broadcasts import WITH_TARGETS, Square, keeps_other_targets, square_at
+from dpguard.patches.oracle.broadcasts import (
+    WITH_TARGETS,
+    Square,
+    apart,
+    keeps_other_targets,
+    square_at,
+)
 from dpguard.patches.oracle.decisions import DECISIONS, Decision
 from dpguard.patches.oracle.outputs import Draw, Expected, OutputHook, Outputs, mark_of
 from dpguard.patches.oracle.vjp import Parts, Unfit, propagate
@@ -64,7 +71,11 @@ _REDUCTIONS = {_MEAN: "mean", 2: "sum"}
 """Reductions, as the nodes of losses have them,"""
 _OF_EACH = {"MeanBackward0": "mean", "SumBackward0": "sum"}
 """and of losses of one person each."""
+_EXPANDED = "PerSampleGradBackward"
+"""Names of calls of layers with expanded weights end so."""
 _LIKELIHOODS = frozenset(("NllLossBackward0", "NllLoss2DBackward0"))
+_SELECT = frozenset(("IndexBackward0", "IndexSelectBackward0", "SliceBackward0", "SplitBackward0"))
+"""Nodes that take a part of the rows."""
 _End: TypeAlias = "tuple[Any, int, torch.Tensor]"
 """A mark, the number of an output there and a gradient of it."""
 _Pair: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"
@@ -90,6 +101,7 @@ class Coupling:
         arrivals: scales of the gradients of outputs, and by how much those differed that arrived in
             the backward, as far as that has been.
         is_broadcast: whether that is certain, and not a dimension that is as long by chance.
+        of_some: whether the loss is a mean over a part of the rows.
         reductions: of the loss, if that is a plain one, and for which the model was wrapped.
         roundoff: of the lowest precision on the way.
     """
@@ -105,6 +117,7 @@ class Coupling:
     further: list[_Pair]
     arrivals: list[_Pair]
     is_broadcast: bool = False
+    of_some: bool = False
 
 
 class _BackwardWrapper(EagerWrapper, TransparentWrapper):
@@ -264,6 +277,7 @@ class _Examination:
             further,
             self._arrivals,
             is_broadcast=any(map(keeps_other_targets, self._with_targets)),
+            of_some=self._is_of_some(seeds),
         )
 
     def _run(self, root: torch.Tensor, watch: Any = None) -> list[_End]:
@@ -293,8 +307,9 @@ class _Examination:
         """Have it seen whether that is what arrives."""
         for mark, index, gradient in ends:
             if index in mark.numbers:
-                scale = torch.linalg.vector_norm(gradient.detach().abs(), dtype=torch.float64)
-                expected = Expected(gradient.detach(), scale + self._largest, self._arrivals)
+                alone = apart(gradient)
+                scale = torch.linalg.vector_norm(alone.abs(), dtype=torch.float64)
+                expected = Expected(alone, scale + self._largest, self._arrivals)
                 mark.expected[index] = expected
 
     def _watch(self, node: Any, arrived: list[Parts | None]) -> None:
@@ -302,7 +317,7 @@ class _Examination:
         if self._square is None and arrived[0] is not None:
             gradient = arrived[0][0]
             self._square = square_at(self._nodes, node, gradient, self._draw.rows)
-        given = [None if parts is None else parts[0].detach() for parts in arrived]
+        given = [None if parts is None else apart(parts[0]) for parts in arrived]
         for one in given:
             if one is not None:
                 size = one.abs().sum(dtype=torch.float64)
@@ -337,7 +352,37 @@ class _Examination:
                 seen.add(node)
                 if any(tally.module() in layers for tally in node.metadata.get(TALLY, ())):
                     return True
+                if type(node).__name__.endswith(_EXPANDED):
+                    return True
                 ways += [way for way in node.next_functions if way[0] is not None]
+        return False
+
+    def _is_of_some(self, seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+        """Whether the loss is a mean, to which nothing was done, over some rows of the outputs.
+
+        Everything in it comes from these: there is one way to the outputs. Rows of one person that
+        are declared may be for this very purpose.
+        """
+        root: Any = seeds[0][0].grad_fn
+        is_mean = _REDUCTIONS.get(getattr(root, "_saved_reduction", _NONE)) == "mean"
+        if len(seeds) != 1 or seeds[0][0].numel() != 1 or self._draw.people is not None:
+            return False
+        if not is_mean and type(root).__name__ != "MeanBackward0":
+            return False
+        node, index = root, seeds[0][0].output_nr
+        while mark_of(node, self._draw) is None:
+            ways = [way for way in node.next_functions if way[0] is not None]
+            if len(ways) != 1:
+                return False
+            ((above, at),) = ways
+            if type(node).__name__ in _SELECT:
+                after, before = (
+                    list(self._nodes.inputs(n)[i].shape) for n, i in ((node, index), (above, at))
+                )
+                of_rows = before[:1] == [self._draw.rows] and before[1:] == after[1:]
+                if of_rows and after[:1] < before[:1]:
+                    return True
+            node, index = above, at
         return False
 
     def _looked_at(self, gradients: list[torch.Tensor], mine: torch.Tensor) -> torch.Tensor:
