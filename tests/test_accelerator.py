@@ -193,9 +193,9 @@ def turned(model):
 )
 def test_what_is_wrong_is_refused_later(monkeypatch, cls, spoil, cause):
     """Figures arrive some steps later; the first step that knows of them is refused."""
-    with simulate(monkeypatch) as device, dpguard.install(mode="strict", oracle_every=1) as guard:
-        with pytest.raises(dpguard.DPGuardError):
-            trained(guard, cls, spoil=spoil or (lambda model: None))
-        assert cause in {v.cause for v in guard.violations}
-        assert guard.violations[0].step == 0
+    guard = dpguard.install(mode="strict", oracle_every=1)
+    with simulate(monkeypatch) as device, pytest.raises(dpguard.DPGuardError), guard:
+        trained(guard, cls, spoil=spoil or (lambda model: None))
+    assert cause in {v.cause for v in guard.violations}
+    assert guard.violations[0].step == 0
     assert device.waits == {}
