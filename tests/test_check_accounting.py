@@ -523,7 +523,7 @@ def test_hooks_of_the_users_own(change, late):
         training.epoch()
         training.epoch()
         guard.flush()
-        replaced = late and MODERN and "for_the_engine" in change.__name__
+        replaced = late and "for_the_engine" in change.__name__
         assert causes(guard) == ({diagnosis.ACCOUNTED_ANEW} if replaced else set())
         assert guard.last_step.checks[STEPS].verdict == "pass"
 
