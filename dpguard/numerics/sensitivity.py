@@ -41,7 +41,7 @@ __all__ = [
     "KINDS",
     "Unproved",
     "are_alike",
-    "others_of",
+    "others_at",
     "person_and_others",
     "sensitivity",
     "with_zero",
@@ -195,22 +195,22 @@ def person_and_others(
     return torch.tensor(person, device="cpu").to(device, non_blocking=True), norms
 
 
-def others_of(values: torch.Tensor, person: torch.Tensor) -> torch.Tensor:
-    """The values of all others, of shape ``(count - 1, ...)``; no device is waited for."""
-    places = torch.arange(len(values) - 1, device=values.device)
-    return values.index_select(0, places + (places >= person.to(places.device)))
+def others_at(count: int, person: torch.Tensor) -> torch.Tensor:
+    """The places of all others among so many, on the device of ``person``, not waited for."""
+    places = torch.arange(count - 1, device=person.device)
+    return places + (places >= person)
 
 
 def with_zero(values: torch.Tensor, person: torch.Tensor) -> torch.Tensor:
     """The same values with zeros in the place of the person."""
-    places = torch.arange(len(values), device=values.device)
-    here = (places == person.to(places.device)).view(-1, *[1] * (values.dim() - 1))
+    places = torch.arange(len(values), device=person.device)
+    here = (places == person).view(-1, *[1] * (values.dim() - 1))
     return values.masked_fill(here, 0)
 
 
 def _removed(mine: list[torch.Tensor], person: torch.Tensor) -> list[torch.Tensor]:
     """The rows of one batch without those of the person."""
-    return [others_of(mine[0], person)]
+    return [mine[0].index_select(0, others_at(len(mine[0]), person))]
 
 
 def _zeroed(mine: list[torch.Tensor], person: torch.Tensor) -> list[torch.Tensor]:

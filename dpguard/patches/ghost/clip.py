@@ -22,7 +22,7 @@ from dpguard._errors import DPGuardError
 from dpguard.interrupts import let_through
 from dpguard.noted.ledger import Ledger
 from dpguard.numerics.rewinding import as_it_was
-from dpguard.numerics.sensitivity import Unproved, others_of, person_and_others, with_zero
+from dpguard.numerics.sensitivity import Unproved, others_at, person_and_others, with_zero
 from dpguard.patches.optimizer.amp import scale_of
 from dpguard.patching import ABSENT, put_back
 
@@ -192,11 +192,10 @@ def _without(
     rewind: Callable[[], None],
 ) -> torch.Tensor:
     """The factors of the others, of shape ``(B,)``: without the person, or with a norm of zero."""
+    places = others_at(len(norms), person)
     try:
-        factors, _ = ask(others_of(norms, person))
-        places = torch.arange(len(norms) - 1, device=norms.device)
-        spread = factors.new_zeros(len(norms))
-        return spread.index_copy(0, places + (places >= person), factors)
+        factors, _ = ask(norms.index_select(0, places))
+        return factors.new_zeros(len(norms)).index_copy(0, places, factors)
     except Exception as error:  # noqa: BLE001 - e.g. a rule that knows how many rows there are
         let_through(error)
     rewind()
