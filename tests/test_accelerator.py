@@ -7,6 +7,7 @@ import contextlib
 import pytest
 import torch
 from accelerator import DEVICE, moved, simulate, there, values_of
+from digits import ADAPTIVE
 from healthy import GHOSTS, HOW, private
 from models import MLP
 from opacus import GradSampleModule, PrivacyEngine
@@ -123,14 +124,6 @@ def test_a_healthy_run(monkeypatch, cls, parts):
     assert device.waits == {}
 
 
-ADAPTIVE = {
-    "clipping": "adaptive",
-    "target_unclipped_quantile": 0.5,
-    "clipbound_learning_rate": 0.2,
-    "max_clipbound": 10.0,
-    "min_clipbound": 0.01,
-    "unclipped_num_std": 2.0,
-}
 ENGINES = {"flat": {}, "split": {}, "adaptive": ADAPTIVE}
 if GHOST:
     ENGINES["ghost"] = {"grad_sample_mode": "ghost", "criterion": nn.CrossEntropyLoss()}

@@ -8,9 +8,9 @@ import warnings
 
 import pytest
 import torch
+from healthy import private
 from models import MLP, SimSiam
 from opacus import GradSampleModule
-from opacus.optimizers import DPOptimizer
 from torch.nn import functional as F
 
 import dpguard
@@ -200,13 +200,7 @@ def test_what_the_oracle_cuts_is_not_the_users():
     """A forward whose loss was given up, in a step in which the oracle is asked."""
     with dpguard.install(oracle_every=1) as guard:
         model = MLP()
-        called = GradSampleModule(model)
-        optimizer = DPOptimizer(
-            torch.optim.SGD(model.parameters(), lr=0.1),
-            noise_multiplier=1.0,
-            max_grad_norm=1.0,
-            expected_batch_size=4,
-        )
+        called, optimizer, _ = private(model, "wrapped")
         x, y = torch.randn(4, 6), torch.randint(5, (4,))
         for _attempt in range(2):
             optimizer.zero_grad()

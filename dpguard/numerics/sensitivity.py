@@ -9,8 +9,8 @@ others then shows what the person can do. The rows are, in turns:
   rule that clips the gradient of the batch, or of groups of people, turns round by up to ``2 C``;
   one that does not clip moves without bound.
 * of one size, and of many sizes, in random directions, with the person whose own part of the sum is
-  the largest. That is told by the projection of the sum on everybody's direction: for rules that
-  are wrong for somebody in particular (the last of the batch), or for rows of some size.
+  the largest, which is told by what the sum is made of: for rules that are wrong for somebody in
+  particular (the last of the batch), or for rows of some size.
 * all in one direction, so that whatever changes of other people's factors adds up, and of many
   sizes: for rules that weigh people against each other.
 * the same, half of them small and half of them large, with one person of size ``C`` in the middle:
@@ -53,8 +53,12 @@ _LARGE = 1e4
 """Norm of the large one over that of all others together."""
 _SPREAD = 2.0
 """Norms of many sizes are between ``C`` over ten to this and ``C`` times that."""
+_ROUNDS = 8
+"""Of conjugate gradients: enough where people are at most half as many as parameters."""
+_TINY = 1e-30
 KINDS = 5
-"""Kinds of made-up rows."""
+"""Kinds of made-up rows:"""
+_ONE_LARGE, _ONE_SIZE, _MANY_SIZES, _MANY_ALIKE, _HALVES = range(KINDS)
 
 
 class Unproved(Exception):
@@ -99,7 +103,7 @@ def sensitivity(
             let_through(error)
             raise Unproved from error
         if person is None:
-            person = (_projections(made_up, everyone[0]) / norms).argmax()
+            person = _own_parts(made_up, everyone[0], norms * bound).argmax()
         # Of several batches only the device may know which one the person is in.
         for absent in (_removed, _zeroed) if len(rows.sizes) == 1 else (_zeroed,):
             rewind()
@@ -116,13 +120,33 @@ def sensitivity(
 
 
 @torch.no_grad()
-def _projections(given: list[list[torch.Tensor]], sums: list[torch.Tensor]) -> torch.Tensor:
-    """The product of everybody's row with what was added up, over all parameters."""
-    found = [
-        flat(torch.cat(mine)).double() @ total.flatten().double()
-        for mine, total in zip(given, sums, strict=True)
-    ]
-    return torch.stack(found).sum(0)
+def _own_parts(
+    given: list[list[torch.Tensor]], sums: list[torch.Tensor], norms: torch.Tensor
+) -> torch.Tensor:
+    """How long everybody's part of the sum is, if that is made of the rows, of shape ``(B,)``.
+
+    Rows in random directions are nearly at right angles, and the system of their products is solved
+    by conjugate gradients in a few rounds; no device is waited for.
+    """
+    norms = norms.float()
+
+    def products(vectors: list[torch.Tensor]) -> torch.Tensor:
+        pairs = zip(given, vectors, strict=True)
+        found = [flat(torch.cat(mine)).float() @ v.flatten().float() for mine, v in pairs]
+        return torch.stack(found).sum(0) / norms
+
+    def combined(weights: torch.Tensor) -> list[torch.Tensor]:
+        return [(weights / norms) @ flat(torch.cat(mine)).float() for mine in given]
+
+    left = products(sums)
+    found, way, rest = torch.zeros_like(left), left, left @ left
+    for _ in range(_ROUNDS):
+        slope = products(combined(way))
+        length = rest / (way @ slope).clamp(min=_TINY)
+        found, left = found + length * way, left - length * slope
+        before, rest = rest, left @ left
+        way = left + rest / before.clamp(min=_TINY) * way
+    return found
 
 
 def _distance(one: list[torch.Tensor], other: list[torch.Tensor]) -> torch.Tensor:
@@ -161,7 +185,7 @@ def _made_up(
 
 def are_alike(turn: int) -> bool:
     """Whether the made-up rows of this turn are all in one direction."""
-    return turn % KINDS in {3, 4}
+    return turn % KINDS in {_MANY_ALIKE, _HALVES}
 
 
 def person_and_others(
@@ -179,18 +203,18 @@ def person_and_others(
         largest part of the sum; and norms of shape ``(count,)``.
     """
     person, kind = secrets.randbelow(count), turn % KINDS
-    if kind in {2, 3}:
+    if kind in {_MANY_SIZES, _MANY_ALIKE}:
         exponents = torch.linspace(-_SPREAD, _SPREAD, count, dtype=torch.float64, device="cpu")
         norms = (10.0**exponents).roll(secrets.randbelow(count))
     else:
         norms = torch.full((count,), _OTHERS, dtype=torch.float64, device="cpu")
-        if kind == 0:
+        if kind == _ONE_LARGE:
             norms[person] *= _LARGE * count**0.5
-        elif kind == 4:  # noqa: PLR2004
+        elif kind == _HALVES:
             norms[1::2] = 1 / _OTHERS
             norms[person] = 1.0
     norms = norms.to(device, non_blocking=True)
-    if kind in {1, 2}:
+    if kind in {_ONE_SIZE, _MANY_SIZES}:
         return None, norms
     return torch.tensor(person, device="cpu").to(device, non_blocking=True), norms
 
