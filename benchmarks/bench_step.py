@@ -9,6 +9,7 @@ checks but the row oracle, whose cost is told by itself, and writes an event of 
 
     python benchmarks/bench_step.py [--rounds N] [--device cpu|cuda] [--batch 16 64 256]
                                     [--models NAME ...] [--part PART] [--against PLAIN]
+                                    [--mode hooks|ew]
 
 Parts: ``step`` (default); ``pairing``, forward and backward alone; ``optimizer``, the step of the
 optimizer alone; ``accumulated``, four physical batches to a step. ``--against unaudited`` compares
@@ -35,6 +36,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces ea
 
 import torch
 from opacus import GradSampleModule
+from opacus.grad_sample import GradSampleModuleExpandedWeights
 from opacus.layers import DPLSTM
 from opacus.optimizers import DPOptimizer
 from torch import nn
@@ -197,16 +199,19 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]]]
     "resnet": (resnet, lambda b: torch.randn(b, 3, 32, 32)),
     "gpt2": (lambda: Transformer(768, 12), lambda b: torch.randint(100, (b, 32))),
 }
+WRAPPERS = {"hooks": GradSampleModule, "ew": GradSampleModuleExpandedWeights}
 SMALL = ("mlp", "cnn", "transformer", "dplstm")
 
 
 class Training:
     """One model under Opacus and its step."""
 
-    def __init__(self, name: str, batch: int, device: torch.device) -> None:
+    def __init__(
+        self, name: str, batch: int, device: torch.device, wrapper: Any = GradSampleModule
+    ) -> None:
         make, inputs = MODELS[name]
         self.device = device
-        self.model = GradSampleModule(make().to(device))
+        self.model = wrapper(make().to(device))
         self.optimizer = DPOptimizer(
             torch.optim.SGD(self.model.parameters(), lr=0.01),
             noise_multiplier=1.0,
@@ -307,10 +312,9 @@ class Comparison:
     guarded_peak: int
 
 
-def compare(  # noqa: PLR0917
-    name: str, batch: int, device: torch.device, rounds: int, part: str, against: str, log: str
-) -> Comparison:
+def compare(name: str, batch: int, options: argparse.Namespace, log: str) -> Comparison:
     """Seconds per step and peak memory; the ratio is the median of the rounds' ratios."""
+    part, against = options.part, options.against
 
     def guard() -> dpguard.Guard:
         every = 1 if against == "no-oracle" else 0
@@ -324,10 +328,10 @@ def compare(  # noqa: PLR0917
         return dpguard.install(mode="repair", log_dir=log, oracle_every=0, audit_every=1_000_000)
 
     dpguard.install(mode="off")
-    training = Training(name, batch, device)
+    training = Training(name, batch, options.device, WRAPPERS[options.mode])
     steps = max(3, int(SECONDS_PER_TURN / training.turn(part, 3)))
     plain, guarded = [], []
-    for _ in range(rounds):
+    for _ in range(options.rounds):
         with guard():
             training.warm_up()
             guarded.append(training.turn(part, steps))
@@ -360,6 +364,7 @@ def main() -> None:
     parts = ["step", "pairing", "optimizer", "accumulated"]
     parser.add_argument("--part", default="step", choices=parts)
     parser.add_argument("--against", default="plain", choices=["plain", "unaudited", "no-oracle"])
+    parser.add_argument("--mode", default="hooks", choices=list(WRAPPERS))
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -367,9 +372,7 @@ def main() -> None:
     print(f"{'model':<14}{'batch':>6}{'plain ms':>10}{'guarded ms':>12}{'ratio':>8}{'memory':>8}")
     for name, batch in itertools.product(options.models, options.batch):
         with tempfile.TemporaryDirectory() as log:
-            found = compare(
-                name, batch, options.device, options.rounds, options.part, options.against, log
-            )
+            found = compare(name, batch, options, log)
         print(
             f"{name:<14}{batch:>6}{found.plain * 1e3:>10.3f}{found.guarded * 1e3:>12.3f}"
             f"{found.ratio:>8.2f}{found.guarded_peak / found.plain_peak:>8.3f}",

@@ -445,6 +445,21 @@ def expanded_class() -> Any:
     return _attribute_of("opacus.grad_sample.gsm_exp_weights", "GradSampleModuleExpandedWeights")
 
 
+def is_expanded_class(kind: type) -> bool:
+    """Whether it is that of weights of which torch computes rows (expanded weights)."""
+    return kind.__name__ == "ExpandedWeight" and kind.__module__.startswith("torch.nn.utils.")
+
+
+def is_expanded(value: Any) -> bool:
+    """Whether ``value`` is such a weight, which stands for a parameter."""
+    return is_expanded_class(type(value))
+
+
+def parameter_of(leaf: Any) -> Any:
+    """The parameter for which a leaf tensor of a graph stands, as a rule itself."""
+    return leaf.orig_weight if is_expanded(leaf) else leaf
+
+
 def ghost_hooks_class() -> Any:
     """The class that holds the hooks of ghost clipping, or ``None`` before 1.5."""
     hooks = "GradSampleHooksFastGradientClipping"  # from 1.6 on

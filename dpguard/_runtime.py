@@ -51,6 +51,8 @@ from dpguard.noted.grouping import Grouping
 from dpguard.noted.ledger import Ledger
 from dpguard.patches.data import sampling
 from dpguard.patches.data.loading import LoadingPatch
+from dpguard.patches.expanded.models import ExpandedModels
+from dpguard.patches.expanded.outputs import ExpandedOutputs
 from dpguard.patches.ghost import gradient as ghost_gradient
 from dpguard.patches.ghost.pairing import GhostPairing
 from dpguard.patches.model import detach, wrapper_writes
@@ -60,7 +62,6 @@ from dpguard.patches.optimizer import empty_batches
 from dpguard.patches.optimizer.attributes import AttributeForwarding
 from dpguard.patches.optimizer.signals import Signals
 from dpguard.patches.optimizer.step import OptimizerPatch
-from dpguard.patches.oracle.expanded import ExpandedOutputs
 from dpguard.patches.oracle.losses import Losses
 from dpguard.patches.oracle.norm_draws import NormDraws
 from dpguard.patches.oracle.outputs import Outputs
@@ -97,9 +98,8 @@ class Runtime:
         asks = bool(settings.oracle_every and _compat.nodes())
         self.outputs = Outputs(report) if asks else None
         self._losses = Losses(self.outputs) if self.outputs is not None else None
-        self._expanded = None
-        if self.outputs is not None:
-            self._expanded = ExpandedOutputs(self.outputs, self.ledger)
+        see = ExpandedOutputs(self.outputs, self.ledger).see if self.outputs is not None else None
+        self._expanded = ExpandedModels(self.ledger, report, see)
         self.ledger.norm_draws = NormDraws(report) if asks else None
         self.ledger.batches.report = report
         self._people = people = People(self.ledger, self._deliveries, self._calls)
@@ -237,8 +237,7 @@ class Runtime:
         )
         self.optimizer.install(self._transaction)
         self._loading.install(self._transaction)
-        if self._expanded is not None:
-            self._expanded.install(self._transaction)
+        self._expanded.install(self._transaction)
         if self.settings.mode.changes_the_host:
             empty_batches.install(self._transaction)
         sampling.install(self._transaction, self.accounting, _weakly(self.report_internal))

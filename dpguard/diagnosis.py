@@ -26,6 +26,7 @@ BYPASSED = "bypassed_module"
 WEIGHT_NORM = "weight_norm_hook"
 DOUBLE_BACKWARD = "double_backward"
 GRAPH_FREED = "graph_freed"
+INPUT_CHANGED = "input_changed"
 SEVERAL_OUTPUTS = "several_outputs"
 INPUTS_DROPPED = "inputs_dropped"
 NO_TENSOR_INPUT = "no_tensor_input"
@@ -261,6 +262,13 @@ _DIAGNOSES = {
         "a call was backpropagated a second time after its graph had been freed, so its "
         "captured inputs are gone",
         "pass retain_graph=True to the first backward",
+    ),
+    INPUT_CHANGED: Diagnosis(
+        "the input of a layer was changed in place between its call and the backward; with "
+        "expanded weights, torch does not notice and computes per-sample gradients from what it "
+        "is now",
+        "change a copy (x = x + y instead of x += y, relu(x) instead of relu_(x)), or use "
+        "grad_sample_mode='hooks'",
     ),
     SEVERAL_OUTPUTS: Diagnosis(
         "a module has several differentiable outputs and the loss used another than the first; "

@@ -140,7 +140,7 @@ class RowValues(Check):
         if each is None or last > len(step.states):
             return  # people with different numbers of rows: not what the loss is a mean of
         pairs = zip(step.parameters[first:last], step.states[first:last], strict=True)
-        grads: list[Any] = [p.grad if state.is_whole else None for p, state in pairs]
+        grads: list[Any] = [state.batch_gradient(p) for p, state in pairs]
         if not all(map(_are_comparable, grads, means)):
             kept = [i for i, g in enumerate(grads) if _are_comparable(g, means[i])]
             grads, means = [grads[i] for i in kept], [means[i] for i in kept]
@@ -171,6 +171,7 @@ class RowValues(Check):
     def before_update(self, step: Step, optimizer: Any) -> Failures:
         """The rows are used; what was measured of them is not needed any more."""
         for state in step.states:
+            state.apart = None
             if state.moments:
                 state.moments = []
             for entry in state.entries:

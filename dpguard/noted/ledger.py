@@ -278,8 +278,7 @@ class Ledger:
             state = self._parameters.get(id(parameter))
             if state is not None:
                 state.version = state.kept = None
-                state.condemned = None
-                state.clipped = None
+                state.condemned = state.clipped = state.apart = None
 
     # -- cuts ------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -257,11 +257,24 @@ def awaits_its_step(parameter: Any) -> bool:
     return _compat.is_processed(total) and not hasattr(total, "_dpguard_used")
 
 
+class Apart(NamedTuple):
+    """The gradient of a batch that was computed beside its rows.
+
+    Attributes:
+        gradient: of the shape of the parameter; ``None`` if not all of it is known.
+        terms: of how many products an element of a row is the sum, at most.
+    """
+
+    gradient: torch.Tensor | None
+    terms: int
+
+
 class ParameterState:
     """What the ledger knows about one parameter."""
 
     __slots__ = (
         "accounted",
+        "apart",
         "averaged",
         "cancels",
         "captured",
@@ -300,6 +313,8 @@ class ParameterState:
         """Cause why the rows of this step are missing or wrong, see :mod:`dpguard.diagnosis`."""
         self.clipped: Clipped | None = None
         """In ghost clipping, what is in ``p.grad``."""
+        self.apart: Apart | None = None
+        """Where backwards leave ``p.grad`` alone, what the rows should add up to."""
         self.summands = 1
         """Of how many products an element of a row is the sum, at most so far."""
         self.probed = True
@@ -344,6 +359,22 @@ class ParameterState:
         if self.model is None or self.averaged:
             return False
         return not any(entry.uneven for entry in self.entries)
+
+    def batch_gradient(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        """What the rows should add up to, if that is known."""
+        if self.apart is not None:
+            return self.apart.gradient
+        return parameter.grad if self.is_whole else None
+
+    def add_apart(self, parameter: torch.Tensor, part: torch.Tensor | None, terms: int) -> None:
+        """What the batch owes to one more call, of which the rows are about to be added."""
+        if getattr(parameter, "grad_sample", None) is not None:
+            before = self.apart or Apart(None, 0)
+            known = part is not None and before.gradient is not None
+            part = before.gradient + part if known else None  # type: ignore[operator]
+            terms += before.terms
+        self.apart = Apart(part, terms)
+        self.summands = max(self.summands, terms)
 
     @property
     def waiting(self) -> int:

@@ -76,8 +76,9 @@ class Draw:
         """Take in what one output contributes."""
         self.widest = max(self.widest, -(-shares.widest // self.rows))
         for leaf, pair in shares.leaves:
-            held = self.found.get(id(leaf))
-            self.found[id(leaf)] = leaf, added(held[1] if held else None, pair)  # type: ignore[assignment]
+            parameter: Any = _compat.parameter_of(leaf)
+            held = self.found.get(id(parameter))
+            self.found[id(parameter)] = parameter, added(held[1] if held else None, pair)
 
 
 class Expected(NamedTuple):
@@ -167,7 +168,7 @@ class _Mark:
         return propagate(
             _compat.nodes().current(),  # type: ignore[union-attr]
             pairs,
-            wanted=lambda leaf: id(leaf) in wanted,
+            wanted=lambda leaf: id(_compat.parameter_of(leaf)) in wanted,
             is_end=lambda node: not alone and self._is_other(node),
         )
 

@@ -4,7 +4,8 @@ While the engine is on its way to a node, the nodes above it are evaluated here,
 gradients of our choice: those of one row of the batch and those of all rows. Unlike a nested
 ``torch.autograd.grad`` this runs no hook of anybody (on tensors, parameters, modules or nodes),
 accumulates into nothing and begins no backward of the engine. A graph in which evaluating a node
-could do more than compute is not run at all.
+could do more than compute is not run at all, unless that node carries what is to be evaluated in
+its place.
 """
 
 from __future__ import annotations
@@ -18,10 +19,15 @@ import torch
 
 from dpguard import _compat
 
-__all__ = ["Parts", "Shares", "Unfit", "added", "propagate"]
+__all__ = ["FORMULA", "Parts", "Shares", "Unfit", "added", "propagate"]
 
 Parts: TypeAlias = "tuple[torch.Tensor, ...]"
 """Gradients that are propagated side by side, all of one shape: one person's, and the whole."""
+
+
+FORMULA = "dpguard.formula"
+"""Under this key the metadata of a node may have a function from what has arrived at the node, for
+each of its inputs, to what it would hand on, for each of its edges."""
 
 
 class Unfit(Exception):
@@ -168,22 +174,29 @@ class _Run:
         if node is self._root and self._instead is not None:
             results = self._instead
         elif not self._nodes.is_identity(node):
-            if not self._nodes.is_plain(node):
-                raise Unfit
-            runs = [
-                _as_tuple(node(*[None if parts is None else parts[k] for parts in arrived]))
-                for k in range(self._width)
-            ]
-            results = [
-                None if any(part is None for part in parts) else parts
-                for parts in zip(*runs, strict=True)
-            ]
+            results = self._results(node, arrived)
         edges = node.next_functions
         if len(edges) != len(results):
             raise Unfit
         for (above, index), parts in zip(edges, results, strict=True):
             if parts is not None and id(above) in self._leading:
                 self._hand_on(above, index, parts)
+
+    def _results(self, node: Any, arrived: list[Parts | None]) -> list[Parts | None]:
+        if not self._nodes.is_plain(node):
+            formula = node.metadata.get(FORMULA)
+            if formula is None:
+                raise Unfit
+            found: list[Parts | None] = formula(arrived)
+            return found
+        runs = [
+            _as_tuple(node(*[None if parts is None else parts[k] for parts in arrived]))
+            for k in range(self._width)
+        ]
+        return [
+            None if any(part is None for part in parts) else parts
+            for parts in zip(*runs, strict=True)
+        ]
 
     def _hand_on(self, node: Any, index: int, parts: Parts) -> None:
         expected = self._nodes.inputs(node)

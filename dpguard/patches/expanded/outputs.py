@@ -1,8 +1,8 @@
-"""Models whose rows torch computes itself (expanded weights): what their losses make of outputs.
+"""Models whose rows torch computes itself: people are drawn of what they return.
 
-Nothing of such a model is paired, and no row is recomputed: its layers are functions written in
-Python, which are not run a second time. What is between its outputs and the loss is a graph like
-any other, and is looked at as that of other models (:mod:`dpguard.patches.oracle.losses`).
+Nothing of such a model is paired. The oracle looks at its outputs as at those of other models
+(:mod:`dpguard.patches.oracle.outputs`), and goes through its layers by the formulas that their
+nodes carry (:mod:`dpguard.patches.expanded.models`).
 """
 
 from __future__ import annotations
@@ -11,12 +11,9 @@ import types
 import weakref
 from typing import Any
 
-from dpguard import _compat
 from dpguard.identity import IdentityMap
 from dpguard.noted.ledger import Ledger
 from dpguard.patches.oracle.outputs import OutputHook, Outputs
-from dpguard.patches.wrapping import wrap_new
-from dpguard.patching import Transaction
 
 __all__ = ["ExpandedOutputs"]
 
@@ -52,25 +49,14 @@ class ExpandedOutputs:
         self._outputs = outputs
         self._ledger = ledger
         self._hooks: IdentityMap[OutputHook] = IdentityMap()
-        self._wrapped: set[tuple[Any, str]] = set()
 
-    def install(self, transaction: Transaction) -> None:
-        """Patch the forward of their class; again after a reload of Opacus."""
-        methods = [(_compat.expanded_class(), "forward", self._forward)]
-        wrap_new(transaction, self._wrapped, methods)
-
-    def _forward(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        output = wrapped(*args, **kwargs)
-        self._outputs.run(self._see, instance, output)
-        return output
+    def see(self, wrapper: Any, output: Any) -> None:
+        """A model of this kind was called and returns this."""
+        self._outputs.run(self._see, wrapper, output)
 
     def _see(self, wrapper: Any, output: Any) -> None:
         hook = self._hooks.get(wrapper)
         if hook is None:
             pairing: Any = _Expanded(wrapper, self._ledger)
             hook = self._hooks[wrapper] = OutputHook(self._outputs, pairing)
-        if hook.draw is not None and hook not in self._outputs.unasked:
-            hook.give_up(hook.draw)  # its loss was looked at
         hook(wrapper, (), output)
-        if hook.draw is not None:
-            hook.draw.closed = True  # there is no row to be recomputed
