@@ -445,14 +445,16 @@ def expanded_class() -> Any:
     return _attribute_of("opacus.grad_sample.gsm_exp_weights", "GradSampleModuleExpandedWeights")
 
 
-def is_expanded_class(kind: type) -> bool:
-    """Whether it is that of weights of which torch computes rows (expanded weights)."""
-    return kind.__name__ == "ExpandedWeight" and kind.__module__.startswith("torch.nn.utils.")
+@functools.lru_cache(maxsize=1)
+def expanded_weight_class() -> Any:
+    """That of weights of which torch computes rows, which it imports when they are needed."""
+    name = "torch.nn.utils._expanded_weights.expanded_weights_impl"
+    return importlib.import_module(name).ExpandedWeight
 
 
 def is_expanded(value: Any) -> bool:
     """Whether ``value`` is such a weight, which stands for a parameter."""
-    return is_expanded_class(type(value))
+    return type(value).__name__ == "ExpandedWeight" and hasattr(value, "orig_weight")
 
 
 def parameter_of(leaf: Any) -> Any:

@@ -103,6 +103,7 @@ def owners():
     found += [*_compat.ghost_loss_classes(), *_compat.ghost_criterion_classes()]
     found += [*_compat.poisson_samplers(), _compat.engine_class()]
     found += filter(None, [_compat.expanded_class()])
+    found += [_compat.expanded_weight_class()]
     found += [torch, torch.Tensor, torch.autograd, torch.amp.GradScaler, AbstractGradSampleModule]
     found += [_compat.loader_iterator_class(), _compat.engine_class()]
     return [*dict.fromkeys(found)]

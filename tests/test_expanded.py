@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import dpguard
 from dpguard import _compat, diagnosis
+from dpguard.audit.rows import BESIDE_EVERY
 
 EXPANDED = _compat.expanded_class()
 pytestmark = [
@@ -247,6 +248,20 @@ def test_people_who_depend_on_others():
         assert (violation.check, violation.cause) == (ORACLE, diagnosis.ROW_OF_ANOTHER)
 
 
+def test_one_of_so_many_steps():
+    """What takes time is done in the first steps, and then in one of so many: faults stay seen."""
+    with dpguard.install(mode="observe") as guard:
+        training, compared = Training(), []
+        for step in range(4 * BESIDE_EVERY):
+            training.step(doubled if step >= 2 * BESIDE_EVERY else None)
+            guard.flush()
+            compared += [step] if guard.last_step.checks[CONSERVATION].passed else []
+        assert compared[:BESIDE_EVERY] == list(range(BESIDE_EVERY))
+        assert [step // BESIDE_EVERY for step in compared[BESIDE_EVERY:]] == [1, 2, 3]
+        first, _ = violations(guard)
+        assert (first.check, first.step) == (CONSERVATION, compared[-2])
+
+
 class InPlace(nn.Module):
     """The input of the second layer is changed after its call, as in a residual block."""
 
@@ -287,6 +302,20 @@ def test_inputs_that_are_changed_in_place():
         training.step()
         guard.flush()
         assert guard.last_step.checks[ORACLE].passed == len(training.parameters)
+
+
+def test_nothing_is_left_behind():
+    """The class of such weights is patched with the first forward, and restored with the rest."""
+    weights = _compat.expanded_weight_class()
+    plain = vars(weights)["__torch_function__"]
+    with dpguard.install(mode="repair") as guard:
+        training = Training()
+        training.step()
+        assert vars(weights)["__torch_function__"] is not plain
+        target = "torch.nn.utils._expanded_weights.expanded_weights_impl.ExpandedWeight"
+        assert f"{target}.__torch_function__" in guard._runtime._transaction.targets
+    assert vars(weights)["__torch_function__"] is plain
+    training.step()
 
 
 def test_after_a_refusal_training_goes_on(guard):

@@ -155,11 +155,15 @@ class Step:
         for check in checks:
             self.ran[check] = len(self.names) if count is None else count
 
+    def run_on(self, check: str, known: int) -> None:
+        """Note that a check is run on so many parameters, and on the others is not."""
+        self.ran[check], self.left[check] = known, len(self.parameters) - known
+
     def judge(self, check: str, known: int) -> None:
         """Of what the check was run on so many can be judged; none: it was not run."""
-        ran = self.ran.pop(check, known)
+        self.ran.pop(check, None)
         if known:
-            self.ran[check], self.left[check] = known, ran - known
+            self.run_on(check, known)
 
     def fail(self, failure: Failure) -> None:
         """Note a failure."""

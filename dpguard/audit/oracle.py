@@ -100,7 +100,7 @@ class RowOracle(Check):
                     compared = self._compared(step, draw, rows)
                     if compared:
                         figures = _figures(compared, draw, norms)
-                        step.run(ORACLE, count=len(compared))
+                        step.run_on(ORACLE, len(compared))
                         step.collect((ORACLE,), figures, _verdict(step, draw, compared))
             draw.found.clear()
 

@@ -58,6 +58,7 @@ from dpguard.noted.ledger import Ledger
 from dpguard.noted.precision import computed_in
 from dpguard.numerics.rounding import LAMBDA
 from dpguard.numerics.rows import Clipping
+from dpguard.turns import Turns
 
 if TYPE_CHECKING:
     from dpguard.numerics.rows import Rows
@@ -67,6 +68,11 @@ __all__ = ["CONSERVATION", "RowValues", "factors", "finiteness", "floor"]
 CONSERVATION = "conservation"
 PROBE_EVERY = 50
 """How many audited steps there are to one in which the strength of the rows is probed."""
+
+
+BESIDE_EVERY = 10
+"""What rows should add up to is computed for them, where nobody else does, in each of the first so
+many steps and then in one of so many, drawn at random."""
 
 
 class _Limits(NamedTuple):
@@ -114,6 +120,7 @@ class RowValues(Check):
         self._limits: IdentityMap[tuple[Any, _Limits]] = IdentityMap()
         """Those of the last step, by the first parameter of each optimizer."""
         self._compared: IdentityMap[int] = IdentityMap()
+        self._chosen = Turns()
 
     def before_clip(self, step: Step, optimizer: Any) -> Failures:
         """Rows that our code does not clip are measured before anybody changes them."""
@@ -170,8 +177,10 @@ class RowValues(Check):
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
         """The rows are used; what was measured of them is not needed any more."""
+        beside = self._chosen.has(step.number + 1, BESIDE_EVERY, first=BESIDE_EVERY)
         for state in step.states:
-            state.apart = None
+            if state.apart is not None:
+                state.apart, state.compared = None, beside
             if state.moments:
                 state.moments = []
             for entry in state.entries:
@@ -201,7 +210,7 @@ class RowValues(Check):
             names = step.names
             step.collect((FINITE,), [scales], lambda found: finiteness(names, map(isfinite, found)))
             return
-        step.run(CONSERVATION, count=len(compared))
+        step.run_on(CONSERVATION, len(compared))
         limits = self._limit(step, found.rows, compared, residuals[0].dtype)
         figures = [scales, *residuals]
         conditioned = [k for k, i in enumerate(compared) for _ in step.states[i].moments]

@@ -279,6 +279,7 @@ class ParameterState:
         "cancels",
         "captured",
         "clipped",
+        "compared",
         "condemned",
         "entries",
         "epoch",
@@ -315,6 +316,8 @@ class ParameterState:
         """In ghost clipping, what is in ``p.grad``."""
         self.apart: Apart | None = None
         """Where backwards leave ``p.grad`` alone, what the rows should add up to."""
+        self.compared = True
+        """Whether that is wanted; to compute it takes time."""
         self.summands = 1
         """Of how many products an element of a row is the sum, at most so far."""
         self.probed = True

@@ -13,11 +13,10 @@ changed input, and nobody would know. Here they are refused.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from dpguard import _compat, diagnosis
 from dpguard.noted.ledger import Ledger
@@ -29,26 +28,8 @@ from dpguard.patching import Transaction
 
 __all__ = ["ExpandedModels"]
 
+_FUNCTION = "__torch_function__"
 _inside_transform = _compat.transform_test()
-
-
-class _Watch(TorchFunctionMode):
-    """Sees the calls of functions with expanded weights, inside of a forward."""
-
-    def __init__(self, meet: Callable[..., None]) -> None:
-        super().__init__()
-        self._meet = meet
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        expanded = next(filter(_compat.is_expanded_class, types), None)
-        if expanded is not None and func not in expanded.handled_functions:
-            with self:  # recurrent layers are made of functions that are
-                return expanded.__torch_function__(func, types, args, kwargs)
-        output = func(*args, **kwargs)
-        if expanded is not None:
-            self._meet(func, args, kwargs, output)
-        return output
 
 
 class ExpandedModels(Part):
@@ -73,30 +54,38 @@ class ExpandedModels(Part):
 
     def install(self, transaction: Transaction) -> None:
         """Patch the forward of their class; again after a reload of Opacus."""
+        self._transaction = transaction
         methods = [(_compat.expanded_class(), "forward", self._forward)]
         wrap_new(transaction, self._wrapped, methods)
 
     def _forward(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        with self._watching():
-            output = wrapped(*args, **kwargs)
+        self.run(self._patch_weights)
+        output = wrapped(*args, **kwargs)
         if self._see is not None:
             self._see(instance, output)
         return output
 
-    @contextlib.contextmanager
-    def _watching(self) -> Iterator[None]:
-        if not self.on or not torch.is_grad_enabled() or _inside_transform():
-            yield
-            return
-        with _Watch(lambda *call: self.run(self._meet, *call)):
-            yield
+    def _patch_weights(self) -> None:
+        """Patch the class of such weights, which torch imports for the first of these forwards."""
+        weight_class = _compat.expanded_weight_class()
+        if (weight_class, _FUNCTION) not in self._wrapped:
+            methods = [(weight_class, _FUNCTION, self._function)]
+            wrap_new(self._transaction, self._wrapped, methods)
 
-    def _meet(self, function: Any, args: Any, kwargs: Any, output: Any) -> None:
+    def _function(self, wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
+        output = wrapped(*args, **kwargs)
+        if isinstance(output, torch.Tensor) and not _inside_transform():
+            self.run(self._meet, output, *args)
+        return output
+
+    def _meet(
+        self, output: torch.Tensor, function: Any, _types: Any, args: Any = (), kwargs: Any = None
+    ) -> None:
         """Have the node of a call tell of its backward."""
-        node = getattr(output, "grad_fn", None)
-        if node is None:
-            return
-        call = Call(function, args, kwargs)
+        node: Any = output.grad_fn
+        if node is None or function not in _compat.expanded_weight_class().handled_functions:
+            return  # recurrent layers are made of functions that are
+        call = Call(function, args, kwargs or {})
         node.metadata[FORMULA] = call.formula
         node.register_prehook(lambda gradients: self.run(self._on_gradients, call, gradients))
 
@@ -108,13 +97,16 @@ class ExpandedModels(Part):
         if not call.is_unchanged:
             for weight in call.weights:
                 self._ledger.state(weight.orig_weight).condemned = diagnosis.INPUT_CHANGED
-        elif not torch.is_grad_enabled():
+        elif self._is_compared(call) and not torch.is_grad_enabled():
             # Of a RuntimeError the host's own computation will say the same, or there is no memory.
             with contextlib.suppress(Unfit, RuntimeError), torch.no_grad():
                 found = {id(weight): mine for weight, mine in call.of_weights(gradient)}
                 self._note_moments(call, gradient)
         for weight in call.weights:
             self._add(call, weight, found.get(id(weight)), gradient)
+
+    def _is_compared(self, call: Call) -> bool:
+        return any(self._ledger.state(weight.orig_weight).compared for weight in call.weights)
 
     def _add(
         self, call: Call, weight: Any, mine: torch.Tensor | None, gradient: torch.Tensor
