@@ -35,8 +35,7 @@ from typing import Any
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces each start and stop
 
 import torch
-from opacus import GradSampleModule
-from opacus.grad_sample import GradSampleModuleExpandedWeights
+from opacus import GradSampleModule, grad_sample
 from opacus.layers import DPLSTM
 from opacus.optimizers import DPOptimizer
 from torch import nn
@@ -199,7 +198,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]]]
     "resnet": (resnet, lambda b: torch.randn(b, 3, 32, 32)),
     "gpt2": (lambda: Transformer(768, 12), lambda b: torch.randint(100, (b, 32))),
 }
-WRAPPERS = {"hooks": GradSampleModule, "ew": GradSampleModuleExpandedWeights}
+WRAPPERS = {
+    "hooks": GradSampleModule,
+    "ew": getattr(grad_sample, "GradSampleModuleExpandedWeights", None),  # from Opacus 1.2 on
+}
 SMALL = ("mlp", "cnn", "transformer", "dplstm")
 
 

@@ -21,6 +21,7 @@ import dpguard
 from dpguard import diagnosis
 from dpguard.audit import rows as rows_module
 from dpguard.audit.rows import CONSERVATION, PROBE_EVERY
+from dpguard.events import CheckCount
 
 pytestmark = [
     needs_reshaping,
@@ -663,3 +664,14 @@ def test_a_wrong_row_in_half_precision_is_found(size):
         training.step()
         guard.flush()
         assert diagnosis.NOT_CONSERVED in {v.cause for v in guard.violations}
+
+
+def test_what_could_not_be_compared_is_counted():
+    """Of six parameters one has no gradient to be compared with: it was not run on that one."""
+    with dpguard.install(mode="observe") as guard:
+        training = bench("mlp")
+        training.tamper = lambda parameters: setattr(parameters["0.weight"], "grad", None)
+        for _ in range(2):
+            training.step()
+            guard.flush()
+            assert guard.last_step.checks[CONSERVATION] == CheckCount(passed=5, not_run=1)

@@ -157,7 +157,7 @@ class Step:
 
     def run_on(self, check: str, known: int) -> None:
         """Note that a check is run on so many parameters, and on the others is not."""
-        self.ran[check], self.left[check] = known, len(self.parameters) - known
+        self.ran[check], self.left[check] = known, max(0, len(self.parameters) - known)
 
     def judge(self, check: str, known: int) -> None:
         """Of what the check was run on so many can be judged; none: it was not run."""
