@@ -388,6 +388,43 @@ def test_running_statistics_are_updated_once():
     assert found[0].norm() > 0
 
 
+class ByName(nn.Module):
+    """Functions that are called in other ways than layers call them."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv1d(2, 4, 3), nn.Linear(16, CLASSES)
+        self.norm = nn.GroupNorm(2, 4)
+
+    def forward(self, x):
+        x = F.conv1d(x, self.conv.weight, self.conv.bias, 1, 0, 1, 1)
+        x = F.group_norm(x, 2, weight=self.norm.weight, bias=self.norm.bias)
+        x = x.flatten(1)
+        return F.linear(x, self.head.weight, bias=self.head.bias)
+
+
+def test_other_calls_than_those_of_layers(guard):
+    """They are compared like any."""
+    training = Training(ByName, lambda: torch.randn(BATCH, 2, 6))
+    for _ in range(2):
+        training.step()
+        guard.flush()
+        assert guard.last_step.checks[CONSERVATION].passed == len(training.parameters)
+
+
+def test_inputs_without_versions(guard):
+    """Torch takes what was made in inference mode here, unlike elsewhere."""
+
+    def inputs():
+        with torch.inference_mode():
+            return torch.randn(BATCH, 6)
+
+    training = Training(mlp, inputs)
+    training.step()
+    guard.flush()
+    assert guard.last_step.checks[CONSERVATION].passed == len(training.parameters)
+
+
 def test_reductions_that_differ():
     """The model scales rows for a mean, the optimizer takes them for a sum's."""
     with dpguard.install(mode="observe") as guard:

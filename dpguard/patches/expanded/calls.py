@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,15 +40,16 @@ class Call:
         self.tensors: list[Any] = [value for value in given if isinstance(value, torch.Tensor)]
         """As torch numbers them on the node of the call."""
         self.weights = list(filter(_compat.is_expanded, self.tensors))
-        self._is_cast = autocast_of(self.args[0]) is not None
+        self._input = given[0]
+        self._is_cast = autocast_of(self._input) is not None
         bias = self.kwargs.get("bias", self.args[2] if len(self.args) > 2 else None)  # noqa: PLR2004
         is_shift = self._normalising is None and all(w is bias for w in self.weights)
-        self._version = None if is_shift else self.args[0]._version
+        self._version = None if is_shift or self._input.is_inference() else self._input._version
 
     @property
     def _is_cast_now(self) -> bool:
         """Whether autocast is or was on."""
-        return self._is_cast or autocast_of(self.args[0]) is not None
+        return self._is_cast or autocast_of(self._input) is not None
 
     @property
     def _normalising(self) -> type[torch.nn.Module] | None:
@@ -58,7 +59,7 @@ class Call:
     @property
     def is_unchanged(self) -> bool:
         """Whether the input is what it was, or gradients do not depend on it."""
-        return self._version is None or bool(self.args[0]._version == self._version)
+        return self._version is None or bool(self._input._version == self._version)
 
     def of_weights(self, gradient: torch.Tensor) -> list[tuple[Any, torch.Tensor]]:
         """The weights with what the gradient of the batch owes to this call.
@@ -66,11 +67,9 @@ class Call:
         Raises:
             Unfit, RuntimeError: as :meth:`gradients`.
         """
-        formula = None if self._is_cast_now else _FORMULAS.get(self.function)
-        found = None if formula is None else formula(gradient, *self.args, **self.kwargs)
-        if found is not None:
-            weights = zip(self.args[1:3], found, strict=False)
-            return [(weight, mine) for weight, mine in weights if mine is not None]
+        covered = _FORMULAS.get(self.function)
+        if covered and not self.kwargs and not self._is_cast_now and covered.fits(*self.args):
+            return covered.gradients(gradient, *self.args)
         parts = self.gradients((gradient,), of_inputs=False)
         return [(w, mine[0]) for w, mine in zip(self.tensors, parts, strict=True) if mine]
 
@@ -126,7 +125,7 @@ class Call:
         is_embedding = self.function is torch.nn.functional.embedding
         features: int = weight.orig_weight.shape[1 if is_embedding else 0]
         of_one: int = -(-gradient.numel() // weight.batch_size)
-        return max(1, -(-of_one // features))
+        return max(1, -(-of_one // max(1, features)))
 
     def moments(self) -> tuple[Any, Moments] | None:
         """The weight that scales normalised inputs and their moments, where there is one."""
@@ -138,44 +137,55 @@ class Call:
             normalized_shape=self.args[1:] and self.args[1],
             num_groups=self.args[1:] and self.args[1],
             eps=self.kwargs["eps"],
-            _get_no_batch_dim=lambda: self.args[0].dim() - 1,
+            _get_no_batch_dim=lambda: self._input.dim() - 1,
         )
-        found = measure(own, self.args[0].detach())
+        found = measure(own, self._input.detach())
         return None if found is None else (weight, found.moments)
 
 
-_Found: TypeAlias = "tuple[torch.Tensor | None, torch.Tensor | None] | None"
-"""Of weight and bias; nothing where the formula does not cover the call."""
+class _Formula(NamedTuple):
+    """How to compute gradients of weights without a second forward.
+
+    Attributes:
+        fits: whether it covers a call, by its arguments.
+        gradients: from the gradient of the output and these arguments to weights and theirs.
+    """
+
+    fits: Callable[..., bool]
+    gradients: Callable[..., list[tuple[Any, torch.Tensor]]]
 
 
-def _linear(gradient: torch.Tensor, inputs: torch.Tensor, weight: Any, bias: Any = None) -> _Found:
+def _of_linear(
+    gradient: torch.Tensor, inputs: torch.Tensor, weight: Any, bias: Any = None
+) -> list[tuple[Any, torch.Tensor]]:
     flat, each = gradient.flatten(0, -2), inputs.flatten(0, -2)
-    return (
-        flat.t().mm(each) if _compat.is_expanded(weight) else None,
-        flat.sum(0) if _compat.is_expanded(bias) else None,
-    )
+    found = [(weight, flat.t().mm(each))] if _compat.is_expanded(weight) else []
+    return [*found, (bias, flat.sum(0))] if _compat.is_expanded(bias) else found
 
 
-def _convolution(gradient: torch.Tensor, *args: Any, **kwargs: Any) -> _Found:
-    if kwargs or len(args) != _ARGUMENTS_OF_LAYERS or isinstance(args[4], str):
-        return None
-    inputs, weight, bias, *geometry, groups = args
+def _of_convolution(
+    gradient: torch.Tensor, inputs: torch.Tensor, weight: Any, bias: Any, *geometry: Any
+) -> list[tuple[Any, torch.Tensor]]:
+    *windows, groups = geometry  # stride, padding and dilation
     wanted = [False, _compat.is_expanded(weight), _compat.is_expanded(bias)]
-    own, lengths = _compat.parameter_of(weight), [len(gradient[0])] if wanted[2] else None
-    none = [0] * len(geometry[0])
+    own, lengths = _compat.parameter_of(weight), [gradient.shape[1]] if wanted[2] else None
+    none = [0] * len(windows[0])
     _, *found = torch.ops.aten.convolution_backward(
-        gradient, inputs, own, lengths, *geometry, False, none, groups, wanted
+        gradient, inputs, own, lengths, *windows, False, none, groups, wanted
     )
-    return found[0], found[1]
+    weights = zip((weight, bias), found, wanted[1:], strict=True)
+    return [(which, mine) for which, mine, is_wanted in weights if is_wanted]
 
 
-_ARGUMENTS_OF_LAYERS = 7
-"""Layers pass input, weight, bias, stride, padding, dilation and groups to convolutions."""
+def _is_of_layer(*args: Any) -> bool:
+    """Whether a convolution was called as layers do, with everything in its place."""
+    return len(args) == 7 and all(type(one) is tuple for one in args[3:6])  # noqa: PLR2004
 
-_FORMULAS: dict[Any, Callable[..., _Found]] = {
-    torch.nn.functional.linear: _linear,
-    torch.nn.functional.conv1d: _convolution,
-    torch.nn.functional.conv2d: _convolution,
-    torch.nn.functional.conv3d: _convolution,
+
+_CONVOLUTION = _Formula(_is_of_layer, _of_convolution)
+_FORMULAS: dict[Any, _Formula] = {
+    torch.nn.functional.linear: _Formula(lambda *_: True, _of_linear),
+    torch.nn.functional.conv1d: _CONVOLUTION,
+    torch.nn.functional.conv2d: _CONVOLUTION,
+    torch.nn.functional.conv3d: _CONVOLUTION,
 }
-"""What takes no second forward."""
