@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["NOTHING", "Check", "Failure", "Failures", "Noted", "PerOwner", "Step"]
 
 _UNASKED = object()
-_UNKNOWN: Any = object()
 
 _T = TypeVar("_T")
 
@@ -220,9 +219,10 @@ class PerOwner(IdentityMap[_T]):
 
     def of(self, owner: Any) -> _T:
         """What is known of ``owner``."""
-        found = self.get(owner, _UNKNOWN)
-        if found is _UNKNOWN:
-            found = self[owner] = self._make(owner)
+        known = self._known.get(id(owner))  # asked dozens of times in each step
+        if known is not None and known[0]() is owner:
+            return known[1]
+        found = self[owner] = self._make(owner)
         return found
 
 

@@ -9,6 +9,7 @@ import itertools
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ __all__ = ["Collector", "finite_flags"]
 
 Receiver = Callable[[list[float]], None]
 _PENDING_AT_MOST = 256
+_is_cpu = attrgetter("is_cpu")
 _COPIES = ("cpu", "cuda")
 """Devices whose figures can be had without waiting."""
 
@@ -72,7 +74,7 @@ class Collector:
         """
         if len(self._pending) >= _PENDING_AT_MOST:
             return False
-        if all(figure.is_cpu for figure in figures):
+        if all(map(_is_cpu, figures)):
             self._pending.append((figures, None, receive))
             return True
         devices = list(dict.fromkeys([figure.device for figure in figures]))

@@ -59,18 +59,15 @@ class Grain:
 def _evidence(values: Sequence[float], unit: float, sums: float, digits: int) -> float:
     """That all values are on the grid of so many binary digits; zero if one is not."""
     evidence, is_of_one_spacing = 0.0, True
-    widest = max((_spacing(value, digits) for value in values), default=1.0)
-    for value in values:
-        spacing, slip = _spacing(value, digits), 2 * unit * (abs(value) + sums)
+    spacings = [math.ldexp(1.0, math.frexp(value)[1] - digits) for value in values]
+    widest = max(spacings, default=1.0)
+    for value, spacing in zip(values, spacings, strict=True):
+        slip = 2 * unit * (abs(value) + sums)
         if _off(value, spacing) > slip:
             return 0.0
         evidence -= math.log(min(1.0, 2 * slip / spacing))
         is_of_one_spacing = is_of_one_spacing and _off(value, widest) <= slip
     return 0.0 if is_of_one_spacing else evidence
-
-
-def _spacing(value: float, digits: int) -> float:
-    return math.ldexp(1.0, math.frexp(value)[1] - digits)
 
 
 def _off(value: float, spacing: float) -> float:
