@@ -457,6 +457,12 @@ def is_expanded(value: Any) -> bool:
     return type(value).__name__ == "ExpandedWeight" and hasattr(value, "orig_weight")
 
 
+def is_inside_checkpoint() -> bool:
+    """Whether a checkpoint is to compute tensors again that are saved here."""
+    hooks = _torch()._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
 def parameter_of(leaf: Any) -> Any:
     """The parameter for which a leaf tensor of a graph stands, as a rule itself."""
     return leaf.orig_weight if is_expanded(leaf) else leaf

@@ -27,6 +27,7 @@ WEIGHT_NORM = "weight_norm_hook"
 DOUBLE_BACKWARD = "double_backward"
 GRAPH_FREED = "graph_freed"
 INPUT_CHANGED = "input_changed"
+CHECKPOINTED = "checkpointed"
 SEVERAL_OUTPUTS = "several_outputs"
 INPUTS_DROPPED = "inputs_dropped"
 NO_TENSOR_INPUT = "no_tensor_input"
@@ -262,6 +263,13 @@ _DIAGNOSES = {
         "a call was backpropagated a second time after its graph had been freed, so its "
         "captured inputs are gone",
         "pass retain_graph=True to the first backward",
+    ),
+    CHECKPOINTED: Diagnosis(
+        "a layer with expanded weights was called inside of torch.utils.checkpoint, which computes "
+        "it again as an ordinary layer and confuses what is saved: torch does not notice and "
+        "computes wrong per-sample gradients",
+        "call the layer without a checkpoint (there, functions without parameters are fine), or "
+        "use grad_sample_mode='hooks'",
     ),
     INPUT_CHANGED: Diagnosis(
         "the input of a layer was changed in place between its call and the backward; with "

@@ -263,10 +263,12 @@ class Apart(NamedTuple):
     Attributes:
         gradient: of the shape of the parameter; ``None`` if not all of it is known.
         terms: of how many products an element of a row is the sum, at most.
+        rows: number of rows.
     """
 
     gradient: torch.Tensor | None
     terms: int
+    rows: int
 
 
 class ParameterState:
@@ -366,17 +368,21 @@ class ParameterState:
     def batch_gradient(self, parameter: torch.Tensor) -> torch.Tensor | None:
         """What the rows should add up to, if that is known."""
         if self.apart is not None:
-            return self.apart.gradient
+            rows = getattr(parameter, "grad_sample", None)  # or what somebody has put there
+            is_its = isinstance(rows, torch.Tensor) and len(rows) == self.apart.rows
+            return self.apart.gradient if is_its else None
         return parameter.grad if self.is_whole else None
 
-    def add_apart(self, parameter: torch.Tensor, part: torch.Tensor | None, terms: int) -> None:
+    def add_apart(
+        self, parameter: torch.Tensor, part: torch.Tensor | None, terms: int, rows: int
+    ) -> None:
         """What the batch owes to one more call, of which the rows are about to be added."""
         if getattr(parameter, "grad_sample", None) is not None:
-            before = self.apart or Apart(None, 0)
+            before = self.apart or Apart(None, 0, rows)
             known = part is not None and before.gradient is not None
             part = before.gradient + part if known else None  # type: ignore[operator]
             terms += before.terms
-        self.apart = Apart(part, terms)
+        self.apart = Apart(part, terms, rows)
         self.summands = max(self.summands, terms)
 
     @property

@@ -40,6 +40,7 @@ class Call:
         self.tensors: list[Any] = [value for value in given if isinstance(value, torch.Tensor)]
         """As torch numbers them on the node of the call."""
         self.weights = list(filter(_compat.is_expanded, self.tensors))
+        self.is_recomputed = _compat.is_inside_checkpoint()
         self._input = given[0]
         self._is_cast = autocast_of(self._input) is not None
         bias = self.kwargs.get("bias", self.args[2] if len(self.args) > 2 else None)  # noqa: PLR2004

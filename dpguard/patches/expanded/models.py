@@ -7,7 +7,9 @@ is the gradient of the batch. The node of the call carries how to do the same fo
 others' choice, so that the row oracle finds its way through it (:mod:`dpguard.patches.oracle.vjp`).
 
 What torch keeps of a call is not guarded against changes in place: rows would be made of the
-changed input, and nobody would know. Here they are refused.
+changed input, and nobody would know. Nor can a checkpoint know that layers in it keep nothing for
+it: made once more as ordinary layers, they do, and what others find is another tensor. Both are
+refused.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 
 from dpguard import _compat, diagnosis
+from dpguard.identity import IdentitySet
 from dpguard.noted.ledger import Ledger
 from dpguard.parts import Part
 from dpguard.patches.expanded.calls import Call
@@ -51,6 +54,7 @@ class ExpandedModels(Part):
         self._ledger = ledger
         self._see = see
         self._wrapped: set[tuple[Any, str]] = set()
+        self._named = IdentitySet()
 
     def install(self, transaction: Transaction) -> None:
         """Patch the forward of their class; again after a reload of Opacus."""
@@ -59,14 +63,21 @@ class ExpandedModels(Part):
         wrap_new(transaction, self._wrapped, methods)
 
     def _forward(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        self.run(self._patch_weights)
+        self.run(self._prepare, instance)
         output = wrapped(*args, **kwargs)
         if self._see is not None:
             self._see(instance, output)
         return output
 
-    def _patch_weights(self) -> None:
-        """Patch the class of such weights, which torch imports for the first of these forwards."""
+    def _prepare(self, instance: Any) -> None:
+        """Learn the names of parameters, and patch the class of such weights.
+
+        Torch imports it for the first of these forwards.
+        """
+        if instance not in self._named:
+            self._named.add(instance)
+            for name, parameter in instance._module.named_parameters():
+                self._ledger.state(parameter).name = name
         weight_class = _compat.expanded_weight_class()
         if (weight_class, _FUNCTION) not in self._wrapped:
             methods = [(weight_class, _FUNCTION, self._function)]
@@ -94,9 +105,10 @@ class ExpandedModels(Part):
         if gradient is None:
             return
         found: dict[int, torch.Tensor] = {}
-        if not call.is_unchanged:
+        if call.is_recomputed or not call.is_unchanged:
+            cause = diagnosis.CHECKPOINTED if call.is_recomputed else diagnosis.INPUT_CHANGED
             for weight in call.weights:
-                self._ledger.state(weight.orig_weight).condemned = diagnosis.INPUT_CHANGED
+                self._ledger.state(weight.orig_weight).condemned = cause
         elif self._is_compared(call) and not torch.is_grad_enabled():
             # Of a RuntimeError the host's own computation will say the same, or there is no memory.
             with contextlib.suppress(Unfit, RuntimeError), torch.no_grad():
@@ -114,7 +126,7 @@ class ExpandedModels(Part):
         parameter = weight.orig_weight
         state = self._ledger.state(parameter)
         state.reduction = weight.loss_reduction
-        state.add_apart(parameter, mine, call.terms(weight, gradient))
+        state.add_apart(parameter, mine, call.terms(weight, gradient), weight.batch_size)
 
     def _note_moments(self, call: Call, gradient: torch.Tensor) -> None:
         found = call.moments()
