@@ -675,3 +675,24 @@ def test_what_could_not_be_compared_is_counted():
             training.step()
             guard.flush()
             assert guard.last_step.checks[CONSERVATION] == CheckCount(passed=5, not_run=1)
+
+
+@pytest.mark.parametrize("mode", ["repair", "observe"])
+def test_blank_images_before_a_normalisation(mode):
+    """What comes back through it is hundreds of times as large, and cancels: that is rounding."""
+
+    def model():
+        torch.manual_seed(2)
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.InstanceNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)
+        )
+
+    def inputs(batch):
+        return torch.randn(batch, 1, 6, 6) * (torch.rand(batch, 1, 1, 1) > 0.9)
+
+    with dpguard.install(mode=mode, oracle_every=2) as guard:
+        training = Training(model, inputs)
+        for _ in range(60):
+            training.step()
+        guard.flush()
+        assert [(v.check, v.cause, v.step) for v in guard.violations] == []

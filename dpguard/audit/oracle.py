@@ -31,7 +31,7 @@ import torch
 
 from dpguard import diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
-from dpguard.audit.rows import factors, floor
+from dpguard.audit.rows import AMPLIFIED, FAINT, factors, floor
 from dpguard.noted.conditioning import roundings
 from dpguard.noted.ledger import Ledger
 from dpguard.noted.precision import computed_in
@@ -50,6 +50,8 @@ CERTAIN = 1e-3
 """A row is certainly another's if it is wrong by this part of itself,"""
 TIMES = 16.0
 """and by so many times the bound."""
+_CANCELS = 4.0
+"""Nearly everything cancels in rows that would be so many times as large if nothing did."""
 _ELSEWHERE = 3e-2
 """Her rows are in another place if they are, all together, as close to her share as that."""
 
@@ -272,9 +274,13 @@ def _verdict(
         found: dict[str, list[tuple[str, float, float]]] = {}
         for i in known:
             one = per[i]
-            # Of the strength of all rows hers has a part that is not known, one of average size.
-            own = max(one.own, one.strength / draw.rows)
+            # Of the strength of all rows hers has a part that is not known: one of average size,
+            # or all that cancels, as where hers is the only blank image before a normalisation.
+            cancels = one.strength > _CANCELS * one.size
+            own = max(one.own, one.strength / (1 if cancels else draw.rows))
             bound = 2 * alone[i] * (own + rounded[i] + whole) + lost[i]
+            if not one.strength and one.own <= FAINT * whole:
+                bound *= AMPLIFIED  # it may be nothing but rounding, see the audit of rows
             if one.wrong <= bound:
                 continue
             certain = one.wrong > max(CERTAIN * one.own, TIMES * bound)

@@ -63,13 +63,17 @@ from dpguard.turns import Turns
 if TYPE_CHECKING:
     from dpguard.numerics.rows import Rows
 
-__all__ = ["CONSERVATION", "RowValues", "factors", "finiteness", "floor"]
+__all__ = ["AMPLIFIED", "CONSERVATION", "FAINT", "RowValues", "factors", "finiteness", "floor"]
 
 CONSERVATION = "conservation"
 PROBE_EVERY = 50
 """How many audited steps there are to one in which the strength of the rows is probed."""
 
 
+FAINT = 1e-3
+"""Rows that are all together no larger a part of all rows than this may be,"""
+AMPLIFIED = 1e-5**-0.5
+"""if they are off by so many times the bound at most; torch's layers have ``eps`` of 1e-5."""
 BESIDE_EVERY = 10
 """What rows should add up to is computed for them, where nobody else does, in each of the first so
 many steps and then in one of so many, drawn at random."""
@@ -371,6 +375,7 @@ def _verdict(
             state = step.states[i]
             state.cancels = strength > most
             state.probed = state.probed or state.cancels
+    own = scales
     scales = [
         max(scale, strength) if composed else scale
         for scale, strength, composed in zip(
@@ -385,7 +390,31 @@ def _verdict(
             limits.plain, limits.low, scales, limits.floors, strict=True
         )
     ]
+    unprobed = [k for k, known in enumerate(strengths or [total] * len(own)) if known == total]
+    _defer(step, compared, residuals, bounds, unprobed, faint=[x <= FAINT * total for x in own])
     return _judge(step, compared, residuals, bounds)
+
+
+def _defer(
+    step: Step,
+    compared: Sequence[int],
+    residuals: Sequence[float],
+    bounds: list[float],
+    unprobed: Sequence[int],
+    *,
+    faint: Sequence[bool],
+) -> None:
+    """Have the strength of rows that may be nothing but rounding probed first; changes ``bounds``.
+
+    What comes back through a normalisation of inputs that hardly differ, like a blank image, is up
+    to ``1 / sqrt(eps)`` times as large as what comes back through others, and cancels in the rows
+    of the layer before.
+    """
+    for k in unprobed:
+        if faint[k] and bounds[k] < residuals[k] <= AMPLIFIED * bounds[k]:
+            state = step.states[compared[k]]
+            state.cancels = state.probed = True
+            bounds[k] = residuals[k]
 
 
 def _judge(

@@ -337,7 +337,7 @@ class Pairing(Hooked):
             ledger.blocks.add(opened)
             now = opened  # rows of a block are of no other segment, whenever they come
         strengths = {}
-        if self.follows or ledger.state(wanted[0]).is_probed():
+        if self.follows or self._is_probed(wanted):
             strengths = self._strengths(record, arranged, wanted)
         most = 1 if people is None else people.most
         for parameter, rows, lenders in self._sampled(record, arranged, wanted):
@@ -380,7 +380,7 @@ class Pairing(Hooked):
             steps.add(inputs, backprops)
             task.published.update(map(id, wanted))
         self.ledger.close()
-        if self.follows or self.ledger.state(wanted[0]).is_probed():
+        if self.follows or self._is_probed(wanted):
             steps.strengthen(self._strengths(record, arranged, wanted))
         if steps.is_full or record.tally.fired >= record.tally.opened:
             self._catch_up(task, key)
@@ -429,6 +429,10 @@ class Pairing(Hooked):
         if not state.epoch and any(other.epoch for other in self._states):
             said = f"{said}. {diagnosis.NO_OPTIMIZER_TAKES_IT.format(state.name)}"
         return said
+
+    def _is_probed(self, wanted: list[torch.nn.Parameter]) -> bool:
+        """Whether the strength of the rows of any of these is wanted."""
+        return any(self.ledger.state(parameter).is_probed() for parameter in wanted)
 
     def _strengths(
         self,
