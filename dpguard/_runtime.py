@@ -98,8 +98,8 @@ class Runtime:
         asks = bool(settings.oracle_every and _compat.nodes())
         self.outputs = Outputs(report) if asks else None
         self._losses = Losses(self.outputs) if self.outputs is not None else None
-        see = ExpandedOutputs(self.outputs, self.ledger).see if self.outputs is not None else None
-        self._expanded = ExpandedModels(self.ledger, report, see)
+        drawn = None if self.outputs is None else ExpandedOutputs(self.outputs, self.ledger)
+        self._expanded = ExpandedModels(self.ledger, report, drawn)
         self.ledger.norm_draws = NormDraws(report) if asks else None
         self.ledger.batches.report = report
         self._people = people = People(self.ledger, self._deliveries, self._calls)

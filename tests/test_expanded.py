@@ -167,6 +167,16 @@ def test_healthy_models(name, dtype, reduction):
         assert violations(guard) == ()
 
 
+def test_conditions_are_known_whenever_a_person_is_drawn():
+    """Also in steps in which nothing is computed beside the rows."""
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        training = Training(*MODELS["years and dollars"])
+        for _ in range(3 * BESIDE_EVERY):
+            training.step()
+            guard.flush()
+            assert guard.last_step.checks[ORACLE].passed == len(training.parameters)
+
+
 def test_layers_that_torch_takes_apart():
     """Calls inside of such a layer count as well."""
     with dpguard.install(mode="strict", oracle_every=1) as guard:

@@ -25,6 +25,7 @@ from dpguard.identity import IdentitySet
 from dpguard.noted.ledger import Ledger
 from dpguard.parts import Part
 from dpguard.patches.expanded.calls import Call
+from dpguard.patches.expanded.outputs import ExpandedOutputs
 from dpguard.patches.oracle.vjp import FORMULA, Unfit
 from dpguard.patches.wrapping import wrap_new
 from dpguard.patching import Transaction
@@ -41,18 +42,18 @@ class ExpandedModels(Part):
     Args:
         ledger: is told of it.
         report: is told of an error of ours, which ends it.
-        see: is given each such model and what it returns.
+        outputs: have people drawn of what these models return.
     """
 
     def __init__(
         self,
         ledger: Ledger,
         report: Callable[[str, Exception], None],
-        see: Callable[[Any, Any], None] | None = None,
+        outputs: ExpandedOutputs | None = None,
     ) -> None:
         super().__init__("expanded", report)
         self._ledger = ledger
-        self._see = see
+        self._outputs = outputs
         self._wrapped: set[tuple[Any, str]] = set()
         self._named = IdentitySet()
 
@@ -65,8 +66,8 @@ class ExpandedModels(Part):
     def _forward(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         self.run(self._prepare, instance)
         output = wrapped(*args, **kwargs)
-        if self._see is not None:
-            self._see(instance, output)
+        if self._outputs is not None:
+            self._outputs.see(instance, output)
         return output
 
     def _prepare(self, instance: Any) -> None:
@@ -109,11 +110,14 @@ class ExpandedModels(Part):
             cause = diagnosis.CHECKPOINTED if call.is_recomputed else diagnosis.INPUT_CHANGED
             for weight in call.weights:
                 self._ledger.state(weight.orig_weight).condemned = cause
-        elif self._is_compared(call) and not torch.is_grad_enabled():
+        elif not torch.is_grad_enabled():
+            is_compared = self._is_compared(call)
             # Of a RuntimeError the host's own computation will say the same, or there is no memory.
             with contextlib.suppress(Unfit, RuntimeError), torch.no_grad():
-                found = {id(weight): mine for weight, mine in call.of_weights(gradient)}
-                self._note_moments(call, gradient)
+                if is_compared or (self._outputs is not None and self._outputs.follow):
+                    self._note_moments(call, gradient)
+                if is_compared:
+                    found = {id(weight): mine for weight, mine in call.of_weights(gradient)}
         for weight in call.weights:
             self._add(call, weight, found.get(id(weight)), gradient)
 

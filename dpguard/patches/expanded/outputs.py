@@ -50,6 +50,11 @@ class ExpandedOutputs:
         self._ledger = ledger
         self._hooks: IdentityMap[OutputHook] = IdentityMap()
 
+    @property
+    def follow(self) -> bool:
+        """Whether a person is followed."""
+        return any(hook.draw is not None for hook in self._hooks.values())
+
     def see(self, wrapper: Any, output: Any) -> None:
         """A model of this kind was called and returns this."""
         self._outputs.run(self._see, wrapper, output)
