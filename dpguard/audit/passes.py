@@ -45,7 +45,7 @@ class PassValues(Check):
         for found in self._ledger.take_passes(step.parameters):
             parameters = [reference() for reference in found.parameters]
             if step.audited and all(id(p) in names for p in parameters):
-                step.run_on(CONSERVATION, len(parameters))
+                step.run(CONSERVATION, count=len(parameters))
                 known = tuple(names[id(p)] for p in parameters)
                 figures = [found.figures]
                 narrow = [self._ledger.state(p).narrow for p in parameters]
