@@ -160,9 +160,9 @@ class Step:
 
     def judge(self, check: str, known: int) -> None:
         """Of what the check was run on so many can be judged; none: it was not run."""
-        self.ran.pop(check, None)
+        ran = self.ran.pop(check, known)
         if known:
-            self.run_on(check, known)
+            self.ran[check], self.left[check] = known, ran - known
 
     def fail(self, failure: Failure) -> None:
         """Note a failure."""

@@ -84,7 +84,7 @@ class NormOracle(Check):
             if (p := part.parameter()) is not None
         ]
         if compared and draw.total is not None and draw.mixing is not None:
-            step.run_on(ORACLE, len(compared))
+            step.run(ORACLE, count=len(compared))
             figures = [*(_figures(found.part) for found in compared), draw.total, draw.mixing]
             receive = functools.partial(_verdict, step, draw.rows, compared)
             step.collect((ORACLE,), figures, receive)

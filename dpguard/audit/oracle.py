@@ -102,7 +102,7 @@ class RowOracle(Check):
                     compared = self._compared(step, draw, rows)
                     if compared:
                         figures = _figures(compared, draw, norms)
-                        step.run_on(ORACLE, len(compared))
+                        step.run(ORACLE, count=len(compared))
                         step.collect((ORACLE,), figures, _verdict(step, draw, compared))
             draw.found.clear()
 
