@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from opacus import PrivacyEngine
 from opacus.optimizers import DPOptimizer
 from shuffled import violations
 from torch import nn
@@ -495,3 +496,44 @@ def test_reductions_that_differ():
         guard.flush()
         causes = {v.cause for v in violations(guard) if v.check == CONSERVATION}
         assert causes == {diagnosis.LOSS_REDUCTION}
+
+
+def test_two_batches_of_different_people():
+    """Forwards first, then one backward: torch adds their rows, and each is two people's."""
+    data = torch.utils.data.TensorDataset(torch.randn(96, 6), torch.randint(CLASSES, (96,)))
+
+    def losses(batches):
+        with dpguard.install(mode="repair") as guard:
+            torch.manual_seed(0)
+            model, optimizer, loader = PrivacyEngine().make_private(
+                module=(inner := mlp()),
+                optimizer=torch.optim.SGD(inner.parameters(), lr=0.1),
+                data_loader=torch.utils.data.DataLoader(data, batch_size=BATCH),
+                noise_multiplier=1.0,
+                max_grad_norm=1.0,
+                poisson_sampling=False,
+                grad_sample_mode="ew",
+            )
+            drawn = iter(loader)
+            for _ in range(3):
+                optimizer.zero_grad()
+                pairs = [next(drawn) for _ in range(batches)]
+                sum(F.cross_entropy(model(x), y) for x, y in pairs).backward()
+                optimizer.step()
+            return {v.cause for v in violations(guard)} - {diagnosis.NOT_POISSON}
+
+    assert losses(1) == set()
+    with pytest.raises(dpguard.PrivacyViolation, match="two batches of different people"):
+        losses(2)
+
+
+def test_batches_that_are_dropped(guard):
+    """Calls of a backward without a step are not those of the next one."""
+    loader = torch.utils.data.DataLoader(torch.randn(96, 6), batch_size=BATCH)
+    training = Training()
+    for number, x in enumerate(loader):
+        training.inputs = lambda x=x: x
+        training.backward()
+        if number % 2:
+            training.optimizer.step()
+    assert not [v for v in violations(guard) if v.cause == diagnosis.BATCHES_ADDED]

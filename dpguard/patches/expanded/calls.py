@@ -41,16 +41,16 @@ class Call:
         """As torch numbers them on the node of the call."""
         self.weights = list(filter(_compat.is_expanded, self.tensors))
         self.is_recomputed = _compat.is_inside_checkpoint()
-        self._input = given[0]
-        self._is_cast = autocast_of(self._input) is not None
+        self.input = given[0]
+        self._is_cast = autocast_of(self.input) is not None
         bias = self.kwargs.get("bias", self.args[2] if len(self.args) > 2 else None)  # noqa: PLR2004
         is_shift = self._normalising is None and all(w is bias for w in self.weights)
-        self._version = None if is_shift or self._input.is_inference() else self._input._version
+        self._version = None if is_shift or self.input.is_inference() else self.input._version
 
     @property
     def _is_cast_now(self) -> bool:
         """Whether autocast is or was on."""
-        return self._is_cast or autocast_of(self._input) is not None
+        return self._is_cast or autocast_of(self.input) is not None
 
     @property
     def _normalising(self) -> type[torch.nn.Module] | None:
@@ -60,7 +60,7 @@ class Call:
     @property
     def is_unchanged(self) -> bool:
         """Whether the input is what it was, or gradients do not depend on it."""
-        return self._version is None or bool(self._input._version == self._version)
+        return self._version is None or bool(self.input._version == self._version)
 
     def of_weights(self, gradient: torch.Tensor) -> list[tuple[Any, torch.Tensor]]:
         """The weights with what the gradient of the batch owes to this call.
@@ -138,9 +138,9 @@ class Call:
             normalized_shape=self.args[1:] and self.args[1],
             num_groups=self.args[1:] and self.args[1],
             eps=self.kwargs["eps"],
-            _get_no_batch_dim=lambda: self._input.dim() - 1,
+            _get_no_batch_dim=lambda: self.input.dim() - 1,
         )
-        found = measure(own, self._input.detach())
+        found = measure(own, self.input.detach())
         return None if found is None else (weight, found.moments)
 
 

@@ -15,12 +15,14 @@ refused.
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from dpguard import _compat, diagnosis
+from dpguard._declare import declared_of
 from dpguard.identity import IdentitySet
 from dpguard.noted.ledger import Ledger
 from dpguard.parts import Part
@@ -71,10 +73,11 @@ class ExpandedModels(Part):
         return output
 
     def _prepare(self, instance: Any) -> None:
-        """Learn the names of parameters, and patch the class of such weights.
+        """A forward begins: learn names of parameters, and patch the class of such weights.
 
         Torch imports it for the first of these forwards.
         """
+        self._ledger.boundary()
         if instance not in self._named:
             self._named.add(instance)
             for name, parameter in instance._module.named_parameters():
@@ -97,14 +100,23 @@ class ExpandedModels(Part):
         node: Any = output.grad_fn
         if node is None or function not in _compat.expanded_weight_class().handled_functions:
             return  # recurrent layers are made of functions that are
-        call = Call(function, args, kwargs or {})
+        call, made = Call(function, args, kwargs or {}), self._made()
         node.metadata[FORMULA] = call.formula
-        node.register_prehook(lambda gradients: self.run(self._on_gradients, call, gradients))
+        node.register_prehook(lambda gradients: self.run(self._on_gradients, call, made, gradients))
 
-    def _on_gradients(self, call: Call, gradients: tuple[torch.Tensor | None, ...]) -> None:
+    def _made(self) -> tuple[int, int]:
+        """The segment in which a call is made, and the last private batch until then."""
+        return self._ledger.segment, declared_of(self._ledger.drawn)[0]
+
+    def _on_gradients(
+        self, call: Call, made: tuple[int, int], gradients: tuple[torch.Tensor | None, ...]
+    ) -> None:
         gradient = gradients[0]
         if gradient is None:
             return
+        self._ledger.close()
+        if self._ledger.watcher is not None:
+            self._ledger.watcher(self._noted(call, *made))
         found: dict[int, torch.Tensor] = {}
         if call.is_recomputed or not call.is_unchanged:
             cause = diagnosis.CHECKPOINTED if call.is_recomputed else diagnosis.INPUT_CHANGED
@@ -120,6 +132,23 @@ class ExpandedModels(Part):
                     found = {id(weight): mine for weight, mine in call.of_weights(gradient)}
         for weight in call.weights:
             self._add(call, weight, found.get(id(weight)), gradient)
+
+    def _noted(self, call: Call, segment: int, drawn: int) -> Any:
+        """What is noted of a call, as of a :class:`dpguard.patches.model.records.Record`.
+
+        Where parameters are one layer's, they stand for it.
+        """
+        parameters = [weight.orig_weight for weight in call.weights]
+        return types.SimpleNamespace(
+            module=parameters[0],
+            hook=types.SimpleNamespace(name=self._ledger.name_of(parameters[0])),
+            trained=parameters,
+            activations=[call.input],
+            batch=call.weights[0].batch_size,
+            segment=segment,
+            drawn=drawn,
+            people=None,  # rows are not summed here, whatever is declared
+        )
 
     def _is_compared(self, call: Call) -> bool:
         return any(self._ledger.state(weight.orig_weight).compared for weight in call.weights)
