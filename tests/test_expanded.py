@@ -291,21 +291,26 @@ class InPlace(nn.Module):
         return self.head(x)
 
 
-def test_inputs_that_are_changed_in_place():
-    """Torch says nothing and computes wrong rows; dpguard refuses them, by name."""
+def assert_wrong_and_refused(make, layer, cause, message):
+    """Rows of ``layer`` are wrong without dpguard, which refuses them, and no others, by name."""
     with dpguard.install(mode="off"):
-        training = Training(InPlace)
+        training = Training(make)
         training.backward()
         training.model._module.safely = True
-        wrong = training.parameters["way.weight"].grad_sample.mean(0)
-        right = training.truth()[list(training.parameters).index("way.weight")]
+        wrong = training.parameters[f"{layer}.weight"].grad_sample.mean(0)
+        right = training.truth()[list(training.parameters).index(f"{layer}.weight")]
         assert (wrong - right).norm() > 0.1 * right.norm()
     with dpguard.install(mode="repair") as guard:
-        with pytest.raises(dpguard.PerSampleGradientError, match=r"changed in place"):
-            Training(InPlace).step()
+        with pytest.raises(dpguard.PerSampleGradientError, match=message):
+            Training(make).step()
         (violation,) = violations(guard)
-        assert violation.cause == diagnosis.INPUT_CHANGED
-        assert violation.parameters == ("way.weight", "way.bias")
+        assert violation.cause == cause
+        assert violation.parameters == (f"{layer}.weight", f"{layer}.bias")
+
+
+def test_inputs_that_are_changed_in_place():
+    """Torch says nothing and computes wrong rows; dpguard refuses them, by name."""
+    assert_wrong_and_refused(InPlace, "way", diagnosis.INPUT_CHANGED, "changed in place")
     with dpguard.install(mode="strict", oracle_every=1) as guard:
         # The rows of a bias do not depend on the input, nor does what is handed on.
         Training(lambda: InPlace(frozen=True)).step()
@@ -400,35 +405,24 @@ def test_running_statistics_are_updated_once():
 
 
 class Checkpointed(nn.Module):
-    """A part of it is computed again in the backward."""
+    """A part of it is computed again in the backward: safely if that has no parameters."""
 
-    def __init__(self, *, functions=False):
+    def __init__(self, *, safely=False):
         super().__init__()
         self.body, self.head = nn.Linear(6, 6), nn.Linear(6, CLASSES)
-        self.functions = functions
+        self.safely = safely
 
     def forward(self, x):
-        if self.functions:
+        if self.safely:
             return self.head(checkpoint(torch.tanh, self.body(x), use_reentrant=False))
         return self.head(checkpoint(lambda x: torch.tanh(self.body(x)), x, use_reentrant=False))
 
 
 def test_layers_inside_of_checkpoints():
     """Torch says nothing and computes wrong rows; dpguard refuses them, and nothing else."""
-    with dpguard.install(mode="off"):
-        training = Training(Checkpointed)
-        training.backward()
-        wrong = training.parameters["body.weight"].grad_sample.mean(0)
-        right = training.truth()[list(training.parameters).index("body.weight")]
-        assert (wrong - right).norm() > 0.1 * right.norm()
-    with dpguard.install(mode="repair") as guard:
-        with pytest.raises(dpguard.PerSampleGradientError, match=r"torch.utils.checkpoint"):
-            Training(Checkpointed).step()
-        (violation,) = violations(guard)
-        assert violation.cause == diagnosis.CHECKPOINTED
-        assert violation.parameters == ("body.weight", "body.bias")
+    assert_wrong_and_refused(Checkpointed, "body", diagnosis.CHECKPOINTED, "utils.checkpoint")
     with dpguard.install(mode="strict") as guard:
-        training = Training(lambda: Checkpointed(functions=True))
+        training = Training(lambda: Checkpointed(safely=True))
         training.step()
         guard.flush()
         assert guard.last_step.checks[CONSERVATION].passed == len(training.parameters)

@@ -61,6 +61,7 @@ from dpguard.numerics.rows import Clipping
 from dpguard.turns import Turns
 
 if TYPE_CHECKING:
+    from dpguard.noted.row_state import ParameterState
     from dpguard.numerics.rows import Rows
 
 __all__ = ["AMPLIFIED", "CONSERVATION", "FAINT", "RowValues", "factors", "finiteness", "floor"]
@@ -390,31 +391,23 @@ def _verdict(
             limits.plain, limits.low, scales, limits.floors, strict=True
         )
     ]
-    unprobed = [k for k, known in enumerate(strengths or [total] * len(own)) if known == total]
-    _defer(step, compared, residuals, bounds, unprobed, faint=[x <= FAINT * total for x in own])
+    if not all(map(le, residuals, bounds)):
+        for k, known in enumerate(strengths or [total] * len(own)):
+            if known == total and own[k] <= FAINT * total:
+                _defer(step.states[compared[k]], k, residuals, bounds)
     return _judge(step, compared, residuals, bounds)
 
 
-def _defer(
-    step: Step,
-    compared: Sequence[int],
-    residuals: Sequence[float],
-    bounds: list[float],
-    unprobed: Sequence[int],
-    *,
-    faint: Sequence[bool],
-) -> None:
+def _defer(state: ParameterState, k: int, residuals: Sequence[float], bounds: list[float]) -> None:
     """Have the strength of rows that may be nothing but rounding probed first; changes ``bounds``.
 
     What comes back through a normalisation of inputs that hardly differ, like a blank image, is up
     to ``1 / sqrt(eps)`` times as large as what comes back through others, and cancels in the rows
     of the layer before.
     """
-    for k in unprobed:
-        if faint[k] and bounds[k] < residuals[k] <= AMPLIFIED * bounds[k]:
-            state = step.states[compared[k]]
-            state.cancels = state.probed = True
-            bounds[k] = residuals[k]
+    if bounds[k] < residuals[k] <= AMPLIFIED * bounds[k]:
+        state.cancels = state.probed = True
+        bounds[k] = residuals[k]
 
 
 def _judge(

@@ -33,6 +33,12 @@ class Moments(NamedTuple):
     rstd: torch.Tensor
     size: torch.Tensor | None = None
 
+    def met(self, backprops: torch.Tensor, times: int = 1) -> Moments:
+        """These, of a call that was met; backprops of the losses alone are so many times larger."""
+        wide = torch.promote_types(backprops.dtype, torch.float32)
+        size = torch.linalg.vector_norm(backprops, dtype=wide)
+        return self._replace(size=size if times == 1 else size * times)
+
 
 class Normalised(NamedTuple):
     """Inputs of a call without their mean and of variance one, and the moments that they had.

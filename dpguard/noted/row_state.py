@@ -379,8 +379,10 @@ class ParameterState:
         """What the batch owes to one more call, of which the rows are about to be added."""
         if getattr(parameter, "grad_sample", None) is not None:
             before = self.apart or Apart(None, 0, rows)
-            known = part is not None and before.gradient is not None
-            part = before.gradient + part if known else None  # type: ignore[operator]
+            if part is not None and before.gradient is not None:
+                part = before.gradient + part
+            else:
+                part = None
             terms += before.terms
         self.apart = Apart(part, terms, rows)
         self.summands = max(self.summands, terms)

@@ -43,7 +43,7 @@ class Call:
         self.is_recomputed = _compat.is_inside_checkpoint()
         self.input = given[0]
         self._is_cast = autocast_of(self.input) is not None
-        bias = self.kwargs.get("bias", self.args[2] if len(self.args) > 2 else None)  # noqa: PLR2004
+        bias = self.kwargs.get("bias", next(iter(self.args[2:3]), None))
         is_shift = self._normalising is None and all(w is bias for w in self.weights)
         self._version = None if is_shift or self.input.is_inference() else self.input._version
 
@@ -178,9 +178,13 @@ def _of_convolution(
     return [(which, mine) for which, mine, is_wanted in weights if is_wanted]
 
 
+_WITH_GEOMETRY = 7
+"""Input, weight, bias, stride, padding, dilation and groups."""
+
+
 def _is_of_layer(*args: Any) -> bool:
     """Whether a convolution was called as layers do, with everything in its place."""
-    return len(args) == 7 and all(type(one) is tuple for one in args[3:6])  # noqa: PLR2004
+    return len(args) == _WITH_GEOMETRY and all(type(one) is tuple for one in args[3:6])
 
 
 _CONVOLUTION = _Formula(_is_of_layer, _of_convolution)

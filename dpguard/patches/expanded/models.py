@@ -166,8 +166,5 @@ class ExpandedModels(Part):
         if found is None:
             return
         weight, moments = found
-        wide = torch.promote_types(gradient.dtype, torch.float32)
-        size = torch.linalg.vector_norm(gradient, dtype=wide)
-        size = size * weight.batch_size if weight.loss_reduction == "mean" else size
-        state = self._ledger.state(weight.orig_weight)
-        state.note_moments(moments._replace(size=size))
+        times = weight.batch_size if weight.loss_reduction == "mean" else 1
+        self._ledger.state(weight.orig_weight).note_moments(moments.met(gradient, times))

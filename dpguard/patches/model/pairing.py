@@ -158,10 +158,7 @@ class Pairing(Hooked):
         moments, weight = record.moments, record.module._parameters.get("weight")
         if moments is None or weight is None:
             return
-        wide = torch.promote_types(backprops.dtype, torch.float32)
-        size = torch.linalg.vector_norm(backprops, dtype=wide)
-        size = size if times == 1 else size * times
-        self.ledger.state(weight).note_moments(moments._replace(size=size))
+        self.ledger.state(weight).note_moments(moments.met(backprops, times))
 
     def _enter(self, task: GraphTask) -> None:
         """The first call of this model is met in a backward."""
