@@ -139,9 +139,10 @@ class ExpandedModels(Part):
         Where parameters are one layer's, they stand for it.
         """
         parameters = [weight.orig_weight for weight in call.weights]
+        name = self._ledger.name_of(parameters[0])
         return types.SimpleNamespace(
             module=parameters[0],
-            hook=types.SimpleNamespace(name=self._ledger.name_of(parameters[0])),
+            hook=types.SimpleNamespace(name=name.rpartition(".")[0] or name),
             trained=parameters,
             activations=[call.input],
             batch=call.weights[0].batch_size,
