@@ -1252,6 +1252,14 @@ def accountant_classes() -> list[type]:
     return [base] if base is not None else []
 
 
+def classes_with_epsilon() -> list[type]:
+    """The classes of accountants that compute an epsilon, those of the user included."""
+    found: list[Any] = [*accountant_classes()]
+    for cls in found:
+        found += [below for below in cls.__subclasses__() if below not in found]
+    return [cls for cls in found[1:] if "get_epsilon" in vars(cls)]
+
+
 def history_of(accountant: Any) -> list[tuple[float, float, int]] | None:
     """Entries of noise multiplier, sample rate and number of steps, or ``None`` if there are none.
 

@@ -49,6 +49,7 @@ from dpguard.log.journal import Journal
 from dpguard.noted.deliveries import Deliveries
 from dpguard.noted.grouping import Grouping
 from dpguard.noted.ledger import Ledger
+from dpguard.patches import accountants
 from dpguard.patches.data import sampling
 from dpguard.patches.data.loading import LoadingPatch
 from dpguard.patches.expanded.models import ExpandedModels
@@ -240,6 +241,12 @@ class Runtime:
         self._expanded.install(self._transaction)
         if self.settings.mode.changes_the_host:
             empty_batches.install(self._transaction)
+        accountants.install(
+            self._transaction,
+            self.accounting,
+            self._verdicts,
+            _weakly(self.report_internal),
+        )
         sampling.install(self._transaction, self.accounting, _weakly(self.report_internal))
         wrapper_writes.install(self._transaction, self._verdicts, _weakly(self.report_internal))
         return skipped

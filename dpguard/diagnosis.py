@@ -90,6 +90,10 @@ HISTORY_LOST = "history_lost"
 ACCOUNTANT_REPLACED = "accountant_replaced"
 ACCOUNTED_ANEW = "accounted_anew"
 ACCOUNTED_BEFORE = "accounted_before"
+TOLD_SIGMA = "told_sigma"
+TOLD_RATE = "told_rate"
+TOLD_LESS = "told_less"
+ASKED_UNTOLD = "asked_untold"
 NOBODY_TOLD = "no_accountant_told"
 TWO_OPTIMIZERS = "two_optimizers"
 NOT_POISSON = "not_poisson"
@@ -201,6 +205,13 @@ class Diagnosis:
         """The statement with what it names in its places."""
         return self.statement.format(*named)
 
+
+_TELL = (
+    "attach the accountant's step hook (optimizer.attach_step_hook(accountant."
+    "get_optimizer_hook_fn(sample_rate))), or call accountant.step(noise_multiplier=optimizer."
+    "noise_multiplier, sample_rate=...) after each step, with the rate with which its batch was "
+    "drawn"
+)
 
 _DIAGNOSES = {
     DETACH: Diagnosis(
@@ -570,6 +581,30 @@ _DIAGNOSES = {
         "use the optimizer that make_private returned, or attach the step hook of the engine's "
         "accountant (optimizer.attach_step_hook(engine.accountant.get_optimizer_hook_fn("
         "sample_rate))), or call accountant.step() after each step",
+        Severity.ERROR,
+    ),
+    TOLD_SIGMA: Diagnosis(
+        "an accountant that is told of steps by hand was told a larger noise multiplier than that "
+        "which their noise was made with, so it reports less than was spent",
+        _TELL,
+        Severity.ERROR,
+    ),
+    TOLD_RATE: Diagnosis(
+        "an accountant that is told of steps by hand was told a smaller sample rate than the one "
+        "with which their batches were drawn, so it reports less than was spent",
+        _TELL,
+        Severity.ERROR,
+    ),
+    TOLD_LESS: Diagnosis(
+        "an accountant that is told of steps by hand was told of fewer than were taken, so it "
+        "reports less than was spent",
+        _TELL,
+        Severity.ERROR,
+    ),
+    ASKED_UNTOLD: Diagnosis(
+        "an accountant was asked for epsilon that was told of no step, while a DP optimizer that "
+        "has no step hook has taken some",
+        _TELL,
         Severity.ERROR,
     ),
     TWO_OPTIMIZERS: Diagnosis(

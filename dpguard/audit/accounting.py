@@ -28,46 +28,20 @@ from typing import Any, NamedTuple
 import torch
 
 from dpguard import _compat, diagnosis
+from dpguard.audit.by_hand import RATE, SIGMA, STEPS, ByHand
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
+from dpguard.audit.histories import Entry, Seen, entry_of, merged, steps_in
 from dpguard.audit.update import KEEP_EVERY, KEEP_FIRST
 from dpguard.identity import GONE, IdentityMap, weakly
 from dpguard.noted.marks import ACCOUNTED
 from dpguard.noted.row_state import UNKNOWN, sample_of
-from dpguard.patching import living
 
 __all__ = ["RATE", "SAMPLING", "SIGMA", "STEPS", "Accounting"]
 
-STEPS = "accounting.steps"
-SIGMA = "accounting.sigma"
-RATE = "accounting.rate"
 SAMPLING = "accounting.sampling"
 _EXACT = 1e-9
 _OVERSTATED = frozenset((diagnosis.ACCOUNTED_SIGMA_LOW, diagnosis.ACCOUNTED_RATE_HIGH))
 """Causes why more is reported than was spent on what is seen, said once of each accountant."""
-_Entry = tuple[float, float, int]
-
-
-class _Seen(NamedTuple):
-    """The end of an accountant's history, which says in constant time what a step has added."""
-
-    length: int
-    last: _Entry | None
-
-    @classmethod
-    def of(cls, history: Sequence[Any]) -> _Seen:
-        return cls(len(history), _entry(history[-1]) if history else None)
-
-    def steps_until(self, history: Sequence[Any]) -> int | None:
-        """How many steps have been added, ``None`` if something else has happened."""
-        more = len(history) - self.length
-        if more == 0 and self.last is not None:
-            now = _entry(history[-1])
-            added = now[2] - self.last[2]
-            return added if now[:2] == self.last[:2] and added >= 0 else None
-        if more == 1:
-            kept = self.last is None or _entry(history[-2]) == self.last
-            return int(history[-1][2]) if kept else None
-        return 0 if more == 0 else None
 
 
 @dataclass
@@ -88,8 +62,8 @@ class _Book:
         fine: sigma, rate and what else a step was accounted with when that was found to be right.
     """
 
-    seen: _Seen | None = None
-    observed: list[_Entry] = field(default_factory=list)
+    seen: Seen | None = None
+    observed: list[Entry] = field(default_factory=list)
     steps: int = 0
     planned: int | None = None
     engine: Callable[[], Any] = lambda: None
@@ -101,23 +75,23 @@ class _Book:
 
     def look(self, history: Sequence[Any]) -> bool:
         """Take the history as it is; whether steps are gone that were in it."""
-        now = _Seen.of(history)
+        now = Seen.of(history)
         if self.seen == now:
             return False
         known, self.seen = self.seen is not None, now
-        entries = [_entry(found) for found in history]
+        entries = [entry_of(found) for found in history]
         if known:
-            has = _merged(entries)
-            if any(has.get(key, 0) < steps for key, steps in _merged(self.observed).items()):
+            has = merged(entries)
+            if any(has.get(key, 0) < steps for key, steps in merged(self.observed).items()):
                 return True
         self.observed = entries
-        self.steps = _steps_in(entries)
+        self.steps = steps_in(entries)
         return False
 
     def added(self, history: Sequence[Any]) -> int | None:
         """How many steps the history says there were, ``None`` if it makes no sense."""
         added = None if self.seen is None else self.seen.steps_until(history)
-        self.seen = _Seen.of(history)
+        self.seen = Seen.of(history)
         return added
 
     def observe(self, sigma: float, rate: float) -> None:
@@ -157,8 +131,6 @@ class _State:
     had: bool = False
     shares: bool = False
     """Another was seen to make steps of rows of the same backward."""
-    histories: dict[int, int] | None = None
-    """Without an accountant: how many steps all there are had been told of in the step before."""
     past: int = 0
     """How many steps on end have gone round the audit."""
     misses: bool = False
@@ -187,6 +159,7 @@ class Accounting(Check):
         """Of each model the last rows of which a step was made, and the optimizer, weakly."""
         self._owners: IdentityMap[weakref.ref[Any]] = IdentityMap()
         self._strays: set[float] = set()
+        self._by_hand = ByHand(self._is_hooked)
 
     # -- told by the patches of step hooks and samplers --------------------------------------------
 
@@ -212,7 +185,7 @@ class Accounting(Check):
 
     def planned(self, engine: Any, steps: int) -> None:
         """An engine has chosen a noise multiplier for so many steps from here on."""
-        taken = _steps_in(_compat.history_of(engine.accountant) or ())
+        taken = steps_in(_compat.history_of(engine.accountant) or ())
         self._books.of(engine.accountant).planned = taken + steps
 
     def drawn(self, sampler: Any) -> None:
@@ -276,7 +249,8 @@ class Accounting(Check):
             return ()
         failures = self._shared(state, step, optimizer)
         if not state.had:
-            return [*failures, *_unaccounted(state, step), *self._untold(state, step)]
+            failures += _unaccounted(state, step)
+            return [*failures, *self._by_nobodys_hook(state, step, optimizer)]
         state.number, state.past = step.number, 0
         iterations = _compat.accumulated_iterations(optimizer, step.parameters)
         living = [told for told in state.accountants if told.accountant() is not None]
@@ -302,13 +276,17 @@ class Accounting(Check):
             for told in state.accountants:
                 history, book = _history_of(told), told.book
                 if history is not None and book.seen is not None:
-                    entries = [_entry(found) for found in history]
-                    gone = book.look(history) or _merged(entries) != _merged(book.observed)
+                    entries = [entry_of(found) for found in history]
+                    gone = book.look(history) or merged(entries) != merged(book.observed)
                     if gone:
                         found += [(state.number, failure) for failure in _say_gone(book)]
         return found
 
     # -- asked -----------------------------------------------------------------------------------
+
+    def asked(self, accountant: Any) -> str | None:
+        """Epsilon is asked of an accountant: the cause why it is less than what was spent."""
+        return self._by_hand.asked(accountant)
 
     def epsilon(self, optimizer: Any, delta: float) -> float | None:
         """The epsilon that is due for the steps of the optimizer's first accountant.
@@ -360,7 +338,7 @@ class Accounting(Check):
         They are if steps of this optimizer are among them and it goes on from where they have led.
         If its parameters were set back, or steps of others are gone, nobody knows.
         """
-        mine, has = state.mine.get(book), _merged([_entry(found) for found in history])
+        mine, has = state.mine.get(book), merged([entry_of(found) for found in history])
         lost = mine is not None and any(has.get(key, 0) < count for key, count in mine.items())
         if mine is not None:
             state.mine[book] = Counter({k: min(n, has.get(k, 0)) for k, n in mine.items()})
@@ -387,7 +365,7 @@ class Accounting(Check):
         """Those that the hook has at hand and told of this step are followed from here on."""
         for told in list(state.others):
             history, seen = _history_of(told), told.book.seen
-            if history and seen is not None and _Seen.of(history) != seen:
+            if history and seen is not None and Seen.of(history) != seen:
                 state.others.remove(told)
                 state.accountants.append(told)
                 state.had = True
@@ -438,7 +416,7 @@ class Accounting(Check):
         drawn = step.rates or self._drawn(book)
         step.run(STEPS, *([RATE] if drawn else []), count=1)
         told = (sigma, rate, base, frozenset(drawn))
-        entry = _entry(history[-1]) if added == 1 else None
+        entry = entry_of(history[-1]) if added == 1 else None
         due = None if entry is None or _compat.is_away(history[-1][0]) else sigma
         if due is not None or entry is None:
             step.run(SIGMA, count=1)
@@ -482,23 +460,18 @@ class Accounting(Check):
                 found = [Failure(STEPS, diagnosis.TWO_OPTIMIZERS, names, only_said=True)]
         return found
 
-    def _untold(self, state: _State, step: Step) -> list[Failure]:
-        """Whether batches that an engine's loader has drawn are used and no accountant is told.
+    def _by_nobodys_hook(self, state: _State, step: Step, optimizer: Any) -> list[Failure]:
+        """The step is in no step hook's accountant: is one told of it by hand?"""
+        of_engine = any(book.rates & step.rates for book in self._books.values())
+        due = of_engine and not state.misses
+        return self._by_hand.look(step, optimizer, state.sigma, of_engine=due)
 
-        Whoever accounts by hand tells one from step to step.
-        """
-        if state.misses or not any(book.rates & step.rates for book in self._books.values()):
-            return []
-        before = state.histories
-        state.histories = {
-            id(one): _steps_in(_compat.history_of(one) or ())
-            for one in living(_compat.accountant_classes())
-        }
-        if before is None:
-            return []
-        state.misses = True  # it is asked once
-        told = state.histories != before
-        return [] if told else [Failure(STEPS, diagnosis.NOBODY_TOLD, tuple(step.names))]
+    def _is_hooked(self, accountant: Any) -> bool:
+        return any(
+            told.accountant() is accountant
+            for state in self._states.values()
+            for told in (*state.accountants, *state.others)
+        )
 
     def _compare_books(self, step: Step, book: _Book) -> list[Failure]:
         """Whether the model was trained on the same data under an accountant that is forgotten."""
@@ -508,12 +481,12 @@ class Accounting(Check):
         books = self._trained.of(models[0])
         if any(known is book for known in books):
             return []
-        has = _merged(book.observed)
+        has = merged(book.observed)
         missing = sum(
             max(0, steps - has.get(key, 0))
             for known in books
             if known.dataset() is dataset
-            for key, steps in _merged(known.observed).items()
+            for key, steps in merged(known.observed).items()
         )
         books.append(book)
         if not missing:
@@ -599,7 +572,7 @@ def _rates(
         iterations: number of batches in the step; likewise.
         history: to which the step was added.
     """
-    counted = _entry(history[-1])[1] if history else 0.0
+    counted = entry_of(history[-1])[1] if history else 0.0
     if base is None:
         return counted / (iterations or 1), counted
     if iterations is None:
@@ -621,7 +594,7 @@ def _say_gone(book: _Book) -> list[Failure]:
 
 
 def _misfits(
-    entry: _Entry, sigma: float | None, rate: float, base: float, drawn: set[float]
+    entry: Entry, sigma: float | None, rate: float, base: float, drawn: set[float]
 ) -> list[Failure]:
     """What is wrong with how a step was accounted.
 
@@ -652,26 +625,3 @@ def _misfits(
 def _rounded(rate: float) -> float:
     """The largest rate that Opacus accounts for one with which batches are drawn."""
     return rate / (1 - rate) * (1 + _EXACT) if rate < 1 else math.inf
-
-
-def _entry(found: Any) -> _Entry:
-    sigma, rate, steps = found
-    return _number(sigma), _number(rate), int(steps)
-
-
-def _number(told: Any) -> float:
-    """What an accountant was told, which may be anything; not read where that would wait."""
-    number = _compat.plain_number(told)
-    return math.nan if number is None else number
-
-
-def _steps_in(history: Sequence[Any]) -> int:
-    return sum(_entry(found)[2] for found in history)
-
-
-def _merged(history: Sequence[Any]) -> dict[tuple[float, float], int]:
-    """Number of steps for each noise multiplier and rate: all that epsilon depends on."""
-    found: dict[tuple[float, float], int] = {}
-    for sigma, rate, steps in history:
-        found[sigma, rate] = found.get((sigma, rate), 0) + steps
-    return found

@@ -13,6 +13,9 @@ from dpguard.events import Event, Severity, Violation
 
 __all__ = ["Findings"]
 
+_OF_ROWS = ("coverage.", "conservation", "oracle.", "people.rows")
+"""How the names of checks begin that look at per-sample gradients."""
+
 
 class Findings:
     """Says what has failed.
@@ -76,7 +79,8 @@ class Findings:
             return PrivacyViolation(message)
         if violation.severity is not Severity.ERROR:
             return None
-        # Without rows, or with wrong ones, Opacus cannot go on either.
+        # Without rows Opacus cannot go on either.
         if violation.check == coverage.PRESENT or self._mode is Mode.STRICT:
-            return PerSampleGradientError(message)
+            is_of_rows = violation.check.startswith(_OF_ROWS)
+            return PerSampleGradientError(message) if is_of_rows else PrivacyViolation(message)
         return None
