@@ -23,6 +23,7 @@ from dpguard.audit.calls import Calls
 from dpguard.audit.check import Check
 from dpguard.audit.clip import Clip
 from dpguard.audit.following import Following
+from dpguard.audit.ghost_gradients import GhostGradients
 from dpguard.audit.loss import Loss
 from dpguard.audit.moved import Moved
 from dpguard.audit.noise import Noise
@@ -142,6 +143,7 @@ class Runtime:
             PassValues(self.ledger),
             Untouched(),
             Accumulated(),
+            GhostGradients(self.ledger),
             Clip(self.ledger),
             Following(),
             Noise(self.ledger),

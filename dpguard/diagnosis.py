@@ -122,6 +122,8 @@ BOUND_FROM_DATA = "clip_bound_from_data"
 CLIP_SENSITIVITY = "clip_sensitivity"
 CLIP_UNPROVED = "clip_unproved"
 SUM_TOUCHED = "sum_touched"
+GRADIENT_LONGER = "gradient_longer"
+GRADIENT_CHANGED = "gradient_changed"
 CLIP_BOUND = "clip_bound"
 DUE_SIGMA = "due_sigma"
 CLIP_BOUNDS_CONTRADICT = "clip_bounds_contradict"
@@ -848,6 +850,20 @@ _DIAGNOSES = {
         "leave p.summed_grad and accumulate() to the DP optimizer; scale the loss or the learning "
         "rate instead",
         Severity.CRITICAL,
+    ),
+    GRADIENT_LONGER: Diagnosis(
+        "p.grad, where ghost clipping has left the clipped sum, was multiplied by more than one "
+        "between backward() and step(), so one person moves it by more than the noise is made for",
+        "scale the learning rate instead, or the gradient when it has its noise, in a step hook "
+        "(optimizer.register_step_pre_hook)",
+        Severity.CRITICAL,
+    ),
+    GRADIENT_CHANGED: Diagnosis(
+        "p.grad, where ghost clipping has left the clipped sum, was changed between backward() "
+        "and step(), before its noise, by something that need not keep what one person moves "
+        "within the clip bound",
+        "change the gradient when it has its noise, in a step hook "
+        "(optimizer.register_step_pre_hook); weight decay is the optimizer's own",
     ),
     CLIP_UNPROVED: Diagnosis(
         "rows are clipped by a clip_and_accumulate that is not Opacus's, and it could not be "

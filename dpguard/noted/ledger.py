@@ -115,6 +115,8 @@ class Ledger:
         self._passes: deque[Any] = deque(maxlen=_PASSES_KEPT)
         self.factors: list[Any] = []
         """What is known of the clip factors of batches of ghost clipping that no step has taken."""
+        self.samples_sums = False
+        """Whether samples are kept of the sums that ghost clipping leaves in ``p.grad``."""
         self.tries_clipping: Callable[[Any, Any], int | None] | None = None
         """Asked, with hooks of ghost clipping and their rule, which trial of the rule is due."""
 

@@ -123,9 +123,12 @@ class Clipped:
         hooked: that gradient came through the hooks, and so is of private data.
         blanked: somebody's gradient was not finite, and counts as zero.
         spent: an optimizer has taken it already.
+        sample: some elements of the clipped sums as they were left, if they are to be compared.
     """
 
-    __slots__ = ("_grad", "_version", "batches", "blanked", "hooked", "rows", "spent", "unclipped")
+    __slots__ = (
+        "_grad", "_version", "batches", "blanked", "hooked", "rows", "sample", "spent", "unclipped"
+    )  # fmt: skip
 
     def __init__(self, grad: torch.Tensor | None, rows: tuple[int, ...] = ()) -> None:
         self.rows = rows
@@ -134,12 +137,18 @@ class Clipped:
         self.hooked = False
         self.blanked = False
         self.spent = False
+        self.sample: torch.Tensor | None = None
         self.renew(grad)
 
     def renew(self, grad: torch.Tensor | None) -> None:
         """``grad``, as it is now, is the tensor meant."""
         self._grad = weakref.ref(grad) if grad is not None else None
         self._version = grad._version if grad is not None else 0
+
+    def sample_from(self, grad: torch.Tensor | None) -> None:
+        """Keep some elements of ``grad``, if it is one that can be compared."""
+        if type(grad) is torch.Tensor and grad.layout is torch.strided and not grad.is_complex():
+            self.sample = sample_of(grad.detach())
 
     @property
     def is_empty(self) -> bool:

@@ -302,6 +302,8 @@ class GhostPairing(Pairing):
                 note.blanked = id(parameter) in carried.blanked or id(parameter) in blanked
                 state = self.ledger.state(parameter)
                 state.clipped = note
+                if clipped and self.ledger.samples_sums and not self.scaled:
+                    note.sample_from(parameter.grad)
                 if state.version is None:  # Opacus clears gradients between its two backwards
                     state.note_values(parameter)
 

@@ -1,0 +1,93 @@
+"""Ghost clipping leaves clipped sums in ``p.grad``: nobody changes them before they have noise.
+
+Between backward and step everybody may change ``p.grad``, and with hooks nothing comes of it. Here
+it is what the noise is added to. Samples of it are kept now and then, and always once somebody has
+changed it. A multiple by more than one is refused: each person moves it by as much more. One by
+less is harmless, other changes are said, for some of them bound what a person moves (a clamp,
+weight decay) and some do not.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any
+
+import torch
+
+from dpguard import _compat, diagnosis
+from dpguard.audit.applied import is_due
+from dpguard.audit.check import Check, Failure, Failures, Step
+from dpguard.audit.clip import SUM
+from dpguard.audit.multiples import factor
+from dpguard.identity import IdentitySet
+from dpguard.noted.ledger import Ledger
+from dpguard.noted.row_state import spread_of
+
+__all__ = ["GhostGradients"]
+
+_OFF = 1e-3
+_EXACT = 1e-4
+
+
+class GhostGradients(Check):
+    """Compares ``p.grad`` with what ghost clipping has left there when a step begins.
+
+    Args:
+        ledger: has what is known of it.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        ledger.samples_sums = True
+        self._is_suspect = False
+        """Somebody has changed a gradient before."""
+        self._said = IdentitySet()
+
+    @torch.no_grad()
+    def begin(self, step: Step, optimizer: Any) -> Failures:
+        """Clipped sums are there, and nobody has added noise."""
+        if _compat.clips_rows(optimizer):
+            return ()
+        names, columns = [], []
+        for state, parameter, name in zip(step.states, step.parameters, step.names, strict=False):
+            note, grad = state.clipped, parameter.grad
+            if note is None or not note.is_fresh or grad is None:
+                continue
+            self._is_suspect = self._is_suspect or not note.is_untouched(grad)
+            former, note.sample = note.sample, None
+            if former is None or type(grad) is not torch.Tensor or grad.shape != parameter.shape:
+                continue
+            if grad.layout is torch.strided and grad.device == former.device:
+                names.append(name)
+                columns += factor(spread_of(grad), former)
+        self._ledger.samples_sums = self._is_suspect or is_due(step.number + 1)
+        if names:
+            owner = weakref.ref(optimizer)
+            step.run(SUM)
+            step.collect((SUM,), columns, lambda values: self._judge(names, values, owner()))
+        return ()
+
+    def stop(self) -> None:
+        """It is switched off: no samples are needed."""
+        self._ledger.samples_sums = False
+
+    def _judge(self, names: list[str], values: list[float], owner: Any) -> list[Failure]:
+        longer, changed = {}, []
+        for name, share, rest, length in zip(
+            names, values[::3], values[1::3], values[2::3], strict=True
+        ):
+            if not 0 < length < math.inf:
+                continue
+            if not rest <= _EXACT * length:  # neither is a multiple of zero
+                changed.append(name)
+            elif abs(share) > 1 + _OFF:
+                longer[name] = abs(share)
+        failures = []
+        if longer:
+            cause, most = diagnosis.GRADIENT_LONGER, max(longer.values())
+            failures.append(Failure(SUM, cause, tuple(longer), figure=most, bound=1.0))
+        if changed and owner is not None and owner not in self._said:
+            self._said.add(owner)
+            failures.append(Failure(SUM, diagnosis.GRADIENT_CHANGED, tuple(changed)))
+        return failures
