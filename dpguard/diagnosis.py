@@ -62,6 +62,7 @@ LOSS_COUPLES = "loss_couples_people"
 LOSS_WEIGHTED = "loss_divided_by_weights"
 LOSS_IGNORES = "loss_divided_by_targets"
 LOSS_BROADCAST = "loss_broadcast"
+LOSS_DIVIDED = "loss_divided"
 LOSS_OF_SOME = "loss_of_some_rows"
 LOSS_IS_SUM = "loss_is_sum"
 LOSS_IS_MEAN = "loss_is_mean"
@@ -775,6 +776,14 @@ _DIAGNOSES = {
         "take losses with reduction='none' of all rows, set those to zero that do not count, and "
         "take the mean of all; or give the model only the rows that count, and say how many they "
         "are with dpguard.batch_size(n)",
+        Severity.WARNING,
+    ),
+    LOSS_DIVIDED: Diagnosis(
+        "the loss was divided by {}, the number of batches that were accumulated; the DP optimizer "
+        "divides their sum by it as well, so rows are that much shorter against the clip bound, "
+        "and where they are not clipped the update is",
+        "leave the division to the DP optimizer; if the loss is an average over something else, "
+        "nothing to do",
         Severity.WARNING,
     ),
     LOSS_IS_SUM: Diagnosis(

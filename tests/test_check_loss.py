@@ -477,6 +477,59 @@ def test_the_reduction_is_the_one_that_is_declared(declared, reduction, of_each)
     assert causes == ([] if declared == reduction else [right])
 
 
+def mean_of(scale):
+    return lambda o, y: scale(F.cross_entropy(o, y))
+
+
+DIVIDED = {
+    "/": mean_of(lambda loss: loss / 3),
+    "*": mean_of(lambda loss: (1 / 3) * loss),
+    "in place": mean_of(lambda loss: loss.div_(3)),
+    "a tensor": mean_of(lambda loss: loss / torch.tensor(3.0)),
+    "and scaled": mean_of(lambda loss: torch.tensor(64.0) * (loss / 3) * 2),
+    "a mean of each": lambda o, y: F.cross_entropy(o, y, reduction="none").mean() / 3,
+    "a penalty": lambda o, y: (F.cross_entropy(o, y) + o.pow(2).mean()) / 3,
+}
+NOT_DIVIDED = {
+    "mean": F.cross_entropy,
+    "by another number": mean_of(lambda loss: loss / 4),
+    "multiplied": mean_of(lambda loss: loss * 3),
+    "sum": lambda o, y: F.cross_entropy(o, y, reduction="sum") / 3,
+    "sum of each": lambda o, y: F.cross_entropy(o, y, reduction="none").sum() / 3,
+    "by zero": mean_of(lambda loss: loss * 0.0),
+}
+
+
+def accumulated(loss, batches, reduction="mean"):
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        training = Training(reduction=reduction)
+        for _ in range(3):
+            training.optimizer.zero_grad()
+            for _ in range(batches):
+                x, y = batch_of(3)
+                loss(training.model(x), y).backward()
+            training.optimizer.step()
+    return [(v.cause, v.severity.name) for v in guard.violations if v.check == LOSS], guard
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_a_loss_that_is_divided_as_the_sum_will_be(name):
+    """Opacus divides by the number of batches that were accumulated; said once."""
+    found, guard = accumulated(DIVIDED[name], batches=3)
+    assert found == [(diagnosis.LOSS_DIVIDED, "WARNING")]
+    assert "divided by 3" in guard.violations[0].statement
+    assert accumulated(DIVIDED[name], batches=1)[0] == []
+
+
+@pytest.mark.parametrize("name", NOT_DIVIDED)
+def test_other_divisors(name):
+    assert accumulated(NOT_DIVIDED[name], batches=3)[0] == []
+
+
+def test_sums_are_divided_by_nobody():
+    assert accumulated(lambda o, y: F.cross_entropy(o, y, reduction="sum") / 3, 3, "sum")[0] == []
+
+
 def two_views(outputs, y):
     """Both views of a person are each other's only positive, compared with nobody else."""
     one, other = outputs.chunk(2)

@@ -15,8 +15,9 @@ import functools
 import math
 from typing import TYPE_CHECKING, Any
 
-from dpguard import diagnosis
+from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
+from dpguard.identity import IdentitySet
 from dpguard.numerics.rows import Clipping
 
 if TYPE_CHECKING:
@@ -40,10 +41,13 @@ class Loss(Check):
 
     def __init__(self, losses: Losses) -> None:
         self._losses = losses
+        self._said = IdentitySet()
 
     def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:
         """All backwards of the physical batch have been."""
-        for found in self._losses.take(step.parameters):
+        taken = self._losses.take(step.parameters)
+        failures = self._divided(step, optimizer, taken) if taken else ()
+        for found in taken:
             if found.whole:
                 step.run(LOSS, count=1)
             pairs = [*found.pairs, *found.further, *found.arrivals]
@@ -55,7 +59,18 @@ class Loss(Check):
             # Where the optimizer was made for another than the model, that is said of the rows.
             agree = found.reductions[1] == optimizer.loss_reduction
             step.collect((LOSS,), figures, functools.partial(_verdict, step, found, agree))
-        return ()
+        return failures
+
+    def _divided(self, step: Step, optimizer: Any, taken: list[Coupling]) -> Failures:
+        """Whether the loss was divided by how many batches there are, as the sum will be."""
+        if optimizer in self._said or optimizer.loss_reduction != "mean":
+            return ()
+        batches = _compat.accumulated_iterations(optimizer, step.parameters) or 1
+        divisors = {divisor for found in taken for divisor in found.divisors}
+        if batches == 1 or not any(math.isclose(divisor, batches) for divisor in divisors):
+            return ()
+        self._said.add(optimizer)
+        return [Failure(LOSS, diagnosis.LOSS_DIVIDED, named=(batches,), only_said=True)]
 
 
 def _verdict(step: Step, found: Coupling, agree: bool, values: list[float]) -> list[Failure]:

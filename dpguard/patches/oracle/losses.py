@@ -73,6 +73,7 @@ _OF_EACH = {"MeanBackward0": "mean", "SumBackward0": "sum"}
 """and of losses of one person each."""
 _EXPANDED = "PerSampleGradBackward"
 """Names of calls of layers with expanded weights end so."""
+_SCALES = frozenset(("DivBackward0", "MulBackward0"))
 _LIKELIHOODS = frozenset(("NllLossBackward0", "NllLoss2DBackward0"))
 _SELECT = frozenset(("IndexBackward0", "IndexSelectBackward0", "SliceBackward0", "SplitBackward0"))
 """Nodes that take a part of the rows."""
@@ -102,6 +103,7 @@ class Coupling:
             the backward, as far as that has been.
         is_broadcast: whether that is certain, and not a dimension that is as long by chance.
         of_some: whether the loss is a mean over a part of the rows.
+        divisors: numbers by which it was divided at the end.
         reductions: of the loss, if that is a plain one, and for which the model was wrapped.
         roundoff: of the lowest precision on the way.
     """
@@ -118,6 +120,7 @@ class Coupling:
     arrivals: list[_Pair]
     is_broadcast: bool = False
     of_some: bool = False
+    divisors: tuple[float, ...] = ()
 
 
 class _BackwardWrapper(EagerWrapper, TransparentWrapper):
@@ -278,6 +281,7 @@ class _Examination:
             self._arrivals,
             is_broadcast=any(map(keeps_other_targets, self._with_targets)),
             of_some=self._is_of_some(seeds),
+            divisors=_divisors_of(seeds),
         )
 
     def _run(self, root: torch.Tensor, watch: Any = None) -> list[_End]:
@@ -421,12 +425,29 @@ def _reduction_of(seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> str | None:
     """The reduction of the loss where it is certain: nothing was done to it since."""
     if len(seeds) != 1 or seeds[0][0].numel() != 1:
         return None
-    node: Any = seeds[0][0].grad_fn
+    return _reduction_at(seeds[0][0].grad_fn)
+
+
+def _reduction_at(node: Any) -> str | None:
     own = _REDUCTIONS.get(getattr(node, "_saved_reduction", _NONE))
     if own is not None:
         return own
-    ((above, _),) = node.next_functions[:1] or ((None, 0),)
+    ((above, _),) = getattr(node, "next_functions", ())[:1] or ((None, 0),)
     return _OF_EACH.get(type(node).__name__) if _is_of_each(above) else None
+
+
+def _divisors_of(seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, ...]:
+    """By which numbers a loss that is no sum was divided at its end, by a product as well."""
+    found: list[float] = []
+    node: Any = seeds[0][0].grad_fn if len(seeds) == 1 and seeds[0][0].numel() == 1 else None
+    while type(node).__name__ in _SCALES:
+        other = node._saved_other
+        # Not read where that would wait; of a product torch keeps what the loss was multiplied by.
+        if type(other) is torch.Tensor and other.is_cpu and other.numel() == 1 and other.item():
+            number = float(other.item())
+            found.append(number if type(node).__name__ == "DivBackward0" else 1 / number)
+        node = next((above for above, _ in node.next_functions if above is not None), None)
+    return () if _reduction_at(node) == "sum" else tuple(found)
 
 
 def _is_of_each(node: Any) -> bool:
