@@ -34,6 +34,7 @@ NO_TENSOR_INPUT = "no_tensor_input"
 STRUCTURED_OUTPUT = "structured_output"
 RANDOM_REPLAY = "random_replay"
 NO_BACKWARD = "no_backward"
+UNUSED_EXPANDED = "unused_expanded"
 NOT_HOOKED = "not_hooked"
 CALLS_LEFT_OVER = "calls_left_over"
 ROW_COUNT = "row_count"
@@ -332,6 +333,12 @@ _DIAGNOSES = {
         "make the optimizer from the parameters of the model that is given to make_private, or "
         "freeze the parameter with requires_grad_(False)",
     ),
+    UNUSED_EXPANDED: Diagnosis(
+        "a parameter of a model with expanded weights took no part in the loss, or not through its "
+        "layer, so torch has made no per-sample gradients for it",
+        "make the model with grad_sample_mode='hooks', where those are zeros for what took no part, "
+        "or freeze the parameter with requires_grad_(False)",
+    ),
     CALLS_LEFT_OVER: Diagnosis(
         "forwards that were cut off or never backpropagated keep Opacus from publishing "
         "per-sample gradients, and make those that wait wrong",
@@ -368,7 +375,8 @@ _DIAGNOSES = {
         "DP-SGD, which makes the update from the per-sample gradients only: drop them (use "
         "weight_decay of the optimizer for a penalty, max_grad_norm for clipping). Otherwise check "
         "what is special about the layer: a weight that is used outside of its module, an input "
-        "or keyword argument that its grad sampler ignores, padding modes, scale_grad_by_freq",
+        "or keyword argument that its grad sampler ignores, padding modes, scale_grad_by_freq, with "
+        "expanded weights padding_idx",
     ),
     GRADIENT_HOOK: Diagnosis(
         "a hook on the parameter (register_hook) changes the gradient that autograd computes, and "
@@ -1026,8 +1034,8 @@ _DIAGNOSES = {
         "per-sample gradients of both were added row by row, so two people are clipped as one",
         "backpropagate and step each batch before the next one; or put the forward of each into a "
         'block `with dpguard.rows("concat"):` of its own, if the batches are of different data '
-        "sets. If both batches are the same people, row by row, say so with "
-        "`with dpguard.one_batch():`",
+        "sets (with expanded weights that changes nothing). If both batches are the same people, "
+        "row by row, say so with `with dpguard.one_batch():`",
         Severity.CRITICAL,
     ),
     BATCHES_JOINED: Diagnosis(

@@ -229,6 +229,27 @@ def test_a_wrong_formula(monkeypatch):
         assert {len(v.parameters) for v in violations(guard)} == {2}
 
 
+class Spare(nn.Module):
+    """A layer is called, and nothing is made of its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.spare = nn.Linear(6, 5), nn.Linear(6, 5)
+
+    def forward(self, x):
+        self.spare(x)
+        return self.used(x)
+
+
+def test_a_layer_of_which_nothing_is_used():
+    """Opacus has no rows for it; that its model is wrapped is not in doubt."""
+    with (
+        dpguard.install(mode="repair"),
+        pytest.raises(dpguard.PerSampleGradientError, match=r"spare\.weight.*took no part"),
+    ):
+        Training(Spare).step()
+
+
 def reordered(rows):
     for mine in rows.values():
         mine.copy_(mine.roll(1, 0))

@@ -162,6 +162,8 @@ def _row_tensors(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
 
 
 def _why_missing(ledger: Ledger, parameter: torch.nn.Parameter) -> str:
+    if ledger.state(parameter).expanded:
+        return diagnosis.UNUSED_EXPANDED
     return diagnosis.BYPASSED if ledger.is_hooked(parameter) else diagnosis.NOT_HOOKED
 
 

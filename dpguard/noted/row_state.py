@@ -294,6 +294,7 @@ class ParameterState:
         "condemned",
         "entries",
         "epoch",
+        "expanded",
         "keeps",
         "kept",
         "model",
@@ -315,6 +316,8 @@ class ParameterState:
         self.name = f"<unnamed {tuple(parameter.shape)}>"
         self.model: weakref.ref[torch.nn.Module] | None = None
         """The model that it belongs to, if Opacus has wrapped that."""
+        self.expanded = False
+        """Whether it was met in a model with expanded weights."""
         self.paired = False
         """Whether its rows are computed here."""
         self.entries: list[Entry] = []

@@ -81,7 +81,8 @@ class ExpandedModels(Part):
         if instance not in self._named:
             self._named.add(instance)
             for name, parameter in instance._module.named_parameters():
-                self._ledger.state(parameter).name = name
+                state = self._ledger.state(parameter)
+                state.name, state.expanded = name, True
         weight_class = _compat.expanded_weight_class()
         if (weight_class, _FUNCTION) not in self._wrapped:
             methods = [(weight_class, _FUNCTION, self._function)]
