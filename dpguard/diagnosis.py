@@ -336,8 +336,8 @@ _DIAGNOSES = {
     UNUSED_EXPANDED: Diagnosis(
         "a parameter of a model with expanded weights took no part in the loss, or not through its "
         "layer, so torch has made no per-sample gradients for it",
-        "make the model with grad_sample_mode='hooks', where those are zeros for what took no part, "
-        "or freeze the parameter with requires_grad_(False)",
+        "make the model with grad_sample_mode='hooks', where those are zeros for what took no "
+        "part, or freeze the parameter with requires_grad_(False)",
     ),
     CALLS_LEFT_OVER: Diagnosis(
         "forwards that were cut off or never backpropagated keep Opacus from publishing "
@@ -375,8 +375,8 @@ _DIAGNOSES = {
         "DP-SGD, which makes the update from the per-sample gradients only: drop them (use "
         "weight_decay of the optimizer for a penalty, max_grad_norm for clipping). Otherwise check "
         "what is special about the layer: a weight that is used outside of its module, an input "
-        "or keyword argument that its grad sampler ignores, padding modes, scale_grad_by_freq, with "
-        "expanded weights padding_idx",
+        "or keyword argument that its grad sampler ignores, padding modes, scale_grad_by_freq, "
+        "with expanded weights padding_idx",
     ),
     GRADIENT_HOOK: Diagnosis(
         "a hook on the parameter (register_hook) changes the gradient that autograd computes, and "
