@@ -114,6 +114,7 @@ NOISE_TAKEN_OUT = "noise_taken_out"
 NOISE_OFF_ZEROS = "noise_off_zeros"
 NOISE_DILUTED = "noise_diluted"
 MOVED_WITHOUT_NOISE = "moved_without_noise"
+BATCH_CENTRED = "batch_centred"
 BATCH_STATISTICS = "batch_statistics"
 BUFFERS_CHANGE = "buffers_change"
 NOT_OWNED = "not_owned"
@@ -810,6 +811,14 @@ _DIAGNOSES = {
         "replace it by GroupNorm, LayerNorm or InstanceNorm (opacus.validators.ModuleValidator."
         "fix), or put the layer into eval() mode while training",
         Severity.CRITICAL,
+    ),
+    BATCH_CENTRED: Diagnosis(
+        "what a layer is given adds up to zero over the batch in every feature, which the data do "
+        "not, so a mean over the batch was subtracted and each sample's gradient depends on all "
+        "other samples; clipping it does not bound what one person changes",
+        "subtract a constant (a mean of public data), or normalise each sample by itself "
+        "(LayerNorm, GroupNorm)",
+        Severity.ERROR,
     ),
     BUFFERS_CHANGE: Diagnosis(
         "buffers of the model change in forwards in training mode; if they are computed from "

@@ -120,6 +120,10 @@ class Record:
         self.order = pairing.orders.get(id(module))
         self.dimension = kind.batch_dimension(module)
         self.batch = kind.batch_size(module, self.activations, self.dimension)
+        centred = pairing.ledger.centred
+        if centred is not None and centred.wanted and inputs:
+            model = pairing.hooks._module
+            centred.run(centred.note, model, self.hook.name, inputs[0], self.dimension)
 
     @torch.no_grad()
     def measure(self, inputs: Sequence[Any]) -> torch.Tensor | None:
