@@ -20,11 +20,11 @@ from dpguard._settings import Settings
 from dpguard.audit.accounting import Accounting
 from dpguard.audit.applied import Applied
 from dpguard.audit.calls import Calls
-from dpguard.audit.centring import Centring
 from dpguard.audit.check import Check
 from dpguard.audit.clip import Clip
 from dpguard.audit.following import Following
 from dpguard.audit.ghost_gradients import GhostGradients
+from dpguard.audit.inputs import InputValues
 from dpguard.audit.loss import Loss
 from dpguard.audit.moved import Moved
 from dpguard.audit.noise import Noise
@@ -48,9 +48,9 @@ from dpguard.events import (
 )
 from dpguard.interrupts import let_through
 from dpguard.log.journal import Journal
-from dpguard.noted.centred import Centred
 from dpguard.noted.deliveries import Deliveries
 from dpguard.noted.grouping import Grouping
+from dpguard.noted.inputs import Inputs
 from dpguard.noted.ledger import Ledger
 from dpguard.patches import accountants
 from dpguard.patches.data import sampling
@@ -106,7 +106,7 @@ class Runtime:
         self._expanded = ExpandedModels(self.ledger, report, drawn)
         self.ledger.norm_draws = NormDraws(report) if asks else None
         self.ledger.batches.report = report
-        self.ledger.centred = Centred(report)
+        self.ledger.inputs = Inputs(report)
         self._people = people = People(self.ledger, self._deliveries, self._calls)
         self.auditor = StepAuditor(
             self.ledger, settings, emit, self._checks(), report, are_people=people.are_people
@@ -152,7 +152,7 @@ class Runtime:
             Noise(self.ledger),
             Scaling(),
             Update(self.ledger),
-            Centring(self.ledger),
+            InputValues(self.ledger),
             Applied(),
             Moved(),
             self.accounting,

@@ -114,6 +114,7 @@ NOISE_TAKEN_OUT = "noise_taken_out"
 NOISE_OFF_ZEROS = "noise_off_zeros"
 NOISE_DILUTED = "noise_diluted"
 MOVED_WITHOUT_NOISE = "moved_without_noise"
+BATCH_MIXED = "batch_mixed"
 BATCH_CENTRED = "batch_centred"
 BATCH_STATISTICS = "batch_statistics"
 BUFFERS_CHANGE = "buffers_change"
@@ -818,6 +819,14 @@ _DIAGNOSES = {
         "other samples; clipping it does not bound what one person changes",
         "subtract a constant (a mean of public data), or normalise each sample by itself "
         "(LayerNorm, GroupNorm)",
+        Severity.ERROR,
+    ),
+    BATCH_MIXED: Diagnosis(
+        "rows that a layer is given are mixtures of several rows that the loader delivered "
+        "(mixup), so each person is in several of them, and clipping each does not bound what one "
+        "person changes",
+        "mix a person's data with public data or with other versions of the same data only; a "
+        "mixture of two people counts for both of them",
         Severity.ERROR,
     ),
     BUFFERS_CHANGE: Diagnosis(

@@ -29,8 +29,8 @@ import torch
 from dpguard import _compat
 from dpguard._declare import declares_one_batch
 from dpguard.noted.batches import Batches
-from dpguard.noted.centred import Centred
 from dpguard.noted.graph_task import GraphTask
+from dpguard.noted.inputs import Inputs
 from dpguard.noted.row_state import Entry, ParameterState
 
 __all__ = ["CallKey", "Dead", "Ledger", "Tally", "parameters_of", "trained_of"]
@@ -116,8 +116,8 @@ class Ledger:
         self._passes: deque[Any] = deque(maxlen=_PASSES_KEPT)
         self.factors: list[Any] = []
         """What is known of the clip factors of batches of ghost clipping that no step has taken."""
-        self.centred: Centred | None = None
-        """Takes sums of what layers are given."""
+        self.inputs: Inputs | None = None
+        """Takes figures of what layers are given."""
         self.samples_sums = False
         """Whether samples are kept of the sums that ghost clipping leaves in ``p.grad``."""
         self.tries_clipping: Callable[[Any, Any], int | None] | None = None

@@ -164,9 +164,9 @@ class LoadingPatch:
             return
         self._deliveries.add(delivery, data)
         self._ledger.drawn = self._deliveries.serial
-        centred = self._ledger.centred
-        if centred is not None and centred.wanted:
-            centred.run(centred.deliver, [reference() for reference in delivery.tensors])
+        inputs = self._ledger.inputs
+        if inputs is not None and inputs.wanted:
+            inputs.run(inputs.deliver, [reference() for reference in delivery.tensors])
         if self._deliveries.unclear:
             self._watch()
 

@@ -24,6 +24,7 @@ from dpguard.patches.model.replay import has_further_inputs, outline
 
 if TYPE_CHECKING:
     from dpguard.noted.conditioning import Moments
+    from dpguard.noted.inputs import Inputs
     from dpguard.patches.model.hooked import Hooked
 
 __all__ = ["ForwardHook", "Record", "differentiable", "no_hook", "plain_hook"]
@@ -120,10 +121,13 @@ class Record:
         self.order = pairing.orders.get(id(module))
         self.dimension = kind.batch_dimension(module)
         self.batch = kind.batch_size(module, self.activations, self.dimension)
-        centred = pairing.ledger.centred
-        if centred is not None and centred.wanted and inputs:
-            model = pairing.hooks._module
-            centred.run(centred.note, model, self.hook.name, inputs[0], self.dimension)
+        given = pairing.ledger.inputs
+        if given is not None and given.wanted and inputs:
+            given.run(self._note, given, inputs[0])
+
+    def _note(self, given: Inputs, first: Any) -> None:
+        model, name, whole = self.hook.pairing.hooks._module, self.hook.name, self.people is None
+        given.note(model, name, first, self.dimension, whole=whole)
 
     @torch.no_grad()
     def measure(self, inputs: Sequence[Any]) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""Means over the batch that neither autograd nor the row oracle sees: raw inputs, ``no_grad``."""
+"""What was made of several people's data where neither autograd nor the row oracle sees it."""
 
 from __future__ import annotations
 
@@ -184,6 +184,102 @@ def test_others_hear_nothing(what):
         guard.flush()
     assert [v for v in guard.violations if v.check == STATISTICS] == []
     assert guard.status().parts_off == ()
+
+
+def mixup(x, share=None):
+    """As it is written in training loops."""
+    share = float(torch.distributions.Beta(1.0, 1.0).sample()) if share is None else share
+    return share * x + (1 - share) * x[torch.randperm(len(x))]
+
+
+def mixup_in_place(x):
+    return x.lerp_(x.flip(0), 0.3)
+
+
+MIXED = {
+    "mixup": {"prepare": mixup},
+    "mostly of one": {"prepare": lambda x: mixup(x, 0.95)},
+    "in place": {"prepare": mixup_in_place},
+    "normalised": {"prepare": lambda x: (mixup(x) - 0.4) / 0.2},
+    "of the next": {"prepare": lambda x: x - 0.5 * x.roll(1, 0)},
+    "double": {"prepare": mixup, "data": images().double()},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("what", MIXED)
+def test_mixtures_of_people_are_said_once(what, mode):
+    with dpguard.install(mode="repair") as guard:
+        options = dict(MIXED[what])
+        net = Net().double() if "data" in options else Net()
+        train(net, mode=mode, **options)
+        guard.flush()
+    assert [(v.check, v.cause, v.modules) for v in guard.violations] == [
+        (STATISTICS, diagnosis.BATCH_MIXED, ("first",))
+    ]
+    assert guard.violations[0].step <= 2
+
+
+def sorted_by_brightness(x):
+    return x[x.mean((1, 2, 3)).argsort()]
+
+
+def crop(x):
+    return F.pad(x, (1, 1, 1, 1))[..., :6, :6]
+
+
+ALONE = {
+    "as delivered": None,
+    "sorted": sorted_by_brightness,
+    "noise": lambda x: x + 0.01 * torch.randn_like(x),
+    "brighter": lambda x: x * torch.rand(len(x), 1, 1, 1) + 0.1,
+    "mirrored": lambda x: x.flip(3),
+    "cropped": crop,
+    "with public data": lambda x: 0.5 * x + 0.5 * torch.rand(6, 6),
+    "mixed with itself": lambda x: 0.5 * x + 0.5 * x.flip(2),
+}
+
+
+@pytest.mark.parametrize("what", ALONE)
+def test_what_is_made_of_one_person_each(what):
+    with dpguard.install(mode="strict") as guard:
+        train(Net(), prepare=ALONE[what])
+        guard.flush()
+    assert guard.violations == ()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        images(8).repeat(12, 1, 1, 1),
+        torch.zeros(COUNT, 2, 6, 6),
+        torch.eye(72)[:36].view(-1, 2, 6, 6),
+    ],
+    ids=["several times", "blank", "one pixel each"],
+)
+def test_data_that_cannot_be_told_apart(data):
+    with dpguard.install(mode="strict") as guard:
+        train(Net(), data, prepare=crop)
+        guard.flush()
+    assert [v for v in guard.violations if v.check == STATISTICS] == []
+
+
+def test_rows_of_one_person_may_be_mixed():
+    """Two views of each, that are declared."""
+
+    def views(x):
+        both = torch.stack([x, x.flip(3)], 1).flatten(0, 1)
+        return 0.6 * both + 0.4 * both.view(-1, 2, 2, 6, 6).flip(1).flatten(0, 1)
+
+    class Pairs(Net):
+        def forward(self, x):
+            with dpguard.rows(group_size=2):
+                return super().forward(views(x)).view(-1, 2, 3).mean(1)
+
+    with dpguard.install(mode="strict") as guard:
+        train(Pairs())
+        guard.flush()
+    assert [v for v in guard.violations if v.check == STATISTICS] == []
 
 
 def test_raw_inputs_of_nobody_knows_what():

@@ -1,0 +1,143 @@
+"""What layers are given was not computed from several people's data.
+
+See :mod:`dpguard.noted.inputs`. An input is centred if each of its features adds up to zero over
+the batch, up to rounding. That is a fault where the data that it is made of are not: what a layer
+is given without parameters on the way is compared with what the loader delivered, another input
+with what such layers were given. A single feature is by chance, once in ten thousand batches, so it
+has to be so three times running. No row is a linear mixture of others by chance.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any
+
+from dpguard import diagnosis
+from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
+from dpguard.audit.update import STATISTICS
+from dpguard.noted.inputs import Given
+from dpguard.noted.ledger import Ledger
+from dpguard.turns import Turns
+
+__all__ = ["InputValues"]
+
+_FIRST = 3
+_EVERY = 50
+_TIMES = 3
+_CENTRED = 1e-5
+_ROUNDINGS = 8.0
+_NOT_CENTRED = 1e-2
+_SOMETHING = 1e-3
+"""How large means of a person's elements are, relative to these, unless they are zero."""
+_MIXTURE = 1e-3
+_SHARE = 0.02
+"""As much of another person in a row is no rounding,"""
+_TOLD_APART = 1e-4
+"""if the rows of the batch are as different as that."""
+
+
+class _Known:
+    """Of an optimizer: its steps, what was found of which layer how often, and what was said."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.times: dict[tuple[str, str], int] = {}
+        self.said: set[str] = set()
+
+
+class InputValues(Check):
+    """Judges what layers are given.
+
+    Args:
+        ledger: has what was noted of it.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._chosen = Turns()
+        self._known = PerOwner(lambda _: _Known())
+
+    def before_noise(self, step: Step, optimizer: Any) -> Failures:
+        """All forwards of the step have been."""
+        inputs = self._ledger.inputs
+        if inputs is None or not inputs.wanted:
+            return ()
+        mine = {id(p) for p in step.parameters}
+        given = inputs.take(lambda model: any(id(p) in mine for p in model.parameters()))
+        if given:
+            known = [(one.sums, one.delivered, one.mixture) for one in given]
+            figures = [figure for some in known for figure in some if figure is not None]
+            owner = weakref.ref(optimizer)
+            step.collect((STATISTICS,), figures, lambda values: self._judge(given, values, owner()))
+        return ()
+
+    def before_update(self, step: Step, optimizer: Any) -> Failures:
+        """Say whether figures are wanted in the next step."""
+        inputs = self._ledger.inputs
+        if inputs is not None:
+            known = self._known.of(optimizer)
+            known.steps += 1
+            inputs.wanted = bool(known.times) or self._chosen.has(known.steps, _EVERY, _FIRST)
+        return ()
+
+    def stop(self) -> None:
+        """It is switched off: no figures are wanted."""
+        if self._ledger.inputs is not None:
+            self._ledger.inputs.wanted = False
+
+    def _judge(self, given: list[Given], values: list[float], owner: Any) -> list[Failure]:
+        if owner is None:
+            return []
+        figures = iter(values)
+        inputs = [
+            [
+                [next(figures) for _ in range(0 if figure is None else figure.numel())]
+                for figure in (one.sums, one.delivered, one.mixture)
+            ]
+            for one in given
+        ]
+        raw = [sums for one, (sums, _, _) in zip(given, inputs, strict=True) if one.is_raw]
+        found: set[tuple[str, str]] = set()
+        for one, (sums, delivered, mixture) in zip(given, inputs, strict=True):
+            # Of whole numbers, inputs of an embedding, nothing is known: they are not centred.
+            references = [delivered] if one.is_raw else raw
+            if all(map(_is_clear, references)) and _is_centred(sums, one.roundoff):
+                found.add((diagnosis.BATCH_CENTRED, one.name))
+            elif mixture and _is_mixed(*mixture):
+                found.add((diagnosis.BATCH_MIXED, one.name))
+        known = self._known.of(owner)
+        known.times = {
+            key: known.times.get(key, 0) + 1 for key in found if key[0] not in known.said
+        }
+        failures = []
+        for cause, enough in ((diagnosis.BATCH_CENTRED, _TIMES), (diagnosis.BATCH_MIXED, 1)):
+            certain = {key for key, times in known.times.items() if times >= enough}
+            names = tuple(one.name for one in given if (cause, one.name) in certain)
+            if names:
+                known.said.add(cause)
+                failures.append(Failure(STATISTICS, cause, modules=tuple(dict.fromkeys(names))))
+        known.times = {key: n for key, n in known.times.items() if key[0] not in known.said}
+        return failures
+
+
+def _ways(sums: list[float]) -> list[float]:
+    """The largest share of each way to tell features apart that there is something to tell of."""
+    return [
+        share
+        for share, count, size in zip(sums[::3], sums[1::3], sums[2::3], strict=True)
+        if count and size > _SOMETHING and math.isfinite(share)
+    ]
+
+
+def _is_centred(sums: list[float], roundoff: float) -> bool:
+    return any(share <= max(_CENTRED, _ROUNDINGS * roundoff) for share in _ways(sums))
+
+
+def _is_clear(sums: list[float]) -> bool:
+    """Whether it certainly is not."""
+    return bool(sums) and all(share >= _NOT_CENTRED for share in _ways(sums))
+
+
+def _is_mixed(far: float, second: float, apart: float) -> bool:
+    return far <= _MIXTURE and second >= _SHARE and apart >= _TOLD_APART
