@@ -940,6 +940,16 @@ def noise_source(*, plain: bool) -> tuple[Callable[..., torch.Tensor], bool]:
     return draw, own
 
 
+def is_sharded(tensor: Any) -> bool:
+    """Whether a process has a piece of it only, as FSDP makes them (a ``DTensor``)."""
+    return hasattr(type(tensor), "to_local")
+
+
+def local(tensor: Any) -> Any:
+    """The piece that this process has, or the whole."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
 def _normal(
     *, std: Any, reference: torch.Tensor, generator: Any, secure_mode: bool
 ) -> torch.Tensor:

@@ -34,6 +34,7 @@ from dpguard.audit.passes import PassValues
 from dpguard.audit.people import People, rows_at_hand
 from dpguard.audit.rows import RowValues
 from dpguard.audit.scaling import Scaling
+from dpguard.audit.sharded import Sharded
 from dpguard.audit.steps import StepAuditor
 from dpguard.audit.untouched import Accumulated, Untouched
 from dpguard.audit.update import Update
@@ -141,6 +142,7 @@ class Runtime:
     def _checks(self) -> list[Check]:
         """What is looked at in each step besides the coverage, in this order."""
         checks: list[Check] = [
+            Sharded(),
             self._people,
             RowValues(self.ledger),
             PassValues(self.ledger),

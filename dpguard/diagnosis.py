@@ -34,6 +34,7 @@ NO_TENSOR_INPUT = "no_tensor_input"
 STRUCTURED_OUTPUT = "structured_output"
 RANDOM_REPLAY = "random_replay"
 NO_BACKWARD = "no_backward"
+SHARDED = "sharded"
 UNUSED_EXPANDED = "unused_expanded"
 NOT_HOOKED = "not_hooked"
 CALLS_LEFT_OVER = "calls_left_over"
@@ -334,6 +335,13 @@ _DIAGNOSES = {
         "the optimizer owns a trainable parameter that belongs to no model that Opacus wrapped",
         "make the optimizer from the parameters of the model that is given to make_private, or "
         "freeze the parameter with requires_grad_(False)",
+    ),
+    SHARDED: Diagnosis(
+        "the parameters are in pieces on several processes (FSDP); of their gradients, clipping "
+        "and noise nothing is looked at, only of the accounting",
+        "nothing to do; where the audit matters, train with DistributedDataParallel or on one "
+        "process",
+        Severity.WARNING,
     ),
     UNUSED_EXPANDED: Diagnosis(
         "a parameter of a model with expanded weights took no part in the loss, or not through its "

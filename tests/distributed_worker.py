@@ -23,7 +23,7 @@ import dpguard
 warnings.simplefilter("ignore")
 guard = dpguard.install(mode="repair")
 
-from opacus import GradSampleModule  # noqa: E402
+from opacus import GradSampleModule, PrivacyEngine  # noqa: E402
 from opacus.accountants import RDPAccountant  # noqa: E402
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel  # noqa: E402
 from opacus.optimizers import DistributedDPOptimizer  # noqa: E402
@@ -243,6 +243,38 @@ def unreduced():
     return {"refused": _refusal(training.step) or _refusal(training.step)}
 
 
+def sharded():
+    """FSDP: each rank has a piece of each parameter. More steps than anything waits for."""
+    try:
+        from opacus.utils.fsdp_utils import FSDP2Wrapper
+    except ImportError:
+        return None
+    before = len(guard.violations)
+    torch.manual_seed(0)
+    engine, model = PrivacyEngine(), FSDP2Wrapper(nn.Sequential(nn.Linear(SIZE, 4)))
+    data = torch.utils.data.TensorDataset(torch.randn(48, SIZE), torch.arange(48) % 4)
+    model, optimizer, criterion, loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=torch.utils.data.DataLoader(data, batch_size=12),
+        criterion=nn.CrossEntropyLoss(),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        grad_sample_mode="ghost_fsdp",
+    )
+    for _ in range(4):
+        for x, y in loader:
+            optimizer.zero_grad()
+            criterion(model(x), y).backward()
+            optimizer.step()
+    guard.flush()
+    return {
+        "causes": [v.cause for v in list(guard.violations)[before:]],
+        "accounted": guard.last_step.checks["accounting.steps"].passed,
+        "off": list(guard.status().parts_off),
+    }
+
+
 def _refusal(step):
     try:
         step()
@@ -269,6 +301,7 @@ def _main():
     ]
     found = {scenario.__name__: scenario() for scenario in scenarios}
     found["violations"] = [v.cause for v in guard.violations]
+    found["sharded"] = sharded()
     found["internal"] = [str(error) for _, error in guard.internal_errors]
     Path(result).write_text(json.dumps(found))
     distributed.destroy_process_group()

@@ -177,3 +177,8 @@ def test_gradients_that_are_not_reduced_are_refused_where_they_have_no_noise(ran
     assert first is None
     assert len(others) == len(ranks) - 1
     assert all("from a gradient without noise" in refused for refused in others)
+
+
+def test_of_sharded_parameters_the_accounting_is_audited_and_the_rest_is_said(ranks):
+    for rank in seen(ranks, "sharded"):
+        assert rank == {"causes": ["sharded"], "accounted": 1, "off": []}

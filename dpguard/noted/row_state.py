@@ -81,7 +81,7 @@ def sum_of_rows(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 def sample_of(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of some elements, evenly spread, so that it takes no memory to speak of."""
-    return spread_of(tensor).clone()
+    return spread_of(_compat.local(tensor)).clone()
 
 
 def spread_of(tensor: torch.Tensor) -> torch.Tensor:
