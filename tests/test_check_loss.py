@@ -75,6 +75,16 @@ def diverse(outputs, y):
     return F.cross_entropy(outputs, y) + (p * p.log()).sum()
 
 
+def left_out(target):
+    """Three targets of one person, some of which do not count."""
+    return torch.tensor([int(target), int(target) if target % 2 else -100, -100])
+
+
+def prompted(y):
+    """Three targets of each, of which the first does not count."""
+    return torch.stack([torch.full_like(y, -100), y, y], 1)
+
+
 SEPARATE = {
     "cross entropy": F.cross_entropy,
     "sum": lambda o, y: F.cross_entropy(o, y, reduction="sum") / BATCH,
@@ -105,6 +115,21 @@ SEPARATE = {
         torch.tensor(3.0, requires_grad=True).clamp(max=2) * o, y
     ),
     "accumulated": lambda o, y: F.cross_entropy(o, y) / 4,
+    "one number for all": lambda o, y: F.mse_loss(o, torch.tensor(1.0).expand_as(o)),
+    "one number for each class": lambda o, y: F.mse_loss(o, torch.arange(5.0).expand_as(o)),
+    "a mean of each person": lambda o, y: torch.stack(
+        [F.cross_entropy(a[None], b[None], weight=WEIGHTS) for a, b in zip(o, y, strict=True)]
+    ).mean(),
+    "some targets of each": lambda o, y: torch.stack(
+        [
+            F.cross_entropy(a.view(1, 1, -1).expand(1, 3, -1)[0], left_out(b), ignore_index=-100)
+            for a, b in zip(o, y, strict=True)
+        ]
+    ).mean(),
+    "as many targets of each": lambda o, y: F.cross_entropy(
+        o.view(len(o), CLASSES, 1).expand(-1, -1, 3), prompted(y)
+    ),
+    "one weight": lambda o, y: F.cross_entropy(o, torch.ones_like(y), weight=WEIGHTS),
     "scaled": lambda o, y: F.cross_entropy(o, y) * 2**16,
     "divided by what is clamped": lambda o, y: (
         o.pow(2).sum(1) / o.abs().sum(1).clamp(min=0.1)
@@ -324,6 +349,33 @@ def test_as_many_of_something_else_as_people(sizes):
             training.step(lambda o, y: quantiles(o, y) + own(o, y), batch_of(count))
         assert guard.last_step.checks[LOSS].passed == 1
     assert guard.violations == ()
+
+
+class Heads(nn.Module):
+    """Returns outputs of several heads, or time steps, in front of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Linear(FEATURES, CLASSES) for _ in range(3)])
+
+    def forward(self, x):
+        return torch.stack([head(x) for head in self.heads])
+
+
+def of_the_mean(outputs, y):
+    """Each person's, of what all heads say."""
+    return F.nll_loss(outputs.softmax(-1).mean(0).log(), y)
+
+
+def test_outputs_whose_first_dimension_is_not_the_batch():
+    """They are no people, and nothing is known of them."""
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        training = Training(Heads)
+        for _ in range(4):
+            training.step(of_the_mean)
+        guard.flush()
+    assert guard.violations == ()
+    assert guard.last_step.checks[LOSS].not_run
 
 
 def test_one_more_look_is_not_for_ever():

@@ -29,6 +29,7 @@ class _Expanded:
         self.ledger = ledger
         self.loss_reduction = wrapper.loss_reduction
         self.marked = self.follows = False
+        self.sizes: set[int] = set()
 
     @property
     def hooks(self) -> Any:

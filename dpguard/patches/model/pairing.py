@@ -48,6 +48,9 @@ class Pairing(Hooked):
         """Whether the row oracle waits for the next batch, see ``patches.oracle.outputs``."""
         self.follows = False
         """Whether it has drawn somebody of the batch at hand."""
+        self.sizes: set[int] = set()
+        """How many rows calls had in the segment at hand, while it waits."""
+        self._sized = -1
         self._roster = Roster()
         self._parameters: list[torch.nn.Parameter] = []
         self._states: list[ParameterState] = []
@@ -81,7 +84,13 @@ class Pairing(Hooked):
         return self.marked
 
     def on_call(self, record: Record) -> None:
-        """Nothing is done before its backprop arrives."""
+        """Little is done before its backprop arrives."""
+        if self.marked:
+            if self._sized != record.segment:
+                self._sized, self.sizes = record.segment, set()
+            self.sizes.add(record.batch)
+            if record.people is not None:
+                self.sizes.add(record.people.people_of(record.batch))
 
     def on_hidden_call(self, module: torch.nn.Module) -> None:
         """Nor here."""

@@ -74,9 +74,13 @@ def _broadcast(before: Sequence[int], after: Sequence[int], rows: int) -> tuple[
 
 
 def keeps_other_targets(node: Any) -> bool:
-    """Whether a loss has kept outputs that do not depend on one dimension, targets on the other."""
-    strides = zip(node._saved_self.stride(), node._saved_target.stride(), strict=True)
-    return all((output == 0) is (target != 0) for output, target in strides)
+    """Whether a loss has kept outputs that do not depend on one dimension, targets on the other.
+
+    One number for all targets (``torch.tensor(1.0).expand_as(outputs)``) is nobody's.
+    """
+    outputs, targets = node._saved_self.stride(), node._saved_target.stride()
+    strides = zip(outputs, targets, strict=True)
+    return 0 in outputs and all((output == 0) is (target != 0) for output, target in strides)
 
 
 def are_broadcast(losses: torch.Tensor, given: Sequence[Any]) -> bool:

@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -226,7 +227,7 @@ class _Examination:
         self._nodes: Any = _compat.nodes()
         self._decisions: list[Decision] = []
         self._largest: torch.Tensor
-        self._likelihoods: list[Any] = []
+        self._likelihoods: list[tuple[Any, list[torch.Tensor | None]]] = []
         self._square: Square | None = None
         self._with_targets: list[Any] = []
         self._kinds: set[torch.dtype] = set()
@@ -266,7 +267,7 @@ class _Examination:
             whole = not self._goes_round(seeds)
         except (Unfit, RuntimeError):
             whole = False  # torch knows no such derivative
-        weights, ignored = self._divisors(whose.new_zeros((), dtype=torch.float64))
+        weights, ignored = self._divisors(whose)
         square = self._square
         return Coupling(
             weakref.ref(self._hook),
@@ -279,7 +280,7 @@ class _Examination:
             self._roundoff(),
             further,
             self._arrivals,
-            is_broadcast=any(map(keeps_other_targets, self._with_targets)),
+            is_broadcast=square is not None and any(map(keeps_other_targets, self._with_targets)),
             of_some=self._is_of_some(seeds),
             divisors=_divisors_of(seeds),
         )
@@ -329,7 +330,7 @@ class _Examination:
                 self._largest = size.maximum(self._largest)
         name = type(node).__name__
         if name in _LIKELIHOODS:
-            self._likelihoods.append(node)
+            self._likelihoods.append((node, given))
         elif name in WITH_TARGETS:
             self._with_targets.append(node)
         elif name in DECISIONS and len(self._decisions) < _DECISIONS_AT_MOST:
@@ -406,19 +407,31 @@ class _Examination:
         compared, effect = decision.compared(self._probes.generator(device))
         return self._propagate(decision.node, decision.arrived, instead=compared), effect
 
-    def _divisors(self, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Class weights and targets that means of likelihoods are divided by."""
-        weights = ignored = torch.zeros_like(zero)
-        for node in self._likelihoods:
-            if node._saved_reduction != _MEAN:
-                continue
-            heaviest, given = 1.0, node._saved_weight
+    def _divisors(self, whose: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Class weights and targets that means of likelihoods of several people are divided by."""
+        weights = ignored = whose.new_zeros((), dtype=torch.float64)
+        means = [found for found in self._likelihoods if found[0]._saved_reduction == _MEAN]
+        for node, arrived in means[:_DECISIONS_AT_MOST]:
+            target, given = node._saved_target, node._saved_weight
+            left_out = target == node._saved_ignore_index
+            differ = weights
             if given is not None:
-                heaviest = given.amax().double()
-                weights = torch.maximum(weights, heaviest - given.amin())
-            counted = node._saved_total_weight.double() / heaviest
-            ignored = torch.maximum(ignored, node._saved_target.numel() - counted)
+                chosen = given[target.clamp(0, len(given) - 1)].double()
+                most = chosen.masked_fill(left_out, -math.inf).amax()
+                differ = (most - chosen.masked_fill(left_out, math.inf).amin()).clamp(min=0)
+            people = (_sizes(_firsts(self._propagate(node, arrived)), whose) > 0).sum()
+            weights = torch.maximum(weights, differ * (people > 1))
+            uneven = _are_uneven(left_out, self._draw.rows)
+            ignored = torch.maximum(ignored, left_out.sum() * (people > 1) * uneven)
         return weights, ignored
+
+
+def _are_uneven(left_out: torch.Tensor, rows: int) -> torch.Tensor | bool:
+    """Whether people have different numbers of targets that do not count, as far as is known."""
+    if left_out.numel() % rows:
+        return True
+    counts = left_out.reshape(rows, -1).sum(1)
+    return counts.amax() != counts.amin()
 
 
 def _reduction_of(seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> str | None:

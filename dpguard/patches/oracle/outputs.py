@@ -349,7 +349,9 @@ class OutputHook:
         first = next((tensor for tensor in found if tensor.dim()), None)
         if first is None or (_is_square(first) and self._is_recurrent()):
             return 0
-        return int(first.shape[0])
+        rows, called = int(first.shape[0]), self.pairing.sizes
+        # A stack of heads or of time steps has another first dimension than what layers are given.
+        return rows if rows in called or not called else 0
 
     def _is_recurrent(self) -> bool:
         return any(
