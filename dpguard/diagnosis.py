@@ -386,7 +386,9 @@ _DIAGNOSES = {
         "weight_decay of the optimizer for a penalty, max_grad_norm for clipping). Otherwise check "
         "what is special about the layer: a weight that is used outside of its module, an input "
         "or keyword argument that its grad sampler ignores, padding modes, scale_grad_by_freq, "
-        "with expanded weights padding_idx",
+        "with expanded weights padding_idx. Rows that you have changed yourself between backward() "
+        "and step() (a projection of each row) are not those of autograd, and nobody sees whether "
+        "each is still made of one person's data",
     ),
     GRADIENT_HOOK: Diagnosis(
         "a hook on the parameter (register_hook) changes the gradient that autograd computes, and "

@@ -573,6 +573,35 @@ def test_rows_that_are_pruned(guard, again):
     assert {v.cause for v in guard.violations} == ({diagnosis.NOISE_OFF_ZEROS} if again else set())
 
 
+class Alternating(nn.Module):
+    """Two heads, of which every other batch is for one."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Linear(64, 10), nn.Linear(64, 10)])
+        self.steps = 0
+
+    def forward(self, x):
+        chosen, other = self.heads[:: 1 if self.steps % 2 else -1]
+        return chosen(x.flatten(1)) + 0 * other(x.flatten(1)).sum(1, keepdim=True)
+
+
+def test_heads_that_take_turns():
+    """What is not trained in a step is not moved either: the step decides, and nobody's data."""
+    with dpguard.install(mode="strict") as guard:
+        training = Training(model=Alternating)
+        raw = training.raw
+
+        def mask(*_):
+            for p in raw.heads[1 if raw.steps % 2 else 0].parameters():
+                p.grad.zero_()
+            raw.steps += 1
+
+        training.optimizer.original_optimizer.register_step_pre_hook(mask)
+        training.run(15)
+    assert guard.violations == ()
+
+
 def test_samples_on_several_devices():
     """They are put together on one that copies need not be waited for, whichever comes first."""
     here, there = torch.randn(300), torch.randn(300, device="meta")

@@ -110,11 +110,14 @@ def emptied(
         How many elements are zero now where there was nothing but noise, of how many elements only
         one of both is true, how many others there are, and how many of these had nothing but noise
         before; and where there was nothing but noise. ``None`` if these are tensors of other sizes.
+        Tensors that are zero as a whole (a head that is not trained in each step) do not count.
     """
     if not (moved.is_like(noised) and bare.is_like(noised)):
         return None
     noisy = noised.values != 0  # the rest fills rows up
     taken, nothing = noisy & (moved.values == 0), noisy & (bare.values == 0)
+    whole = ((taken & nothing) == noisy).all(1, keepdim=True)
+    noisy, taken, nothing = (where & ~whole for where in (noisy, taken, nothing))
     others = noisy & ~nothing
     if before is None or before.shape != others.shape:
         before = torch.zeros_like(others)
