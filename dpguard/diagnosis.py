@@ -115,6 +115,7 @@ NOISE_TAKEN_OUT = "noise_taken_out"
 NOISE_OFF_ZEROS = "noise_off_zeros"
 NOISE_DILUTED = "noise_diluted"
 MOVED_WITHOUT_NOISE = "moved_without_noise"
+RENORMALISED = "embedding_renormalised"
 BATCH_MIXED = "batch_mixed"
 BATCH_CENTRED = "batch_centred"
 BATCH_STATISTICS = "batch_statistics"
@@ -822,6 +823,13 @@ _DIAGNOSES = {
         "replace it by GroupNorm, LayerNorm or InstanceNorm (opacus.validators.ModuleValidator."
         "fix), or put the layer into eval() mode while training",
         Severity.CRITICAL,
+    ),
+    RENORMALISED: Diagnosis(
+        "an embedding with max_norm shortens its weights in the forward, without noise and just "
+        "those of the tokens that are in the batch, so they tell who is in it",
+        "leave max_norm out, or normalise what the embedding returns; weights may be bounded after "
+        "optimizer.step(), all of them",
+        Severity.ERROR,
     ),
     BATCH_CENTRED: Diagnosis(
         "what a layer is given adds up to zero over the batch in every feature, which the data do "

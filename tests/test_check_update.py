@@ -826,3 +826,42 @@ def test_a_clipped_sum_of_what_was_frozen_after_the_backward_is_refused():
         with pytest.raises(dpguard.PrivacyViolation, match="that are frozen"):
             training.run(1)
         assert [v.cause for v in guard.violations] == [diagnosis.FROZEN_LATE]
+
+
+# -- embeddings that change their weights ----------------------------------------------------------
+
+
+class Table(nn.Module):
+    def __init__(self, frozen=False, **options):
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 4, **options), nn.Linear(4, 2)
+        self.table.weight.requires_grad_(not frozen)
+
+    def forward(self, x):
+        return self.head(self.table((4 * x).long() % 9).mean(1))
+
+
+@pytest.mark.parametrize("mode", ["observe", "repair", "strict"])
+def test_weights_of_tokens_in_the_batch_that_are_shortened(mode):
+    """Without noise; said once."""
+    with dpguard.install(mode=mode) as guard:
+        training = Training(lambda: Table(max_norm=1.0))
+        if mode == "strict":
+            with pytest.raises(dpguard.PrivacyViolation, match=r"update\.private.*table"):
+                training.step()
+        else:
+            training.steps(4)
+        guard.flush()
+        (found,) = violations(guard)
+        assert (found.check, found.cause) == (PRIVATE, diagnosis.RENORMALISED)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_norm": 1.0, "frozen": True}, {"norm_type": 1.0}])
+def test_weights_that_are_not_shortened(options):
+    with dpguard.install(mode="strict") as guard:
+        training = Training(lambda: Table(**options))
+        training.steps(4)
+        with torch.no_grad():
+            training.called(training.x)
+        guard.flush()
+        assert violations(guard) == []

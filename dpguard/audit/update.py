@@ -203,6 +203,9 @@ class Update(Check):
         step.run(STATISTICS, BUFFERS, count=1)
         if batches.normalised:
             failures += self._statistics(step)
+        if batches.renormalised:
+            found = batches.renormalised.take(_trained_by(step))
+            failures += self._once(optimizer, PRIVATE, diagnosis.RENORMALISED, found)
         if batches.buffers or batches.compared:
             failures += self._buffers(step, optimizer)
         if watched.steps == 1 or watched.steps % KEEP_EVERY == KEEP_EVERY - 1:

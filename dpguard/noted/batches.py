@@ -25,6 +25,7 @@ class Batches:
 
     Attributes:
         normalised: for each model, names of modules that used statistics of a batch.
+        renormalised: for each model, names of embeddings that changed weights while it ran.
         buffers: for each model, names of buffers that changed while it ran.
         compared: for each model, buffers that nobody has changed openly while it ran, and whether
             their values are others.
@@ -34,6 +35,7 @@ class Batches:
 
     def __init__(self) -> None:
         self.normalised = Sightings()
+        self.renormalised = Sightings()
         self.buffers = Sightings()
         self.compared = Compared()
         self.report: Callable[[str, Exception], None] | None = None

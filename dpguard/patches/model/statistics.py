@@ -2,8 +2,9 @@
 
 BatchNorm in training mode makes each sample's output depend on all others, so that a clipped row no
 longer bounds what one person changes. Buffers that are updated from samples leave the mechanism
-altogether. Opacus's validator looks at the kinds of layers before training; here it is noted what
-is really used. Only models that have such parts get hooks.
+altogether, and so do weights of an embedding with ``max_norm``, which its forward changes where
+they are those of tokens in the batch. Opacus's validator looks at the kinds of layers before
+training; here it is noted what is really used. Only models that have such parts get hooks.
 
 A buffer that is written through ``.data`` keeps its version. So the bits of each are added up as
 integers before and after the forwards that are looked at, which is exact in whatever order that
@@ -52,6 +53,8 @@ def watch(model: torch.nn.Module, ledger: Ledger, prefix: str = "") -> list[Call
             normalising = _Normalising(ledger, root, name)
             undo.append(module.register_forward_pre_hook(normalising.before).remove)
             undo.append(module.register_forward_hook(normalising).remove)
+        elif isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and module.max_norm:
+            undo.append(module.register_forward_hook(_Renormalising(ledger, root, name)).remove)
     if _buffers_of(model):
         buffered = _Buffered(ledger, root, prefix)
         undo.append(model.register_forward_pre_hook(buffered.before).remove)
@@ -125,6 +128,14 @@ class _Normalising(_Hook):
             )
         if used:
             noted.note(self.root(), self.name)
+
+
+class _Renormalising(_Hook):
+    """At an embedding with ``max_norm``, which shortens the rows that a batch uses, in place."""
+
+    def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
+        if torch.is_grad_enabled() and module.weight.requires_grad and module.max_norm:
+            self.ledger.batches.renormalised.note(self.root(), self.name)
 
 
 def _version(module: torch.nn.Module) -> int:
