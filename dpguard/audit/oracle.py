@@ -32,6 +32,7 @@ import torch
 from dpguard import diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.rows import AMPLIFIED, FAINT, factors, floor
+from dpguard.identity import IdentitySet
 from dpguard.noted.conditioning import roundings
 from dpguard.noted.ledger import Ledger
 from dpguard.noted.precision import computed_in
@@ -43,17 +44,25 @@ if TYPE_CHECKING:
     from dpguard.noted.conditioning import Moments
     from dpguard.patches.oracle.outputs import Draw, Outputs
 
-__all__ = ["CERTAIN", "ORACLE", "TIMES", "RowOracle", "failure"]
+__all__ = ["CERTAIN", "ORACLE", "ROUGH_FIRST", "TIMES", "RowOracle", "failure", "is_rough"]
 
 ORACLE = "oracle.rows"
 CERTAIN = 1e-3
 """A row is certainly another's if it is wrong by this part of itself,"""
 TIMES = 16.0
 """and by so many times the bound."""
+ROUGH_FIRST = 20
+"""So many of the first steps are looked at where precision is low: people who mix are told from
+rounding in one look of three to five then."""
 _CANCELS = 4.0
 """Nearly everything cancels in rows that would be so many times as large if nothing did."""
 _ELSEWHERE = 3e-2
 """Her rows are in another place if they are, all together, as close to her share as that."""
+
+
+def is_rough(dtype: torch.dtype) -> bool:
+    """Whether numbers have less than single precision."""
+    return dtype.itemsize < torch.float32.itemsize
 
 
 class RowOracle(Check):
@@ -72,22 +81,25 @@ class RowOracle(Check):
         self._outputs = outputs
         self._every = every
         self._chosen = Turns()
+        self._rough = IdentitySet()
+        """Optimizers of which rows were computed in low precision."""
 
     def before_clip(self, step: Step, optimizer: Any) -> Failures:
         """Rows that our code does not clip are looked at before anybody changes them."""
         if self._outputs.pending:
-            self._look(step, Rows.of(step.parameters), None)
+            self._look(step, optimizer, Rows.of(step.parameters), None)
         return ()
 
     def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:
         """Rows that our code has clipped are still what they were, if they are finite."""
         if self._outputs.pending and clipping is not None:
-            self._look(step, clipping.rows, clipping.norms)
+            self._look(step, optimizer, clipping.rows, clipping.norms)
         return ()
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
         """Have a person drawn for the next step, if it is time."""
-        if self._chosen.has(step.number + 1, self._every):
+        first = ROUGH_FIRST if optimizer in self._rough else 1
+        if self._chosen.has(step.number + 1, self._every, first):
             self._outputs.arm(step.parameters, batches=step.physical)
         return ()
 
@@ -95,11 +107,15 @@ class RowOracle(Check):
         """The step will be repeated."""
         self._outputs.arm(optimizer.params)
 
-    def _look(self, step: Step, rows: Rows | None, norms: torch.Tensor | None) -> None:
+    def _look(
+        self, step: Step, optimizer: Any, rows: Rows | None, norms: torch.Tensor | None
+    ) -> None:
         for draw in self._outputs.take(step.parameters):
             if rows is not None:
                 with torch.no_grad():
                     compared = self._compared(step, draw, rows)
+                    if any(is_rough(found.dtype) for found in compared):
+                        self._rough.add(optimizer)
                     if compared:
                         figures = _figures(compared, draw, norms)
                         step.run(ORACLE, count=len(compared))
