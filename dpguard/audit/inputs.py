@@ -61,7 +61,7 @@ class InputValues(Check):
     def before_noise(self, step: Step, optimizer: Any) -> Failures:
         """All forwards of the step have been."""
         inputs = self._ledger.inputs
-        if inputs is None or not inputs.wanted:
+        if inputs is None or not inputs.has_news:
             return ()
         mine = {id(p) for p in step.parameters}
         given = inputs.take(lambda model: any(id(p) in mine for p in model.parameters()))
@@ -79,12 +79,14 @@ class InputValues(Check):
             known = self._known.of(optimizer)
             known.steps += 1
             inputs.wanted = bool(known.times) or self._chosen.has(known.steps, _EVERY, _FIRST)
+            if not inputs.wanted:
+                inputs.rest()
         return ()
 
     def stop(self) -> None:
         """It is switched off: no figures are wanted."""
         if self._ledger.inputs is not None:
-            self._ledger.inputs.wanted = False
+            self._ledger.inputs.rest()
 
     def _judge(self, given: list[Given], values: list[float], owner: Any) -> list[Failure]:
         if owner is None:

@@ -10,7 +10,6 @@ to rounding. Both is measured now and then.
 from __future__ import annotations
 
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -22,7 +21,8 @@ from dpguard.parts import Part
 
 __all__ = ["Given", "Inputs"]
 
-_KEPT = 1024
+_CALLS = 16
+"""So many calls of a layer are looked at; if no step comes to them, none will."""
 
 
 class Given(NamedTuple):
@@ -60,9 +60,14 @@ class Inputs(Part):
     def __init__(self, report: Callable[[str, Exception], None]) -> None:
         super().__init__("inputs", report)
         self.wanted = True
-        self._given: deque[Given] = deque(maxlen=_KEPT)
+        self._given: dict[tuple[int, str], list[Given]] = {}
         self._delivered: torch.Tensor | None = None
         self._sample: Sample | None = None
+
+    @property
+    def has_news(self) -> bool:
+        """Whether something was noted that nobody has taken."""
+        return bool(self._given)
 
     def deliver(self, batch: Iterable[torch.Tensor | None]) -> None:
         """A loader has delivered a private batch: inputs first, then targets."""
@@ -84,24 +89,31 @@ class Inputs(Part):
         """
         if not _is_compared(given) or dimension:
             return
+        calls = self._given.setdefault((id(model), name), [])
+        if len(calls) >= _CALLS:
+            self.wanted = False
+            return
         is_raw = not given.requires_grad
         mixture = None
         if is_raw and whole and self._sample is not None:
             mixture = self._sample.mixture(given)
         roundoff = _compat.unit_roundoff(given.dtype)
         known = weakref.ref(model), name, is_raw, centring(given), self._delivered, mixture
-        self._given.append(Given(*known, roundoff))
+        calls.append(Given(*known, roundoff))
 
     def take(self, wanted: Callable[[torch.nn.Module], bool]) -> list[Given]:
         """What was noted of the models that are wanted; it is noted no longer."""
         mine: list[Given] = []
-        others: list[Given] = []
-        for one in self._given:
-            model = one.model()
-            if model is not None:
-                (mine if wanted(model) else others).append(one)
-        self._given = deque(others, maxlen=_KEPT)
+        for key, calls in list(self._given.items()):
+            model = calls[0].model() if calls else None
+            if model is None or wanted(model):
+                del self._given[key]
+                mine += calls if model is not None else []
         return mine
+
+    def rest(self) -> None:
+        """No figures are wanted until further notice."""
+        self.wanted, self._delivered, self._sample = False, None, None
 
 
 def _is_compared(given: Any) -> bool:
