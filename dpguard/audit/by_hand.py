@@ -26,6 +26,8 @@ SIGMA = "accounting.sigma"
 RATE = "accounting.rate"
 _OFTEN = 3
 """How many times an accountant has been told something before it is said that it lacks steps."""
+_FINDS = frozenset((0, 1_000, 10_000, 100_000))
+"""After so many steps all objects of the process are looked through for accountants."""
 _EXACT = 1e-9
 
 
@@ -114,7 +116,8 @@ class ByHand:
             of_engine: its batch was drawn for an engine's accountant.
         """
         taken = self._optimizers.of(optimizer)
-        is_found = self._find(taken.steps)
+        asks = of_engine and taken.steps == 1
+        is_found = (asks or taken.steps in _FINDS) and self._find(taken.steps)
         is_sole = len(self._optimizers) == 1
         failures, is_told = [], is_found
         for accountant in self._hands.owners():
@@ -158,9 +161,7 @@ class ByHand:
     # -- inside ------------------------------------------------------------------------------------
 
     def _find(self, taken: int) -> bool:
-        """Look for accountants that are new, ever more rarely; whether one has steps already."""
-        if taken & (taken - 1):
-            return False
+        """Look for accountants that are new; whether one has steps already."""
         has_steps = False
         for accountant in living(_compat.accountant_classes()):
             history = _compat.history_of(accountant)
