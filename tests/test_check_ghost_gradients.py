@@ -17,8 +17,13 @@ pytestmark = needs_ghost
 DATA = torch.utils.data.TensorDataset(torch.randn(60, 6), torch.arange(60) % 5)
 
 
-def train(change, *, epochs=4, every=1, batches=1, scaler=None, wait=0):
-    """``change`` is given the parameters between backward and step, after the first ``wait``."""
+def train(
+    change, *, epochs=4, every=1, batches=1, scaler=None, wait=0, between=lambda parameters: None
+):
+    """``change`` is given the parameters between backward and step, after the first ``wait``.
+
+    ``between`` is given them between two batches of one step.
+    """
     torch.manual_seed(2)
     raw = MLP()
     model, optimizer, criterion, loader = PrivacyEngine().make_private(
@@ -39,6 +44,7 @@ def train(change, *, epochs=4, every=1, batches=1, scaler=None, wait=0):
                 loss = scaler.scale(loss)
             loss.backward()
             if number % batches < batches - 1:
+                between(list(raw.parameters()))
                 continue
             if steps >= wait and steps % every == 0:
                 change(list(raw.parameters()))
@@ -133,6 +139,27 @@ def test_sums_of_several_batches(change):
         pytest.raises(dpguard.PrivacyViolation, match=r"clip\.sum failed in step 0"),
     ):
         train(LONGER[change], batches=3)
+
+
+@pytest.mark.parametrize("change", sorted(LONGER.keys() - {"another tensor"}))
+def test_sums_that_are_made_longer_between_two_batches(change):
+    """What was clipped before counts for more then, and the last backward shows nothing of it.
+
+    Another tensor is no sum that waits: Opacus clears it in the next backward, as without dpguard.
+    """
+    with (
+        dpguard.install(mode="repair"),
+        pytest.raises(dpguard.PrivacyViolation, match=r"clip\.sum failed in step 0"),
+    ):
+        train(SHORTER["nothing"], batches=3, between=LONGER[change])
+
+
+@pytest.mark.parametrize("change", SHORTER)
+def test_sums_that_are_made_shorter_between_two_batches(change):
+    with dpguard.install(mode="strict") as guard:
+        train(SHORTER["nothing"], batches=3, between=SHORTER[change])
+        guard.flush()
+    assert [v.cause for v in guard.violations] == [diagnosis.NOT_POISSON]
 
 
 def test_a_gradient_scaler_is_none_of_it():

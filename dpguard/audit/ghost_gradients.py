@@ -1,10 +1,10 @@
 """Ghost clipping leaves clipped sums in ``p.grad``: nobody changes them before they have noise.
 
-Between backward and step everybody may change ``p.grad``, and with hooks nothing comes of it. Here
-it is what the noise is added to. Samples of it are kept now and then, and always once somebody has
-changed it. A multiple by more than one is refused: each person moves it by as much more. One by
-less is harmless, other changes are said, for some of them bound what a person moves (a clamp,
-weight decay) and some do not.
+Between backward and step, or the next backward that adds to it, everybody may change ``p.grad``,
+and with hooks nothing comes of it. Here it is what the noise is added to. Samples of it are kept
+now and then, and always once somebody has changed it. A multiple by more than one is refused: each
+person moves it by as much more. One by less is harmless, other changes are said, for some of them
+bound what a person moves (a clamp, weight decay) and some do not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from dpguard.audit.clip import SUM
 from dpguard.audit.multiples import factor
 from dpguard.identity import IdentitySet
 from dpguard.noted.ledger import Ledger
-from dpguard.noted.row_state import spread_of
 
 __all__ = ["GhostGradients"]
 
@@ -31,7 +30,7 @@ _EXACT = 1e-4
 
 
 class GhostGradients(Check):
-    """Compares ``p.grad`` with what ghost clipping has left there when a step begins.
+    """Compares ``p.grad`` with what ghost clipping has left there when it is taken up.
 
     Args:
         ledger: has what is known of it.
@@ -54,13 +53,12 @@ class GhostGradients(Check):
             note, grad = state.clipped, parameter.grad
             if note is None or not note.is_fresh or grad is None:
                 continue
-            self._is_suspect = self._is_suspect or not note.is_untouched(grad)
-            former, note.sample = note.sample, None
-            if former is None or type(grad) is not torch.Tensor or grad.shape != parameter.shape:
-                continue
-            if grad.layout is torch.strided and grad.device == former.device:
+            note.take_up(grad)
+            self._is_suspect = self._is_suspect or note.touched
+            for former, now in note.changes:
                 names.append(name)
-                columns += factor(spread_of(grad), former)
+                columns += factor(now, former)
+            note.changes, note.sample = [], None
         self._ledger.samples_sums = self._is_suspect or is_due(step.number + 1)
         if names:
             owner = weakref.ref(optimizer)
@@ -73,16 +71,17 @@ class GhostGradients(Check):
         self._ledger.samples_sums = False
 
     def _judge(self, names: list[str], values: list[float], owner: Any) -> list[Failure]:
-        longer, changed = {}, []
+        longer: dict[str, float] = {}
+        changed: dict[str, None] = {}
         for name, share, rest, length in zip(
             names, values[::3], values[1::3], values[2::3], strict=True
         ):
             if not 0 < length < math.inf:
                 continue
             if not rest <= _EXACT * length:  # neither is a multiple of zero
-                changed.append(name)
+                changed[name] = None
             elif abs(share) > 1 + _OFF:
-                longer[name] = abs(share)
+                longer[name] = max(abs(share), longer.get(name, 0.0))
         failures = []
         if longer:
             cause, most = diagnosis.GRADIENT_LONGER, max(longer.values())

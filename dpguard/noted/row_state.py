@@ -124,10 +124,13 @@ class Clipped:
         blanked: somebody's gradient was not finite, and counts as zero.
         spent: an optimizer has taken it already.
         sample: some elements of the clipped sums as they were left, if they are to be compared.
+        changes: pairs of samples, as they were left and as they were when they were taken up.
+        touched: somebody has changed them in between.
     """
 
     __slots__ = (
-        "_grad", "_version", "batches", "blanked", "hooked", "rows", "sample", "spent", "unclipped"
+        "_grad", "_version", "batches", "blanked", "changes", "hooked", "rows", "sample", "spent",
+        "touched", "unclipped",
     )  # fmt: skip
 
     def __init__(self, grad: torch.Tensor | None, rows: tuple[int, ...] = ()) -> None:
@@ -138,6 +141,8 @@ class Clipped:
         self.blanked = False
         self.spent = False
         self.sample: torch.Tensor | None = None
+        self.changes: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.touched = False
         self.renew(grad)
 
     def renew(self, grad: torch.Tensor | None) -> None:
@@ -147,8 +152,20 @@ class Clipped:
 
     def sample_from(self, grad: torch.Tensor | None) -> None:
         """Keep some elements of ``grad``, if it is one that can be compared."""
+        self.sample = None
         if type(grad) is torch.Tensor and grad.layout is torch.strided and not grad.is_complex():
             self.sample = sample_of(grad.detach())
+
+    def take_up(self, grad: torch.Tensor) -> None:
+        """The sums go into a step, or a batch is added to them: are they as they were left?"""
+        self.touched = self.touched or not self.is_untouched(grad)
+        former = self.sample
+        if former is None:
+            return
+        self.sample_from(grad)
+        now = self.sample
+        if now is not None and now.shape == former.shape and now.device == former.device:
+            self.changes.append((former, now))
 
     @property
     def is_empty(self) -> bool:

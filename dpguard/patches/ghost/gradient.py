@@ -63,6 +63,9 @@ class Carried:
             self._held = []
         if not self._held:
             self._rows = {}
+        for _, grad, note in self._held:
+            note.take_up(grad)
+        self._notes = {id(held): note for held, _, note in self._held}
         self.unclipped.update(id(p) for p, _, note in self._held if note.unclipped)
         self.blanked.update(id(p) for p, _, note in self._held if note.blanked)
         self._longest = max(self._rows.values(), key=len, default=())
@@ -85,6 +88,10 @@ class Carried:
         One that was frozen took no part: its clipped sum of that batch is zero.
         """
         return self._rows.get(id(parameter), self._longest)
+
+    def earlier(self, parameter: torch.Tensor) -> Clipped | None:
+        """What is known of the sum of these batches."""
+        return self._notes.get(id(parameter))
 
     def set_aside(self) -> None:
         """Take them out of ``p.grad``."""

@@ -301,6 +301,9 @@ class GhostPairing(Pairing):
                 note.unclipped = id(parameter) in carried.unclipped or not clipped
                 note.blanked = id(parameter) in carried.blanked or id(parameter) in blanked
                 state = self.ledger.state(parameter)
+                earlier = carried.earlier(parameter)
+                if earlier is not None:
+                    note.changes, note.touched = earlier.changes, earlier.touched
                 state.clipped = note
                 if clipped and self.ledger.samples_sums and not self.scaled:
                     note.sample_from(parameter.grad)
