@@ -338,8 +338,8 @@ _DIAGNOSES = {
         "freeze the parameter with requires_grad_(False)",
     ),
     SHARDED: Diagnosis(
-        "the parameters are in pieces on several processes (FSDP); of their gradients, clipping "
-        "and noise nothing is looked at, only of the accounting",
+        "the parameters are in pieces on several processes (FSDP); only their accounting is looked "
+        "at, nothing of their gradients, clipping and noise",
         "nothing to do; where the audit matters, train with DistributedDataParallel or on one "
         "process",
         Severity.WARNING,

@@ -11,8 +11,10 @@ from torch.nn import functional as F
 
 import dpguard
 from dpguard import _compat
-from dpguard.audit.oracle import ORACLE, ROUGH_FIRST
+from dpguard.audit.oracle import ORACLE
 
+FIRST = 20
+"""So many steps are looked at where precision is low."""
 pytestmark = pytest.mark.skipif(_compat.nodes() is None, reason="this torch tells too little")
 
 
@@ -74,11 +76,11 @@ def train(mix, kind, steps):
 def test_people_who_meet(mix, kind):
     """With the oracle as it is by default: found within the first steps."""
     with dpguard.install(mode="observe") as guard:
-        train(MEET[mix], kind, ROUGH_FIRST + 2)
+        train(MEET[mix], kind, FIRST + 2)
         guard.flush()
     found = [v for v in guard.violations if v.check == ORACLE]
     assert found
-    assert all(v.step < ROUGH_FIRST for v in found)
+    assert all(v.step < FIRST for v in found)
 
 
 @pytest.mark.parametrize("kind", KINDS)

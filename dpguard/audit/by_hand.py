@@ -15,7 +15,7 @@ from typing import Any
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Failure, PerOwner, Step
-from dpguard.audit.histories import Seen, entry_of, steps_in
+from dpguard.audit.histories import Seen, steps_in
 from dpguard.identity import IdentityMap
 from dpguard.patching import living
 
@@ -129,7 +129,7 @@ class ByHand:
             elif is_sole and not self._is_hooked(accountant):
                 hand.note(sigma, step.rates)
                 if told:
-                    failures += self._compare(step, accountant, hand, taken.steps)
+                    failures += self._compare(step, hand, taken.steps)
                     hand.note(sigma, step.rates)
         taken.steps += 1
         taken.is_noised = taken.is_noised or sigma != 0
@@ -184,9 +184,11 @@ class ByHand:
         hand.has += added
         return added if added > 0 else None
 
-    def _compare(self, step: Step, accountant: Any, hand: _Hand, taken: int) -> list[Failure]:
+    def _compare(self, step: Step, hand: _Hand, taken: int) -> list[Failure]:
         """An accountant was told, after so many steps."""
-        sigma, rate, _ = entry_of(_compat.history_of(accountant)[-1])  # type: ignore[index]
+        if hand.seen.last is None:
+            return []
+        sigma, rate, _ = hand.seen.last
         step.run(STEPS, count=1)
         causes = []
         if math.isfinite(hand.sigma) and not math.isnan(sigma):

@@ -15,7 +15,7 @@ from typing import Any
 
 from dpguard import diagnosis
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
-from dpguard.audit.update import STATISTICS
+from dpguard.audit.update import STATISTICS, trained_by
 from dpguard.noted.inputs import Given
 from dpguard.noted.ledger import Ledger
 from dpguard.turns import Turns
@@ -63,8 +63,7 @@ class InputValues(Check):
         inputs = self._ledger.inputs
         if inputs is None or not inputs.has_news:
             return ()
-        mine = {id(p) for p in step.parameters}
-        given = inputs.take(lambda model: any(id(p) in mine for p in model.parameters()))
+        given = inputs.take(trained_by(step))
         if given:
             known = [(one.sums, one.delivered, one.mixture) for one in given]
             figures = [figure for some in known for figure in some if figure is not None]

@@ -34,11 +34,9 @@ import torch
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
-from dpguard.audit.oracle import CERTAIN, ORACLE, ROUGH_FIRST, TIMES, failure, is_rough
-from dpguard.identity import IdentitySet
+from dpguard.audit.oracle import CERTAIN, ORACLE, TIMES, Looks, failure
 from dpguard.noted.ledger import Ledger
 from dpguard.numerics.rounding import LAMBDA
-from dpguard.turns import Turns
 
 if TYPE_CHECKING:
     from dpguard.patches.oracle.norm_draws import NormDraw, Part
@@ -56,10 +54,7 @@ class NormOracle(Check):
 
     def __init__(self, ledger: Ledger, every: int) -> None:
         self._ledger = ledger
-        self._every = every
-        self._chosen = Turns()
-        self._rough = IdentitySet()
-        """Optimizers of which gradients were computed in low precision."""
+        self._looks = Looks(every)
 
     def begin(self, step: Step, optimizer: Any) -> Failures:
         """Send what was found since the last step to the host."""
@@ -67,15 +62,13 @@ class NormOracle(Check):
             return ()
         with torch.no_grad():
             for draw in self._ledger.norm_draws.take(step.parameters):
-                if any(map(is_rough, draw.kinds)):
-                    self._rough.add(optimizer)
+                self._looks.note(optimizer, draw.kinds)
                 self._compare(step, draw)
         return ()
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
         """Have a person drawn for the next step, if it is time."""
-        first = ROUGH_FIRST if optimizer in self._rough else 1
-        if self._chosen.has(step.number + 1, self._every, first):
+        if self._looks.has(optimizer, step.number + 1):
             self._ledger.norm_draws.arm(step.parameters, batches=step.physical)
         return ()
 

@@ -23,7 +23,7 @@ than in her share by the same factor as the rest.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,14 +44,14 @@ if TYPE_CHECKING:
     from dpguard.noted.conditioning import Moments
     from dpguard.patches.oracle.outputs import Draw, Outputs
 
-__all__ = ["CERTAIN", "ORACLE", "ROUGH_FIRST", "TIMES", "RowOracle", "failure", "is_rough"]
+__all__ = ["CERTAIN", "ORACLE", "TIMES", "Looks", "RowOracle", "failure"]
 
 ORACLE = "oracle.rows"
 CERTAIN = 1e-3
 """A row is certainly another's if it is wrong by this part of itself,"""
 TIMES = 16.0
 """and by so many times the bound."""
-ROUGH_FIRST = 20
+_FIRST = 20
 """So many of the first steps are looked at where precision is low: people who mix are told from
 rounding in one look of three to five then."""
 _CANCELS = 4.0
@@ -60,9 +60,26 @@ _ELSEWHERE = 3e-2
 """Her rows are in another place if they are, all together, as close to her share as that."""
 
 
-def is_rough(dtype: torch.dtype) -> bool:
-    """Whether numbers have less than single precision."""
-    return dtype.itemsize < torch.float32.itemsize
+class Looks:
+    """In which steps of an optimizer an oracle is asked.
+
+    Args:
+        every: one of so many, besides the first.
+    """
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._chosen = Turns()
+        self._rough = IdentitySet()
+
+    def note(self, optimizer: Any, kinds: Iterable[torch.dtype]) -> None:
+        """These precisions were met: where one is low, more of the first steps are looked at."""
+        if any(kind.itemsize < torch.float32.itemsize for kind in kinds):
+            self._rough.add(optimizer)
+
+    def has(self, optimizer: Any, number: int) -> bool:
+        """Whether the step ``number``, counted from 0, is one of them."""
+        return self._chosen.has(number, self._every, _FIRST if optimizer in self._rough else 1)
 
 
 class RowOracle(Check):
@@ -79,10 +96,7 @@ class RowOracle(Check):
     def __init__(self, ledger: Ledger, outputs: Outputs, every: int) -> None:
         self._ledger = ledger
         self._outputs = outputs
-        self._every = every
-        self._chosen = Turns()
-        self._rough = IdentitySet()
-        """Optimizers of which rows were computed in low precision."""
+        self._looks = Looks(every)
 
     def before_clip(self, step: Step, optimizer: Any) -> Failures:
         """Rows that our code does not clip are looked at before anybody changes them."""
@@ -98,8 +112,7 @@ class RowOracle(Check):
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
         """Have a person drawn for the next step, if it is time."""
-        first = ROUGH_FIRST if optimizer in self._rough else 1
-        if self._chosen.has(step.number + 1, self._every, first):
+        if self._looks.has(optimizer, step.number + 1):
             self._outputs.arm(step.parameters, batches=step.physical)
         return ()
 
@@ -114,8 +127,7 @@ class RowOracle(Check):
             if rows is not None:
                 with torch.no_grad():
                     compared = self._compared(step, draw, rows)
-                    if any(is_rough(found.dtype) for found in compared):
-                        self._rough.add(optimizer)
+                    self._looks.note(optimizer, (found.dtype for found in compared))
                     if compared:
                         figures = _figures(compared, draw, norms)
                         step.run(ORACLE, count=len(compared))

@@ -16,11 +16,13 @@ class Sharded(Check):
     """Says of each optimizer of such parameters, once, that only its accounting is looked at."""
 
     def __init__(self) -> None:
-        self._said = IdentitySet()
+        self._seen = IdentitySet()
 
     def begin(self, step: Step, optimizer: Any) -> Failures:
         """A physical batch has come."""
-        if optimizer in self._said or not any(map(_compat.is_sharded, step.parameters)):
+        if optimizer in self._seen:
             return ()
-        self._said.add(optimizer)
+        self._seen.add(optimizer)
+        if not any(map(_compat.is_sharded, step.parameters)):
+            return ()
         return [Failure(PRESENT, diagnosis.SHARDED, only_said=True)]

@@ -31,7 +31,7 @@ from dpguard.noted.row_state import ParameterState, awaits_its_step, sample_of
 from dpguard.numerics.rows import Clipping
 from dpguard.turns import Turns
 
-__all__ = ["BUFFERS", "MOVES", "OWNED", "PRIVATE", "STATISTICS", "Update"]
+__all__ = ["BUFFERS", "MOVES", "OWNED", "PRIVATE", "STATISTICS", "Update", "trained_by"]
 
 PRIVATE = "update.private"
 MOVES = "update.moves"
@@ -204,7 +204,7 @@ class Update(Check):
         if batches.normalised:
             failures += self._statistics(step)
         if batches.renormalised:
-            found = batches.renormalised.take(_trained_by(step))
+            found = batches.renormalised.take(trained_by(step))
             failures += self._once(optimizer, PRIVATE, diagnosis.RENORMALISED, found)
         if batches.buffers or batches.compared:
             failures += self._buffers(step, optimizer)
@@ -227,11 +227,11 @@ class Update(Check):
 
     def _statistics(self, step: Step) -> list[Failure]:
         # Taken, so that a model that was put right may train on.
-        found = self._ledger.batches.normalised.take(_trained_by(step))
+        found = self._ledger.batches.normalised.take(trained_by(step))
         return [Failure(STATISTICS, diagnosis.BATCH_STATISTICS, modules=found)] if found else []
 
     def _buffers(self, step: Step, optimizer: Any) -> list[Failure]:
-        batches, mine = self._ledger.batches, _trained_by(step)
+        batches, mine = self._ledger.batches, trained_by(step)
         for names, moved in batches.compared.take(mine):
             receive = functools.partial(self._moved, weakref.ref(optimizer), names)
             step.collect((BUFFERS,), moved, receive)
@@ -316,7 +316,7 @@ class Update(Check):
         step.collect((MOVES,), moved, receive)
 
 
-def _trained_by(step: Step) -> Callable[[torch.nn.Module], bool]:
+def trained_by(step: Step) -> Callable[[torch.nn.Module], bool]:
     """Whether the optimizer trains parameters of a model."""
     mine = {id(p) for p in step.parameters}
     return lambda model: any(id(p) in mine for p in model.parameters())

@@ -58,7 +58,7 @@ class Inputs(Part):
     """
 
     def __init__(self, report: Callable[[str, Exception], None]) -> None:
-        super().__init__("inputs", report)
+        super().__init__("inputs", report, self.rest)
         self.wanted = True
         self._given: dict[tuple[int, str], list[Given]] = {}
         self._delivered: torch.Tensor | None = None

@@ -9,7 +9,9 @@ __all__ = ["Sample", "centring"]
 _FEATURES = 4096
 """As many elements of a person are looked at one by one, evenly spread."""
 _PEOPLE = 512
+"""Mixtures of more people are not looked for: that takes time in proportion to their cube."""
 _SPARE = 32
+"""So many elements more than twice the people."""
 
 
 @torch.no_grad()

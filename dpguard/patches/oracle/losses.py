@@ -414,7 +414,7 @@ class _Examination:
         for node, arrived in means[:_DECISIONS_AT_MOST]:
             target, given = node._saved_target, node._saved_weight
             left_out = target == node._saved_ignore_index
-            differ = weights
+            differ = torch.zeros_like(weights)
             if given is not None:
                 chosen = given[target.clamp(0, len(given) - 1)].double()
                 most = chosen.masked_fill(left_out, -math.inf).amax()
