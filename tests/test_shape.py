@@ -28,7 +28,20 @@ def cut_off(like):
     return torch.where(drawn.abs() > 2, torch.randn_like(like).clamp(-2, 2), drawn)
 
 
-@pytest.mark.parametrize(("draw", "within"), [(of_one_sign, 60), (uniform, 160)])
+def redrawn(like):
+    """What would be beyond three standard deviations is drawn anew, and all is scaled for that."""
+    drawn = torch.randn_like(like)
+    while (beyond := drawn.abs() > 3).any():
+        drawn = torch.where(beyond, torch.randn_like(like), drawn)
+    return drawn / 0.98658
+
+
+def laplace(like):
+    signs = torch.randint_like(like, 2) * 2 - 1
+    return signs * torch.empty_like(like).exponential_() * 0.5**0.5
+
+
+@pytest.mark.parametrize(("draw", "within"), [(of_one_sign, 60), (uniform, 160), (redrawn, 160)])
 @pytest.mark.parametrize("mode", ["repair", "strict"])
 def test_noise_of_another_shape_is_refused(mode, draw, within):
     """Its norms are those of Gaussian noise."""
@@ -70,6 +83,31 @@ def test_noise_that_is_replaced_later_is_found(before):
     assert not any(shape.take(torch.randn_like(step).tolist(), 1.0) for _ in range(before // 40))
     within = (before + 1000) // 40
     assert any(shape.take(uniform(step).tolist(), 1.0) for _ in range(within))
+
+
+def test_values_in_between_count():
+    """A million that are within four standard deviations, or one that is far beyond all."""
+    assert not Shape().take([-4.8, 4.7], 1.0, 999_998)
+    assert Shape().take([-3.9, 4.0], 1.0, 999_998)
+    assert Shape().take([-4.8, 12.0], 1.0, 999_998)
+
+
+def test_laplace_noise_is_too_large():
+    """As many of its values as a model of some size has."""
+    torch.manual_seed(3)
+    drawn = laplace(torch.empty(1_000_000))
+    assert float(drawn.square().mean()) == pytest.approx(1.0, rel=0.02)
+    assert Shape().take(drawn[:100].tolist() + [float(v) for v in torch.aminmax(drawn)], 1.0, 10**6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_false_alarm_of_extremes(seed):
+    """Of what torch's generator makes, which has few values beyond five standard deviations."""
+    generator, shape = torch.Generator().manual_seed(seed), Shape()
+    for _ in range(100):
+        drawn = torch.normal(0, 0.3, (1_000_000,), generator=generator)
+        extremes = [float(value) for value in torch.aminmax(drawn)]
+        assert not shape.take(extremes, 0.3, drawn.numel() - 2)
 
 
 @pytest.mark.parametrize("values", [[float("nan")] * 5, [float("inf")], []])

@@ -37,6 +37,8 @@ _FEW = 4
 VALUES_EVERY = 8
 """Otherwise they are sent in two steps on end of so many."""
 _SAMPLED = 8
+_LONG = 64
+"""Of the longest tensor the extremes are sent as well, if it has as many elements."""
 VALUES = 8
 _ENOUGH = 32
 """The noise of tensors that are smaller is drawn in another way, so seeds do not show on them."""
@@ -63,6 +65,7 @@ class Group:
         parts: slices of them whose differences are in memory at the same time.
         sampled: of which of them first values are sent.
         often: whether these are sent in each step.
+        longest: of which one the extremes are sent in the same steps, if it is long enough.
         due: in how many steps they are sent again; one less than 0 in the second step on end.
         along: what there is in noise of somebody's own along the clipped sum, and along the
             gradient of the batch.
@@ -76,6 +79,7 @@ class Group:
     parts: list[slice]
     sampled: list[int]
     often: bool
+    longest: int | None
     test: NoiseTest
     shape: Shape = field(default_factory=Shape)
     grain: Grain = field(default_factory=Grain)
@@ -98,8 +102,10 @@ class Group:
         half_eps = _compat.unit_roundoff(kind[0])
         known = None if former is None else former.test
         test = NoiseTest(sizes, half_eps, sampled, by_values=often, former=known)
-        dtype = torch.promote_types(kind[0], torch.float32)
-        made = cls(dtype, kind[0], indices, shapes, sizes, _parts(sizes), sampled, often, test)
+        dtype, parts = torch.promote_types(kind[0], torch.float32), _parts(sizes)
+        longest = max(range(len(sizes)), key=sizes.__getitem__)
+        long = longest if sizes[longest] >= _LONG else None
+        made = cls(dtype, kind[0], indices, shapes, sizes, parts, sampled, often, long, test)
         if former is not None:
             made.shape, made.along, made.grain = former.shape, former.along, former.grain
         return made
@@ -112,6 +118,7 @@ class Drawn:
         kinds: for each parameter its precision and device.
         norms: for each parameter.
         values: first values of some parameters, by their places.
+        extremes: smallest and largest value of some, likewise.
     """
 
     def __init__(self, groups: Iterable[Group]) -> None:
@@ -119,12 +126,12 @@ class Drawn:
         self._known: dict[Kind, Kind] = {}
         self.norms: list[torch.Tensor] = []
         self.values: dict[int, torch.Tensor] = {}
+        self.extremes: dict[int, tuple[torch.Tensor, ...]] = {}
+        rich = [group for group in groups if group.indices and group.is_rich]
         self._wanted = {
-            group.indices[k]: min(VALUES, group.sizes[k])
-            for group in groups
-            if group.indices and group.is_rich
-            for k in group.sampled
+            group.indices[k]: min(VALUES, group.sizes[k]) for group in rich for k in group.sampled
         }
+        self._longest = [group.indices[g] for group in rich if (g := group.longest) is not None]
 
     def take(self, noises: list[torch.Tensor]) -> None:
         """Measure the noise of the next parameters."""
@@ -140,6 +147,9 @@ class Drawn:
             if 0 <= i - start < len(noises):
                 noise = noises[i - start]  # of another size if layers were frozen since
                 self.values[i] = noise.as_strided((min(count, noise.numel()),), (1,)).clone()
+        for i in self._longest:
+            if 0 <= i - start < len(noises) and noises[i - start].numel():
+                self.extremes[i] = tuple(torch.aminmax(noises[i - start]))
 
 
 def _spread(sizes: Sequence[int], *, often: bool) -> list[int]:
@@ -177,10 +187,11 @@ def tensors_of(
 
 def differences(
     group: Group, noised: list[torch.Tensor], before: list[torch.Tensor], *, rich: bool
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The norms of what was added, and first values of some of it."""
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """The norms of what was added, first values of some of it, and the extremes of the longest."""
     norms: list[torch.Tensor] = []
     samples: list[torch.Tensor] = []
+    extremes: list[torch.Tensor] = []
     for part in group.parts:
         added = torch._foreach_sub(noised[part], before[part])
         norms += norms_of(added)
@@ -189,7 +200,9 @@ def differences(
                 if part.start <= k < part.stop:
                     count = min(VALUES, group.sizes[k])
                     samples.append(added[k - part.start].as_strided((count,), (1,)).clone())
-    return norms, samples
+            if group.longest is not None and part.start <= group.longest < part.stop:
+                extremes += torch.aminmax(added[group.longest - part.start])
+    return norms, samples, extremes
 
 
 def norms_of(tensors: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> list[torch.Tensor]:

@@ -274,15 +274,19 @@ class Noise(Check):
         names, (grads, sums, raw, drawn), (std, bound, mark) = state.names, tensors, declared
         silent, rich = isinstance(std, float) and not std, group.is_rich
         bare: list[torch.Tensor] = []
+        extremes: Sequence[torch.Tensor] = ()
         if drawn is None:
             noised, before = added.tensors_of(group, grads, sums)
-            scalars, samples = added.differences(group, noised, before, rich=rich and not silent)
+            rich = rich and not silent
+            scalars, samples, extremes = added.differences(group, noised, before, rich=rich)
             if state.others and not silent:
                 bare = [n for pair in zip(noised, before, strict=True) for n in added.bare(*pair)]
                 bare += added.along(noised, before, [raw[i] for i in group.indices])
         else:
             scalars = [drawn.norms[i] for i in group.indices]
             samples = [drawn.values[group.indices[k]] for k in group.sampled] if rich else []
+            if rich and group.longest is not None:
+                extremes = drawn.extremes[group.indices[group.longest]]
         if silent:
             step.collect((SCALE,), scalars, functools.partial(_silent, group, names))
             return
@@ -296,10 +300,11 @@ class Noise(Check):
         if isinstance(std, torch.Tensor):
             scalars.append(std.detach().to(group.dtype, copy=True))
             std = None
-        scalars += bare
+        scalars += [*bare, *extremes]
         same = all(sums[i].dtype is group.noised is group.dtype for i in group.indices)
+        counts = len(bare), len(extremes)
         receive = functools.partial(
-            _received, group, names, std, bound, counts=len(bare), is_fine=same
+            _received, group, names, std, bound, counts=counts, is_fine=same
         )
         step.collect(self.names, [*scalars, *samples], receive)
 
@@ -320,7 +325,7 @@ def _received(
     bound: float | None,
     values: list[float],
     *,
-    counts: int,
+    counts: tuple[int, int],
     is_fine: bool,
 ) -> list[Failure]:
     """What the figures of one step say.
@@ -332,14 +337,15 @@ def _received(
         bound: of the norm of the sums, if there is one.
         values: the figures.
         counts: how many numbers there are of elements and lines in which nothing was added, and of
-            what was added along the clipped sum and the gradient.
+            what was added along the clipped sum and the gradient; and how many extremes.
         is_fine: whether the sums are in single or double precision, before as after.
     """
     count = len(group.sizes)
     norms, mark, rest = values[:count], values[count], values[count + 1 :]
     if std is None:
         std, rest = rest[0], rest[1:]
-    bare, rest = rest[:counts], rest[counts:]
+    bare, rest = rest[: counts[0]], rest[counts[0] :]
+    extremes, rest = rest[: counts[1]], rest[counts[1] :]
     bare, along = bare[: -added.ALONG], bare[-added.ALONG :]
     size = math.sqrt(sum(map(mul, norms, norms)))
     noised = mark if bound is None else bound + size
@@ -378,9 +384,15 @@ def _received(
     if exact and shares:
         most = max(shares.values())
         return [Failure(SCALE, diagnosis.NOISE_IN_PART, tuple(shares), figure=most, bound=_BARE)]
-    if exact and group.shape.take(itertools.chain(*samples), std):
-        who = tuple(names[group.indices[k]] for k in group.sampled)
-        return [Failure(SCALE, diagnosis.NOISE_SCALE, who)]
+    if exact and (samples or extremes):
+        seen = dict(zip(group.sampled, samples, strict=True))
+        between = 0
+        if extremes and group.longest is not None:
+            seen[group.longest] = extremes
+            between = group.sizes[group.longest] - len(extremes)
+        if group.shape.take(itertools.chain(*seen.values()), std, between):
+            who = tuple(names[group.indices[k]] for k in sorted(seen))
+            return [Failure(SCALE, diagnosis.NOISE_SCALE, who)]
     return []
 
 

@@ -1,14 +1,19 @@
-"""Shape: among values of noise that has the right size, some are large.
+"""Shape: among values of noise that has the right size, some are large, and none is too large.
 
 The size of noise is tested by norms, which noise of another distribution may have: uniform noise,
-noise that is cut off. (That its mean is zero is tested in :mod:`dpguard.audit.gaussian`.) Of the
-first values of some parameters, divided by the standard deviation that is due, the largest is kept
-over the run: that none of ``n`` exceeds ``m`` has the probability ``erf(m / 2**.5)**n``.
+noise that is cut off, Laplace noise. (That its mean is zero is tested in
+:mod:`dpguard.audit.gaussian`.) Of the first values of some parameters and all of the longest one,
+divided by the standard deviation that is due, the largest is kept over the run: that none of ``n``
+exceeds ``m`` has the probability ``erf(m / 2**.5)**n``, and that one does at most
+``n * erfc(m / 2**.5)``.
 
 It is looked at each time; that this is below ``CHANCE / n**2`` at any time of a run has a
 probability of less than twice ``CHANCE``, up to a factor that does not matter. One large value of a
 noise that was replaced later would hide it for long, so the same is asked of the values since some
 time, anew whenever there are twice as many: of one run, some tens of times.
+
+A generator that makes Gaussian values of uniform ones of 24 bits, as torch does, has none beyond
+``(2 * log(2**24))**.5 = 5.8`` (that of Box and Muller), so that five is large enough.
 """
 
 from __future__ import annotations
@@ -20,7 +25,9 @@ from dataclasses import dataclass, field
 __all__ = ["CHANCE", "Shape"]
 
 CHANCE = 1e-12
+_LARGE = 5.0
 _ANEW_FROM = 512
+_SAME = 1e-4
 
 
 @dataclass
@@ -31,13 +38,17 @@ class _Span:
     largest: float = 0.0
 
     def take(self, count: int, largest: float) -> bool:
-        """Take in values; whether all of them together are too small for Gaussian noise."""
+        """Take in values; whether all together are too small or too large for Gaussian noise."""
         self.count += count
         self.largest = max(self.largest, largest)
-        limit = -math.log(CHANCE) + 2 * math.log(self.count)
-        within = math.erf(self.largest / math.sqrt(2))
-        # Where it rounds to one, a value was so large that another check speaks of it.
-        return -self.count * math.log(within) > limit if 0 < within < 1 else not within
+        least = math.log(CHANCE) - 2 * math.log(self.count)
+        if self.largest < _LARGE:
+            return self.count * _log(math.erf(self.largest / math.sqrt(2))) < least
+        return math.log(self.count) + _log(math.erfc(self.largest / math.sqrt(2))) < least
+
+
+def _log(chance: float) -> float:
+    return math.log(chance) if chance else -math.inf
 
 
 @dataclass
@@ -47,16 +58,28 @@ class Shape:
     _all: _Span = field(default_factory=_Span)
     _late: _Span = field(default_factory=_Span)
     _anew_at: int = _ANEW_FROM
+    _former: float = math.nan
+    """The largest value of the step before."""
 
-    def take(self, values: Iterable[float], std: float) -> bool:
-        """Take in values of one step; whether they are too small for Gaussian noise."""
+    def take(self, values: Iterable[float], std: float, between: int = 0) -> bool:
+        """Take in values of one step; whether they are too small, or too large, for Gaussian noise.
+
+        Args:
+            values: of the noise.
+            std: the standard deviation that is due.
+            between: number of further values that lie between the smallest and the largest one.
+        """
         scaled = [value / std for value in values]
         if not scaled or not all(map(math.isfinite, scaled)):
             return False
         if self._all.count >= self._anew_at:
             self._late, self._anew_at = _Span(), 2 * self._anew_at
         largest = max(map(abs, scaled))
-        wrong = [span.take(len(scaled), largest) for span in (self._all, self._late)]
+        former, self._former = self._former, largest
+        if between and math.isclose(largest, former, rel_tol=_SAME):
+            return False  # noise that stays says nothing new, and is another fault
+        count = len(scaled) + between
+        wrong = [span.take(count, largest) for span in (self._all, self._late)]
         if any(wrong):
             self._all, self._late, self._anew_at = _Span(), _Span(), _ANEW_FROM
         return any(wrong)
