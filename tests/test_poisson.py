@@ -101,6 +101,29 @@ class SomebodyEverySecondTime(UniformWithReplacementSampler):
             yield [*others, 17] if self.turn else others
 
 
+class CutOff(UniformWithReplacementSampler):
+    def __iter__(self):
+        for batch in super().__iter__():
+            kept = torch.randperm(len(batch))[:BATCH].tolist()
+            yield [batch[place] for place in kept]
+
+
+class OneHalfAfterTheOther(UniformWithReplacementSampler):
+    def __iter__(self):
+        for number in range(self.steps):
+            drawn = torch.rand(self.num_samples) < 2 * self.sample_rate
+            drawn[number % 2 :: 2] = False
+            yield drawn.nonzero().flatten().tolist()
+
+
+class EachThirdInTurn(UniformWithReplacementSampler):
+    def __iter__(self):
+        for number in range(self.steps):
+            drawn = torch.rand(self.num_samples) < 3 * self.sample_rate
+            drawn &= torch.arange(self.num_samples) % 3 == number % 3
+            yield drawn.nonzero().flatten().tolist()
+
+
 FAULTS = {
     SomeTwice: (ROWS, diagnosis.DRAWN_TWICE, 1),
     ThreeTimesAsMany: (RATE, diagnosis.DRAWN_TOO_MANY, 1),
@@ -111,6 +134,9 @@ FAULTS = {
     SomeMoreOften: (SAMPLING, diagnosis.DRAWN_DEPENDENTLY, 60),
     HalfOfThemMoreOften: (SAMPLING, diagnosis.DRAWN_DEPENDENTLY, 80),
     SomebodyEverySecondTime: (SAMPLING, diagnosis.DRAWN_DEPENDENTLY, 150),
+    CutOff: (SAMPLING, diagnosis.DRAWN_DEPENDENTLY, 120),
+    OneHalfAfterTheOther: (SAMPLING, diagnosis.DRAWN_DEPENDENTLY, 80),
+    EachThirdInTurn: (SAMPLING, diagnosis.DRAWN_DEPENDENTLY, 60),
     TheSameEachEpoch: (BATCHES, diagnosis.BATCH_DRAWN_AGAIN, PEOPLE // BATCH + 2),
 }
 
@@ -196,6 +222,15 @@ def test_people_who_are_drawn_less_often(kind):
     for number in range(3000):
         batch = (torch.rand(512, generator=generator) < rates).nonzero().flatten()
         assert state.draw(batch, 512, 1 / 16, number // 16).causes == {}
+
+
+def test_halves_that_take_turns_at_the_declared_rate():
+    """Each person is drawn in every second batch at most: that is less than what is accounted."""
+    generator, state = torch.Generator().manual_seed(1), Rate()
+    for number in range(3000):
+        drawn = torch.rand(512, generator=generator) < 1 / 16
+        drawn[number % 2 :: 2] = False
+        assert state.draw(drawn.nonzero().flatten(), 512, 1 / 16, number // 16).causes == {}
 
 
 def test_people_that_nobody_has_counted():

@@ -384,16 +384,25 @@ def _received(
     if exact and shares:
         most = max(shares.values())
         return [Failure(SCALE, diagnosis.NOISE_IN_PART, tuple(shares), figure=most, bound=_BARE)]
-    if exact and (samples or extremes):
-        seen = dict(zip(group.sampled, samples, strict=True))
-        between = 0
-        if extremes and group.longest is not None:
-            seen[group.longest] = extremes
-            between = group.sizes[group.longest] - len(extremes)
-        if group.shape.take(itertools.chain(*seen.values()), std, between):
-            who = tuple(names[group.indices[k]] for k in sorted(seen))
-            return [Failure(SCALE, diagnosis.NOISE_SCALE, who)]
-    return []
+    return _misshapen(group, names, std, samples, extremes) if exact and samples else []
+
+
+def _misshapen(
+    group: Group,
+    names: tuple[str, ...],
+    std: float,
+    samples: list[list[float]],
+    extremes: list[float],
+) -> list[Failure]:
+    """Whether values are too small or too large for Gaussian noise."""
+    seen, between = dict(zip(group.sampled, samples, strict=True)), 0
+    if extremes and group.longest is not None:
+        seen[group.longest] = extremes
+        between = group.sizes[group.longest] - len(extremes)
+    if not group.shape.take(itertools.chain(*seen.values()), std, between):
+        return []
+    who = tuple(names[group.indices[k]] for k in sorted(seen))
+    return [Failure(SCALE, diagnosis.NOISE_SCALE, who)]
 
 
 def _silent(group: Group, names: tuple[str, ...], norms: list[float]) -> list[Failure]:

@@ -8,9 +8,11 @@ wins nothing either. Bets are made on what other ways to draw have in common:
 * none of those comes that the pass over the data has had (batches of shuffled data): of the ways to
   choose ``k`` of ``n`` people, those without ``s`` of them;
 * the batch is as large as the one before (batches of one size), at the odds of the population and
-  the rate, at most ``q``, that make that most probable;
+  the rate, at most ``q``, that make that most probable; likewise that it is as large as the
+  largest one so far (batches that are cut off at a size);
 * those come again that were in each of the last few batches (somebody who always takes part);
-* twice as many of the last batch come again as expected (some are drawn more often than others);
+* twice as many of the last batch come again as expected (some are drawn more often than others),
+  or of the second, third or fourth last one (batches that take turns with parts of the data);
 * who was drawn more often than others so far will be, see :mod:`dpguard.noted.frequency`.
 
 By Ville's inequality a capital that is multiplied by fair odds ever reaches ``1 / alpha`` with a
@@ -23,14 +25,19 @@ over the probability that a batch is not empty, which is taken off.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Collection, Sequence
 
 from dpguard.noted.frequency import Frequencies
 from dpguard.noted.log_sums import log_sum
 
 __all__ = ["Independence"]
 
-_BETS = 6
+_LAGS = 4
+"""So many of the last batches are remembered."""
+_STAKES = (0.5, 0.1)
+"""Parts of a capital that are bet on the size of the largest batch."""
+_BETS = 11
 
 
 class Independence:
@@ -43,7 +50,8 @@ class Independence:
         self._pass: int | None = None
         self._seen = bytearray()
         self._count_seen = 0
-        self._last: set[int] | None = None
+        self._last: deque[set[int]] = deque(maxlen=_LAGS)
+        self._largest = 0
         self._steady: set[int] = set()
         self._batches = 0
         self._frequencies = Frequencies(0, 0.0)
@@ -59,9 +67,10 @@ class Independence:
         if in_pass != self._pass:
             self._pass = in_pass
             self._seen, self._count_seen = bytearray(), 0
-            self._last, self._steady = None, set()
+            self._last.clear()
+            self._steady = set()
         if self._frequencies.declared != (count, rate):
-            self._frequencies = Frequencies(count, rate)
+            self._frequencies, self._largest = Frequencies(count, rate), 0
         odds = (*self._odds(people, count, rate), *self._frequencies.take(people))
         self._remember(people)
         self._batches += 1
@@ -75,21 +84,27 @@ class Independence:
 
     def _odds(self, people: set[int], count: int, rate: float) -> tuple[float, ...]:
         """Logarithms of what each bet pays for one."""
-        if self._last is None:
-            return (0.0,) * 4
-        seen, size = self._seen, len(self._last)
+        capped = [
+            _staked(len(people) == self._largest, _log_of_size(self._largest, rate), stake)
+            for stake in (_STAKES if self._largest else ())
+        ] or [0.0] * len(_STAKES)
+        again = [_twice(people, former, rate) for former in self._last]
+        again += [0.0] * (_LAGS - len(again))
+        if not self._last:
+            return (0.0, 0.0, 0.0, *again, *capped)
+        seen, size = self._seen, len(self._last[0])
         none_again = not any(person < len(seen) and seen[person] for person in people)
-        again = len(people & self._last)
-        more = min(2 * rate, (1 + rate) / 2)
         return (
-            _half(none_again, _log_apart(len(people), self._count_seen, count)),
-            _half(len(people) == size, _log_of_size(size, rate)),
-            _half(self._steady <= people, len(self._steady) * math.log(rate)),
-            again * math.log(more / rate) + (size - again) * math.log((1 - more) / (1 - rate)),
+            _staked(none_again, _log_apart(len(people), self._count_seen, count)),
+            _staked(len(people) == size, _log_of_size(size, rate)),
+            _staked(self._steady <= people, len(self._steady) * math.log(rate)),
+            *again,
+            *capped,
         )
 
     def _remember(self, people: set[int]) -> None:
-        self._last = people
+        self._last.appendleft(people)
+        self._largest = max(self._largest, len(people))
         self._steady = (self._steady & people) or people
         most = max(people, default=-1)
         if most >= len(self._seen):
@@ -99,9 +114,17 @@ class Independence:
             self._seen[person] = 1
 
 
-def _half(won: bool, log_chance: float) -> float:
-    """What half of a capital that is put on an event pays, with the half that is kept."""
-    return math.log(0.5) + (log_sum((0.0, -log_chance)) if won else 0.0)
+def _staked(won: bool, log_chance: float, stake: float = 0.5) -> float:
+    """What a part of a capital that is put on an event pays, with the part that is kept."""
+    kept, bet = math.log1p(-stake), math.log(stake)
+    return log_sum((kept, bet - log_chance)) if won else kept
+
+
+def _twice(people: set[int], former: Collection[int], rate: float) -> float:
+    """What a bet pays that those of a former batch are drawn at twice the rate."""
+    again, more = len(people.intersection(former)), min(2 * rate, (1 + rate) / 2)
+    missed = len(former) - again
+    return again * math.log(more / rate) + missed * math.log((1 - more) / (1 - rate))
 
 
 def _log_apart(size: int, named: int, count: int) -> float:
