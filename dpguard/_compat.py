@@ -1076,6 +1076,25 @@ def is_distributed() -> bool:
     return group is not None and int(group.get_world_size()) > 1
 
 
+def store_of_group() -> Any:
+    """Where the processes of a group leave what the others are to know, if there are several."""
+    if not is_distributed():
+        return None
+    return _torch().distributed.distributed_c10d._get_default_store()
+
+
+def place_in_group() -> tuple[int, int]:
+    """The rank of this process, and how many there are."""
+    group = _group()
+    return (int(group.get_rank()), int(group.get_world_size())) if group is not None else (0, 1)
+
+
+def sums_over_ranks(optimizer: Any) -> bool:
+    """Whether clipped sums of all processes of a group are added, and the noise of the first."""
+    cls: Any = type(optimizer)
+    return _noise_of(cls)[1]
+
+
 def reducer_class() -> type[Any]:
     """What averages ``p.grad`` over the processes of a group during the backward.
 

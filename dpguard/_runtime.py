@@ -32,6 +32,7 @@ from dpguard.audit.norm_oracle import NormOracle
 from dpguard.audit.oracle import RowOracle
 from dpguard.audit.passes import PassValues
 from dpguard.audit.people import People, rows_at_hand
+from dpguard.audit.ranks import Ranks
 from dpguard.audit.rows import RowValues
 from dpguard.audit.scaling import Scaling
 from dpguard.audit.sharded import Sharded
@@ -144,6 +145,7 @@ class Runtime:
         checks: list[Check] = [
             Sharded(),
             self._people,
+            Ranks(self._deliveries),
             RowValues(self.ledger),
             PassValues(self.ledger),
             Untouched(),

@@ -156,6 +156,8 @@ BATCH_REUSED = "batch_reused"
 BATCH_DRAWN_AGAIN = "batch_drawn_again"
 RECORDS_REPEATED = "records_repeated"
 DRAWN_TWICE = "drawn_twice"
+RANKS_SHARE_PEOPLE = "ranks_share_people"
+RANKS_BOUNDS_DIFFER = "ranks_bounds_differ"
 DRAWN_TOO_MANY = "drawn_too_many"
 DRAWN_DEPENDENTLY = "drawn_dependently"
 BATCH_UNDELIVERED = "batch_undelivered"
@@ -1119,6 +1121,20 @@ _DIAGNOSES = {
         "the sampler has drawn somebody more than once into one batch, so that one person has "
         "several rows that are clipped apart",
         "draw with Opacus's samplers as they are",
+        Severity.CRITICAL,
+    ),
+    RANKS_SHARE_PEOPLE: Diagnosis(
+        "processes of a group have the same people in the same batch: each of them clips their "
+        "gradients, so that in the sum over the ranks one person counts several times",
+        "give each rank a part of the data by itself: let make_private() prepare the loader once "
+        "the model is wrapped for the group, or use DPDataLoader.from_data_loader(..., "
+        "distributed=True)",
+        Severity.CRITICAL,
+    ),
+    RANKS_BOUNDS_DIFFER: Diagnosis(
+        "a process of a group clips to more than rank 0, which makes the noise for all of them "
+        "(max_grad_norm, divided by expected_batch_size if the loss is a mean)",
+        "make the DP optimizer with the same max_grad_norm and expected_batch_size on each rank",
         Severity.CRITICAL,
     ),
     DRAWN_TOO_MANY: Diagnosis(

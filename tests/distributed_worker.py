@@ -23,8 +23,10 @@ import dpguard
 warnings.simplefilter("ignore")
 guard = dpguard.install(mode="repair")
 
+from digits import digits  # noqa: E402
 from opacus import GradSampleModule, PrivacyEngine  # noqa: E402
 from opacus.accountants import RDPAccountant  # noqa: E402
+from opacus.data_loader import DPDataLoader  # noqa: E402
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel  # noqa: E402
 from opacus.optimizers import DistributedDPOptimizer  # noqa: E402
 from opacus.optimizers import ddp_perlayeroptimizer as per_layer_module  # noqa: E402
@@ -275,6 +277,48 @@ def sharded():
     }
 
 
+def _loaded(*, distributed_loader=True, own_data=False, bound=1.0):
+    """Causes of what is refused in two passes over digits that a loader delivers."""
+    rank, before = distributed.get_rank(), len(guard.violations)
+    torch.manual_seed(rank)
+    images, labels = (t.flatten(1) if t.dim() > 1 else t for t in digits().tensors)
+    if own_data:
+        images, labels = (t[rank :: distributed.get_world_size()] for t in (images, labels))
+    data = torch.utils.data.TensorDataset(images, labels)
+    loader = DPDataLoader.from_data_loader(
+        torch.utils.data.DataLoader(data, batch_size=64), distributed=distributed_loader
+    )
+    model = GradSampleModule(DifferentiallyPrivateDistributedDataParallel(nn.Linear(64, 10)))
+    optimizer = DistributedDPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        noise_multiplier=1.0,
+        max_grad_norm=bound,
+        expected_batch_size=64,
+    )
+    accountant = RDPAccountant()
+    optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(loader.sample_rate))
+    try:
+        for x, y in (batch for _ in range(2) for batch in loader):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        guard.flush()
+    except dpguard.PrivacyViolation:
+        pass
+    return [v.cause for v in list(guard.violations)[before:]]
+
+
+def loaded():
+    """The same data on each rank, and what is right: parts of it, and data of their own."""
+    return {
+        "alike": _loaded(distributed_loader=False),
+        "parts": _loaded(),
+        "own": _loaded(distributed_loader=False, own_data=True),
+        "bounds": _loaded(bound=1.0 + distributed.get_rank()),
+        "lower": _loaded(bound=2.0 - distributed.get_rank()),
+    }
+
+
 def _refusal(step):
     try:
         step()
@@ -302,6 +346,7 @@ def _main():
     found = {scenario.__name__: scenario() for scenario in scenarios}
     found["violations"] = [v.cause for v in guard.violations]
     found["sharded"] = sharded()
+    found["loaded"] = loaded()
     found["internal"] = [str(error) for _, error in guard.internal_errors]
     Path(result).write_text(json.dumps(found))
     distributed.destroy_process_group()

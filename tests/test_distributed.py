@@ -179,6 +179,19 @@ def test_gradients_that_are_not_reduced_are_refused_where_they_have_no_noise(ran
     assert all("from a gradient without noise" in refused for refused in others)
 
 
+def test_ranks_are_compared(ranks):
+    """Who has the same people as another rank, or clips to more than the one that makes noise."""
+    several = len(ranks) > 1
+    for rank in seen(ranks, "loaded"):
+        assert rank == {
+            "alike": ["ranks_share_people"] * several,
+            "parts": [],
+            "own": [],
+            "bounds": ["ranks_bounds_differ"] * several,
+            "lower": [],
+        }
+
+
 def test_of_sharded_parameters_the_accounting_is_audited_and_the_rest_is_said(ranks):
     for rank in seen(ranks, "sharded"):
         assert rank == {"causes": ["sharded"], "accounted": 1, "off": []}

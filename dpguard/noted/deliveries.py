@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from dpguard.identity import IdentityMap, IdentitySet
+from dpguard.noted.places import Places
 from dpguard.noted.poisson import Drawn
 
 __all__ = ["DECLARED", "Deliveries", "Delivery", "Iteration", "Reader"]
@@ -50,14 +51,15 @@ class Iteration:
         parts: the indices of the logical batch at hand, if it is split.
         orderly: it goes through the data in order or shuffled.
         finished: whether it has delivered its last batch.
+        count: how many batches it has delivered.
         lag: how many batches are delivered ahead of the one that is used; ``None``: not known yet.
         sure: whether ``lag`` is more than a guess.
         said: whether it was said that batches of it were left out.
     """
 
     __slots__ = (
-        "counts", "dataset", "drawn", "fills", "finished", "lag", "logical", "number", "orderly",
-        "parts", "readers", "said", "sampler", "splitter", "sure",
+        "count", "counts", "dataset", "drawn", "fills", "finished", "lag", "logical", "number",
+        "orderly", "parts", "readers", "said", "sampler", "splitter", "sure",
     )  # fmt: skip
     _numbers = itertools.count()
 
@@ -84,6 +86,7 @@ class Iteration:
         self.parts: list[Any] = []
         self.orderly = orderly
         self.finished = False
+        self.count = 0
         self.lag: int | None = None
         self.sure = True
         self.said = False
@@ -105,11 +108,12 @@ class Delivery:
         met: whether a step had calls of it, by its memory.
         drawn: what is known of how it was drawn, if it was by Poisson sampling; of the last of
             several that were drawn as one.
+        indices: of its people, where they are wanted, until it is delivered.
     """
 
     __slots__ = (
-        "drawn", "iteration", "logical", "met", "people", "rate", "rows", "serial", "skip",
-        "tensors", "used",
+        "drawn", "indices", "iteration", "logical", "met", "people", "rate", "rows", "serial",
+        "skip", "tensors", "used",
     )  # fmt: skip
 
     def __init__(
@@ -124,6 +128,7 @@ class Delivery:
         self.logical = 0
         self.used = self.met = False
         self.drawn: Drawn | None = None
+        self.indices: Sequence[int] = ()
         self.tensors: Sequence[weakref.ref[torch.Tensor]] = ()
 
     def fits(self, rows: int) -> bool:
@@ -161,6 +166,7 @@ class Reader:
         last: the private batch that was used last.
         people: how many were delivered so far; infinite once that cannot be known.
         dataset: the data set of the loader that ``make_private`` returned for the optimizer.
+        places: the records that its first batches had, in a group of processes.
     """
 
     def __init__(self) -> None:
@@ -172,6 +178,7 @@ class Reader:
         self.last: Delivery | None = None
         self.people = 0.0
         self.dataset: Callable[[], Any] = lambda: None
+        self.places = Places()
 
     def add(self, delivery: Delivery) -> None:
         """A batch was delivered."""
@@ -231,7 +238,15 @@ class Deliveries:
             return
         self.serial += 1
         delivery.serial = self.serial
-        delivery.tensors = [weakref.ref(tensor) for tensor in _tensors(data, _DEPTH)]
+        tensors = _tensors(data, _DEPTH)
+        delivery.tensors = [weakref.ref(tensor) for tensor in tensors]
+        if delivery.indices:
+            batch = iteration.count if delivery.skip is None else delivery.logical
+            for reader in iteration.readers:
+                if reader.places.wants(iteration.number, batch):
+                    reader.places.note(iteration.number, batch, delivery.indices, tensors)
+            delivery.indices = ()
+        iteration.count += 1
         if len(self._recent) == _TENSORS_KEPT_OF:
             self._recent[0].tensors = ()
         self._recent.append(delivery)
@@ -277,6 +292,10 @@ class Deliveries:
     def delivered(self, reader: Reader) -> float:
         """How many people were delivered so far that may be used with this reader."""
         return reader.people + self.untied.people + self._of_others
+
+    def places(self, optimizer: Any) -> dict[int, dict[str, str]]:
+        """The records of the first batches of ``optimizer``, see :class:`Places`."""
+        return self.reader(optimizer).places.batches or self.untied.places.batches
 
     def declared(self, reader: Reader) -> list[Delivery]:
         """Declared batches that were not used yet."""

@@ -128,6 +128,9 @@ class LoadingPatch:
         drawn_by = iteration.sampler() if iteration.sampler is not None else None
         rate = None if drawn_by is None else float(drawn_by.sample_rate)
         delivery = iteration.drawn[number] = Delivery(iteration, people, rows, rate)
+        wanted = any(reader.places.is_open for reader in iteration.readers)
+        if people and wanted and _compat.is_distributed():
+            delivery.indices = list(_numbers(index))
         splitter = iteration.splitter() if iteration.splitter is not None else None
         if splitter is None:
             self._note(delivery, drawn_by, index, iterator._dataset)
@@ -186,6 +189,8 @@ class LoadingPatch:
         readers = [self._deliveries.reader(o) for o in {id(o): o for o in optimizers}.values()]
         if uniform is not None and not readers:
             readers = [self._deliveries.untied]
+        for reader in readers:
+            reader.places.begin(None if uniform is None else weakref.ref(uniform))
         return Iteration(
             readers,
             id(iterator._dataset),

@@ -1,0 +1,170 @@
+"""Ranks: what the processes of a group add up is bounded as rank 0 makes noise for it.
+
+Opacus's distributed optimizers sum what each rank has clipped, and rank 0 adds the noise for all of
+it. That is right if no rank clips to more than rank 0, and if each person is in the batch of one
+rank only. Both are settings of each process by itself: a loader that was not made for a group
+draws from the whole data set on each rank, so that somebody counts as often as there are ranks.
+
+In the first steps each rank leaves in the store of the group what it clips to and which records it
+has (:mod:`dpguard.noted.places`), and reads what rank 0 and the next rank have left. Nobody waits:
+what is not there is looked for in the next step. That a rank has taken the step before is known to
+all that have, so it is there one step later.
+
+The same record at the same place of the same logical batch on two ranks is one person, unless the
+ranks have data sets of their own: these would have to agree in :data:`_AGREED` records at least, in
+none of the others, and have as good as no record twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from dpguard import _compat, diagnosis
+from dpguard.audit.accounting import SAMPLING
+from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
+from dpguard.audit.clip import BOUND
+from dpguard.noted.deliveries import Deliveries
+
+__all__ = ["Ranks"]
+
+_STEPS = 8
+"""So many steps are compared."""
+_PATIENCE = 64
+_AGREED = 3
+_DISTINCT = 0.9
+_EXACT = 1e-6
+
+
+class Store(Protocol):
+    """What torch keeps for a group of processes."""
+
+    def set(self, key: str, value: str) -> None:
+        """Leave something."""
+
+    def add(self, key: str, amount: int) -> int:
+        """Add to a number, 0 at first, and return it."""
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether all these are there; does not wait."""
+
+    def get(self, key: str) -> bytes:
+        """What was left."""
+
+
+@dataclass
+class _State:
+    """What one optimizer has left and read.
+
+    Attributes:
+        store: of the group; ``None`` if nothing is compared.
+        prefix: of its keys.
+        rank: of this process.
+        others: ranks that it reads of.
+        bounds: what a person is clipped to here, in each step.
+        noted: how many records were left already, of each batch.
+        awaited: ranks and steps of which nothing was read yet.
+        records: of each of the others, as in :class:`dpguard.noted.places.Places`.
+    """
+
+    store: Store | None = None
+    prefix: str = ""
+    rank: int = 0
+    others: tuple[int, ...] = ()
+    bounds: dict[int, float | None] = field(default_factory=dict)
+    noted: dict[int, int] = field(default_factory=dict)
+    awaited: list[tuple[int, int]] = field(default_factory=list)
+    records: dict[int, dict[int, dict[str, str]]] = field(default_factory=dict)
+
+    def key(self, rank: int, step: int) -> str:
+        return f"{self.prefix}/{rank}/{step}"
+
+
+class Ranks(Check):
+    """Compares what the ranks of a group are set to and are given.
+
+    Args:
+        deliveries: know the records of this rank.
+    """
+
+    def __init__(self, deliveries: Deliveries) -> None:
+        self._deliveries = deliveries
+        self._states = PerOwner(self._join)
+
+    def _join(self, optimizer: Any) -> _State:
+        store = _compat.store_of_group() if _compat.sums_over_ranks(optimizer) else None
+        if store is None:
+            return _State()
+        rank, world = _compat.place_in_group()
+        named = [type(optimizer).__qualname__, [list(p.shape) for p in optimizer.params]]
+        prefix = f"dpguard/{hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]}"
+        prefix += f"/{store.add(f'{prefix}/{rank}', 1)}"  # of several that are alike
+        others = tuple({0, (rank + 1) % world} - {rank})
+        return _State(store, prefix, rank, others)
+
+    def begin(self, step: Step, optimizer: Any) -> Failures:
+        """A physical batch has come, the first one of a step."""
+        state = self._states.of(optimizer)
+        if state.store is None or step.physical > 1:
+            return ()
+        failures = self._read(state, state.store, optimizer)
+        if step.number < _STEPS:
+            self._leave(state, state.store, step, optimizer)
+        if failures or not state.awaited or step.number > _PATIENCE:
+            state.store = None  # once is enough
+        return failures
+
+    def _leave(self, state: _State, store: Store, step: Step, optimizer: Any) -> None:
+        """Leave what is known of this step for the other ranks."""
+        records = {}
+        for batch, known in self._deliveries.places(optimizer).items():
+            records[batch] = dict(list(known.items())[state.noted.get(batch, 0) :])
+            state.noted[batch] = len(known)
+        bound = _bound(optimizer)
+        left = json.dumps({"bound": bound, "records": records})
+        store.set(state.key(state.rank, step.number), left)
+        state.bounds[step.number] = bound
+        state.awaited += [(rank, step.number) for rank in state.others]
+
+    def _read(self, state: _State, store: Store, optimizer: Any) -> list[Failure]:
+        """What is wrong with what others have left since."""
+        awaited, state.awaited = state.awaited, []
+        failures = []
+        for rank, number in awaited:
+            key = state.key(rank, number)
+            if not store.check([key]):
+                state.awaited.append((rank, number))
+                continue
+            left = json.loads(store.get(key))
+            for batch, known in left["records"].items():
+                state.records.setdefault(rank, {}).setdefault(int(batch), {}).update(known)
+            bounds = {state.rank: state.bounds[number], rank: left["bound"]}
+            first, other = bounds.pop(0, None), *bounds.values()
+            if first is not None and other is not None and other > first * (1 + _EXACT):
+                failures.append(Failure(BOUND, diagnosis.RANKS_BOUNDS_DIFFER))
+        mine = self._deliveries.places(optimizer)
+        if any(_are_shared(mine, theirs) for theirs in state.records.values()):
+            failures.append(Failure(SAMPLING, diagnosis.RANKS_SHARE_PEOPLE))
+        return failures
+
+
+def _bound(optimizer: Any) -> float | None:
+    """By how much one person may move the sum of the ranks, if the host knows that."""
+    bound = _compat.plain_number(optimizer.max_grad_norm)
+    if optimizer.loss_reduction == "mean":
+        expected = _compat.plain_number(optimizer.expected_batch_size)
+        return bound / expected if bound is not None and expected else None
+    return bound
+
+
+def _are_shared(mine: dict[int, dict[str, str]], theirs: dict[int, dict[str, str]]) -> bool:
+    """Whether two ranks have had the same records in the same batches."""
+    pairs = [(mine[batch], theirs[batch]) for batch in mine.keys() & theirs.keys()]
+    places = [(one, other, place) for one, other in pairs for place in one.keys() & other.keys()]
+    if len(places) < _AGREED or any(one[place] != other[place] for one, other, place in places):
+        return False
+    records = [record for one, _ in pairs for record in one.items()]
+    distinct = len({print_ for _, print_ in records}) / len(set(records))
+    return distinct >= _DISTINCT

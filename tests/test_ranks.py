@@ -1,0 +1,159 @@
+"""Two ranks compare what they clip to and whom they have, through the store of their group.
+
+Here both are in one process; ``test_distributed.py`` has a group of processes.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from releases import needs_reshaping
+
+from dpguard import _compat, diagnosis
+from dpguard.audit.check import Step
+from dpguard.audit.ranks import Ranks
+from dpguard.noted.deliveries import Deliveries
+
+pytestmark = needs_reshaping
+PEOPLE, FEATURES = 20, 3
+
+
+class DistributedOptimizer:
+    """What is asked of one."""
+
+    loss_reduction = "mean"
+
+    def __init__(self, bound=1.0, expected=4):
+        self.max_grad_norm, self.expected_batch_size = bound, expected
+        self.params = [torch.nn.Parameter(torch.zeros(2))]
+
+
+class Rank:
+    def __init__(self, optimizer):
+        self.optimizer, self.deliveries = optimizer, Deliveries()
+        self.check = Ranks(self.deliveries)
+        self.number = 0
+
+    def deliver(self, batch, indices, data):
+        places = self.deliveries.reader(self.optimizer).places
+        places.note(0, batch, indices, [data[indices]])
+
+    def step(self):
+        step = Step(self.number, audited=True, optimizer="", physical=1)
+        self.number += 1
+        return [failure.cause for failure in self.check.begin(step, self.optimizer)]
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """Makes two ranks of optimizers, and takes a step on both, the second one first."""
+    store, at_hand = torch.distributed.HashStore(), [0]
+    monkeypatch.setattr(_compat, "store_of_group", lambda: store)
+    monkeypatch.setattr(_compat, "place_in_group", lambda: (at_hand[0], 2))
+
+    def make(*optimizers):
+        ranks = [Rank(optimizer) for optimizer in optimizers]
+
+        def step():
+            found = {}
+            for at_hand[0] in (1, 0):
+                found[at_hand[0]] = ranks[at_hand[0]].step()
+            return [found[0], found[1]]
+
+        return *ranks, step
+
+    return make
+
+
+def run(step, steps=80):
+    """What both ranks have found, and when first."""
+    first, found = None, (set(), set())
+    for number in range(steps):
+        causes = step()
+        for known, new in zip(found, causes, strict=True):
+            known.update(new)
+        first = number if first is None and any(causes) else first
+    return first, *found
+
+
+@pytest.mark.parametrize(
+    ("settings", "differ"),
+    [
+        ([(1.0, 4), (1.0, 4)], False),
+        ([(1.0, 4), (1.1, 4)], True),
+        ([(1.0, 4), (0.9, 4)], False),
+        ([(1.0, 4), (1.0, 3)], True),
+        ([(2.0, 8), (1.0, 4)], False),
+        ([(torch.tensor(1.0), 4), (torch.tensor(2.0), 4)], True),
+        ([(1.0, 4), (None, 4)], False),
+    ],
+)
+def test_bounds(group, settings, differ):
+    """What a person may add on a rank is what rank 0 makes noise for, or less."""
+    *_, step = group(*(DistributedOptimizer(*each) for each in settings))
+    first, *found = run(step)
+    assert found == [{diagnosis.RANKS_BOUNDS_DIFFER} if differ else set()] * 2
+    assert first == (1 if differ else None)
+
+
+def test_a_schedule_that_one_rank_does_not_follow(group):
+    """The steps that are compared are the same ones."""
+    *_, step = group(*(optimizers := [DistributedOptimizer(), DistributedOptimizer()]))
+    for number in range(3):
+        for optimizer in optimizers:
+            optimizer.max_grad_norm = 1.0 / (number + 1)
+        assert step() == [[], []]
+    optimizers[0].max_grad_norm = 0.1
+    assert step() == [[], []]
+    assert step() == [[diagnosis.RANKS_BOUNDS_DIFFER]] * 2
+
+
+def draws(kind, number):
+    """Places of a batch on both ranks."""
+    generator = torch.Generator().manual_seed(number)
+    order = torch.randperm(PEOPLE, generator=generator).tolist()
+    if kind == "parts":
+        return order[:8], order[8:16]
+    if kind == "alike":
+        return order[:8], order[:8]
+    return order[:8], torch.randperm(PEOPLE, generator=generator).tolist()[:8]
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "share"),
+    [
+        ("alike", "same", True),
+        ("independent", "same", True),
+        ("parts", "same", False),
+        ("alike", "own", False),
+        ("independent", "own", False),
+        ("alike", "blank", False),
+        ("alike", "few", False),
+    ],
+)
+def test_people(group, kind, data, share):
+    """Records at the same places of the same batches, unless they say nothing."""
+    torch.manual_seed(0)
+    both = [torch.randn(PEOPLE, FEATURES)] * 2
+    if data == "own":
+        both = [torch.randn(PEOPLE, FEATURES) for _ in range(2)]
+    elif data == "blank":
+        both = [torch.zeros(PEOPLE, FEATURES)] * 2
+    elif data == "few":
+        both = [torch.arange(PEOPLE).remainder(4)] * 2
+    *ranks, step = group(DistributedOptimizer(), DistributedOptimizer())
+    found = []
+    for number in range(6):
+        for rank, indices, mine in zip(ranks, draws(kind, number), both, strict=True):
+            rank.deliver(number, indices, mine)
+        found += step()
+    assert {cause for causes in found for cause in causes} == (
+        {diagnosis.RANKS_SHARE_PEOPLE} if share else set()
+    )
+
+
+def test_two_optimizers_that_are_alike(group):
+    """Each is compared with its own counterpart."""
+    *_, first = group(DistributedOptimizer(1.0), DistributedOptimizer(1.0))
+    *_, second = group(DistributedOptimizer(3.0), DistributedOptimizer(3.0))
+    assert [first(), second(), first(), second()] == [[[], []]] * 4
