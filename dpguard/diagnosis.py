@@ -634,11 +634,12 @@ _DIAGNOSES = {
         Severity.ERROR,
     ),
     TWO_OPTIMIZERS: Diagnosis(
-        "two DP optimizers train parts of one model from the same batch, each with noise for its "
-        "own part, so a person moves both sums at once, by up to the root of two times the bound "
-        "that an accountant is told of",
-        "train all of a model with one DP optimizer; else let each have a noise multiplier larger "
-        "by the root of two, and account for one of them with the smaller one",
+        "two DP optimizers take a step each from the same batch (parts of one model, or models "
+        "with one accountant), each with noise of its own, so a person moves both sums at once, by "
+        "up to the root of two times the bound that an accountant is told of",
+        "train all of a model with one DP optimizer, and each model on batches that are drawn for "
+        "it; else let each have a noise multiplier larger by the root of two, and account for one "
+        "of them with the smaller one",
         Severity.WARNING,
     ),
     NOT_POISSON: Diagnosis(

@@ -710,6 +710,24 @@ def test_two_optimizers_of_one_model(accounted):
         assert [v.cause for v in guard.violations] == [diagnosis.TWO_OPTIMIZERS]
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("whose", ["both", "own"])
+@pytest.mark.parametrize("engines", ["one", "two"])
+def test_two_models_on_one_batch(engines, whose, order):
+    """Two releases of one draw are no two draws; each model by itself is what it says."""
+    with dpguard.install(mode="observe") as guard:
+        first = Training()
+        trainings = [first, Training(engine=first.engine if engines == "one" else None)]
+        for _ in range(6):
+            loaders = [first.loader] if whose == "both" else [t.loader for t in trainings]
+            for batches in zip(*loaders, strict=True):
+                for i in order:
+                    trainings[i].epoch([batches[i % len(batches)]])
+        guard.flush()
+        shared = engines == "one" and whose == "both"
+        assert causes(guard) == ({diagnosis.TWO_OPTIMIZERS} if shared else set())
+
+
 def test_two_optimizers_of_one_model_in_turns():
     """Each of batches of its own: two mechanisms, which are accounted one after the other."""
     with dpguard.install(mode="strict") as guard:

@@ -247,7 +247,7 @@ class Accounting(Check):
         self._meet(state)
         if not step.parameters:
             return ()
-        failures = self._shared(state, step, optimizer)
+        failures = self._shared(state, step, optimizer) + self._beside(state, step)
         if not state.had:
             failures += _unaccounted(state, step)
             return [*failures, *self._by_nobodys_hook(state, step, optimizer)]
@@ -459,6 +459,16 @@ class Accounting(Check):
                 names = tuple(step.names)
                 found = [Failure(STEPS, diagnosis.TWO_OPTIMIZERS, names, only_said=True)]
         return found
+
+    def _beside(self, state: _State, step: Step) -> list[Failure]:
+        """Whether the batch of the step is that of another optimizer with the same accountant."""
+        books = {id(told.book) for told in state.accountants}
+        others = [known for other in step.beside if (known := self._states.get(other)) is not None]
+        told = {id(one.book) for other in others for one in other.accountants}
+        if state.shares or books.isdisjoint(told):
+            return []
+        state.shares = True
+        return [Failure(STEPS, diagnosis.TWO_OPTIMIZERS, tuple(step.names), only_said=True)]
 
     def _by_nobodys_hook(self, state: _State, step: Step, optimizer: Any) -> list[Failure]:
         """The step is in no step hook's accountant: is one told of it by hand?"""

@@ -124,6 +124,8 @@ class Step:
     rates: set[float] = field(default_factory=set)
     bypasses: bool = False
     unsampled: bool = False
+    beside: Sequence[Any] = ()
+    """Optimizers for which the batch was drawn that this one takes as well."""
     ran: dict[str, int] = field(default_factory=dict)
     failed: dict[str, set[str]] = field(default_factory=dict)
     left: dict[str, int] = field(default_factory=dict)

@@ -52,6 +52,8 @@ _ENOUGH = 32
 _PARALLEL = 1e-5
 _WEAK_STEPS = 3
 """So many steps in a row have to look wrong by a loader of unknown purpose before it is said."""
+_MATCHES = 8
+"""So many batches of changing sizes have as many people as those of another optimizer."""
 
 
 @dataclass
@@ -92,6 +94,12 @@ class _Logical:
     undelivered: int = 0
     waits: bool = False
     reused: bool = False
+    beside: Delivery | None = None
+    """The batch of another optimizer that had as many people as the last step."""
+    matches: int = 0
+    """How often in a row such a one was used by the other as well, while sizes changed;"""
+    matched: int | None = None
+    """this was the last one."""
     met: bool = False
     """Whether a step before had calls of the batches of this one, as far as calls were noted."""
     said: set[str] = field(default_factory=set)
@@ -204,6 +212,22 @@ class People(Check):
             return self._by_private(step, logical, sizes, private=private, notes=notes)
         logical.draws = None
         return None if private else self._by_others(step, logical, sizes, notes)
+
+    def _note_beside(self, step: Step, logical: _Logical, rows: int) -> None:
+        """Rows of no batch of its own; they may be those of the last batch of another optimizer.
+
+        If that uses it as well. By chance one of two that were drawn by themselves is as large as
+        the other, not several.
+        """
+        last, former = self._deliveries.last, logical.beside
+        logical.beside = last if last is not None and last.rate and last.fits(rows) else None
+        if former is None or not former.used:
+            logical.matches = 0
+            return
+        logical.matches += former.rows != logical.matched
+        logical.matched = former.rows
+        if logical.matches >= _MATCHES:
+            step.beside = [reader.optimizer() for reader in former.iteration.readers]
 
     def _note_declared(
         self, logical: _Logical, used: Sequence[Delivery], private: Sequence[Delivery]
@@ -338,6 +362,7 @@ class People(Check):
         self, step: Step, logical: _Logical, sizes: Sequence[int], notes: Sequence[Note]
     ) -> Failure | None:
         """Loaders of unknown purpose: their batches prove little."""
+        self._note_beside(step, logical, sum(sizes))
         last = self._deliveries.other
         delivered = self._deliveries.others - logical.others
         if last is None or not delivered:

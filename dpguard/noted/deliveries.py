@@ -167,6 +167,7 @@ class Reader:
         people: how many were delivered so far; infinite once that cannot be known.
         dataset: the data set of the loader that ``make_private`` returned for the optimizer.
         places: the records that its first batches had, in a group of processes.
+        optimizer: the optimizer, weakly.
     """
 
     def __init__(self) -> None:
@@ -179,6 +180,7 @@ class Reader:
         self.people = 0.0
         self.dataset: Callable[[], Any] = lambda: None
         self.places = Places()
+        self.optimizer: Callable[[], Any] = lambda: None
 
     def add(self, delivery: Delivery) -> None:
         """A batch was delivered."""
@@ -224,6 +226,7 @@ class Deliveries:
         found = self._readers.get(optimizer)
         if found is None:
             found = self._readers[optimizer] = Reader()
+            found.optimizer = weakref.ref(optimizer)
         return found
 
     # -- told by the patches -------------------------------------------------------------------
@@ -267,6 +270,12 @@ class Deliveries:
             reader.forget()
 
     # -- asked by the audit --------------------------------------------------------------------
+
+    @property
+    def last(self) -> Delivery | None:
+        """The last private batch."""
+        recent = tuple(self._recent)
+        return recent[-1] if recent else None
 
     def steps(self, optimizer: Any) -> Reader:
         """``optimizer`` is one of those that take steps; what is kept for it."""
