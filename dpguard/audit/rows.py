@@ -25,9 +25,11 @@ What measures partial sums:
   for the bias of attention keys, whose gradient is zero. Then ``S`` says nothing of their size. In
   the first and in every ``PROBE_EVERY``-th audited step the pairing probes it: the rows that come
   of backprops with random signs have norms of about ``sqrt(sum of x**2)``, and the larger of their
-  sum and ``S`` is used. In the steps between it is the norm of the gradients of all parameters,
-  which is larger, so a small fault is found in the next step that is probed. Where Opacus computes
-  the rows (``observe``) nothing is probed, and a small fault in such rows is not found.
+  sum and ``S`` is used. In the steps between it is ``UNPROBED`` times the norm of the gradients of
+  all parameters, which is larger, so a small fault is found in the next step that is probed. Where
+  Opacus computes the rows (``observe``) nothing is probed, and a small fault in such rows is not
+  found. That times: inputs of 1e5 that hardly differ, before a normalisation, were met with
+  products that are twice as large as all gradients together.
 
 * Rows of a weight that scales normalised inputs are as wrong as these are, relative to the
   backprops (:mod:`dpguard.noted.conditioning`). The norm of these, over all people, times the
@@ -71,6 +73,8 @@ PROBE_EVERY = 50
 """How many audited steps there are to one in which the strength of the rows is probed."""
 
 
+UNPROBED = 4.0
+"""How many times the norm of all rows those of one parameter may be, if nothing cancelled."""
 FAINT = 1e-3
 """Rows that are all together no larger a part of all rows than this may be,"""
 AMPLIFIED = 1e-5**-0.5
@@ -376,11 +380,14 @@ def _verdict(
             state = step.states[i]
             state.cancels = strength > most
             state.probed = state.probed or state.cancels
-    own = scales
+    own, known = scales, strengths or [total] * len(scales)
     scales = [
         max(scale, strength) if composed else scale
         for scale, strength, composed in zip(
-            scales, strengths or [total] * len(scales), limits.composed, strict=True
+            scales,
+            [UNPROBED * total if strength == total else strength for strength in known],
+            limits.composed,
+            strict=True,
         )
     ]
     for k, more in zip(conditioned, rounded, strict=True):
@@ -392,8 +399,8 @@ def _verdict(
         )
     ]
     if not all(map(le, residuals, bounds)):
-        for k, known in enumerate(strengths or [total] * len(own)):
-            if known == total and own[k] <= FAINT * total:
+        for k, strength in enumerate(known):
+            if strength == total and own[k] <= FAINT * total:
                 _defer(step.states[compared[k]], k, residuals, bounds)
     return _judge(step, compared, residuals, bounds)
 
