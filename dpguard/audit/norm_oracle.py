@@ -9,7 +9,7 @@ than the losses lets a person add more than the clip bound, while all calls toge
 
 Only where all losses together have the gradient that autograd has put into ``p.grad``: unless they
 have, a hook that changes gradients, or a part that came another way, is at work, and nothing is
-said of that parameter.
+said of that parameter. In low precision as in :mod:`dpguard.audit.oracle`.
 
 The bound is that of :mod:`dpguard.audit.oracle`: norms differ by no more than the rows do that they
 are of. Where the products of a row cancel, that is relative to what is multiplied, inputs ``a`` and
@@ -34,7 +34,7 @@ import torch
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
-from dpguard.audit.oracle import CERTAIN, ORACLE, TIMES, Looks, failure
+from dpguard.audit.oracle import CERTAIN, ORACLE, SCATTERED, TIMES, Looks, failure, judged
 from dpguard.noted.ledger import Ledger
 from dpguard.numerics.rounding import LAMBDA
 
@@ -169,24 +169,21 @@ def _verdict(
     per = [_Found(*by_parameter[i : i + count]) for i in range(0, len(by_parameter), count)]
     of_all = math.hypot(*(one.own for one in per))
     most = max(totals, rows * of_all)
-    known = [
-        i
-        for i, one in enumerate(per)
-        if one.short
-        <= compared[i].factors.together * (one.all_given + most + rows * one.scale)
-        + compared[i].factors.least
-    ]
+    scale = min(totals, rows * math.hypot(*(one.mine for one in per)))
+    added = math.hypot(*(one.whole for one in per))
+    known: dict[int, float] = {}
+    for i, (one, (_, _, factors, _)) in enumerate(zip(per, compared, strict=True)):
+        sums = one.all_given + most + rows * one.scale
+        if one.short <= factors.together * sums + factors.least:
+            apart = added > TIMES * factors.together * scale
+            known.update(judged(i, one.short, one.whole, apart=apart))
     step.judge(ORACLE, len(known))
     if not known:
         return []
-    worst = max(found.factors.together for found in compared)
-    scale = min(totals, rows * math.hypot(*(one.mine for one in per)))
-    if math.hypot(*(one.whole for one in per)) <= TIMES * worst * scale:
-        return []  # gradients that cancel add up to anything
     found: dict[str, list[tuple[str, float, float]]] = {}
     bounds = {}
-    for i in known:
-        bound = bounds[i] = _bound(per[i], compared[i].factors, of_all)
+    for i, slack in known.items():
+        bound = bounds[i] = max(slack, _bound(per[i], compared[i].factors, of_all))
         wrong = abs(per[i].mine - per[i].given)
         cause = _cause(wrong, per[i].own, bound, mixed=mixed, scattered=scattered)
         # A little is nothing unless the norm of which the parameter is a part is off by it as well.
@@ -194,8 +191,11 @@ def _verdict(
         matters = wrong * (per[i].mine + per[i].given) > 2 * of_all * least
         if wrong > bound and (matters or cause != diagnosis.NORM_INEXACT):
             found.setdefault(cause, []).append((compared[i].name, wrong, bound))
-    if not found:
-        found = _left_out(compared, per, bounds, total)
+    found = found or _left_out(compared, per, bounds, total)
+    if not found and scattered > SCATTERED:
+        # Norms differ by no more than low precision may; that other rows count it does not make.
+        names = [compared[i].name for i in known]
+        found = {diagnosis.ROW_INEXACT: [(name, scattered, SCATTERED) for name in names]}
     return [failure(cause, which) for cause, which in found.items()]
 
 

@@ -9,7 +9,10 @@ taken for people, statistics over the batch, rows of two parameters in different
 Only where the whole gradient came through the outputs. The same was computed for all rows at once;
 unless the rows add up to that, a loss on something inside of the model, a hook that changed
 gradients, a wrong batch dimension or a wrong sum (see :mod:`dpguard.audit.rows`) is at work, and
-nothing is said of that parameter.
+nothing is said of that parameter. Where a batch is large and precision low, anything is within the
+bound of that sum. Rows that add up all the same, to :data:`_CLOSE` of the whole, are judged: what
+else is in the gradient is at most as large as what is missing in the sum, unless it cancels over
+the rows, and her row has to be off by :data:`_MORE` times as much.
 
 The bound is that of :mod:`dpguard.audit.rows`, twice, for row and share are both computed, with the
 strength that rows of this batch were found to have on the way. Where their products cancel, those
@@ -44,7 +47,7 @@ if TYPE_CHECKING:
     from dpguard.noted.conditioning import Moments
     from dpguard.patches.oracle.outputs import Draw, Outputs
 
-__all__ = ["CERTAIN", "ORACLE", "TIMES", "Looks", "RowOracle", "failure"]
+__all__ = ["CERTAIN", "ORACLE", "SCATTERED", "TIMES", "Looks", "RowOracle", "failure", "judged"]
 
 ORACLE = "oracle.rows"
 CERTAIN = 1e-3
@@ -56,6 +59,10 @@ _FIRST = 20
 rounding in one look of three to five then."""
 _CANCELS = 4.0
 """Nearly everything cancels in rows that would be so many times as large if nothing did."""
+SCATTERED = 0.02
+"""That much of a person's share of a gradient is at rows of other people."""
+_CLOSE = 0.125
+_MORE = 4.0
 _ELSEWHERE = 3e-2
 """Her rows are in another place if they are, all together, as close to her share as that."""
 
@@ -132,7 +139,7 @@ class RowOracle(Check):
                         figures = _figures(compared, draw, norms)
                         step.run(ORACLE, count=len(compared))
                         step.collect((ORACLE,), figures, _verdict(step, draw, compared))
-            draw.found.clear()
+            draw.clear()
 
     def _compared(self, step: Step, draw: Draw, rows: Rows) -> list[_Compared]:
         found = []
@@ -234,9 +241,10 @@ class _Figures(NamedTuple):
 def _figures(
     compared: Sequence[_Compared], draw: Draw, norms: torch.Tensor | None
 ) -> list[torch.Tensor]:
-    """Figures of each parameter, as in :class:`_Figures`, then three of all.
+    """Figures of each parameter, as in :class:`_Figures`, then four of all.
 
-    And for each call that has normalised inputs what rounding is relative to.
+    And for each call that has normalised inputs what rounding is relative to. The last of the four
+    is how much of her share was met at rows of others.
     """
     norm = torch.linalg.vector_norm
     columns: list[torch.Tensor] = []
@@ -262,7 +270,8 @@ def _figures(
     totals = torch.stack(lengths).sum(0).sqrt().sum()
     finite = totals if norms is None else norms.sum()
     rounded = roundings([moments for found in compared for moments in found.moments])
-    return [*columns, apart.min().clamp(min=0).sqrt(), totals, finite, *rounded]
+    scattered = torch.stack(draw.scattered).amax() if draw.scattered else totals.new_zeros(())
+    return [*columns, apart.min().clamp(min=0).sqrt(), totals, finite, scattered, *rounded]
 
 
 def _verdict(
@@ -281,26 +290,20 @@ def _verdict(
     def receive(values: list[float]) -> list[Failure]:
         each = len(_Figures._fields)
         count = each * len(names)
-        elsewhere, totals, finite, *measured = values[count:]
+        elsewhere, totals, finite, scattered, *measured = values[count:]
         per = [_Figures(*values[i : i + each]) for i in range(0, count, each)]
         if not math.isfinite(finite + totals):
             return []  # that is another check's, and not for the log to tell
         rounded = [0.0] * len(names)
         for i, more in zip(scaling, measured, strict=True):
             rounded[i] += more
-        known = [
-            i
-            for i, one in enumerate(per)
-            if one.short <= together[i] * (one.products + rounded[i] + totals) + lost[i]
-        ]
+        bounds = zip(per, together, rounded, lost, strict=True)
+        bound = [by * (one.products + more + totals) + lost for one, by, more, lost in bounds]
+        known = _known(per, bound, [TIMES * factor * totals for factor in together])
         step.judge(ORACLE, len(known))
-        if not known:
-            return []
         whole = math.hypot(*(one.own for one in per))
-        if math.hypot(*(one.whole for one in per)) <= TIMES * max(together) * totals:
-            return []  # rows that cancel add up to anything
         found: dict[str, list[tuple[str, float, float]]] = {}
-        for i in known:
+        for i, least in known.items():
             one = per[i]
             # Of the strength of all rows hers has a part that is not known: one of average size,
             # or all that cancels, as where hers is the only blank image before a normalisation.
@@ -309,16 +312,56 @@ def _verdict(
             bound = 2 * alone[i] * (own + rounded[i] + whole) + lost[i]
             if not one.strength and one.own <= FAINT * whole:
                 bound *= AMPLIFIED  # it may be nothing but rounding, see the audit of rows
-            if one.wrong <= bound:
+            if one.wrong <= max(bound, least):
                 continue
             certain = one.wrong > max(CERTAIN * one.own, TIMES * bound)
             cause = diagnosis.ROW_OF_ANOTHER if certain else diagnosis.ROW_INEXACT
             if elsewhere <= _ELSEWHERE * whole:
                 cause = diagnosis.ROWS_REORDERED
             found.setdefault(cause, []).append((names[i], one.wrong, bound))
+        if not found and scattered > SCATTERED:
+            # Rows are off by no more than low precision may; that others count it does not make.
+            which = [(names[i], scattered, SCATTERED) for i in known]
+            found = {diagnosis.ROW_INEXACT: which} if which else {}
         return [failure(cause, which) for cause, which in found.items()]
 
     return receive
+
+
+def _known(
+    per: Sequence[_Figures], bounds: Sequence[float], anything: Sequence[float]
+) -> dict[int, float]:
+    """Parameters that are judged, and by how much her row has to be off at least.
+
+    Args:
+        per: figures of each.
+        bounds: of how far all rows together may be off.
+        anything: of how large they may be together, if they cancel.
+    """
+    known: dict[int, float] = {}
+    added = math.hypot(*(one.whole for one in per))
+    for i, one in enumerate(per):
+        if one.short <= bounds[i]:
+            known.update(judged(i, one.short, one.whole, apart=added > anything[i]))
+    return known
+
+
+def judged(i: int, short: float, whole: float, *, apart: bool) -> dict[int, float]:
+    """Whether a parameter whose rows add up to the whole is judged.
+
+    Args:
+        i: its place.
+        short: by how much they miss it.
+        whole: its size.
+        apart: whether that is told from what rounding may do.
+
+    Returns:
+        The place, with how far a row has to be off at least. Nothing if rows that cancel add up to
+        anything here.
+    """
+    if apart:
+        return {i: 0.0}
+    return {i: _MORE * short} if short <= _CLOSE * whole else {}
 
 
 def failure(cause: str, found: list[tuple[str, float, float]]) -> Failure:

@@ -6,9 +6,28 @@ import random
 import secrets
 from collections.abc import Callable
 
+import torch
+
 from dpguard.parts import Part
 
-__all__ = ["Draws"]
+__all__ = ["Draws", "scattered"]
+
+
+def scattered(own: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Where a person's share of a gradient is, at the output of a layer.
+
+    Args:
+        own: square of its norm in the person's own rows.
+        others: the same for each of the others, of shape ``(B,)``.
+
+    Returns:
+        Two numbers: not zero if it is at rows of others; and how large that part of it is, zero if
+        these are one other person's in the place of the person's own.
+    """
+    most = others.sum()
+    is_another = (own == 0) & (others.amax() == most)
+    share = torch.where((most > 0) & ~is_another, (most / (most + own)).sqrt(), 0.0)
+    return torch.stack([(most > 0).to(share.dtype), share])
 
 
 class Draws(Part):

@@ -30,7 +30,7 @@ from dpguard.noted.conditioning import conditions
 from dpguard.noted.grouping import Grouping, owners, squares_of_people
 from dpguard.noted.precision import precision_of
 from dpguard.numerics.rounding import LAMBDA
-from dpguard.patches.oracle.draws import Draws
+from dpguard.patches.oracle.draws import Draws, scattered
 from dpguard.patches.oracle.vjp import Parts, Unfit, propagate
 
 if TYPE_CHECKING:
@@ -107,7 +107,8 @@ class NormDraw:
         rows: how many losses there are.
         parts: what was found of each parameter.
         mixing: two numbers, not zero if the person's loss depends on rows of others, and if these
-            are not one other person's in the place of the person's own.
+            are not one other person's in the place of the person's own. The second is how large
+            the gradient at them is, as a part of that at all rows.
         total: the norm of which the person's clip factor is made, after the sum over all people.
         counted: identities of the parameters of which it is made.
         widest: largest number of elements per person of any gradient on the way.
@@ -309,9 +310,7 @@ class NormDraw:
         sizes, person = squares_of_people(rows, whose), whose.narrow(0, self._row, 1)
         own = sizes.index_select(0, person)[0]
         others = sizes.index_fill(0, person, 0)
-        most = others.sum()
-        is_another = (own == 0) & (others.amax() == most)
-        self._mixed.append(torch.stack([most > 0, (most > 0) & ~is_another]).double())
+        self._mixed.append(scattered(own, others))
 
     def _part(self, parameter: Any, pair: Parts) -> Part | None:
         grad, layer = parameter.grad, self._layers.get(id(parameter))

@@ -21,10 +21,11 @@ from torch.nn.utils.rnn import PackedSequence
 
 from dpguard import _compat
 from dpguard._declare import declared_of
+from dpguard.patches.model.detach import TALLY
 from dpguard.patches.model.hooked import is_whole
 from dpguard.patches.model.pairing import Pairing
 from dpguard.patches.model.records import differentiable, no_hook
-from dpguard.patches.oracle.draws import Draws
+from dpguard.patches.oracle.draws import Draws, scattered
 from dpguard.patches.oracle.vjp import Parts, Shares, Unfit, added, propagate
 
 __all__ = ["Draw", "Expected", "OutputHook", "Outputs", "mark_of"]
@@ -49,9 +50,14 @@ class Draw:
         factor: by how much the rows of Opacus are larger than shares.
         found: by identity of a parameter: the parameter, her share and the whole.
         widest: largest number of elements per person of any gradient on the way.
+        scattered: how large her share of the gradient is at rows of others, as a part of that at
+            all rows, for each layer that was met on the way.
     """
 
-    __slots__ = ("closed", "factor", "found", "marks", "people", "row", "rows", "segment", "widest")
+    __slots__ = (
+        "closed", "factor", "found", "marks", "people", "row", "rows", "scattered", "segment",
+        "widest",
+    )  # fmt: skip
 
     def __init__(self, row: int, rows: int, segment: int, factor: float) -> None:
         self.row = row
@@ -61,6 +67,7 @@ class Draw:
         self.people = declared_of(0)[1]
         self.found: dict[int, tuple[torch.nn.Parameter, Parts]] = {}
         self.widest = 1
+        self.scattered: list[torch.Tensor] = []
         self.marks = 0
         self.closed = False
         """Whether nobody waits for it any more."""
@@ -71,6 +78,23 @@ class Draw:
         for parameter, _ in self.found.values():
             return getattr(parameter, "grad_sample", None) is not None
         return False
+
+    def watch(self, node: Any, arrived: list[Parts | None]) -> None:
+        """See at the output of a layer whether her share is in her row."""
+        if self.people is not None or not node.metadata.get(TALLY):
+            return
+        for pair in arrived:
+            if pair is not None and pair[0].dim() and len(pair[0]) == self.rows:
+                others = pair[0].reshape(self.rows, -1).double().square().sum(1)
+                mine = others.narrow(0, self.row, 1)
+                own = mine[0].clone()
+                mine.zero_()
+                self.scattered.append(scattered(own, others)[1])
+
+    def clear(self) -> None:
+        """What was found is not needed any more."""
+        self.found.clear()
+        self.scattered.clear()
 
     def add(self, shares: Shares) -> None:
         """Take in what one output contributes."""
@@ -170,6 +194,7 @@ class _Mark:
             pairs,
             wanted=lambda leaf: id(_compat.parameter_of(leaf)) in wanted,
             is_end=lambda node: not alone and self._is_other(node),
+            watch=self.draw.watch,
         )
 
     def _is_other(self, node: Any) -> bool:
@@ -276,7 +301,7 @@ class OutputHook:
         """Nothing can be said of this batch; not before the next time."""
         if draw is not None:
             draw.closed = True
-            draw.found.clear()
+            draw.clear()
         if draw is self.draw:
             self.draw = None
             self.armed = False
