@@ -940,6 +940,17 @@ def noise_source(*, plain: bool) -> tuple[Callable[..., torch.Tensor], bool]:
     return draw, own
 
 
+def real_view(found: Any) -> Any:
+    """A tensor of complex numbers as one of real numbers, with one dimension more; else itself.
+
+    Noise for a parameter with complex numbers is that of its real and imaginary parts: one person
+    moves them together by up to the clip bound, as any other numbers.
+    """
+    if type(found) is _torch().Tensor and found.is_complex():
+        return _torch().view_as_real(found.resolve_conj())
+    return found
+
+
 def is_sharded(tensor: Any) -> bool:
     """Whether a process has a piece of it only, as FSDP makes them (a ``DTensor``)."""
     return hasattr(type(tensor), "to_local")
@@ -1339,6 +1350,19 @@ def engine_class() -> type:
     """Opacus's ``PrivacyEngine``."""
     found: type = importlib.import_module("opacus.privacy_engine").PrivacyEngine
     return found
+
+
+def sample_rate_of(sampler: Any) -> float:
+    """The rate with which a sampler of Opacus draws each person; the largest if it has several.
+
+    A tensor in the place of the number gives each person a rate, since Opacus compares it with as
+    many random numbers.
+    """
+    if isinstance(sampler.sample_rate, float):
+        return sampler.sample_rate
+    rates = _torch().as_tensor(sampler.sample_rate, device="cpu")
+    roundoff = _torch().finfo(rates.dtype).eps if rates.is_floating_point() else 0.0
+    return float(rates.max()) * (1 - roundoff) if rates.numel() else 0.0
 
 
 def poisson_samplers() -> list[type]:

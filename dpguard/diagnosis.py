@@ -72,6 +72,7 @@ NOISE_MISSING = "noise_missing"
 NOISE_COARSE = "noise_coarse"
 NOISE_IN_PART = "noise_in_part"
 NOISE_SCALE = "noise_scale"
+NOISE_COMPLEX = "noise_complex"
 NOISE_REPEATED = "noise_repeated"
 NOISE_DEPENDENT = "noise_dependent"
 NOISE_WITHIN = "noise_repeats_within"
@@ -491,6 +492,14 @@ _DIAGNOSES = {
         "deviation noise_multiplier * max_grad_norm that is accounted for",
         "leave add_noise() to Opacus, and change noise_multiplier and max_grad_norm only through "
         "the optimizer and between steps",
+        Severity.CRITICAL,
+    ),
+    NOISE_COMPLEX: Diagnosis(
+        "the noise of a parameter with complex numbers is smaller than what is accounted for: "
+        "Opacus draws complex noise, whose real and imaginary parts have the standard deviation "
+        "noise_multiplier * max_grad_norm together, and not each",
+        "keep the parameter as real numbers, with a last dimension of two, and use "
+        "torch.view_as_complex(parameter) in the forward",
         Severity.CRITICAL,
     ),
     NOISE_REPEATED: Diagnosis(

@@ -13,7 +13,7 @@ from releases import FUNCTORCH, needs_functorch, needs_reshaping
 from torch import nn
 
 import dpguard
-from dpguard import _compat
+from dpguard import _compat, diagnosis
 from dpguard.numerics.rows import Rows
 from dpguard.numerics.sensitivity import sensitivity
 
@@ -217,6 +217,39 @@ def test_complex_parameters(make, how, mode):
     if how in HOW:
         assert checks["conservation"].verdict == "not_run"
         assert checks["clip.bound"].verdict == "not_run"
+
+
+class Spectral(nn.Module):
+    """Weights of frequencies, as complex numbers or as pairs of real ones."""
+
+    def __init__(self, pairs):
+        super().__init__()
+        weight = 0.1 * torch.randn(16, 33, 2)
+        self.pairs = pairs
+        self.weight = nn.Parameter(weight if pairs else torch.view_as_complex(weight))
+
+    def forward(self, x):
+        weight = torch.view_as_complex(self.weight) if self.pairs else self.weight
+        return torch.fft.irfft(torch.fft.rfft(x).unsqueeze(1) * weight, n=64).flatten(1)
+
+
+@pytest.mark.skipif(not _compat.casts_rows(), reason="this Opacus wants rows of one type")
+@needs_functorch
+@pytest.mark.parametrize("pairs", [True, False])
+@pytest.mark.parametrize("how", [*HOW, *GHOSTS])
+def test_noise_of_complex_numbers(how, pairs):
+    """That of Opacus is too small in each of their parts; pairs of real numbers have their own."""
+    with dpguard.install(mode="observe") as guard:
+        called, optimizer, criterion = private(
+            nn.Sequential(Spectral(pairs), nn.Linear(1024, 2)), how
+        )
+        for _ in range(3):
+            optimizer.zero_grad()
+            criterion(called(torch.randn(4, 64)).square().sum(1), None).backward()
+            optimizer.step()
+        guard.flush()
+        found = {v.cause for v in guard.violations} - {"not_poisson"}
+        assert found == (set() if pairs else {diagnosis.NOISE_COMPLEX})
 
 
 @pytest.mark.skipif(not _compat.casts_rows(), reason="this Opacus wants rows of one type")

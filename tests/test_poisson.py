@@ -156,6 +156,24 @@ def test_another_way_to_draw_is_refused(mode, sampler, kind):
         assert {(v.check, v.cause) for v in guard.violations} == {(check, cause)}
 
 
+@pytest.mark.parametrize("kind", ["flat", "split"])
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_rate_for_each_person(apart, kind):
+    """Whoever is drawn more often than is accounted spends more; alike rates are one rate."""
+    with dpguard.install(mode="observe") as guard:
+        training = Training(kind)
+        sampler = training.batches.batch_sampler
+        rates = torch.full((PEOPLE,), sampler.sample_rate)
+        if apart:
+            rates[:32] *= 4
+        sampler.sample_rate = rates
+        training.run(12)
+        guard.flush()
+        found = {(v.check, v.cause) for v in guard.violations}
+        assert found == ({(RATE, diagnosis.ACCOUNTED_RATE)} if apart else set())
+        assert guard.status().parts_off == ()
+
+
 def test_a_patched_source_of_random_numbers(monkeypatch):
     """By whatever means more are drawn."""
     plain = torch.rand

@@ -190,7 +190,7 @@ class Accounting(Check):
 
     def drawn(self, sampler: Any) -> None:
         """A batch was drawn by Poisson sampling."""
-        rate = float(sampler.sample_rate)
+        rate = _compat.sample_rate_of(sampler)
         owner = self._owners.get(sampler)
         accountant = None if owner is None else owner()
         if owner is None:

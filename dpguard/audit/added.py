@@ -66,6 +66,7 @@ class Group:
         sampled: of which of them first values are sent.
         often: whether these are sent in each step.
         longest: of which one the extremes are sent in the same steps, if it is long enough.
+        halves: which of them have complex numbers, of which real and imaginary parts are measured.
         due: in how many steps they are sent again; one less than 0 in the second step on end.
         along: what there is in noise of somebody's own along the clipped sum, and along the
             gradient of the batch.
@@ -83,6 +84,7 @@ class Group:
     test: NoiseTest
     shape: Shape = field(default_factory=Shape)
     grain: Grain = field(default_factory=Grain)
+    halves: frozenset[int] = frozenset()
     due: int = 0
     along: tuple[Along, Along] = field(default_factory=lambda: (Along(), Along()))
 

@@ -140,7 +140,7 @@ class Noise(Check):
                 state.drawn = Drawn(state.groups.values())
             sums = state.sums[first : first + len(noises)]
             if state.drawn is not None and all(map(_is_noise_for, sums, noises)):
-                state.drawn.take(noises)
+                state.drawn.take([_compat.real_view(noise) for noise in noises])
             else:
                 state.drawn = None  # what it does to the sum is seen afterwards
         return ()
@@ -153,9 +153,11 @@ class Noise(Check):
         if state.sums is None:
             state.begin()
             return ()
-        sums, std, bound, mark = state.sums, state.std, state.bound, state.mark
-        grads, drawn = [p.grad for p in step.parameters], state.drawn
-        raw = state.raw.unchanged()
+        std, bound, mark, drawn = state.std, state.bound, state.mark, state.drawn
+        grads = [_compat.real_view(p.grad) for p in step.parameters]
+        sums, raw = (
+            [_compat.real_view(t) for t in some] for some in (state.sums, state.raw.unchanged())
+        )
         if drawn is None or not state.is_arranged(step.parameters, drawn.kinds):
             drawn = None
             self._arrange(state, step.parameters, grads)
@@ -241,7 +243,9 @@ class Noise(Check):
             former = state.groups.get(kind)
             if indices:
                 shapes = [grads[i].shape for i in indices]
-                state.groups[kind] = Group.of(kind, indices, shapes, former)
+                made = state.groups[kind] = Group.of(kind, indices, shapes, former)
+                places = [k for k, i in enumerate(indices) if parameters[i].is_complex()]
+                made.halves = frozenset(places)
             elif former is not None:
                 former.indices = []
 
@@ -416,9 +420,11 @@ def _silent(group: Group, names: tuple[str, ...], norms: list[float]) -> list[Fa
 def _failures(verdict: NoiseVerdict, group: Group, names: tuple[str, ...]) -> list[Failure]:
     scale, no_figure = (verdict.ratio, 1.0), (None, None)
     evidence = verdict.evidence or no_figure
+    of_parts = bool(verdict.wrong) and group.halves.issuperset(verdict.wrong)
+    wrong = diagnosis.NOISE_COMPLEX if of_parts else diagnosis.NOISE_SCALE
     causes: tuple[tuple[str, str, tuple[int, ...], tuple[float | None, float | None]], ...] = (
         (SCALE, diagnosis.NOISE_MISSING, verdict.missing, scale),
-        (SCALE, diagnosis.NOISE_SCALE, verdict.wrong, scale),
+        (SCALE, wrong, verdict.wrong, scale),
         (FRESH, diagnosis.NOISE_REPEATED, verdict.repeated, no_figure),
         (FRESH, diagnosis.NOISE_DEPENDENT, verdict.dependent, evidence),
         (FRESH, diagnosis.NOISE_WITHIN, verdict.within, evidence),

@@ -126,7 +126,7 @@ class LoadingPatch:
         people = len(index) if iteration.counts and hasattr(index, "__len__") else None
         rows = 1 if people == 0 and iteration.fills else people
         drawn_by = iteration.sampler() if iteration.sampler is not None else None
-        rate = None if drawn_by is None else float(drawn_by.sample_rate)
+        rate = None if drawn_by is None else _compat.sample_rate_of(drawn_by)
         delivery = iteration.drawn[number] = Delivery(iteration, people, rows, rate)
         wanted = any(reader.places.is_open for reader in iteration.readers)
         if people and wanted and _compat.is_distributed():

@@ -85,7 +85,7 @@ class Draw:
             return
         for pair in arrived:
             if pair is not None and pair[0].dim() and len(pair[0]) == self.rows:
-                others = pair[0].reshape(self.rows, -1).double().square().sum(1)
+                others = pair[0].reshape(self.rows, -1).abs().double().square().sum(1)
                 mine = others.narrow(0, self.row, 1)
                 own = mine[0].clone()
                 mine.zero_()
