@@ -177,6 +177,17 @@ def test_what_was_told_less_is_said_when_it_is_asked():
     assert causes(guard) == [diagnosis.TOLD_LESS]
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_the_history_of_a_whole_run_at_its_end(share):
+    """It is told all at once, and of all steps or not."""
+    with dpguard.install(mode="repair") as guard:
+        parts, accountant, steps = Parts(), RDPAccountant(), []
+        parts.train(3, after=lambda: steps.append(1))
+        accountant.history = [(SIGMA_DUE, RATE_DUE, int(share * len(steps)))]
+        assert accountant.get_epsilon(1e-5) == accountant.get_epsilon(1e-5) > 0
+    assert causes(guard) == ([] if share == 1 else [diagnosis.TOLD_LESS])
+
+
 def test_questions_about_other_steps(monkeypatch):
     """What would have been spent: of accountants that are made for the question."""
     with dpguard.install(mode="strict") as guard:

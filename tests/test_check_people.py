@@ -840,6 +840,19 @@ def test_public_data_in_the_batch_is_said_once(guard):
     assert found == [(diagnosis.BATCHES_OF_TWO, "WARNING")]
 
 
+def test_batches_of_two_loaders_that_are_of_one_size(guard):
+    """They are no two views of one batch: each loader has delivered one."""
+    if not POISSON:
+        pytest.skip("this Opacus gives torch options that it refuses")
+    private = Private(samples(7), poisson=False)
+    other = DPDataLoader(samples(7, seed=5), sample_rate=1.0)
+    for _ in range(3):
+        for (x, y), (u, v) in zip(private.loader, other, strict=False):
+            private.step(plain(private, torch.cat([x, u]), torch.cat([y, v])))
+    found = [(v.cause, v.severity.value) for v in violations(guard)]
+    assert found == [(diagnosis.BATCHES_OF_TWO, "WARNING")]
+
+
 def test_two_batches_in_one_call(guard):
     """Of the same data a person can be in both: refused. Of two loaders it is said."""
     private = Private(samples(13), poisson=False)

@@ -145,12 +145,16 @@ class ByHand:
         if hand is None or len(known) != 1 or self._is_hooked(accountant):
             return None
         (taken,) = known
-        if self._take(accountant, hand) is None:
+        told_now = self._take(accountant, hand)
+        if told_now is None:
             return None
         cause = None
-        if hand.lacks(taken.steps):
+        at_once = bool(told_now) and not hand.told and not hand.taken  # of the run, at its end
+        if at_once:
+            hand.tell(taken.steps)
+        if hand.lacks(taken.steps) or (at_once and hand.has - hand.had < taken.steps):
             cause = diagnosis.TOLD_LESS
-        elif taken.is_noised and not hand.taken:  # it was there before the first step
+        elif taken.is_noised and not (hand.taken or hand.told):  # it was there before the first step
             told = any(one.told or (one.taken and one.had) for one in self._hands.values())
             cause = None if told else diagnosis.ASKED_UNTOLD
         if cause is None or cause in hand.said:

@@ -52,15 +52,16 @@ def joined(sizes: Sequence[int], batches: Sequence[Delivery], *, declared: bool)
     """Batches, delivered one after the other, that together have as many people as there are rows.
 
     Unless it is ``declared`` that rows were concatenated, nothing is said of a multiple of the
-    people of one batch: they may be views.
+    people of one batch: they may be views. Of loaders that go side by side each has delivered one.
     """
     if len(sizes) != 1:
         return []
     rows = [batch.rows or 0 for batch in batches[:_LOOKED_AT]]
-    if not declared and any(people and sizes[0] % people == 0 for people in rows):
-        return []
+    views = not declared and any(people and sizes[0] % people == 0 for people in rows)
     for begin in range(len(rows)):
         for end, total in enumerate(accumulate(rows[begin:]), start=begin + 1):
             if total == sizes[0] and end - begin > 1:
-                return list(batches[begin:end])
+                found = list(batches[begin:end])
+                loaders = {id(batch.iteration) for batch in found}
+                return found if len(loaders) == len(found) or not views else []
     return []
