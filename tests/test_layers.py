@@ -78,6 +78,7 @@ def test_a_roster_notices_what_was_replaced(change):
     """Its parameters and names are those of ``named_parameters``, whatever was done."""
     model, roster = _mlp(), Roster()
     assert roster.renew(model)
+    roster.settle()
     change(model)
     assert roster.renew(model)
     expected = list(model.named_parameters())
@@ -85,10 +86,20 @@ def test_a_roster_notices_what_was_replaced(change):
     assert all(mine is p for (_, mine), (_, p) in zip(roster.named, expected, strict=True))
 
 
+def test_a_roster_whose_news_were_not_taken_in():
+    """Whoever was interrupted on the way is told again."""
+    model, roster = _mlp(), Roster()
+    assert roster.renew(model)
+    assert roster.renew(model)
+    roster.settle()
+    assert not roster.renew(model)
+
+
 def test_a_roster_of_another_model():
     """A copy with equal parameters is another model."""
     model, roster = _mlp(), Roster()
     roster.renew(model)
+    roster.settle()
     assert roster.renew(copy.deepcopy(model))
 
 
@@ -96,6 +107,7 @@ def test_a_roster_of_a_model_that_is_the_same():
     """Forwards, freezing and new values replace nothing."""
     model, roster = _mlp(), Roster()
     roster.renew(model)
+    roster.settle()
     _same(model)
     model[0].weight.requires_grad_(False)
     model[0].weight.data = torch.zeros(4, 3)

@@ -154,7 +154,7 @@ class ByHand:
             hand.tell(taken.steps)
         if hand.lacks(taken.steps) or (at_once and hand.has - hand.had < taken.steps):
             cause = diagnosis.TOLD_LESS
-        elif taken.is_noised and not (hand.taken or hand.told):  # it was there before the first step
+        elif taken.is_noised and not (hand.taken or hand.told):  # it was there before them
             told = any(one.told or (one.taken and one.had) for one in self._hands.values())
             cause = None if told else diagnosis.ASKED_UNTOLD
         if cause is None or cause in hand.said:

@@ -108,27 +108,37 @@ _PRODUCTS: dict[str | None, Products] = {
 
 
 class Roster:
-    """The parameters of a model, collected anew whenever a part of it has been replaced."""
+    """The parameters of a model, collected anew whenever a part of it has been replaced.
 
-    __slots__ = ("_parts", "_seen", "named")
+    Whoever asks says when all that follows from it is done: what is interrupted before (Ctrl-C may
+    come between any two lines) is news once more.
+    """
+
+    __slots__ = ("_known", "_parts", "_seen", "named")
 
     def __init__(self) -> None:
         self.named: list[tuple[str, torch.nn.Parameter]] = []
         """The parameters and their names, each once."""
         self._parts: list[torch.nn.Module] = []
         self._seen: list[Any] = []
+        self._known: list[Any] = []
 
     def renew(self, model: torch.nn.Module) -> bool:
-        """Look at ``model``; whether its parts or parameters are not those of the last time."""
+        """Look at ``model``; whether its parts or parameters are not those that are known."""
         # Compared by identity with what is held here, so that no address can be another's.
-        if self._parts and self._parts[0] is model:
+        if self._parts and self._parts[0] is model and self._seen is self._known:
             now = self._contents()
             if len(now) == len(self._seen) and all(map(operator.is_, now, self._seen)):
                 return False
+        self._known = []
         self._parts = list(model.modules())
         self._seen = self._contents()
         self.named = list(model.named_parameters())
         return True
+
+    def settle(self) -> None:
+        """All that follows from the last look is done."""
+        self._known = self._seen
 
     def _contents(self) -> list[Any]:
         return [

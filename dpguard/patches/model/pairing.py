@@ -71,6 +71,7 @@ class Pairing(Hooked):
                 for parameter in module._parameters.values():
                     if parameter is not None:
                         self.ledger.state(parameter).narrow = True
+        self._roster.settle()
 
     def _note_values(self) -> None:
         """From here to the step the parameters should stay as they are."""
