@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from pathlib import Path
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
+from typing import Any
 
 import torch
 
-__all__ = ["ForwardCaller", "caller", "inside_function", "mark_outer_forward", "writer"]
+__all__ = [
+    "ForwardCaller",
+    "caller",
+    "definition",
+    "inside_function",
+    "mark_outer_forward",
+    "writer",
+]
 
 
 def _working_directory() -> str | None:
@@ -61,8 +70,11 @@ def _look_up(filename: str) -> int:
 
 
 def _show(frame: FrameType) -> str:
+    return _shown_as(frame.f_code.co_filename, frame.f_lineno)
+
+
+def _shown_as(filename: str, line: int) -> str:
     """``file:line``, the file relative to the directory of the start where it lies below it."""
-    filename = frame.f_code.co_filename
     shown = _shown.get(filename)
     if shown is None:
         shown = filename
@@ -70,7 +82,7 @@ def _show(frame: FrameType) -> str:
             relative = os.path.relpath(filename, _START)
             shown = filename if relative.startswith(os.pardir) else relative
         _shown[filename] = shown
-    return f"{shown}:{frame.f_lineno}"
+    return f"{shown}:{line}"
 
 
 def _first_outside(frame: FrameType | None) -> str | None:
@@ -79,6 +91,19 @@ def _first_outside(frame: FrameType | None) -> str | None:
             return _show(frame)
         frame = frame.f_back
     return None
+
+
+def definition(function: Any) -> str | None:
+    """``file:line`` where the user has written a function, if that is known."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    plain = getattr(function, "__func__", function)
+    if not isinstance(plain, FunctionType):
+        plain = getattr(type(plain), "__call__", None)  # noqa: B004 - its code is wanted
+    code = getattr(plain, "__code__", None)
+    if not isinstance(code, CodeType) or _kind(code.co_filename) != _USERS:
+        return None
+    return _shown_as(code.co_filename, code.co_firstlineno)
 
 
 def caller() -> str | None:

@@ -67,6 +67,8 @@ __all__ = [
 
 OPACUS_SUPPORTED = ("1.0.2", "1.6.0")
 TORCH_OLDEST = "2.6"
+_COLLATES = 4
+"""So many collate functions of Opacus may be wrapped in one another."""
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -1467,6 +1469,29 @@ def delivered_number(iterator: Any) -> int:
 def rows_for_nobody(iterator: Any) -> bool:
     """Whether a batch without people is delivered as one of random numbers."""
     return bool(getattr(iterator._collate_fn, "rand_on_empty", False))
+
+
+def fetcher_of(iterator: Any) -> Any:
+    """What collates the items of a batch by its ``collate_fn``; ``None`` where workers do it."""
+    return getattr(iterator, "_dataset_fetcher", None)
+
+
+def own_collate(collate: Any) -> Any:
+    """The collate function that Opacus has wrapped, or this one; ``None`` if it is torch's."""
+    for _ in range(_COLLATES):
+        function = collate.func if isinstance(collate, functools.partial) else collate
+        if getattr(function, "__module__", None) != "opacus.data_loader":
+            break
+        if isinstance(collate, functools.partial):  # before 1.6
+            inner = collate.keywords.get("collate_fn")
+        elif "wrapped_collator_fn" in getattr(collate, "__dict__", {}):
+            inner = collate.wrapped_collator_fn
+        else:  # 1.0
+            inner = closure_of(collate).get("collate_fn")
+        if inner is None:
+            break
+        collate = inner
+    return None if collate is _torch().utils.data.default_collate else collate
 
 
 @functools.lru_cache(maxsize=1)

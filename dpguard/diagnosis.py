@@ -844,17 +844,18 @@ _DIAGNOSES = {
         Severity.ERROR,
     ),
     BATCH_CENTRED: Diagnosis(
-        "what a layer is given adds up to zero over the batch in every feature, which the data do "
-        "not, so a mean over the batch was subtracted and each sample's gradient depends on all "
-        "other samples; clipping it does not bound what one person changes",
+        "what a layer is given, or a collate_fn has returned, adds up to zero over the batch in "
+        "every feature, which the data do not, so a mean over the batch was subtracted and each "
+        "sample's gradient depends on all other samples; clipping it does not bound what one "
+        "person changes",
         "subtract a constant (a mean of public data), or normalise each sample by itself "
         "(LayerNorm, GroupNorm)",
         Severity.ERROR,
     ),
     BATCH_MIXED: Diagnosis(
-        "rows that a layer is given are mixtures of several rows that the loader delivered "
-        "(mixup), so each person is in several of them, and clipping each does not bound what one "
-        "person changes",
+        "rows that a layer is given, or a collate_fn has returned, are mixtures of the data of "
+        "several people (mixup), so each person is in several of them, and clipping each does not "
+        "bound what one person changes",
         "mix a person's data with public data or with other versions of the same data only; a "
         "mixture of two people counts for both of them",
         Severity.ERROR,

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from opacus import PrivacyEngine
 from opacus.layers import DPLSTM
+from opacus.utils.batch_memory_manager import BatchMemoryManager
 from releases import GHOST, MIXED, POISSON
 from torch import nn
+from torch.utils.data import default_collate
 
 import dpguard
 from dpguard import diagnosis
 from dpguard.audit.update import STATISTICS
+from dpguard.patches.data import collating
 
 BATCH, COUNT = 12, 96
 
@@ -49,8 +54,11 @@ def train(model, data=None, *, mode="hooks", epochs=3, prepare=None, around=None
         module=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.05),
         data_loader=torch.utils.data.DataLoader(
-            torch.utils.data.TensorDataset(data, torch.arange(len(data)) % 3),
+            torch.utils.data.TensorDataset(data, torch.arange(len(data)) % 3)
+            if isinstance(data, torch.Tensor)
+            else data,
             batch_size=options.pop("batch_size", BATCH),
+            collate_fn=options.pop("collate", None),
         ),
         **options,
     )
@@ -308,3 +316,401 @@ def test_raw_inputs_of_nobody_knows_what():
             optimizer.step()
         guard.flush()
     assert guard.violations == ()
+
+
+class Items(torch.utils.data.Dataset):
+    """Items of any kind, made of an image and a target."""
+
+    def __init__(self, make, data=None):
+        self.data, self.make = images() if data is None else data, make
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        return self.make(self.data[index], index % 3)
+
+
+def collating_with(change):
+    """As it is written for torchvision's mixup."""
+
+    def collate(batch):
+        x, y = default_collate(batch)
+        return change(x), y
+
+    return collate
+
+
+def of_dicts(batch):
+    return mixup(torch.stack([item["image"] for item in batch])), torch.tensor(
+        [item["target"] for item in batch]
+    )
+
+
+def of_arrays(batch):
+    return mixup(torch.stack([torch.tensor(x.copy()) for x, _ in batch])), torch.tensor(
+        [y for _, y in batch]
+    )
+
+
+def small(count=COUNT):
+    return torch.rand(count, 16)
+
+
+BYTES = (images() * 255).to(torch.uint8)
+COLLATED = {
+    "mixup": (diagnosis.BATCH_MIXED, {"collate": collating_with(mixup)}),
+    "in place": (diagnosis.BATCH_MIXED, {"collate": collating_with(mixup_in_place)}),
+    "of the next": (
+        diagnosis.BATCH_MIXED,
+        {"collate": collating_with(lambda x: x - 0.5 * x.roll(1, 0))},
+    ),
+    "bytes": (
+        diagnosis.BATCH_MIXED,
+        {"collate": collating_with(lambda x: mixup(x / 255)), "data": BYTES},
+    ),
+    "dicts": (
+        diagnosis.BATCH_MIXED,
+        {"collate": of_dicts, "data": Items(lambda x, y: {"image": x, "target": y})},
+    ),
+    "arrays": (
+        diagnosis.BATCH_MIXED,
+        {"collate": of_arrays, "data": Items(lambda x, y: (x.numpy()[:, ::-1], y))},
+    ),
+    "few elements": (
+        diagnosis.BATCH_MIXED,
+        {"collate": collating_with(lambda x: mixup(x, 0.4)), "data": small()},
+    ),
+    "centred": (diagnosis.BATCH_CENTRED, {"collate": collating_with(lambda x: x - x.mean(0))}),
+    "standardised": (
+        diagnosis.BATCH_CENTRED,
+        {"collate": collating_with(lambda x: (x - x.mean(0)) / x.std(0))},
+    ),
+    "centred bytes": (
+        diagnosis.BATCH_CENTRED,
+        {"collate": collating_with(lambda x: x.float() - x.float().mean(0)), "data": BYTES},
+    ),
+    "few centred": (
+        diagnosis.BATCH_CENTRED,
+        {"collate": collating_with(lambda x: x - x.mean(0)), "data": small()},
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("what", COLLATED)
+def test_what_a_collate_function_makes_of_people_is_said_once(what, mode):
+    cause, options = COLLATED[what]
+    few = what.startswith("few")
+    net = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)) if few else Net()
+    with dpguard.install(mode="repair") as guard:
+        train(net, mode=mode, **options)
+        guard.flush()
+    assert [(v.check, v.cause, v.modules) for v in guard.violations] == [
+        (STATISTICS, cause, ("collate_fn",))
+    ]
+    assert guard.violations[0].step <= 2
+    assert "test_check_inputs.py:" in guard.violations[0].site
+    assert guard.status().parts_off == ()
+
+
+def padded(batch):
+    """Sequences to the length of the longest; some batches have one length only."""
+    longest = max(len(x) for x, _ in batch)
+    x = torch.stack([F.pad(x, (0, 0, 0, longest - len(x))) for x, _ in batch])
+    return x, torch.tensor([y for _, y in batch])
+
+
+class Average(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.first(x)).mean(1))
+
+
+def without_some(batch):
+    return default_collate(batch[: max(1, len(batch) - 2)])
+
+
+def drawn_anew(batch):
+    return default_collate([batch[i] for i in torch.randint(len(batch), (len(batch),))])
+
+
+def cut(x, y):
+    return x.view(12, 6)[: 3 + y].repeat(1, 2)[:, :8], y
+
+
+OWN = {
+    "stacked": ({"collate": collating_with(lambda x: x)}, Net),
+    "permuted": ({"collate": collating_with(lambda x: x[torch.randperm(len(x))])}, Net),
+    "constants": ({"collate": collating_with(lambda x: (x - 0.5) / 0.3)}, Net),
+    "of channels": (
+        {"collate": collating_with(lambda x: x - torch.tensor([0.4, 0.6]).view(2, 1, 1))},
+        Net,
+    ),
+    "bytes": ({"collate": collating_with(lambda x: x / 255), "data": BYTES}, Net),
+    "rounded": ({"collate": collating_with(lambda x: x.half().float())}, Net),
+    "rounded coarsely": ({"collate": collating_with(lambda x: x.bfloat16().float())}, Net),
+    "in double": (
+        {"collate": collating_with(lambda x: x.double()), "data": images()},
+        lambda: Net().double(),
+    ),
+    "padded": ({"collate": padded, "data": Items(cut)}, Average),
+    "without some": ({"collate": without_some}, Net),
+    "drawn anew": ({"collate": drawn_anew}, Net),
+    "one or two": ({"collate": collating_with(lambda x: x), "batch_size": 2, "epochs": 1}, Net),
+    "in one batch": ({"collate": collating_with(lambda x: x), "batch_size": COUNT}, Net),
+    "standardised data": (
+        {"collate": collating_with(lambda x: x), "data": standard(), "batch_size": COUNT},
+        Straight,
+    ),
+    "words": (
+        {"collate": collating_with(lambda x: x), "data": torch.randint(9, (COUNT, 4))},
+        Words,
+    ),
+    "few elements": (
+        {"collate": collating_with(lambda x: x + 0.1 * torch.randn_like(x)), "data": small()},
+        lambda: nn.Linear(16, 3),
+    ),
+    "few bits": (
+        {"collate": collating_with(F.dropout), "data": small().round()},
+        lambda: nn.Linear(16, 3),
+    ),
+    "each": ({"collate": collating_with(lambda x: x - x.mean((1, 2, 3), keepdim=True))}, Net),
+    "lists": (
+        {
+            "collate": lambda batch: (
+                torch.tensor([x for x, _ in batch]),
+                torch.tensor([0, 1, 2] * COUNT)[: len(batch)],
+            ),
+            "data": Items(lambda x, y: (x.tolist(), y)),
+        },
+        Net,
+    ),
+    "objects": (
+        {
+            "collate": lambda batch: (
+                torch.stack([x.kept for x in batch]),
+                torch.zeros(len(batch)).long(),
+            ),
+            "data": Items(lambda x, _: Kept(x)),
+        },
+        Net,
+    ),
+    **{
+        f"{name}, {size}": (
+            {"collate": collating_with(change or (lambda x: x)), "batch_size": size},
+            Net,
+        )
+        for name, change in ALONE.items()
+        for size in (4, BATCH)
+    },
+}
+
+
+class Kept:
+    def __init__(self, kept):
+        self.kept = kept
+
+    def __iter__(self):
+        return iter(())
+
+
+@pytest.mark.parametrize("what", OWN)
+def test_collate_functions_that_leave_each_person_alone(what):
+    options, make = OWN[what]
+    if "batch_size" in options and options["batch_size"] < BATCH and not POISSON:
+        pytest.skip("an empty batch is of another shape")
+    with dpguard.install(mode="repair") as guard:
+        train(make(), **options)
+        guard.flush()
+    assert [v for v in guard.violations if v.check == STATISTICS] == []
+    assert guard.status().parts_off == ()
+
+
+def private(data, collate):
+    """A loader, as ``make_private`` returns it, with its model and optimizer."""
+    model = Net()
+    made = PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.05),
+        data_loader=torch.utils.data.DataLoader(data, batch_size=BATCH, collate_fn=collate),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    return made[0], made[1], made[-1]
+
+
+def test_batches_that_are_split():
+    torch.manual_seed(2)
+    with dpguard.install(mode="repair") as guard:
+        data = torch.utils.data.TensorDataset(images(), torch.arange(COUNT) % 3)
+        model, optimizer, loader = private(data, collating_with(mixup))
+        with BatchMemoryManager(
+            data_loader=loader, max_physical_batch_size=5, optimizer=optimizer
+        ) as parts:
+            for x, y in parts:
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+        guard.flush()
+    assert [(v.cause, v.modules) for v in guard.violations] == [
+        (diagnosis.BATCH_MIXED, ("collate_fn",))
+    ]
+
+
+def test_loaders_that_are_not_private():
+    with dpguard.install(mode="strict"):
+        loader = torch.utils.data.DataLoader(
+            images(), batch_size=BATCH, collate_fn=lambda batch: mixup(torch.stack(batch))
+        )
+        iterator = iter(loader)
+        own = iterator._dataset_fetcher.collate_fn
+        next(iterator)
+        assert iterator._dataset_fetcher.collate_fn is own
+
+
+def test_each_item_is_read_and_collated_once_and_not_kept():
+    read, alive, collated = [], [], []
+
+    def make(x, y):
+        item = x.clone()
+        read.append(y)
+        alive.append(weakref.ref(item))
+        return item, y
+
+    def collate(batch):
+        collated.append(len(batch))
+        return default_collate(batch)
+
+    with dpguard.install(mode="strict"):
+        loader = private(Items(make), collate)[2]
+        read.clear()
+        iterator = iter(loader)
+        before = iterator._dataset_fetcher.collate_fn
+        batch = next(iterator)
+        assert iterator._dataset_fetcher.collate_fn is before
+        assert collated == [len(read)] == [len(batch[0])]
+        gc.collect()
+        assert [item for item in alive if item() is not None] == []
+
+
+def test_batches_are_the_same():
+    """No random stream is touched, and what is in a batch is not either."""
+
+    def batches():
+        torch.manual_seed(6)
+        data = torch.utils.data.TensorDataset(images(), torch.arange(COUNT) % 3)
+        return [x for x, _ in private(data, collating_with(mixup_in_place))[2]]
+
+    before = batches()
+    with dpguard.install(mode="strict"):
+        after = batches()
+    assert [len(x) for x in before] == [len(x) for x in after]
+    assert all(map(torch.equal, before, after))
+
+
+@pytest.mark.parametrize("where", ["data set", "collate"])
+def test_errors_of_the_users_are_theirs(where):
+    error = ValueError("mine")
+
+    def fail(*_):
+        raise error
+
+    read = []
+
+    def make(x, y):
+        read.append(y)
+        return fail() if where == "data set" and len(read) > 3 else (x, y)
+
+    with dpguard.install(mode="strict") as guard:
+        loader = private(Items(make), fail if where == "collate" else collating_with(mixup))[2]
+        iterator = iter(loader)
+        fetcher = iterator._dataset_fetcher
+        before = fetcher.collate_fn
+        with pytest.raises(ValueError, match="mine") as raised:
+            next(iterator)
+        assert raised.value is error
+        assert fetcher.collate_fn is before
+        assert guard.status().parts_off == ()
+
+
+def test_an_error_of_ours_ends_the_look_only(monkeypatch):
+    def fail(_):
+        raise RuntimeError("ours")
+
+    monkeypatch.delenv("DPGUARD_RAISE_INTERNAL")
+    monkeypatch.setattr(collating, "Items", fail)
+    with dpguard.install(mode="strict") as guard:
+        train(Net(), collate=collating_with(mixup), epochs=1)
+        assert guard.status().parts_off == ("collate",)
+    assert guard.violations == ()
+
+
+def test_uninstalling_within_a_batch_restores_the_collate_function():
+    guards = []
+
+    def make(x, y):
+        while guards:
+            assert fetchers[0].collate_fn is not before[0]
+            guards.pop().uninstall()
+        return x, y
+
+    guard = dpguard.install(mode="strict")
+    try:
+        loader = private(Items(make), collating_with(lambda x: x))[2]
+        iterator = iter(loader)
+        fetchers = [iterator._dataset_fetcher]
+        before = [fetchers[0].collate_fn]
+        guards.append(guard)
+        assert len(next(iterator)) == 2
+        assert fetchers[0].collate_fn is before[0]
+        assert not guards
+    finally:
+        guard.uninstall()
+
+
+class Flat(nn.Module):
+    """The first layer that is trained is given images as rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(72, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.first(x.flatten(1))))
+
+
+class Few(Flat):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(16, 6)
+
+
+@pytest.mark.parametrize(
+    ("make", "data"), [(Flat, images()), (Few, small())], ids=["flattened", "few"]
+)
+def test_mixtures_in_a_training_loop_of_other_shapes(make, data):
+    with dpguard.install(mode="repair") as guard:
+        train(make(), data, prepare=lambda x: mixup(x, 0.3))
+        guard.flush()
+    assert [(v.cause, v.modules, v.step) for v in guard.violations] == [
+        (diagnosis.BATCH_MIXED, ("first",), 0)
+    ]
+
+
+SINES = torch.sin(torch.arange(48) / 4 + 6.28 * torch.rand(COUNT, 1))
+
+
+@pytest.mark.parametrize("noise", [0.0, 3e-4])
+@pytest.mark.parametrize("size", [6, 40])
+@pytest.mark.parametrize("change", [lambda x: x.roll(1, 1), lambda x: x.flip(1)])
+def test_data_of_which_everything_is_a_mixture(change, size, noise):
+    """Sines of one frequency: what is made of one alone is a mixture of any two."""
+    data = SINES + noise * torch.randn_like(SINES)
+    with dpguard.install(mode="strict") as guard:
+        train(nn.Linear(48, 3), data, prepare=change, batch_size=size)
+        guard.flush()
+    assert [v for v in guard.violations if v.check == STATISTICS] == []

@@ -2,21 +2,24 @@
 
 See :mod:`dpguard.noted.inputs`. An input is centred if each of its features adds up to zero over
 the batch, up to rounding. That is a fault where the data that it is made of are not: what a layer
-is given without parameters on the way is compared with what the loader delivered, another input
-with what such layers were given. A single feature is by chance, once in ten thousand batches, so it
-has to be so three times running. No row is a linear mixture of others by chance.
+is given without parameters on the way is compared with what the loader delivered, what a collate
+function has returned with the items that it was given, another input with what such layers were
+given. A single feature is by chance, once in ten thousand batches, so it has to be so three times
+running. No row is a linear mixture of others by chance.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from dpguard import diagnosis
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.update import STATISTICS, trained_by
-from dpguard.noted.inputs import Given
+from dpguard.noted.deliveries import Reader
+from dpguard.noted.inputs import COLLATE, Given
 from dpguard.noted.ledger import Ledger
 from dpguard.turns import Turns
 
@@ -34,7 +37,9 @@ _MIXTURE = 1e-3
 _SHARE = 0.02
 """As much of another person in a row is no rounding,"""
 _TOLD_APART = 1e-4
-"""if the rows of the batch are as different as that."""
+"""if the rows of the batch are as different as that,"""
+_LEFT = 0.01
+"""and what is left of a row is no more than that of how different they are."""
 
 
 class _Known:
@@ -63,7 +68,7 @@ class InputValues(Check):
         inputs = self._ledger.inputs
         if inputs is None or not inputs.has_news:
             return ()
-        given = inputs.take(trained_by(step))
+        given = inputs.take(_used_by(step, optimizer))
         if given:
             known = [(one.sums, one.delivered, one.mixture) for one in given]
             figures = [figure for some in known for figure in some if figure is not None]
@@ -98,7 +103,11 @@ class InputValues(Check):
             ]
             for one in given
         ]
-        raw = [sums for one, (sums, _, _) in zip(given, inputs, strict=True) if one.is_raw]
+        raw = [
+            sums
+            for one, (sums, _, _) in zip(given, inputs, strict=True)
+            if one.is_raw and one.name != COLLATE
+        ]
         found: set[tuple[str, str]] = set()
         for one, (sums, delivered, mixture) in zip(given, inputs, strict=True):
             # Of whole numbers, inputs of an embedding, nothing is known: they are not centred.
@@ -114,12 +123,27 @@ class InputValues(Check):
         failures = []
         for cause, enough in ((diagnosis.BATCH_CENTRED, _TIMES), (diagnosis.BATCH_MIXED, 1)):
             certain = {key for key, times in known.times.items() if times >= enough}
-            names = tuple(one.name for one in given if (cause, one.name) in certain)
-            if names:
+            where = [one for one in given if (cause, one.name) in certain]
+            if where:
                 known.said.add(cause)
-                failures.append(Failure(STATISTICS, cause, modules=tuple(dict.fromkeys(names))))
+                names = tuple(dict.fromkeys(one.name for one in where))
+                site = next((one.site for one in where if one.site is not None), None)
+                failures.append(Failure(STATISTICS, cause, modules=names, site=site))
         known.times = {key: n for key, n in known.times.items() if key[0] not in known.said}
         return failures
+
+
+def _used_by(step: Step, optimizer: Any) -> Callable[[Any], bool]:
+    """Whether a model, or a reader of batches, is that of an optimizer."""
+    is_trained = trained_by(step)
+
+    def is_used(owner: Any) -> bool:
+        if not isinstance(owner, Reader):
+            return is_trained(owner)
+        mine = owner.optimizer()
+        return mine is None or mine is optimizer
+
+    return is_used
 
 
 def _ways(sums: list[float]) -> list[float]:
@@ -141,4 +165,4 @@ def _is_clear(sums: list[float]) -> bool:
 
 
 def _is_mixed(far: float, second: float, apart: float) -> bool:
-    return far <= _MIXTURE and second >= _SHARE and apart >= _TOLD_APART
+    return far <= min(_MIXTURE, _LEFT * apart) and second >= _SHARE and apart >= _TOLD_APART

@@ -5,12 +5,15 @@ layer that is trained, or without a gradient. Inputs from which the mean over th
 subtracted add up to zero over the batch, in every feature, and others do not, unless the data
 themselves do. Rows that are linear mixtures of several rows that were delivered (mixup) are these
 to rounding. Both is measured now and then.
+
+A collate function may do the same before anything is delivered, so what it returns is compared with
+the items that it was given.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,32 +22,73 @@ from dpguard import _compat
 from dpguard.numerics.inputs import Sample, centring
 from dpguard.parts import Part
 
-__all__ = ["Given", "Inputs"]
+__all__ = ["COLLATE", "Given", "Inputs", "Items"]
 
 _CALLS = 16
 """So many calls of a layer are looked at; if no step comes to them, none will."""
+_DEPTH = 3
+"""Items may be nested as deep as that."""
+COLLATE = "collate_fn"
+"""Stands for the name of a layer."""
 
 
 class Given(NamedTuple):
-    """What one layer was given in one call.
+    """What one layer was given in one call, or what a collate function has returned.
 
     Attributes:
-        model: the hooked model that it is in, weakly.
+        owner: the hooked model that it is in, or the reader of the batch, weakly.
         name: of the layer.
         is_raw: no parameter was on the way.
         sums: its :func:`~dpguard.numerics.inputs.centring`,
-        delivered: and that of the batch that was delivered, if it is known.
+        delivered: and that of the batch that was delivered, or of its items, if it is known.
         mixture: see :meth:`dpguard.numerics.inputs.Sample.mixture`, if it was compared.
         roundoff: of the precision of the input.
+        site: where the user has written the collate function.
     """
 
-    model: weakref.ref[torch.nn.Module]
+    owner: weakref.ref[Any]
     name: str
     is_raw: bool
     sums: torch.Tensor
     delivered: torch.Tensor | None
     mixture: torch.Tensor | None
     roundoff: float
+    site: str | None = None
+
+
+class Items:
+    """Figures of the items of a batch as the data set has returned them.
+
+    Args:
+        items: one of each person; nothing of them is kept but figures.
+    """
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        self._fields = [(centring(stacked), Sample(stacked)) for stacked in _stacked(items)]
+
+    def compare(
+        self, batch: Iterable[torch.Tensor | None], owner: weakref.ref[Any], site: str | None
+    ) -> Iterator[Given]:
+        """What was made of them: they are found by the size of what a person has, then by order.
+
+        Args:
+            batch: made of them.
+            owner: see :class:`Given`,
+            site: likewise.
+        """
+        met: dict[int, int] = {}
+        for tensor in batch:
+            if tensor is None or not _is_compared(tensor):
+                continue
+            elements = tensor.shape[1:].numel()
+            fields = [field for field in self._fields if field[1].elements == elements]
+            if fields:
+                place = met[elements] = met.get(elements, -1) + 1
+                sample = fields[min(place, len(fields) - 1)][1]
+                sums = torch.cat([sums for sums, _ in fields])
+                roundoff = _compat.unit_roundoff(tensor.dtype)
+                figures = centring(tensor), sums, sample.mixture(tensor)
+                yield Given(owner, COLLATE, True, *figures, roundoff, site)
 
 
 class Inputs(Part):
@@ -101,14 +145,31 @@ class Inputs(Part):
         known = weakref.ref(model), name, is_raw, centring(given), self._delivered, mixture
         calls.append(Given(*known, roundoff))
 
-    def take(self, wanted: Callable[[torch.nn.Module], bool]) -> list[Given]:
-        """What was noted of the models that are wanted; it is noted no longer."""
+    def collated(
+        self, reader: Any, items: Items, batch: Iterable[torch.Tensor | None], site: str | None
+    ) -> None:
+        """A collate function has made a private batch of these items.
+
+        Args:
+            reader: knows whose it is.
+            items: what it was given.
+            batch: what it has returned.
+            site: where the user has written it.
+        """
+        calls = self._given.setdefault((id(reader), COLLATE), [])
+        if len(calls) >= _CALLS:
+            self.wanted = False
+            return
+        calls += items.compare(batch, weakref.ref(reader), site)
+
+    def take(self, wanted: Callable[[Any], bool]) -> list[Given]:
+        """What was noted of the owners that are wanted; it is noted no longer."""
         mine: list[Given] = []
         for key, calls in list(self._given.items()):
-            model = calls[0].model() if calls else None
-            if model is None or wanted(model):
+            owner = calls[0].owner() if calls else None
+            if owner is None or wanted(owner):
                 del self._given[key]
-                mine += calls if model is not None else []
+                mine += calls if owner is not None else []
         return mine
 
     def rest(self) -> None:
@@ -125,3 +186,32 @@ def _is_compared(given: Any) -> bool:
         and len(given) > 1
         and given.numel() > 0
     )
+
+
+def _stacked(items: Sequence[Any]) -> Iterator[torch.Tensor]:
+    """What default collating would make of the numbers of each person that are alike in shape."""
+    found = [list(_numbers(item, _DEPTH)) for item in items]
+    if len(found) < 2 or len({len(tensors) for tensors in found}) > 1:  # noqa: PLR2004 - others
+        return
+    for tensors in zip(*found, strict=True):
+        if len({(t.shape, t.dtype, t.device, t.layout) for t in tensors}) == 1 and tensors[0].dim():
+            with torch.no_grad():
+                stacked = torch.stack(tensors)
+            stacked = stacked if stacked.is_floating_point() else stacked.to(torch.float32)
+            if _is_compared(stacked):
+                yield stacked
+
+
+def _numbers(item: Any, depth: int) -> Iterator[torch.Tensor]:
+    """The tensors and arrays of numbers of one person, in order."""
+    if isinstance(item, torch.Tensor):
+        if item.layout is torch.strided and not (item.is_complex() or item.is_quantized):
+            yield item
+    elif type(item).__module__ == "numpy" and bool(getattr(item, "ndim", False)):
+        if item.dtype.kind in "fiu":
+            yield torch.from_numpy(item.astype(item.dtype.newbyteorder("="), order="C"))
+    elif depth and isinstance(item, (list, tuple, Mapping)):
+        values = list(item.values()) if isinstance(item, Mapping) else item
+        if values and not isinstance(values[0], (int, float, str)):  # a long list of numbers
+            for value in values:
+                yield from _numbers(value, depth - 1)

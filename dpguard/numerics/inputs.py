@@ -12,6 +12,17 @@ _PEOPLE = 512
 """Mixtures of more people are not looked for: that takes time in proportion to their cube."""
 _SPARE = 32
 """So many elements more than twice the people."""
+_MIXED = 4
+"""One of so many rows must be a mixture: a few may be, where the data are whole numbers."""
+_FEWEST = 12
+"""With fewer elements nothing is known of mixtures,"""
+_PAIRS_OF = 4
+"""nor with fewer people, unless there are many elements."""
+_ROWS = 8
+"""So many rows are compared with each pair of people."""
+_ALIKE = 1e-3
+_ONE = 1e-6
+"""People who differ by less are one."""
 
 
 @torch.no_grad()
@@ -47,16 +58,20 @@ def _centring_of(features: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
 class Sample:
     """Some elements of a batch, of which another may be a linear mixture.
 
-    There are twice as many of each person as people: what is no mixture of the rows, and a
-    constant, is then far from all of them.
+    There are twice as many of each person as people, if they have so many: what is no mixture of
+    the rows, and a constant, is then far from all of them. Else mixtures of two are looked for.
+
+    Attributes:
+        elements: how many a person has.
     """
 
     def __init__(self, batch: torch.Tensor) -> None:
-        self._shape = batch.shape
-        wanted = 2 * (len(batch) + 1) + _SPARE
-        flat = batch.detach().flatten(1)
-        enough = len(batch) <= _PEOPLE and flat.shape[1] >= wanted
-        spread = _spread(flat, wanted)
+        self.elements = batch.shape[1:].numel()
+        self._wanted = 2 * (len(batch) + 1) + _SPARE
+        self._spans = self.elements >= self._wanted
+        pairs = self.elements >= _FEWEST and len(batch) >= _PAIRS_OF
+        enough = len(batch) <= _PEOPLE and (self._spans or pairs)
+        spread = _spread(batch.detach().flatten(1), self._wanted)
         self._values = spread.to(torch.float64, copy=True) if enough else None
 
     @torch.no_grad()
@@ -65,15 +80,20 @@ class Sample:
 
         Returns:
             Of shape ``(3,)``: how far the worst row is from being a mixture, relative to its
-            length; the most that a row has of a person besides the one that it has most of,
-            likewise; and how well the rows of the batch can be told apart, 1 at best. ``None`` if
-            ``given`` is of another shape, or if there are too few elements.
+            length; what at least one of four rows has of a person besides the one that it has
+            most of, likewise; and how well the rows of the batch can be told apart, 1 at best.
+            ``None`` if rows of ``given`` have another number of elements, or if there are too few
+            of them.
         """
-        if self._values is None or given.shape != self._shape:
+        if self._values is None or given.shape[1:].numel() != self.elements:
+            return None
+        if len(given) > _PEOPLE:
             return None
         rows = self._values.to(given.device, non_blocking=True)
+        mine = _spread(given.flatten(1), self._wanted).double()
+        if not self._spans:
+            return _pairing(rows, mine[:: max(1, len(mine) // _ROWS)][:_ROWS])
         rows = torch.cat([rows, rows.new_ones(1, rows.shape[1])])
-        mine = _spread(given.flatten(1), 2 * len(rows) + _SPARE).double()
         scales = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         rows = rows / scales
         factor = torch.linalg.cholesky_ex(rows @ rows.t())[0]
@@ -82,7 +102,50 @@ class Sample:
         far = torch.linalg.vector_norm(mine - weights @ rows, dim=1) / lengths
         second = weights[:, :-1].abs().topk(2, dim=1).values[:, 1] / lengths
         pivots = factor.diagonal()
-        return torch.stack([far.amax(), second.amax(), pivots.amin() / pivots.amax()])
+        second = second.sort(descending=True).values[len(second) // _MIXED]
+        return torch.stack([far.amax(), second, pivots.amin() / pivots.amax()])
+
+
+def _pairing(rows: torch.Tensor, mine: torch.Tensor) -> torch.Tensor:
+    """Whether each of a few rows is a mixture of exactly two of others, and a constant.
+
+    As well as one pair explains it, no other pair may by far: what is in all of their planes tells
+    of the data and nothing of mixtures.
+
+    Returns:
+        As :meth:`Sample.mixture` does; of what is a person's alone the first is zero. The second
+        is that of most of the rows.
+    """
+    rows, mine = (_upright(values) for values in (rows, mine))
+    alike, near = rows @ rows.t(), mine @ rows.t()
+    free = 1 - alike.square()
+    one, other = near[:, :, None], near[:, None, :]
+    left = 1 - (one.square() + other.square() - 2 * one * other * alike) / free
+    is_pair = torch.ones_like(free, dtype=torch.bool).triu(1) & (free > _ONE)
+    found = left.masked_fill(~is_pair, torch.inf).flatten(1).topk(2, largest=False)
+    best, following = found.values.clamp(min=0).sqrt().unbind(1)
+    first = found.indices[:, 0] // len(rows)
+    last = found.indices[:, 0] % len(rows)
+    of_first, of_last = (near.gather(1, place[:, None])[:, 0] for place in (first, last))
+    between, room = alike[first, last], free[first, last]
+    shares = torch.stack([of_first - between * of_last, of_last - between * of_first]) / room
+    alone = (1 - near.square().amax(1)).clamp(min=0).sqrt() <= _ALIKE
+    far = torch.where(torch.isfinite(following), best / following, 1.0)
+    second = shares.abs().amin(0)
+    return torch.stack(
+        [
+            far.masked_fill(alone, 0.0).amax(),
+            second.masked_fill(alone, 0.0).median(),
+            following.masked_fill(alone, 1.0).amin(),
+        ]
+    )
+
+
+def _upright(rows: torch.Tensor) -> torch.Tensor:
+    """Rows less their means, of length one, or of zeros if they are constant."""
+    rows = rows - rows.mean(1, keepdim=True)
+    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return torch.nan_to_num(rows / lengths, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _spread(flat: torch.Tensor, wanted: int) -> torch.Tensor:

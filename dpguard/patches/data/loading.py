@@ -1,7 +1,7 @@
 """Data loaders: how many people each batch has, and whose training it is for.
 
-Nothing is changed and no data is looked at: counted are the indices that a batch sampler draws.
-Workers draw ahead; a batch is met again by its number when it is delivered.
+Nothing is changed: counted are the indices that a batch sampler draws. Workers draw ahead; a batch
+is met again by its number when it is delivered.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dpguard.noted.deliveries import Deliveries, Delivery, Iteration
 from dpguard.noted.ledger import Ledger
 from dpguard.noted.poisson import Rate
 from dpguard.parts import Part
+from dpguard.patches.data.collating import Collating, Look
 from dpguard.patching import Transaction
 
 __all__ = ["LoadingPatch"]
@@ -49,6 +50,7 @@ class LoadingPatch:
         self._ledger = ledger
         self._watch = watch
         self._part = Part("loading", report, deliveries.stop)
+        self._collating = Collating(ledger, report)
         self._iterations: IdentityMap[Iteration] = IdentityMap()
         self._ties: IdentityMap[IdentitySet] = IdentityMap()
         self._engines: set[type] = set()
@@ -72,6 +74,7 @@ class LoadingPatch:
 
     def _stop(self) -> None:
         self._part.on = False
+        self._collating.stop()
         self._iterations.clear()
 
     # -- the patches ---------------------------------------------------------------------------
@@ -95,7 +98,9 @@ class LoadingPatch:
                 if iteration is not None:
                     iteration.finished = True
                 raise
-            self._part.run(self._delivered, iterator, data)
+            finally:
+                look = self._collating.end(iterator)
+            self._part.run(self._delivered, iterator, data, look)
             return data
 
         return deliver
@@ -144,6 +149,8 @@ class LoadingPatch:
                     self._note(delivery, drawn_by, iteration.parts, iterator._dataset)
                     iteration.parts = []
                 self.tags.setdefault(splitter, []).append(delivery)
+        if iteration.readers:
+            self._collating.run(self._collating.begin, iterator, people)
 
     def _note(self, delivery: Delivery, sampler: Any, indices: Any, dataset: Any) -> None:
         """What a whole batch of Poisson sampling tells of how it was drawn."""
@@ -158,7 +165,7 @@ class LoadingPatch:
         number = delivery.iteration.number
         delivery.drawn = rate.draw(indices, count, delivery.rate, number)
 
-    def _delivered(self, iterator: Any, data: Any) -> None:
+    def _delivered(self, iterator: Any, data: Any, look: Look | None) -> None:
         iteration = self._iterations.get(iterator)
         if iteration is None:
             return
@@ -169,7 +176,10 @@ class LoadingPatch:
         self._ledger.drawn = self._deliveries.serial
         inputs = self._ledger.inputs
         if inputs is not None and inputs.wanted:
-            inputs.run(inputs.deliver, [reference() for reference in delivery.tensors])
+            tensors = [reference() for reference in delivery.tensors]
+            inputs.run(inputs.deliver, tensors)
+            if look is not None:
+                self._collating.run(self._collating.compare, look, tensors, iteration.readers)
         if self._deliveries.unclear:
             self._watch()
 
