@@ -163,6 +163,7 @@ DRAWN_TOO_MANY = "drawn_too_many"
 DRAWN_DEPENDENTLY = "drawn_dependently"
 BATCH_UNDELIVERED = "batch_undelivered"
 BATCHES_MERGED = "logical_batches_merged"
+SPLIT_FOR_ANOTHER = "batch_split_for_another"
 PEOPLE_IN_ROUNDS = "people_in_rounds"
 ROUNDS_IN_GHOST = "rounds_in_ghost_clipping"
 GROUPS_MISFIT = "groups_misfit"
@@ -1182,6 +1183,15 @@ _DIAGNOSES = {
         "logical batch: both would be merged under one noise draw",
         "call optimizer.step() for each physical batch of BatchMemoryManager: leave samples out "
         "in the data set or in the loss (a loss times zero), not with `continue` or `break`",
+        Severity.CRITICAL,
+    ),
+    SPLIT_FOR_ANOTHER: Diagnosis(
+        "BatchMemoryManager was given another optimizer than the one that steps, which therefore "
+        "adds noise to each physical batch and applies it by itself, while the logical batch is "
+        "accounted for as one: somebody who is in it moves people from one part to the next, and "
+        "so changes several of these sums",
+        "give BatchMemoryManager the DP optimizer that takes the steps; make it anew after a "
+        "second make_private()",
         Severity.CRITICAL,
     ),
     PEOPLE_IN_ROUNDS: Diagnosis(

@@ -567,6 +567,27 @@ def test_a_new_engine_for_the_same_model_and_data_is_said(how):
             assert guard.last_step.checks[STEPS].verdict == "pass"
 
 
+@pytest.mark.skipif(not MODERN, reason="accountants of this Opacus have no history")
+@pytest.mark.parametrize("whose", ["an engine's", "an accountant by itself", "the same"])
+def test_two_accountants_in_turns_are_said(whose):
+    """Each has half of the steps on the same data, and none of the other's."""
+    with dpguard.install(mode="observe") as guard:
+        training = Training()
+        if whose == "an engine's":
+            other = again(training, "wrapped")
+        else:
+            other = copy.copy(training)
+            other.optimizer = second_optimizer(training.optimizer, list(training.raw.parameters()))
+            accountant = RDPAccountant() if whose != "the same" else training.engine.accountant
+            other.optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(sample_rate=0.2))
+        for _ in range(2):
+            for number, batch in enumerate(training.loader):
+                batches = [batch] if number % 2 or other.loader is training.loader else other.loader
+                (other if number % 2 else training).epoch(list(batches)[:1])
+        guard.flush()
+        assert causes(guard) == ({diagnosis.ACCOUNTED_ANEW} if whose != "the same" else set())
+
+
 def second_optimizer(first, parameters):
     return DPOptimizer(
         torch.optim.Adam(parameters, lr=0.01),

@@ -394,7 +394,7 @@ class Accounting(Check):
             failures += _once(beyond, book)
         if book is not state.book:
             state.book = book
-            failures += self._compare_books(step, book)
+            failures += self._compare_books(step, book, state)
             for known in step.states:
                 known.accounted = True
         return failures
@@ -483,19 +483,26 @@ class Accounting(Check):
             for told in (*state.accountants, *state.others)
         )
 
-    def _compare_books(self, step: Step, book: _Book) -> list[Failure]:
-        """Whether the model was trained on the same data under an accountant that is forgotten."""
+    def _compare_books(self, step: Step, book: _Book, state: _State) -> list[Failure]:
+        """Whether the model was trained on the same data under an accountant that is forgotten.
+
+        Steps of the optimizer at hand are those of another accountant only if that is told as well.
+        """
         models, dataset = _models_of(step), book.dataset()
-        if not models or dataset is None:
+        data = step.dataset if dataset is None else id(dataset)
+        if not models or data is None:
             return []
         books = self._trained.of(models[0])
         if any(known is book for known in books):
             return []
-        has = merged(book.observed)
+        has, mine = merged(book.observed), state.mine.get(book) or Counter()
+        beside = {id(told.book) for told in state.accountants}
         missing = sum(
-            max(0, steps - has.get(key, 0))
+            max(0, steps - has.get(key, 0) + (0 if id(known) in beside else mine[key]))
             for known in books
-            if known.dataset() is dataset
+            if known.dataset() is not None and id(known.dataset()) == data
+            # Of several that are told nobody knows whether one that no engine has is asked.
+            if dataset is not None or id(known) not in beside
             for key, steps in merged(known.observed).items()
         )
         books.append(book)

@@ -124,6 +124,8 @@ class Step:
     rates: set[float] = field(default_factory=set)
     bypasses: bool = False
     unsampled: bool = False
+    dataset: int | None = None
+    """Identity of the data set of the last private batch, if there was one."""
     beside: Sequence[Any] = ()
     """Optimizers for which the batch was drawn that this one takes as well."""
     ran: dict[str, int] = field(default_factory=dict)

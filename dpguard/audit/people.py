@@ -94,6 +94,8 @@ class _Logical:
     undelivered: int = 0
     waits: bool = False
     reused: bool = False
+    pieces: int = 0
+    """How often in a row it had a part of a batch that was split for another optimizer."""
     beside: Delivery | None = None
     """The batch of another optimizer that had as many people as the last step."""
     matches: int = 0
@@ -148,6 +150,9 @@ class People(Check):
         if notes and not follows:
             logical.met = self._deliveries.meet({note.origin for note in notes})
         found = self._compare(step, logical, sizes, notes, follows=follows)
+        self._note_piece(logical, optimizer, sum(sizes))
+        if self._deliveries.last is not None:
+            step.dataset = self._deliveries.last.iteration.dataset
         logical.others = self._deliveries.others
         self._calls.rest()
         wrong, logical.found = logical.found, []
@@ -212,6 +217,23 @@ class People(Check):
             return self._by_private(step, logical, sizes, private=private, notes=notes)
         logical.draws = None
         return None if private else self._by_others(step, logical, sizes, notes)
+
+    def _note_piece(self, logical: _Logical, optimizer: Any, rows: int) -> None:
+        """Rows of a part of a batch that ``BatchMemoryManager`` signals to another optimizer.
+
+        This one applies each part by itself, and whoever is in the batch moves the borders of all.
+        If nothing ties it to the loader, it is so three times running.
+        """
+        last, own = self._deliveries.last, _compat.skip_signals(optimizer)
+        splitter = last.iteration.splitter if last is not None and last.skip else None
+        told = None if splitter is None else splitter()
+        signals = [] if told is None else _compat.skip_signals(told)
+        if last is None or not signals or signals is own or not last.fits(rows):
+            logical.pieces = 0
+            return
+        logical.pieces += 1
+        if logical.reader in last.iteration.readers or logical.pieces >= _WEAK_STEPS:
+            logical.found.append(Failure(BATCHES, diagnosis.SPLIT_FOR_ANOTHER))
 
     def _note_beside(self, step: Step, logical: _Logical, rows: int) -> None:
         """Rows of no batch of its own; they may be those of the last batch of another optimizer.
