@@ -871,6 +871,25 @@ def test_two_batches_in_one_call(guard):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("whose", ["its own", "another's"])
+def test_a_batch_that_is_split_for_another_optimizer(whose, tied):
+    """Each part would be a release by itself, and people move from one part to the next."""
+    with dpguard.install(mode="observe") as guard:
+        private, other = Private(samples(60), batch=20), Private(samples(60), batch=20)
+        told = private.optimizer if whose == "its own" else other.optimizer
+        loader = private.loader if tied or whose == "its own" else other.loader
+        with BatchMemoryManager(
+            data_loader=loader, max_physical_batch_size=6, optimizer=told
+        ) as batches:
+            for x, y in batches:
+                private.step(plain(private, x, y))
+        guard.flush()
+        found = {v.cause for v in violations(guard)}
+        assert (diagnosis.SPLIT_FOR_ANOTHER in found) == (whose != "its own")
+        assert whose != "its own" or not found
+
+
 # -- skipped physical batches --------------------------------------------------------------------
 
 
