@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import signal
+import threading
+import types
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from dpguard.audit.coverage import OF_EACH
 from dpguard.audit.noise import Noise
 from dpguard.audit.rows import RowValues
 from dpguard.interrupts import let_through
+from dpguard.parts import Part
 from dpguard.patches.optimizer.protocol import Protocol
 from dpguard.patches.optimizer.wrappers import Wrappers
 
@@ -63,6 +67,41 @@ def train(steps):
         except Timeout:
             timeouts += 1
     return timeouts
+
+
+def busy():
+    """Code of ours in which arrives what another thread might send as well."""
+    thread, kind = ctypes.c_ulong(threading.get_ident()), ctypes.py_object(Timeout)
+    for number in range(1000):
+        if number == 10:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, kind)
+    return "not interrupted"
+
+
+ours = types.FunctionType(busy.__code__, busy.__globals__ | {"__name__": "dpguard.audit.rows"})
+
+
+def test_an_exception_that_another_thread_has_sent():
+    """It is the host's; one that our own code raises is not."""
+    failures = []
+    part = Part("rows", lambda name, error: failures.append((name, error)))
+    with pytest.raises(Timeout):
+        part.run(ours)
+    assert part.on
+    assert part.run(raises, ValueError()) is None
+    assert not part.on
+    assert [name for name, _ in failures] == ["rows"]
+
+
+def raises(error):
+    raise error
+
+
+def test_what_the_hosts_code_raises_inside_of_ours():
+    """It was called by us, so that the part cannot do without."""
+    part = Part("rows", lambda *_: None)
+    assert part.run(raises, Timeout()) is None
+    assert not part.on
 
 
 @pytest.mark.usefixtures("_alarm")
