@@ -98,6 +98,7 @@ TOLD_SIGMA = "told_sigma"
 TOLD_RATE = "told_rate"
 TOLD_LESS = "told_less"
 ASKED_UNTOLD = "asked_untold"
+EPSILON_OF_LIMIT = "epsilon_of_limit"
 NOBODY_TOLD = "no_accountant_told"
 TWO_OPTIMIZERS = "two_optimizers"
 NOT_POISSON = "not_poisson"
@@ -642,6 +643,12 @@ _DIAGNOSES = {
         "has no step hook has taken some",
         _TELL,
         Severity.ERROR,
+    ),
+    EPSILON_OF_LIMIT: Diagnosis(
+        "the epsilon of Opacus's GaussianAccountant is that of the limit of many steps (a central "
+        "limit theorem), which may be less than what was spent by a third and more",
+        'report that of another accountant: PrivacyEngine(accountant="prv") or "rdp"',
+        Severity.WARNING,
     ),
     TWO_OPTIMIZERS: Diagnosis(
         "two DP optimizers take a step each from the same batch (parts of one model, or models "

@@ -133,10 +133,11 @@ class Verdicts:
         """Say what is wrong, but cannot be told from what the user may have meant.
 
         Raises:
-            PrivacyViolation: in ``strict``.
+            PrivacyViolation: in ``strict``, if it is an error.
         """
-        diagnosed = self._violated(Severity.ERROR, check, cause, body, **details)
-        if self.is_strict:
+        severity = diagnosis.explain(cause).severity
+        diagnosed = self._violated(severity, check, cause, body, **details)
+        if self.is_strict and severity is not Severity.WARNING:
             raise PrivacyViolation(f"{body} Remedy: {diagnosed.remedy}.")
 
     def _violated(

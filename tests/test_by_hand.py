@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import MLP
 from opacus import GradSampleModule
-from opacus.accountants import RDPAccountant
+from opacus.accountants import GaussianAccountant, RDPAccountant
 from opacus.optimizers import DPOptimizer
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch import nn
@@ -186,6 +186,20 @@ def test_the_history_of_a_whole_run_at_its_end(share):
         accountant.history = [(SIGMA_DUE, RATE_DUE, int(share * len(steps)))]
         assert accountant.get_epsilon(1e-5) == accountant.get_epsilon(1e-5) > 0
     assert causes(guard) == ([] if share == 1 else [diagnosis.TOLD_LESS])
+
+
+@pytest.mark.filterwarnings("ignore:GDP accounting:UserWarning")
+def test_an_epsilon_of_a_limit_is_said_once():
+    """Not one that Opacus computes exactly, of shuffled batches."""
+    with dpguard.install(mode="strict") as guard:
+        parts, accountant = Parts(), GaussianAccountant()
+        parts.train(2, after=teller(accountant))
+        accountant.get_epsilon(1e-5, poisson=False)
+        accountant.get_epsilon(1e-5, False)
+        assert causes(guard) == []
+        assert accountant.get_epsilon(1e-5) == accountant.get_epsilon(1e-5) > 0
+        guard.flush()
+    assert causes(guard) == [diagnosis.EPSILON_OF_LIMIT]
 
 
 def test_questions_about_other_steps(monkeypatch):

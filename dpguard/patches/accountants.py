@@ -1,4 +1,4 @@
-"""What accountants are asked: an epsilon of steps that they were not told of.
+"""What accountants are asked: an epsilon of steps that they were not told of, or one of a limit.
 
 What step hooks tell them is looked at in each step; who accounts by hand and forgets it is seen
 best where the answer is about to be believed.
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import wrapt
 
 from dpguard import _callsite, _compat, diagnosis
+from dpguard.identity import IdentitySet
 from dpguard.parts import Part
 from dpguard.patching import Transaction
 from dpguard.verdicts import Verdicts
@@ -41,9 +42,18 @@ def install(
         report: is given an internal error, after which nothing is asked any more.
     """
     asking = Part("accountants", report)
+    said = IdentitySet()
+
+    def limit(accountant: Any, args: Any, kwargs: Any) -> str | None:
+        if accountant in said or not _compat.is_approximate(accountant, args, kwargs):
+            return None
+        said.add(accountant)
+        return diagnosis.EPSILON_OF_LIMIT if _compat.history_of(accountant) else None
 
     def ask(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
         cause = asking.run(observer.asked, instance)
+        if cause is None:
+            cause = asking.run(limit, instance, args, kwargs)
         if cause is not None:
             statement = diagnosis.explain(cause).statement
             body = f"{type(instance).__name__}.get_epsilon(): {statement}."
