@@ -912,7 +912,8 @@ _DIAGNOSES = {
         "the clip_and_accumulate in use (in ghost clipping get_clipping_coef, or the max_grad_norm "
         "of the model) lets one person move the clipped sum by more than max_grad_norm, for which "
         "the noise is made: it clips the gradient of the batch or of groups of rows, or not all "
-        "parameters together, or to another bound",
+        "parameters together, or to another bound, or what becomes of one person depends on "
+        "others, or on who was in the batch before",
         "clip each person's row by itself, so that its norm over all parameters is at most "
         "optimizer.max_grad_norm, and only then add rows up; rows of one person are to be added "
         "up before, not by the clipping",

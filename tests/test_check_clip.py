@@ -400,6 +400,125 @@ def test_a_rule_that_is_wrong_for_somebody(fault, monkeypatch):
             assert wrong & {v.cause for v in guard.violations}
 
 
+def add_weighted(optimizer, factors):
+    for p in optimizer.params:
+        add(p, weighted(factors, rows_of(p)))
+
+
+def flat_factors(optimizer):
+    return (optimizer.max_grad_norm / (norms_of(optimizer) + 1e-6)).clamp(max=1)
+
+
+def divided_by_the_mean(optimizer):
+    """No row is longer than C; one person takes from all others."""
+    add_weighted(optimizer, flat_factors(optimizer) / norms_of(optimizer).mean().clamp(min=1))
+
+
+def to_the_mean_or_less(optimizer):
+    """The bound is the mean norm of the batch, and at most C."""
+    norms = norms_of(optimizer)
+    add_weighted(optimizer, norms.mean().clamp(max=optimizer.max_grad_norm).div(norms).clamp(max=1))
+
+
+def to_the_median_or_less(optimizer):
+    norms = norms_of(optimizer)
+    add_weighted(
+        optimizer, norms.median().clamp(max=optimizer.max_grad_norm).div(norms).clamp(max=1)
+    )
+
+
+def to_a_mean_that_is_remembered(optimizer):
+    """The bound is a moving average of the mean norms of the batches before, and at most C."""
+    norms, bound = norms_of(optimizer), optimizer.max_grad_norm
+    average = vars(optimizer).get("average", bound)
+    optimizer.average = 0.9 * average + 0.1 * norms.mean().item()
+    add_weighted(optimizer, (min(average, bound) / norms).clamp(max=1))
+
+
+def to_a_mean_that_is_remembered_and_of_this_batch(optimizer):
+    norms, bound = norms_of(optimizer), optimizer.max_grad_norm
+    average = vars(optimizer).get("average", bound)
+    optimizer.average = 0.9 * average + 0.1 * norms.mean().item()
+    add_weighted(optimizer, (min(optimizer.average, bound) / norms).clamp(max=1))
+
+
+def without_the_largest(optimizer):
+    """A tenth of the batch is left out; one person less, and another one may be in or out."""
+    norms = norms_of(optimizer)
+    add_weighted(optimizer, flat_factors(optimizer) * (norms <= norms.quantile(0.9)))
+
+
+def without_the_smallest(optimizer):
+    norms = norms_of(optimizer)
+    add_weighted(optimizer, flat_factors(optimizer) * (norms >= norms.quantile(0.1)))
+
+
+def to_a_bound_by_a_count(optimizer):
+    """Adaptive clipping, but the count has no noise."""
+    norms, most = norms_of(optimizer), optimizer.max_grad_norm
+    bound = vars(optimizer).get("adaptive", most)
+    share = (norms <= bound).float().mean().item()
+    optimizer.adaptive = min(most, bound * math.exp(-0.2 * (share - 0.5)))
+    add_weighted(optimizer, (bound / (norms + 1e-6)).clamp(max=1))
+
+
+def without_a_minority(optimizer):
+    """Whoever is opposed to the sum is left out."""
+    factors = flat_factors(optimizer)
+    rows = torch.cat([rows_of(p).flatten(1) for p in optimizer.params], 1)
+    agree = rows @ (factors @ rows) >= 0
+    add_weighted(optimizer, factors * agree)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        divided_by_the_mean,
+        to_the_mean_or_less,
+        to_the_median_or_less,
+        to_a_mean_that_is_remembered,
+        to_a_mean_that_is_remembered_and_of_this_batch,
+        without_the_largest,
+        without_the_smallest,
+        to_a_bound_by_a_count,
+        without_a_minority,
+    ],
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize("batch", [24, 37])
+@pytest.mark.parametrize("bound", [0.05, 2.0])
+def test_a_rule_by_which_people_depend_on_each_other(fault, batch, bound, monkeypatch):
+    """It is refused in the first steps, though nobody's own part of the sum is longer than C."""
+    for _ in range(3):
+        with dpguard.install(mode="repair") as guard:
+            training = overriding("subclass", fault, monkeypatch, batch=batch, bound=bound)
+            with pytest.raises(dpguard.PrivacyViolation, match="max_grad_norm"):
+                training.steps(TRIALS)
+            assert {v.cause for v in guard.violations} == {diagnosis.CLIP_SENSITIVITY}
+
+
+def all_as_short_as_the_shortest(optimizer):
+    norms = norms_of(optimizer)
+    add_weighted(optimizer, norms.min().clamp(max=optimizer.max_grad_norm) / norms)
+
+
+def multiplied_by_the_mean(optimizer):
+    """One that is much larger gives to all others, while they are small."""
+    means = norms_of(optimizer).mean() / optimizer.max_grad_norm
+    add_weighted(optimizer, flat_factors(optimizer) * (10 * means).clamp(max=1))
+
+
+@pytest.mark.parametrize("fault", [all_as_short_as_the_shortest, multiplied_by_the_mean])
+def test_a_rule_that_is_found_in_the_second_round(fault, monkeypatch):
+    """It takes somebody far smaller, or people who are all small: later it is refused."""
+    monkeypatch.setattr(clip_module, "SKETCH_EVERY", 1)
+    with dpguard.install(mode="repair") as guard:
+        training = overriding("subclass", fault, monkeypatch, batch=64, bound=0.05)
+        with pytest.raises(dpguard.PrivacyViolation, match="max_grad_norm"):
+            training.steps(2 * TRIALS)
+        assert {v.cause for v in guard.violations} == {diagnosis.CLIP_SENSITIVITY}
+
+
 # -- rules of the user's own that are sound ---------------------------------------------------------------
 
 
@@ -444,7 +563,58 @@ def standard(optimizer):
     DPOptimizer.clip_and_accumulate(optimizer)
 
 
-SOUND = [automatic, normalised, to_the_half, per_group, element_wise, standard]
+def to_a_bound_that_falls(optimizer):
+    """The rule remembers how often it was called, and nobody."""
+    optimizer.called = vars(optimizer).get("called", 0) + 1
+    bound = optimizer.max_grad_norm * 0.9**optimizer.called
+    add_weighted(optimizer, (bound / (norms_of(optimizer) + 1e-6)).clamp(max=1))
+
+
+def to_a_bound_by_a_noised_count(optimizer):
+    """Adaptive clipping: the bound follows how many rows are shorter, and the count has noise."""
+    norms, most = norms_of(optimizer), optimizer.max_grad_norm
+    bound = vars(optimizer).get("adaptive", most)
+    share = ((norms <= bound).sum() + torch.randn(())).item() / optimizer.expected_batch_size
+    optimizer.adaptive = min(most, bound * math.exp(-0.2 * (share - 0.5)))
+    add_weighted(optimizer, (bound / (norms + 1e-6)).clamp(max=1))
+
+
+def without_whoever_is_too_large(optimizer):
+    """Each by a size that does not depend on the others."""
+    near = norms_of(optimizer) <= 5 * optimizer.max_grad_norm
+    add_weighted(optimizer, flat_factors(optimizer) * near)
+
+
+def without_the_very_largest(optimizer):
+    """Who comes next takes the place of who leaves, and nobody else moves: no more than C."""
+    norms = norms_of(optimizer)
+    add_weighted(optimizer, flat_factors(optimizer) * (norms < norms.max()))
+
+
+def without_some_at_random(optimizer):
+    """One draw for each person."""
+    factors = flat_factors(optimizer)
+    add_weighted(optimizer, factors * (torch.rand(len(factors)) < 0.5))
+
+
+def divided_by_a_number(optimizer):
+    add_weighted(optimizer, flat_factors(optimizer) / 3)
+
+
+SOUND = [
+    automatic,
+    normalised,
+    to_the_half,
+    per_group,
+    element_wise,
+    standard,
+    to_a_bound_that_falls,
+    to_a_bound_by_a_noised_count,
+    without_whoever_is_too_large,
+    without_the_very_largest,
+    without_some_at_random,
+    divided_by_a_number,
+]
 
 
 @pytest.mark.parametrize("rule", SOUND, ids=lambda f: f.__name__)
@@ -465,6 +635,17 @@ def test_a_sound_rule_of_the_users_own(rule, how, monkeypatch):
                 assert guard.last_step.checks[SUM].verdict == "not_run"
                 assert passed(guard, BOUND) == 5
     assert all(map(torch.equal, *ends))
+
+
+@pytest.mark.parametrize("rule", SOUND, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("batch", [2, 3, 5, 37])
+def test_a_sound_rule_in_all_turns(rule, batch, monkeypatch):
+    """Nothing is said of it, whatever the rows that are made up and however many."""
+    monkeypatch.setattr(clip_module, "SKETCH_EVERY", 1)
+    for bound in (0.05, 2.0):
+        with dpguard.install(mode="strict") as guard:
+            overriding("subclass", rule, monkeypatch, batch=batch, bound=bound).steps(2 * TRIALS)
+            assert guard.violations == ()
 
 
 class Counting(DPOptimizer):
@@ -696,6 +877,18 @@ def larger_with_more_people(norms, bound):
     return stock_factors(norms, bound) * (len(norms) / 32)
 
 
+def factors_over_the_mean(norms, bound):
+    return stock_factors(norms, bound) / norms.mean().clamp(min=1)
+
+
+def factors_to_the_mean(norms, bound):
+    return (norms.mean().clamp(max=bound) / norms).clamp(max=1)
+
+
+def no_factors_for_the_largest(norms, bound):
+    return stock_factors(norms, bound) * (norms <= norms.float().quantile(0.9))
+
+
 def use(training, factors, how):
     """Put a rule for clip factors on the model, or on a class of the user's."""
     model = training.model
@@ -791,7 +984,46 @@ def test_clip_factors_that_are_wrong_for_somebody(factors):
             use(training, factors, "instance")
             with pytest.raises(dpguard.PrivacyViolation, match="max_grad_norm"):
                 training.run(TRIALS)
-            assert diagnosis.CLIP_SENSITIVITY in {v.cause for v in guard.violations}
+            wrong = {diagnosis.CLIP_SENSITIVITY, diagnosis.CLIP_EXCEEDED}
+            assert wrong & {v.cause for v in guard.violations}
+
+
+@needs_ghost
+@pytest.mark.parametrize(
+    "factors", [factors_over_the_mean, factors_to_the_mean, no_factors_for_the_largest]
+)
+def test_clip_factors_by_which_people_depend_on_each_other(factors):
+    """They are refused in the first steps, though no factor is too large."""
+    for _ in range(3):
+        with dpguard.install(mode="repair") as guard:
+            training = ghost_training()
+            use(training, factors, "instance")
+            with pytest.raises(dpguard.PrivacyViolation, match="max_grad_norm"):
+                training.run(TRIALS)
+            assert {v.cause for v in guard.violations} == {diagnosis.CLIP_SENSITIVITY}
+
+
+@needs_ghost
+@pytest.mark.parametrize("of_people", [True, False])
+def test_clip_factors_that_remember(of_people):
+    """The bound follows the mean norms of the batches before, or only how many there were."""
+    with dpguard.install(mode="repair") as guard:
+        training = ghost_training()
+        model = training.model
+
+        def remembering(norms, bound):
+            average = vars(model).get("average", bound)
+            model.average = 0.9 * average + 0.1 * norms.mean().item() * of_people
+            return stock_factors(norms, min(average, bound))
+
+        use(training, remembering, "instance")
+        if of_people:
+            with pytest.raises(dpguard.PrivacyViolation, match="max_grad_norm"):
+                training.run(1)
+        else:
+            training.run(2 * TRIALS)
+        causes = {v.cause for v in guard.violations}
+        assert causes == ({diagnosis.CLIP_SENSITIVITY} if of_people else set())
 
 
 @needs_ghost

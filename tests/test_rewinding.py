@@ -104,6 +104,30 @@ def test_random_streams_go_on_where_they_were(monkeypatch):
     assert draw() == first
 
 
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda _: torch.rand(1),
+        lambda generator: torch.rand(1, generator=generator),
+        lambda _: random.random(),
+        lambda _: np.random.rand(),  # noqa: NPY002
+        None,
+    ],
+)
+def test_whether_numbers_were_drawn_is_known(draw, monkeypatch):
+    """Of any stream that is put back."""
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
+    owner = Owner()
+    owner.generator = torch.Generator().manual_seed(3)
+    with as_it_was(owner, (), CPU) as rewind:
+        assert not rewind.has_drawn()
+        if draw is not None:
+            draw(owner.generator)
+        assert rewind.has_drawn() == (draw is not None)
+        rewind()
+        assert not rewind.has_drawn()
+
+
 @pytest.fixture
 def _another_thread():
     done = threading.Event()

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dpguard import _compat
 from dpguard.patching import ABSENT
 
-__all__ = ["DrawsFromSharedStream", "as_it_was"]
+__all__ = ["DrawsFromSharedStream", "Rewind", "as_it_was"]
 
 _FIELDS = ("grad_sample", "summed_grad", "grad")
 _KEPT_AT_MOST = 10_000
@@ -39,8 +39,8 @@ class DrawsFromSharedStream(Exception):
 
 
 @contextlib.contextmanager
-def as_it_was(owner: Any, parameters: Any, device: torch.device) -> Iterator[Callable[[], None]]:
-    """Put back at the end, and whenever the function that is given is called, what has changed.
+def as_it_was(owner: Any, parameters: Any, device: torch.device) -> Iterator[Rewind]:
+    """Put back at the end, and whenever what is given is called, what has changed.
 
     Args:
         owner: the optimizer or hooks whose attributes may change.
@@ -51,7 +51,7 @@ def as_it_was(owner: Any, parameters: Any, device: torch.device) -> Iterator[Cal
         DrawsFromSharedStream: out of what draws while there are other threads.
     """
     held = _Held(owner)
-    fields = [(p, {name: _field(p, name) for name in _FIELDS}) for p in parameters]
+    rewind = Rewind(held, parameters)
     alone = threading.active_count() == 1
     if alone:
         own_generator = owner.__dict__.get("generator")
@@ -67,17 +67,30 @@ def as_it_was(owner: Any, parameters: Any, device: torch.device) -> Iterator[Cal
         if numpys is not None:
             held.keep_state(numpys.get_state, numpys.set_state)
 
-    def rewind() -> None:
-        held.put_back()
-        for parameter, values in fields:
-            for name, value in values.items():
-                _set_field(parameter, name, value)
-
     try:
         with contextlib.nullcontext() if alone else _DrawsNothing():  # type: ignore[no-untyped-call]
             yield rewind
     finally:
         rewind()
+
+
+class Rewind:
+    """Puts back what has changed, when it is called."""
+
+    def __init__(self, held: _Held, parameters: Any) -> None:
+        self._held = held
+        self._fields = [(p, {name: _field(p, name) for name in _FIELDS}) for p in parameters]
+
+    def __call__(self) -> None:
+        """Have all as it was."""
+        self._held.put_back()
+        for parameter, values in self._fields:
+            for name, value in values.items():
+                _set_field(parameter, name, value)
+
+    def has_drawn(self) -> bool:
+        """Whether random numbers have been drawn since."""
+        return self._held.has_drawn()
 
 
 class _DrawsNothing(TorchDispatchMode):
@@ -96,6 +109,7 @@ class _Held:
 
     def __init__(self, owner: Any) -> None:
         self._undo: list[Callable[[], object]] = []
+        self._streams: list[tuple[Callable[[], Any], Any]] = []
         self._seen: dict[int, Any] = {id(owner): owner}
         self._packages = {_package(cls) for cls in type(owner).__mro__} - _OF_OTHERS
         self._keep_dict(owner.__dict__)
@@ -109,6 +123,11 @@ class _Held:
         """Keep the state of a random stream."""
         state = get()
         self._undo.append(lambda: put(state))
+        self._streams.append((get, state))
+
+    def has_drawn(self) -> bool:
+        """Whether the state of a random stream is another by now."""
+        return not all(_is_same(get(), state) for get, state in self._streams)
 
     def _keep(self, value: Any) -> None:
         if id(value) in self._seen or len(self._seen) >= _KEPT_AT_MOST:
@@ -164,6 +183,15 @@ class _Held:
                     held.copy_(was)
 
         self._undo.append(undo)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two states of a random stream are the same."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, tuple):
+        return all(map(_is_same, one, other))
+    return one.tobytes() == other.tobytes() if _is_array(one) else bool(one == other)
 
 
 def _is_array(value: Any) -> bool:

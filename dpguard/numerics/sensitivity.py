@@ -3,21 +3,36 @@
 Noise of standard deviation ``sigma C`` is made for a sum that no person moves by more than ``C``.
 Any rule that keeps this is sound, so that is what is measured of a rule that is not known: it is
 given rows made up for the purpose, once with one person and once without. What it makes of the
-others then shows what the person can do. The rows are, in turns:
+others then shows what the person can do.
 
-* of one size, in random directions, with one person who is far larger than all others together. A
-  rule that clips the gradient of the batch, or of groups of people, turns round by up to ``2 C``;
-  one that does not clip moves without bound.
+What the others lose or gain adds up where all are in one direction, and is most where nobody's row
+was clipped before. The person's own part comes on top: opposed to the others if the rule takes from
+them for the person, in their direction if it gives. A mean, a maximum and whatever else of norms
+moves furthest by one who is far larger. A quantile moves by one place, and only in batches of some
+sizes: so many leave at once, who may move the sum by ``C`` each. The rows are, in turns:
+
+* all in one direction, from ``C`` over ten to ``C``, with one person opposed who is far larger than
+  all others together. A rule that clips the gradient of the batch, or of groups of people, turns
+  round; one that does not clip moves without bound; one that makes something of all norms follows
+  the person's, even if it stops at ``C``. In every second round the person is not opposed, and the
+  others are ten times smaller.
 * of one size, and of many sizes, in random directions, with the person whose own part of the sum is
   the largest, which is told by what the sum is made of: for rules that are wrong for somebody in
   particular (the last of the batch), or for rows of some size.
-* all in one direction, so that whatever changes of other people's factors adds up, and of many
-  sizes: for rules that weigh people against each other.
-* the same, half of them small and half of them large, with one person of size ``C`` in the middle:
-  for rules that follow a median, or leave out who is unusual.
+* all in one direction, of many sizes from ``C`` on, with one person opposed, who in every second
+  round is far smaller instead: for rules that weigh people against each other.
+* all in one direction, more than half small and the others large, with a third of all people of
+  size nearly ``C`` in the middle, who leave: for rules that follow a median, or count who is
+  shorter than ``C``.
+* all in one direction, of many sizes from ``C`` on, with more than half opposed, of a middle size,
+  who leave: for rules that leave out the largest, the smallest, or whoever is in a minority.
 
-Before the person is forgotten, the rule is given another batch: it must not remember who was in the
-one before.
+Before who was there is forgotten, the rule is given another batch: it must not remember who was in
+the one before. There all are in one direction, of size ``C`` after the first kind of rows, where a
+bound that is remembered and stops at ``C`` shows most, and of many sizes after the others. If the
+rule has drawn random numbers, what it remembers may have noise of its own, as a count has in
+adaptive clipping: then it is no fault up to ``C``; and who leaves has rows of zeros instead of
+none, so that the others are drawn for as before.
 
 Nothing of the data enters, so the verdict tells nothing of it. What the rule may have changed is
 put back (:mod:`dpguard.numerics.rewinding`).
@@ -27,6 +42,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,11 +55,13 @@ from dpguard.numerics.sums import flat
 
 __all__ = [
     "KINDS",
+    "People",
     "Unproved",
     "are_alike",
     "others_at",
-    "person_and_others",
     "sensitivity",
+    "the_longest",
+    "together",
     "with_zero",
 ]
 
@@ -53,12 +71,14 @@ _LARGE = 1e4
 """Norm of the large one over that of all others together."""
 _SPREAD = 2.0
 """Norms of many sizes are between ``C`` over ten to this and ``C`` times that."""
+_NEARLY = 0.99
+"""A norm over ``C`` that is less than it, whatever is rounded."""
 _ROUNDS = 8
 """Of conjugate gradients: enough where people are at most half as many as parameters."""
 _TINY = 1e-30
-KINDS = 5
+KINDS = 6
 """Kinds of made-up rows:"""
-_ONE_LARGE, _ONE_SIZE, _MANY_SIZES, _MANY_ALIKE, _HALVES = range(KINDS)
+_ONE_LARGE, _ONE_SIZE, _MANY_SIZES, _MANY_ALIKE, _MEDIAN, _MAJORITY = range(KINDS)
 
 
 class Unproved(Exception):
@@ -89,9 +109,9 @@ def sensitivity(
         raise Unproved
     bound, mean = optimizer.max_grad_norm, optimizer.loss_reduction == "mean"
     count, device = sum(rows.sizes), rows.parameters[0].device
-    person, norms = person_and_others(count, turn, device)
-    made_up = _made_up(rows, bound, norms, generator, alike=are_alike(turn))
-    later = _made_up(rows, bound, torch.full_like(norms, _OTHERS), generator, alike=False)
+    people = People.made_up(count, turn, device)
+    made_up = _made_up(rows, bound, people.norms, generator, alike=are_alike(turn))
+    later = _made_up(rows, bound, people.later, generator, alike=True)
 
     def clipped(given: list[list[torch.Tensor]]) -> tuple[list[torch.Tensor], ...]:
         return tuple(_clipped(clip, rows, batch, mean=mean) for batch in (given, later))
@@ -102,20 +122,24 @@ def sensitivity(
         except Exception as error:  # whatever the user's code may raise at rows of ours
             let_through(error)
             raise Unproved from error
-        if person is None:
-            person = _own_parts(made_up, everyone[0], norms * bound).argmax()
-        # Of several batches only the device may know which one the person is in.
-        for absent in (_removed, _zeroed) if len(rows.sizes) == 1 else (_zeroed,):
+        has_drawn = rewind.has_drawn()
+        leaving = people.leaving
+        if leaving is None:
+            leaving = the_longest(_own_parts(made_up, everyone[0], people.norms * bound))
+        # Of several batches only the device may know which one the person is in; and a rule that
+        # draws for each row is to draw the same for the others.
+        removes = len(rows.sizes) == 1 and not has_drawn
+        for absent in (_removed, _zeroed) if removes else (_zeroed,):
             rewind()
             try:
-                others = clipped([absent(mine, person) for mine in made_up])
+                others = clipped([absent(mine, leaving, people.leave) for mine in made_up])
             except Exception as error:  # noqa: BLE001 - e.g. a rule that needs pairs of rows
                 let_through(error)
                 continue
             with torch.no_grad():
                 moved = [_distance(one, other) for one, other in zip(everyone, others, strict=True)]
-                total: torch.Tensor = torch.stack(moved).sum() / bound
-                return total
+                total: torch.Tensor = together(*moved, has_drawn=has_drawn)
+                return total.div(bound * people.leave)
     raise Unproved
 
 
@@ -161,86 +185,130 @@ def _made_up(
 ) -> list[list[torch.Tensor]]:
     """Rows of the same shapes and of these norms, all in one random direction or each in one.
 
-    The norms are multiples of ``bound``.
+    The norms are multiples of ``bound``; a minus sign turns a row round.
     """
-    size = max(1, sum(p.numel() for p in rows.parameters)) ** 0.5
-    found = []
-    for mine in rows.pieces:
-        device = mine[0].device
-        shares = (norms.to(device) * bound / size).float().split(list(rows.sizes))
-        one = torch.randn(
-            (1, *mine[0].shape[1:]), generator=generator, device=device, dtype=torch.float32
+    count = 1 if alike else len(norms)
+    made = [
+        torch.randn(
+            (count, *mine[0].shape[1:]),
+            generator=generator,
+            device=mine[0].device,
+            dtype=torch.float32,
         )
-        pieces = []
-        for piece, share in zip(mine, shares, strict=True):
-            made = one
-            if not alike:
-                made = torch.randn(
-                    piece.shape, generator=generator, device=device, dtype=torch.float32
-                )
-            pieces.append((made * share.view(-1, *[1] * (piece.dim() - 1))).to(piece.dtype))
-        found.append(pieces)
+        for mine in rows.pieces
+    ]
+    # Exact: a bound that stops at C is seen by rows that are neither shorter nor much longer.
+    lengths = torch.stack([flat(m).norm(dim=1).to(norms.device) for m in made]).norm(dim=0)
+    shares = (norms * bound / lengths.clamp(min=_TINY)).float()
+    found = []
+    for mine, directions in zip(rows.pieces, made, strict=True):
+        share = shares.to(directions.device).view(-1, *[1] * (directions.dim() - 1))
+        found.append(list((directions * share).to(mine[0].dtype).split(list(rows.sizes))))
     return found
 
 
 def are_alike(turn: int) -> bool:
-    """Whether the made-up rows of this turn are all in one direction."""
-    return turn % KINDS in {_MANY_ALIKE, _HALVES}
+    """Whether the made-up rows of this turn are all in one direction, or opposed to it."""
+    return turn % KINDS not in {_ONE_SIZE, _MANY_SIZES}
 
 
-def person_and_others(
-    count: int, turn: int, device: torch.device
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Somebody, and made-up norms of all rows, over the clip bound.
+def together(now: torch.Tensor, later: torch.Tensor, *, has_drawn: bool) -> torch.Tensor:
+    """How far somebody moves the sums of a batch and of the one after it."""
+    return torch.maximum(now, later) if has_drawn else now + later
 
-    Args:
-        count: how many rows.
-        turn: which kind of norms, counted on and on.
-        device: where both are wanted; it is not waited for.
 
-    Returns:
-        The place of a person, without dimensions, or ``None`` for the one who turns out to have the
-        largest part of the sum; and norms of shape ``(count,)``.
+@dataclass(frozen=True)
+class People:
+    """Whose rows are made up.
+
+    Attributes:
+        norms: of all rows, over the clip bound, of shape ``(B,)``; those of people who are opposed
+            to the others have a minus sign.
+        later: those of the batch after this one.
+        leave: how many people leave.
+        leaving: who does, of shape ``(B,)``, or ``None`` for the one who turns out to have the
+            largest part of the sum.
     """
-    person, kind = secrets.randbelow(count), turn % KINDS
-    if kind in {_MANY_SIZES, _MANY_ALIKE}:
-        exponents = torch.linspace(-_SPREAD, _SPREAD, count, dtype=torch.float64, device="cpu")
-        norms = (10.0**exponents).roll(secrets.randbelow(count))
-    else:
-        norms = torch.full((count,), _OTHERS, dtype=torch.float64, device="cpu")
-        if kind == _ONE_LARGE:
-            norms[person] *= _LARGE * count**0.5
-        elif kind == _HALVES:
-            norms[1::2] = 1 / _OTHERS
-            norms[person] = 1.0
-    norms = norms.to(device, non_blocking=True)
-    if kind in {_ONE_SIZE, _MANY_SIZES}:
-        return None, norms
-    return torch.tensor(person, device="cpu").to(device, non_blocking=True), norms
+
+    norms: torch.Tensor
+    later: torch.Tensor
+    leave: int
+    leaving: torch.Tensor | None
+
+    @classmethod
+    def made_up(cls, count: int, turn: int, device: torch.device) -> People:
+        """Make them up.
+
+        Args:
+            count: how many.
+            turn: which kind, counted on and on.
+            device: where they are wanted; it is not waited for.
+        """
+        again, kind = divmod(turn, KINDS)
+        second = again % 2
+        leave = min(
+            {_MEDIAN: max(count // 3, 3), _MAJORITY: count // 2 + 1}.get(kind, 1), count - 1
+        )
+        places = torch.tensor(secrets.SystemRandom().sample(range(count), count), device="cpu")
+        gone, others = places[:leave], places[leave:]
+        norms = later = _spread(count, -_SPREAD, _SPREAD)
+        if kind == _MANY_SIZES:
+            norms = norms.roll(secrets.randbelow(count))
+        elif kind == _ONE_SIZE:
+            norms = torch.full_like(norms, _OTHERS)
+        elif kind == _ONE_LARGE:
+            norms, later = torch.empty_like(norms), torch.ones_like(norms)
+            norms[others] = _spread(len(others), -1 - second, -second)
+            norms[gone] = (_LARGE if second else -_LARGE) * count
+        elif kind == _MANY_ALIKE:
+            norms = _spread(count, 0, _SPREAD).roll(secrets.randbelow(count))
+            norms[gone] = 1 / _LARGE if second else -norms[gone]
+        elif kind == _MEDIAN:
+            norms = torch.full_like(norms, _OTHERS)
+            norms[others[2 * len(others) // 5 :]] = 1 / _OTHERS
+            norms[gone] = _NEARLY
+        else:
+            norms = torch.empty_like(norms)
+            norms[others] = _spread(len(others), 0, _SPREAD)
+            norms[gone] = -_OTHERS
+        leaving = None
+        if kind not in {_ONE_SIZE, _MANY_SIZES}:
+            leaving = torch.zeros(count, dtype=torch.bool, device="cpu").index_fill(0, gone, True)
+            leaving = leaving.to(device, non_blocking=True)
+        norms, later = (values.to(device, non_blocking=True) for values in (norms, later))
+        return cls(norms, later, leave, leaving)
 
 
-def others_at(count: int, person: torch.Tensor) -> torch.Tensor:
-    """The places of all others among so many, on the device of ``person``, not waited for."""
-    places = torch.arange(count - 1, device=person.device)
-    return places + (places >= person)
+def _spread(count: int, low: float, high: float) -> torch.Tensor:
+    """So many norms from ten to the ``low`` to ten to the ``high``."""
+    exponents = torch.linspace(low, high, count, dtype=torch.float64, device="cpu")
+    return torch.pow(10.0, exponents)
 
 
-def with_zero(values: torch.Tensor, person: torch.Tensor) -> torch.Tensor:
-    """The same values with zeros in the place of the person."""
-    places = torch.arange(len(values), device=person.device)
-    here = (places == person).view(-1, *[1] * (values.dim() - 1))
-    return values.masked_fill(here, 0)
+def the_longest(parts: torch.Tensor) -> torch.Tensor:
+    """Whose part is the longest, of shape ``(B,)``."""
+    return torch.arange(len(parts), device=parts.device) == parts.argmax()
 
 
-def _removed(mine: list[torch.Tensor], person: torch.Tensor) -> list[torch.Tensor]:
-    """The rows of one batch without those of the person."""
-    return [mine[0].index_select(0, others_at(len(mine[0]), person))]
+def others_at(leaving: torch.Tensor, leave: int) -> torch.Tensor:
+    """The places of those who do not leave, on their device, which is not waited for."""
+    return leaving.to(torch.uint8).argsort(stable=True)[: len(leaving) - leave]
 
 
-def _zeroed(mine: list[torch.Tensor], person: torch.Tensor) -> list[torch.Tensor]:
-    """Rows with zeros for the person."""
+def with_zero(values: torch.Tensor, leaving: torch.Tensor) -> torch.Tensor:
+    """The same values with zeros in the places of those who leave."""
+    return values.masked_fill(leaving.view(-1, *[1] * (values.dim() - 1)), 0)
+
+
+def _removed(mine: list[torch.Tensor], leaving: torch.Tensor, leave: int) -> list[torch.Tensor]:
+    """The rows of one batch without those of the people who leave."""
+    return [mine[0].index_select(0, others_at(leaving, leave))]
+
+
+def _zeroed(mine: list[torch.Tensor], leaving: torch.Tensor, _leave: int) -> list[torch.Tensor]:
+    """Rows with zeros for the people who leave."""
     sizes = [len(piece) for piece in mine]
-    return list(with_zero(torch.cat(mine), person).split(sizes))
+    return list(with_zero(torch.cat(mine), leaving).split(sizes))
 
 
 def _clipped(

@@ -9,7 +9,6 @@ rule is all that lies between the norms of single parameters and the factors: a
 from __future__ import annotations
 
 import contextlib
-import functools
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -22,7 +21,14 @@ from dpguard._errors import DPGuardError
 from dpguard.interrupts import let_through
 from dpguard.noted.ledger import Ledger
 from dpguard.numerics.rewinding import as_it_was
-from dpguard.numerics.sensitivity import Unproved, others_at, person_and_others, with_zero
+from dpguard.numerics.sensitivity import (
+    People,
+    Unproved,
+    others_at,
+    the_longest,
+    together,
+    with_zero,
+)
 from dpguard.patches.optimizer.amp import scale_of
 from dpguard.patching import ABSENT, put_back
 
@@ -148,8 +154,8 @@ def _try(
 ) -> Any:
     """By how many bounds one person can move the sum at worst; ``Unproved`` if it cannot be told.
 
-    The rows of the others may all point in one direction. Then what changes of their factors adds
-    up, and the person's own row comes on top.
+    The rows of the others may point in one direction, or be opposed to it, each as it pleases. Then
+    what changes of their factors adds up, and the person's own row comes on top.
     """
     parameters = [p for p in hooks.trainable_parameters if hasattr(p, "_norm_sample")]
     if not parameters or _compat.is_distributed() or not isinstance(bound, (int, float)):
@@ -159,47 +165,60 @@ def _try(
     if count < 2:  # noqa: PLR2004 - nobody else is there
         return None
     most = min(torch.finfo(norm.dtype).max for norm in held)
-    person, norms = person_and_others(count, turn, device)
-    norms = (bound * norms).clamp(max=most / 4)
-    ask = functools.partial(_asked, rule, parameters, held)
+    people = People.made_up(count, turn, device)
+    norms, later = ((bound * n.abs()).clamp(max=most / 4) for n in (people.norms, people.later))
+
+    def ask(batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Factors and norms of this batch, and the parts of the sum of the one after it."""
+        factors, all_norms = _asked(rule, parameters, held, batch)
+        after, their_norms = _asked(rule, parameters, held, later)
+        return factors, all_norms / scale, after * their_norms / scale
+
     with as_it_was(hooks, (), device) as rewind:
         try:
-            everyone, all_norms = ask(norms)
-            all_norms = all_norms / scale
+            everyone, all_norms, after = ask(norms)
+            has_drawn = rewind.has_drawn()
             own = everyone * all_norms
-            if person is None:
-                person = own.argmax()
+            leaving = the_longest(own) if people.leaving is None else people.leaving
             rewind()
-            others = _without(ask, norms, person, rewind)
+            kept = None if has_drawn else others_at(leaving, people.leave)
+            others, after_others = _without(ask, norms, leaving, kept, rewind)
         except Exception as error:  # noqa: BLE001 - whatever the user's code may raise
             let_through(error)
             return Unproved
         finally:
             for parameter, norm in zip(parameters, held, strict=True):
                 parameter._norm_sample = norm
-    if everyone.shape != all_norms.shape or others.shape != all_norms.shape:
+    if any(found.shape != all_norms.shape for found in (everyone, others, after, after_others)):
         return Unproved
-    moved = with_zero((everyone - others) * all_norms, person)
-    mine = own.index_select(0, person.view(1))
+    moved = with_zero((everyone - others) * all_norms, leaving).abs().sum()
+    remembered = (after - after_others).abs().sum()
+    moved += with_zero(own, ~leaving).sum()
+    total = together(moved, remembered, has_drawn=has_drawn) / people.leave
     # Whoever's row is at right angles to all others moves the sum by it, at least.
-    return (moved.sum().abs() + mine).maximum(own.max()).squeeze(0) / bound
+    return total.maximum(own.max()) / bound
 
 
 def _without(
-    ask: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    ask: Callable[[torch.Tensor], tuple[torch.Tensor, ...]],
     norms: torch.Tensor,
-    person: torch.Tensor,
+    leaving: torch.Tensor,
+    kept: torch.Tensor | None,
     rewind: Callable[[], None],
-) -> torch.Tensor:
-    """The factors of the others, of shape ``(B,)``: without the person, or with a norm of zero."""
-    places = others_at(len(norms), person)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors of the others, of shape ``(B,)``, and what they leave behind.
+
+    Those who leave are not there, or have norms of zero; the others are in the places ``kept``.
+    """
     try:
-        factors, _ = ask(norms.index_select(0, places))
-        return factors.new_zeros(len(norms)).index_copy(0, places, factors)
+        if kept is not None:
+            factors, _, after = ask(norms.index_select(0, kept))
+            return factors.new_zeros(len(norms)).index_copy(0, kept, factors), after
     except Exception as error:  # noqa: BLE001 - e.g. a rule that knows how many rows there are
         let_through(error)
     rewind()
-    return ask(with_zero(norms, person))[0]
+    factors, _, after = ask(with_zero(norms, leaving))
+    return factors, after
 
 
 def _asked(
