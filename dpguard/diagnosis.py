@@ -74,6 +74,7 @@ NOISE_IN_PART = "noise_in_part"
 NOISE_SCALE = "noise_scale"
 NOISE_COMPLEX = "noise_complex"
 NOISE_REPEATED = "noise_repeated"
+NOISE_SET_BACK = "noise_set_back"
 NOISE_DEPENDENT = "noise_dependent"
 NOISE_WITHIN = "noise_repeats_within"
 NOISE_NOT_DUE = "noise_not_due"
@@ -514,6 +515,14 @@ _DIAGNOSES = {
         "does: values occur several times in it, or its standard deviation is itself random",
         "draw a value of its own for each element of each parameter, as Opacus's add_noise() does, "
         "and none in a smaller shape that is broadcast or copied",
+        Severity.CRITICAL,
+    ),
+    NOISE_SET_BACK: Diagnosis(
+        "the state of the random numbers was set back to where noise had begun, so what is drawn "
+        "next (batches, dropout, the next noise) is made of the numbers of that noise",
+        "do not restore the state of torch's random numbers round optimizer.step() "
+        "(torch.random.fork_rng(), torch.set_rng_state()), or give the optimizer a generator of "
+        "its own",
         Severity.CRITICAL,
     ),
     NOISE_DEPENDENT: Diagnosis(

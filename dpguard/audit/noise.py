@@ -29,6 +29,7 @@ from dpguard.audit.added import Drawn, Group, Kind
 from dpguard.audit.check import NOTHING, Check, Failure, Failures, Noted, PerOwner, Step
 from dpguard.audit.gaussian import ALONG_EVIDENCE, NoiseVerdict
 from dpguard.noted.ledger import Ledger
+from dpguard.turns import Turns
 
 if TYPE_CHECKING:
     from dpguard.numerics.rows import Clipping
@@ -41,6 +42,8 @@ FRESH = "noise.fresh"
 _EXACT = 1000.0
 _FEW_BARE, _BARE = 4, 0.01
 """Elements of a parameter, and their share, in which noise may be rounded away."""
+_STREAM_FIRST, _STREAM_EVERY = 2, 8
+"""In so many of the first steps, and in one of so many, it is seen where the random stream was."""
 _OPTIMIZERS = 8
 """So many are remembered: noise that another one has added to the same parameters is not new."""
 
@@ -97,6 +100,7 @@ class Noise(Check):
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._states = PerOwner(lambda _: _State())
+        self._chosen = Turns()
         self._past: deque[_State] = deque(maxlen=_OPTIMIZERS)
         """What is known of the last few optimizers, which may be gone."""
 
@@ -115,8 +119,14 @@ class Noise(Check):
 
     def before_noise(self, step: Step, optimizer: Any) -> Failures:
         """Keep the clipped sums at hand, and what is declared."""
-        state = self._states.of(optimizer)
+        state, stream = self._states.of(optimizer), self._ledger.stream
         state.seen = True
+        if self._chosen.has(step.number, _STREAM_EVERY, _STREAM_FIRST):
+            stream.begin()
+        failures: list[Failure] = []
+        if stream.times > 1:
+            stream.times = 0
+            failures = [Failure(FRESH, diagnosis.NOISE_SET_BACK)]
         if step.audited:
             state.std = step.noise_std(optimizer)
             if state.std is not None:
@@ -128,7 +138,7 @@ class Noise(Check):
                     sums = Noted.of(kept)
                     state.raw = Noted.of([p.grad for p in step.parameters])
                 state.sums, state.versions = sums
-        return ()
+        return failures
 
     def noise_drawn(
         self, step: Step, optimizer: Any, first: int, noises: list[torch.Tensor]
@@ -147,6 +157,7 @@ class Noise(Check):
 
     def after_noise(self, step: Step, optimizer: Any) -> Failures:
         """Send what was added to the host, except where the sum before it is no longer there."""
+        self._ledger.stream.end()
         state = self._states.get(optimizer)
         if state is None:
             return ()

@@ -32,6 +32,7 @@ from dpguard.noted.batches import Batches
 from dpguard.noted.graph_task import GraphTask
 from dpguard.noted.inputs import Inputs
 from dpguard.noted.row_state import Entry, ParameterState
+from dpguard.noted.stream import Stream
 
 __all__ = ["CallKey", "Dead", "Ledger", "Tally", "parameters_of", "trained_of"]
 
@@ -116,6 +117,8 @@ class Ledger:
         self._passes: deque[Any] = deque(maxlen=_PASSES_KEPT)
         self.factors: list[Any] = []
         """What is known of the clip factors of batches of ghost clipping that no step has taken."""
+        self.stream = Stream()
+        """Whether the random numbers of noise come again."""
         self.inputs: Inputs | None = None
         """Takes figures of what layers are given."""
         self.samples_sums = False

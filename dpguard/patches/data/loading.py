@@ -82,6 +82,7 @@ class LoadingPatch:
     def _drawing(self, original: Callable[[Any], Any]) -> Callable[[Any], Any]:
         @functools.wraps(original)
         def next_index(iterator: Any) -> Any:
+            self._part.run(self._ledger.stream.look)
             index = original(iterator)
             self._part.run(self._drawn, iterator, index)
             return index

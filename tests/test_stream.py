@@ -1,0 +1,94 @@
+"""Random numbers of noise that come again, in other places, are found by the state of the stream."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from digits import Training
+from releases import GHOST, needs_reshaping
+
+import dpguard
+from dpguard import diagnosis
+from dpguard.audit.noise import FRESH
+
+pytestmark = needs_reshaping
+
+
+@contextlib.contextmanager
+def restored():
+    state = torch.get_rng_state()
+    yield
+    torch.set_rng_state(state)
+
+
+def in_each_step(training, around):
+    step = training.optimizer.step
+
+    def within():
+        with around():
+            return step()
+
+    training.optimizer.step = within
+
+
+def of_its_own(training, around):
+    """The noise is of a generator of its own, which nobody sets back."""
+    training.optimizer.generator = torch.Generator().manual_seed(3)
+    in_each_step(training, around)
+
+
+def beside(training, around):
+    """What is restored has drawn something else."""
+
+    def evaluate(_):
+        with around(), torch.no_grad():
+            torch.dropout(torch.ones(100), 0.5, True)
+
+    training.before_step = evaluate
+
+
+AROUND = [torch.random.fork_rng, restored]
+KINDS = ["flat", "split", *(["ghost"] if GHOST else [])]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+def test_a_stream_that_is_set_back_round_the_step(mode, around, kind):
+    """The sampler has its numbers from the same stream, so that no noise is that of a step before."""
+    with dpguard.install(mode=mode) as guard:
+        training = Training(kind)
+        in_each_step(training, around)
+        with pytest.raises(dpguard.PrivacyViolation, match=r"noise\.fresh.*was set back"):
+            training.run(40)
+        assert training.steps < 30
+        assert {(v.check, v.cause) for v in guard.violations} == {(FRESH, diagnosis.NOISE_SET_BACK)}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("how", [of_its_own, beside])
+def test_streams_that_may_be_set_back(how, around):
+    with dpguard.install(mode="strict") as guard:
+        training = Training()
+        how(training, around)
+        training.run(40)
+        guard.flush()
+    assert guard.violations == ()
+
+
+def test_a_run_that_is_begun_again():
+    """From its seed, after one step."""
+    with dpguard.install(mode="strict") as guard:
+        for _ in range(2):
+            training = Training()
+            training.optimizer.zero_grad()
+            x, y = torch.randn(4, 1, 8, 8), torch.arange(4)
+            torch.manual_seed(5)
+            training.backward(x, y)
+            training.optimizer.step()
+            torch.manual_seed(5)
+            next(iter(training.batches))
+        guard.flush()
+        assert diagnosis.NOISE_SET_BACK not in {v.cause for v in guard.violations}
