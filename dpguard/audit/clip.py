@@ -45,7 +45,13 @@ from dpguard.identity import IdentityMap, IdentitySet
 from dpguard.noted.ledger import Ledger
 from dpguard.numerics.probes import CERTAIN, Probes
 from dpguard.numerics.rows import Clipping, Rows, row_norms
-from dpguard.numerics.sensitivity import KINDS, Unproved, are_alike, sensitivity
+from dpguard.numerics.sensitivity import (
+    KINDS,
+    Unproved,
+    are_alike,
+    in_low_precision,
+    sensitivity,
+)
 from dpguard.numerics.sums import flat
 from dpguard.turns import Turns
 
@@ -213,16 +219,16 @@ class Clip(Check):
         turn = None if step.clip is None else self._trial(optimizer, rule)
         if step.clip is None or turn is None:
             return ()
-        generator = self._mine.probes.generator(rows.parameters[0].device)
+        parameter, count = rows.parameters[0], sum(rows.sizes)
+        own, low = (
+            _roundoff(kind, parameter.device) for kind in (parameter.dtype, rows.pieces[0][0].dtype)
+        )
+        turn = in_low_precision(turn) if low > own else turn
+        generator = self._mine.probes.generator(parameter.device)
         try:
             figure = sensitivity(optimizer, step.clip, rows, generator, turn)
         except Unproved:
             return self._unproved(step, optimizer, rule)
-        parameter = rows.parameters[0]
-        count = sum(rows.sizes)
-        own, low = (
-            _roundoff(kind, parameter.device) for kind in (parameter.dtype, rows.pieces[0][0].dtype)
-        )
         limit = 1 + ALLOWED + CERTAIN * own * count
         if low > own:
             # Rows in one direction add up to as many times the bound as there are.

@@ -242,7 +242,9 @@ class People(Check):
         the other, not several.
         """
         last, former = self._deliveries.last, logical.beside
-        logical.beside = last if last is not None and last.rate and last.fits(rows) else None
+        logical.beside = None
+        if last is not None and logical.reader not in last.iteration.readers:
+            logical.beside = last if last.rate and last.fits(rows) else None
         if former is None or not former.used:
             logical.matches = 0
             return

@@ -383,19 +383,18 @@ def _verdict(
     own, known = scales, strengths or [total] * len(scales)
     scales = [
         max(scale, strength) if composed else scale
-        for scale, strength, composed in zip(
-            scales,
-            [UNPROBED * total if strength == total else strength for strength in known],
-            limits.composed,
-            strict=True,
-        )
+        for scale, strength, composed in zip(scales, known, limits.composed, strict=True)
     ]
     for k, more in zip(conditioned, rounded, strict=True):
         scales[k] += more * share
+    times = [
+        UNPROBED if composed and strength == total else 1.0
+        for strength, composed in zip(known, limits.composed, strict=True)
+    ]
     bounds = [
-        max((plain * root + low) * scale + lost * root, limits.tiny)
-        for plain, low, scale, lost in zip(
-            limits.plain, limits.low, scales, limits.floors, strict=True
+        max((times * plain * root + low) * scale + lost * root, limits.tiny)
+        for times, plain, low, scale, lost in zip(
+            times, limits.plain, limits.low, scales, limits.floors, strict=True
         )
     ]
     if not all(map(le, residuals, bounds)):

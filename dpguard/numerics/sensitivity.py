@@ -12,10 +12,13 @@ moves furthest by one who is far larger. A quantile moves by one place, and only
 sizes: so many leave at once, who may move the sum by ``C`` each. The rows are, in turns:
 
 * all in one direction, from ``C`` over ten to ``C``, with one person opposed who is far larger than
-  all others together. A rule that clips the gradient of the batch, or of groups of people, turns
-  round; one that does not clip moves without bound; one that makes something of all norms follows
-  the person's, even if it stops at ``C``. In every second round the person is not opposed, and the
-  others are ten times smaller.
+  all others together. A rule that makes something of all norms follows the person's, even if it
+  stops at ``C``, and even if it is remembered, as long as nobody has made it larger. In every
+  second round the person is not opposed, and the others are ten times smaller.
+* about ten times as long as ``C``, in random directions, with such a person. A rule that clips the
+  gradient of the batch, or of groups of people, turns round by up to ``2 C``; one that does not
+  clip moves without bound. In low precision this comes first: rounding of rows in one direction
+  adds up.
 * of one size, and of many sizes, in random directions, with the person whose own part of the sum is
   the largest, which is told by what the sum is made of: for rules that are wrong for somebody in
   particular (the last of the batch), or for rows of some size.
@@ -58,6 +61,7 @@ __all__ = [
     "People",
     "Unproved",
     "are_alike",
+    "in_low_precision",
     "others_at",
     "sensitivity",
     "the_longest",
@@ -76,9 +80,9 @@ _NEARLY = 0.99
 _ROUNDS = 8
 """Of conjugate gradients: enough where people are at most half as many as parameters."""
 _TINY = 1e-30
-KINDS = 6
+KINDS = 7
 """Kinds of made-up rows:"""
-_ONE_LARGE, _ONE_SIZE, _MANY_SIZES, _MANY_ALIKE, _MEDIAN, _MAJORITY = range(KINDS)
+_ONE_OPPOSED, _ONE_LARGE, _ONE_SIZE, _MANY_SIZES, _MANY_ALIKE, _MEDIAN, _MAJORITY = range(KINDS)
 
 
 class Unproved(Exception):
@@ -207,9 +211,15 @@ def _made_up(
     return found
 
 
+def in_low_precision(turn: int) -> int:
+    """The turn that takes this one's place there: the first two kinds change theirs."""
+    kind = turn % KINDS
+    return turn + 1 - 2 * kind if kind in {_ONE_OPPOSED, _ONE_LARGE} else turn
+
+
 def are_alike(turn: int) -> bool:
     """Whether the made-up rows of this turn are all in one direction, or opposed to it."""
-    return turn % KINDS not in {_ONE_SIZE, _MANY_SIZES}
+    return turn % KINDS not in {_ONE_LARGE, _ONE_SIZE, _MANY_SIZES}
 
 
 def together(now: torch.Tensor, later: torch.Tensor, *, has_drawn: bool) -> torch.Tensor:
@@ -257,6 +267,9 @@ class People:
         elif kind == _ONE_SIZE:
             norms = torch.full_like(norms, _OTHERS)
         elif kind == _ONE_LARGE:
+            norms = _OTHERS * _spread(count, 0, 0.1)
+            norms[gone] *= _LARGE * count
+        elif kind == _ONE_OPPOSED:
             norms, later = torch.empty_like(norms), torch.ones_like(norms)
             norms[others] = _spread(len(others), -1 - second, -second)
             norms[gone] = (_LARGE if second else -_LARGE) * count
