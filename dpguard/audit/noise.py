@@ -150,7 +150,7 @@ class Noise(Check):
                 state.drawn = Drawn(state.groups.values())
             sums = state.sums[first : first + len(noises)]
             if state.drawn is not None and all(map(_is_noise_for, sums, noises)):
-                state.drawn.take([_compat.real_view(noise) for noise in noises])
+                state.drawn.take(_real(noises))
             else:
                 state.drawn = None  # what it does to the sum is seen afterwards
         return ()
@@ -165,10 +165,8 @@ class Noise(Check):
             state.begin()
             return ()
         std, bound, mark, drawn = state.std, state.bound, state.mark, state.drawn
-        grads = [_compat.real_view(p.grad) for p in step.parameters]
-        sums, raw = (
-            [_compat.real_view(t) for t in some] for some in (state.sums, state.raw.unchanged())
-        )
+        sums, raw = _real(state.sums), _real(state.raw.unchanged())
+        grads = _real([p.grad for p in step.parameters])
         if drawn is None or not state.is_arranged(step.parameters, drawn.kinds):
             drawn = None
             self._arrange(state, step.parameters, grads)
@@ -322,6 +320,13 @@ class Noise(Check):
             _received, group, names, std, bound, counts=counts, is_fine=same
         )
         step.collect(self.names, [*scalars, *samples], receive)
+
+
+def _real(tensors: Sequence[Any]) -> Any:
+    """Complex numbers as pairs of real ones, which noise is to be drawn for."""
+    if any(type(tensor) is _TENSOR and tensor.is_complex() for tensor in tensors):
+        return [_compat.real_view(tensor) for tensor in tensors]
+    return tensors
 
 
 def _is_noise_for(total: Any, noise: Any) -> bool:
