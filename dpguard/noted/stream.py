@@ -24,11 +24,11 @@ class Stream:
 
     def __init__(self) -> None:
         self.times = 0
-        self._begun: torch.Tensor | None = None
+        self._begun: bytes | None = None
 
     def begin(self) -> None:
         """Noise is about to be drawn."""
-        self._begun = torch.get_rng_state()
+        self._begun = _state()
 
     def end(self) -> None:
         """It was; perhaps of another stream."""
@@ -42,4 +42,10 @@ class Stream:
             self._begun = None
 
     def _is_where_it_began(self) -> bool:
-        return self._begun is not None and torch.equal(torch.get_rng_state(), self._begun)
+        return self._begun is not None and self._begun == _state()
+
+
+def _state() -> bytes:
+    """Of the stream of the CPU; no device is waited for."""
+    found: bytes = torch.get_rng_state().numpy().tobytes()
+    return found
