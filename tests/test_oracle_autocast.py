@@ -109,6 +109,8 @@ WEIGHED = {"softmax over people": lambda h: h * h.softmax(0) * len(h)}
 def test_layers_in_low_precision(mix, first_only, kind, batch):
     """In large batches rounding of a sum of rows is as large as the sum, and hides nothing."""
     how = (MEET | WEIGHED | APART)[mix]
+    if kind == "ghost" and _compat._release(_compat.opacus_version()) < (1, 6):
+        pytest.skip("this Opacus gives such parameters gradients of another type")
     with dpguard.install(mode="observe") as guard:
         train(how, kind, 12, batch=batch, model=InPart(how, first_only=first_only))
         guard.flush()
