@@ -297,9 +297,9 @@ def _verdict(
         rounded = [0.0] * len(names)
         for i, more in zip(scaling, measured, strict=True):
             rounded[i] += more
-        bounds = zip(per, together, rounded, lost, strict=True)
-        bound = [by * (one.products + more + totals) + lost for one, by, more, lost in bounds]
-        known = _known(per, bound, [TIMES * factor * totals for factor in together])
+        each_of = zip(per, together, rounded, lost, strict=True)
+        slacks = [by * (one.products + more + totals) + least for one, by, more, least in each_of]
+        known = _known(per, slacks, [TIMES * factor * totals for factor in together])
         step.judge(ORACLE, len(known))
         whole = math.hypot(*(one.own for one in per))
         found: dict[str, list[tuple[str, float, float]]] = {}

@@ -143,7 +143,8 @@ class Ranks(Check):
             bounds = {state.rank: state.bounds[number], rank: left["bound"]}
             first, other = bounds.pop(0, None), *bounds.values()
             if first is not None and other is not None and other > first * (1 + _EXACT):
-                failures.append(Failure(BOUND, diagnosis.RANKS_BOUNDS_DIFFER))
+                differ = diagnosis.RANKS_BOUNDS_DIFFER
+                failures.append(Failure(BOUND, differ, figure=other, bound=first))
         mine = self._deliveries.places(optimizer)
         if any(_are_shared(mine, theirs) for theirs in state.records.values()):
             failures.append(Failure(SAMPLING, diagnosis.RANKS_SHARE_PEOPLE))

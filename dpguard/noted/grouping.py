@@ -204,7 +204,8 @@ def squares_of_people(rows: torch.Tensor, whose: torch.Tensor) -> torch.Tensor:
         rows: of shape ``(rows, ...)``.
         whose: as :func:`owners` tells.
     """
-    sizes = rows.reshape(len(whose), -1).double().square().sum(1)
+    flat = rows.reshape(len(whose), rows.shape[1:].numel())  # there may be no elements
+    sizes = flat.abs().double().square().sum(1)
     return torch.zeros_like(sizes).index_add(0, whose, sizes)
 
 

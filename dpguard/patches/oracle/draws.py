@@ -8,26 +8,31 @@ from collections.abc import Callable
 
 import torch
 
+from dpguard.noted.grouping import squares_of_people
 from dpguard.parts import Part
 
 __all__ = ["Draws", "scattered"]
 
 
-def scattered(own: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+def scattered(share: torch.Tensor, whose: torch.Tensor, row: int) -> torch.Tensor:
     """Where a person's share of a gradient is, at the output of a layer.
 
     Args:
-        own: square of its norm in the person's own rows.
-        others: the same for each of the others, of shape ``(B,)``.
+        share: of shape ``(B, ...)``.
+        whose: rows are whose, see :func:`dpguard.noted.grouping.owners`.
+        row: one of the person's.
 
     Returns:
         Two numbers: not zero if it is at rows of others; and how large that part of it is, zero if
         these are one other person's in the place of the person's own.
     """
+    sizes, person = squares_of_people(share, whose), whose.narrow(0, row, 1)
+    own = sizes.index_select(0, person)[0]
+    others = sizes.index_fill(0, person, 0)
     most = others.sum()
     is_another = (own == 0) & (others.amax() == most)
-    share = torch.where((most > 0) & ~is_another, (most / (most + own)).sqrt(), 0.0)
-    return torch.stack([(most > 0).to(share.dtype), share])
+    part = torch.where((most > 0) & ~is_another, (most / (most + own)).sqrt(), 0.0)
+    return torch.stack([(most > 0).to(part.dtype), part])
 
 
 class Draws(Part):

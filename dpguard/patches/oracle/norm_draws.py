@@ -27,7 +27,7 @@ import torch
 from dpguard import _compat
 from dpguard._errors import DPGuardError
 from dpguard.noted.conditioning import conditions
-from dpguard.noted.grouping import Grouping, owners, squares_of_people
+from dpguard.noted.grouping import Grouping, owners
 from dpguard.noted.precision import precision_of
 from dpguard.numerics.rounding import LAMBDA
 from dpguard.patches.oracle.draws import Draws, scattered
@@ -307,10 +307,7 @@ class NormDraw:
         rows = pair[0].movedim(call.dimension, 0)
         if len(rows) != self.rows:
             return
-        sizes, person = squares_of_people(rows, whose), whose.narrow(0, self._row, 1)
-        own = sizes.index_select(0, person)[0]
-        others = sizes.index_fill(0, person, 0)
-        self._mixed.append(scattered(own, others))
+        self._mixed.append(scattered(rows, whose, self._row))
 
     def _part(self, parameter: Any, pair: Parts) -> Part | None:
         grad, layer = parameter.grad, self._layers.get(id(parameter))

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from dpguard import _compat
 from dpguard._declare import declared_of
+from dpguard.noted.grouping import owners
 from dpguard.patches.model.detach import TALLY
 from dpguard.patches.model.hooked import is_whole
 from dpguard.patches.model.pairing import Pairing
@@ -85,11 +86,8 @@ class Draw:
             return
         for pair in arrived:
             if pair is not None and pair[0].dim() and len(pair[0]) == self.rows:
-                others = pair[0].reshape(self.rows, -1).abs().double().square().sum(1)
-                mine = others.narrow(0, self.row, 1)
-                own = mine[0].clone()
-                mine.zero_()
-                self.scattered.append(scattered(own, others)[1])
+                whose = owners(None, self.rows, pair[0].device)
+                self.scattered.append(scattered(pair[0], whose, self.row)[1])
 
     def clear(self) -> None:
         """What was found is not needed any more."""
