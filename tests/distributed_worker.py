@@ -8,6 +8,7 @@ Gradients are so large that every row is clipped, or zero, so that noise is all 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import sys
@@ -30,6 +31,7 @@ from opacus.data_loader import DPDataLoader  # noqa: E402
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel  # noqa: E402
 from opacus.optimizers import DistributedDPOptimizer  # noqa: E402
 from opacus.optimizers import ddp_perlayeroptimizer as per_layer_module  # noqa: E402
+from opacus.utils.batch_memory_manager import BatchMemoryManager  # noqa: E402
 
 BATCH, SIZE, RATE = 2, 40, 0.25
 
@@ -277,7 +279,7 @@ def sharded():
     }
 
 
-def _loaded(*, distributed_loader=True, own_data=False, bound=1.0):
+def _loaded(*, distributed_loader=True, own_data=False, bound=1.0, split=False):
     """Causes of what is refused in two passes over digits that a loader delivers."""
     rank, before = distributed.get_rank(), len(guard.violations)
     torch.manual_seed(rank)
@@ -297,11 +299,13 @@ def _loaded(*, distributed_loader=True, own_data=False, bound=1.0):
     )
     accountant = RDPAccountant()
     optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(loader.sample_rate))
+    parts = BatchMemoryManager(data_loader=loader, max_physical_batch_size=20, optimizer=optimizer)
     try:
-        for x, y in (batch for _ in range(2) for batch in loader):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
+        with parts if split else contextlib.nullcontext(loader) as batches:
+            for x, y in (batch for _ in range(2) for batch in batches):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
         guard.flush()
     except dpguard.PrivacyViolation:
         pass
@@ -312,7 +316,9 @@ def loaded():
     """The same data on each rank, and what is right: parts of it, and data of their own."""
     return {
         "alike": _loaded(distributed_loader=False),
+        "alike, split": _loaded(distributed_loader=False, split=True),
         "parts": _loaded(),
+        "parts, split": _loaded(split=True),
         "own": _loaded(distributed_loader=False, own_data=True),
         "bounds": _loaded(bound=1.0 + distributed.get_rank()),
         "lower": _loaded(bound=2.0 - distributed.get_rank()),

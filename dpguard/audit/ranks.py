@@ -27,11 +27,10 @@ from dpguard.audit.accounting import SAMPLING
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.clip import BOUND
 from dpguard.noted.deliveries import Deliveries
+from dpguard.noted.places import BATCHES
 
 __all__ = ["Ranks"]
 
-_STEPS = 8
-"""So many steps are compared."""
 _PATIENCE = 64
 _AGREED = 3
 _DISTINCT = 0.9
@@ -110,7 +109,7 @@ class Ranks(Check):
         if state.store is None or step.physical > 1:
             return ()
         failures = self._read(state, state.store, optimizer)
-        if step.number < _STEPS:
+        if step.number < BATCHES:
             self._leave(state, state.store, step, optimizer)
         if failures or not state.awaited or step.number > _PATIENCE:
             state.store = None  # once is enough

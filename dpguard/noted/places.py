@@ -14,9 +14,10 @@ import torch
 
 from dpguard.noted.row_state import spread_of
 
-__all__ = ["Places"]
+__all__ = ["BATCHES", "Places"]
 
-_BATCHES = 8
+BATCHES = 32
+"""So many of the first ones are noted."""
 _ROWS = 512
 
 
@@ -36,7 +37,7 @@ class Places:
     @property
     def is_open(self) -> bool:
         """Whether batches are noted at all."""
-        return len(self.batches) < _BATCHES
+        return len(self.batches) < BATCHES
 
     def begin(self, sampler: Callable[[], Any] | None) -> None:
         """A pass of the loader with this sampler begins: another one begins anew."""
@@ -45,7 +46,7 @@ class Places:
 
     def wants(self, number: int, batch: int) -> bool:
         """Whether a logical batch of the pass with this number is to be noted."""
-        return batch < _BATCHES and self._pass in {None, number}
+        return batch < BATCHES and self._pass in {None, number}
 
     def note(
         self, number: int, batch: int, indices: Sequence[int], tensors: Sequence[torch.Tensor]
