@@ -16,16 +16,19 @@ _FUNCTIONS = (FunctionType, MethodType, functools.partial)
 def at_hand(function: Any) -> Iterator[Any]:
     """What a function was written round, if it was: a step hook that calls another one, say.
 
-    Values of its closure and defaults, of the global variables and of the attributes of its object
-    that it names, the parts of a ``partial``, what it wraps, and the ``hooks`` of a chain.
+    Values of its closure and defaults, of the global variables that it names, of the attributes
+    that it names of its object and of those in its closure (``self`` of the method that it was
+    written in), the parts of a ``partial``, what it wraps, and the ``hooks`` of a chain.
     """
     plain, owner = _code_and_owner(function)
     yield owner
     if plain is not None:
-        yield from closure_of(plain).values()
+        around = closure_of(plain).values()
+        yield from around
         yield from plain.__defaults__ or ()
         yield from (plain.__kwdefaults__ or {}).values()
-        for values in (getattr(owner, "__dict__", None), plain.__globals__):
+        attributes = (getattr(one, "__dict__", None) for one in (owner, *around))
+        for values in (*attributes, plain.__globals__):
             if isinstance(values, dict):
                 yield from (values[name] for name in plain.__code__.co_names if name in values)
     if isinstance(function, functools.partial):

@@ -280,3 +280,72 @@ def test_what_is_patched_is_restored():
             vars(cls)["get_epsilon"] is not old for cls, old in zip(classes, before, strict=True)
         )
     assert all(vars(cls)["get_epsilon"] is old for cls, old in zip(classes, before, strict=True))
+
+
+class Client:
+    """Has an accountant, and writes step hooks that tell it in as many ways."""
+
+    def __init__(self, sigma=None):
+        self.accountant, self.sigma = RDPAccountant(), sigma
+        self.parts = {"accountant": self.accountant}
+        self.inner = [self]
+
+    def tell(self, optimizer):
+        self.told(self.accountant, optimizer)
+
+    def told(self, accountant, optimizer):
+        rate = RATE_DUE * optimizer.accumulated_iterations
+        sigma = self.sigma or optimizer.noise_multiplier
+        accountant.step(noise_multiplier=sigma, sample_rate=rate)
+
+    def hook(self, way):
+        accountant, parts, inner = self.accountant, self.parts, self.inner
+
+        def by_attribute(optimizer):
+            self.told(self.accountant, optimizer)
+
+        return {
+            "closure": lambda optimizer: self.told(accountant, optimizer),
+            "attribute": by_attribute,
+            "method": self.tell,
+            "item": lambda optimizer: self.told(parts["accountant"], optimizer),
+            "hidden": lambda optimizer: inner[0].tell(optimizer),
+        }[way]
+
+
+WAYS = ["closure", "attribute", "method", "item", "hidden"]
+
+
+@pytest.mark.parametrize("steps", [1, 15])
+@pytest.mark.parametrize("way", WAYS)
+def test_step_hooks_of_somebodys_own(way, steps):
+    """Each tells an accountant of the step before the step is looked at, the first one too."""
+    with dpguard.install(mode="strict") as guard:
+        client, parts = Client(), Parts()
+        parts.optimizer.attach_step_hook(client.hook(way))
+        x, y = DATA.tensors
+        for _ in range(steps):
+            parts.optimizer.zero_grad()
+            nn.functional.cross_entropy(parts.model(x[:12]), y[:12]).backward()
+            parts.optimizer.step()
+        assert client.accountant.get_epsilon(1e-5) > 0
+        guard.flush()
+    assert causes(guard) == []
+    checks = guard.last_step.checks
+    assert [checks[c].failed for c in (STEPS, SIGMA)] == [0, 0]
+    assert [checks[c].passed for c in (STEPS, SIGMA)] == [1, 1]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_step_hooks_that_tell_another_sigma(way):
+    """The step is refused if it can be seen that the hook tells the accountant, else it is said."""
+    with dpguard.install(mode="repair") as guard:
+        client, parts = Client(sigma=2 * SIGMA_DUE), Parts()
+        parts.optimizer.attach_step_hook(client.hook(way))
+        if way in ("item", "hidden"):
+            parts.train(2)
+        else:
+            with pytest.raises(dpguard.PrivacyViolation, match="larger noise multiplier"):
+                parts.train(2)
+        guard.flush()
+    assert [v.check for v in guard.violations] == [SIGMA]

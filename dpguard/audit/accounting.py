@@ -223,6 +223,8 @@ class Accounting(Check):
         state = self._states.of(optimizer)
         state.sigma = _compat.plain_number(_compat.due_sigma(optimizer))
         self._know(state, optimizer)
+        if not state.had:
+            self._by_hand.begin(optimizer)
         parameter = step.parameters[0] if step.parameters else None
         if parameter is not state.parameter():
             state.parameter = weakly(parameter)

@@ -104,6 +104,14 @@ class ByHand:
         self._optimizers = PerOwner(lambda _: _Taken())
         self._hands: IdentityMap[_Hand] = IdentityMap()
 
+    def begin(self, optimizer: Any) -> None:
+        """A step begins that no accountant's hook is told of: see what is there before the first.
+
+        A hook of somebody's own tells an accountant before the step is looked at.
+        """
+        if not self._optimizers.of(optimizer).steps:
+            self._find(0)
+
     def look(
         self, step: Step, optimizer: Any, sigma: float | None, *, of_engine: bool
     ) -> list[Failure]:
