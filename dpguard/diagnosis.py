@@ -53,6 +53,7 @@ NORM_INEXACT = "norm_inexact"
 NORM_OF_ROUNDING = "norm_of_rounding"
 NORMS_REORDERED = "norms_reordered"
 GRADIENT_HOOK = "gradient_hook"
+HOOKS_DISABLED = "hooks_disabled"
 LOSS_REDUCTION = "loss_reduction"
 BATCHES_OVERLAP = "batches_overlap"
 BATCHES_UNRELATED = "batches_unrelated"
@@ -402,6 +403,15 @@ _DIAGNOSES = {
         "has no effect with DP-SGD, which makes the update from the per-sample gradients only",
         "remove the hook; to scale the update of a parameter give it a group of its own in the "
         "optimizer, with a learning rate of its own",
+    ),
+    HOOKS_DISABLED: Diagnosis(
+        "a part of the gradient was computed while hooks were switched off (disable_hooks()), so "
+        "it has no per-sample gradients, and DP-SGD, which makes the update from these only, "
+        "leaves it out: nothing is learned from it",
+        "leave the hooks on for all that shall be learned from (the generated half of a "
+        "discriminator's loss, say: one more call of the model on as many rows); if it shall "
+        "not be, clear it with zero_grad() before the backward that counts, or run it under "
+        "torch.no_grad()",
     ),
     LOSS_REDUCTION: Diagnosis(
         "the model was wrapped for another reduction of the loss than the optimizer, so the "

@@ -309,7 +309,7 @@ class Client:
             "attribute": by_attribute,
             "method": self.tell,
             "item": lambda optimizer: self.told(parts["accountant"], optimizer),
-            "hidden": lambda optimizer: inner[0].tell(optimizer),
+            "hidden": lambda optimizer: [one.tell(optimizer) for one in inner],
         }[way]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import math
 import sys
@@ -93,11 +94,11 @@ def ratios(monkeypatch):
     seen = []
     original = rows_module._judge
 
-    def judge(step, compared, residuals, bounds):
+    def judge(step, compared, residuals, bounds, unhooked):
         names = [step.names[i] for i in compared]
         found = zip(names, residuals, bounds, strict=True)
         seen.append({name: residual / bound for name, residual, bound in found})
-        return original(step, compared, residuals, bounds)
+        return original(step, compared, residuals, bounds, unhooked)
 
     monkeypatch.setattr(rows_module, "_judge", judge)
     return seen
@@ -414,9 +415,32 @@ def hooks(training):
         p.register_hook(lambda grad: grad * 0.5)
 
 
+def half_without_hooks(training, *, forward=False):
+    """A discriminator whose generated half has no rows; ``forward``: not recorded either."""
+    real = training.backward
+
+    def backward(*, batch=None):
+        model, generated = training.called, training.inputs(training.batch)
+        if forward:
+            model.disable_hooks()
+        loss = training.called(generated).pow(2).mean()
+        model.disable_hooks()
+        loss.backward()
+        model.enable_hooks()
+        real(batch=batch)
+
+    training.backward = backward
+
+
 @pytest.mark.parametrize(
     ("change", "cause", "remedy"),
     [
+        (half_without_hooks, diagnosis.HOOKS_DISABLED, "leave the hooks on"),
+        (
+            functools.partial(half_without_hooks, forward=True),
+            diagnosis.HOOKS_DISABLED,
+            "zero_grad",
+        ),
         (penalty, diagnosis.NOT_CONSERVED, "weight_decay"),
         (penalty_in_the_loss, diagnosis.NOT_CONSERVED, "weight_decay"),
         (gradient_clipping, diagnosis.NOT_CONSERVED, "clip_grad_norm_"),

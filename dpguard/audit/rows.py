@@ -43,7 +43,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from math import isfinite
 from operator import is_, le
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -187,6 +187,8 @@ class RowValues(Check):
     def before_update(self, step: Step, optimizer: Any) -> Failures:
         """The rows are used; what was measured of them is not needed any more."""
         beside = self._chosen.has(step.number + 1, BESIDE_EVERY, first=BESIDE_EVERY)
+        if self._ledger.unhooked:
+            self._ledger.unhooked.difference_update(map(id, step.parameters))
         for state in step.states:
             if state.apart is not None:
                 state.apart, state.compared = None, beside
@@ -232,7 +234,11 @@ class RowValues(Check):
         share = 1.0 / max(1, min(filter(None, sizes), default=1)) if mean else 1.0
         scaling = conditioned, share
         root = math.sqrt(sum(sizes))
-        receive = functools.partial(_verdict, step, compared, limits, root, scaling=scaling)
+        off = self._ledger.unhooked
+        unhooked = {i for i in compared if id(step.parameters[i]) in off} if off else ()
+        receive = functools.partial(
+            _verdict, step, compared, limits, root, scaling=scaling, unhooked=unhooked
+        )
         step.collect((FINITE, CONSERVATION), figures, receive)
 
     def _strengths(
@@ -349,6 +355,7 @@ def _verdict(
     values: list[float],
     *,
     scaling: tuple[Sequence[int], float],
+    unhooked: Container[int],
 ) -> Failures:
     """What to make of the figures.
 
@@ -363,6 +370,7 @@ def _verdict(
             they were probed the strengths of the rows.
         scaling: for each such call which of those that were compared has scaled its values; and the
             largest weight of a row.
+        unhooked: places of parameters that were used while Opacus's hooks were disabled.
     """
     scales, values = values[: len(step.names)], values[len(step.names) :]
     if not isfinite(sum(scales)):
@@ -401,7 +409,7 @@ def _verdict(
         for k, strength in enumerate(known):
             if strength == total and own[k] <= FAINT * total:
                 _defer(step.states[compared[k]], k, residuals, bounds)
-    return _judge(step, compared, residuals, bounds)
+    return _judge(step, compared, residuals, bounds, unhooked)
 
 
 def _defer(state: ParameterState, k: int, residuals: Sequence[float], bounds: list[float]) -> None:
@@ -417,15 +425,22 @@ def _defer(state: ParameterState, k: int, residuals: Sequence[float], bounds: li
 
 
 def _judge(
-    step: Step, compared: Sequence[int], residuals: Sequence[float], bounds: Sequence[float]
+    step: Step,
+    compared: Sequence[int],
+    residuals: Sequence[float],
+    bounds: Sequence[float],
+    unhooked: Container[int],
 ) -> Failures:
     if all(map(le, residuals, bounds)):
         return ()
     by_cause: dict[str, dict[str, float]] = {}
     for i, residual, bound in zip(compared, residuals, bounds, strict=True):
         if not residual <= bound:
-            hooked = step.parameters[i]._backward_hooks
-            cause = diagnosis.GRADIENT_HOOK if hooked else diagnosis.NOT_CONSERVED
+            cause = diagnosis.NOT_CONSERVED
+            if i in unhooked:
+                cause = diagnosis.HOOKS_DISABLED
+            elif step.parameters[i]._backward_hooks:
+                cause = diagnosis.GRADIENT_HOOK
             by_cause.setdefault(cause, {})[step.names[i]] = residual / bound
     return [
         Failure(CONSERVATION, cause, tuple(wrong), figure=max(wrong.values()), bound=1.0)

@@ -108,6 +108,8 @@ class Ledger:
         self.blocks: set[int] = set()
         """Segments of blocks that are declared to be other people than those in other blocks."""
         self.batches = Batches()
+        self.unhooked: set[int] = set()
+        """Identities of parameters that were used while Opacus's hooks were disabled."""
         self.before_clearing: Callable[[Sequence[torch.Tensor]], None] | None = None
         """Called with parameters whose gradients are about to be cleared."""
         self._closed = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -297,6 +297,10 @@ class Hooked(abc.ABC):
     @abc.abstractmethod
     def on_clipped_backprops(self, record: Record, backprops: torch.Tensor) -> None:
         """A call is met in a backward for which Opacus has disabled its hooks."""
+
+    @abc.abstractmethod
+    def note_unhooked(self, trained: Iterable[torch.Tensor]) -> None:
+        """A call that uses these parameters is made while Opacus has disabled its hooks."""
 
     @abc.abstractmethod
     def condemn(self, record: Record, cause: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -130,8 +130,13 @@ class Pairing(Hooked):
         if record.hook.computes and cause is None and not task.keeps_graph:
             record.activations = record.outline = None
 
-    def on_clipped_backprops(self, record: Record, backprops: torch.Tensor) -> None:
+    def on_clipped_backprops(self, record: Record, _backprops: torch.Tensor) -> None:
         """Opacus computes no rows in it."""
+        self.note_unhooked(record.trained)
+
+    def note_unhooked(self, trained: Iterable[torch.Tensor]) -> None:
+        """What comes into ``p.grad`` by a call that is made or met now has no rows."""
+        self.ledger.unhooked.update(map(id, trained))
 
     def _note_watched(
         self,

@@ -207,10 +207,11 @@ class ForwardHook:
         if (self.late and not trained) or _inside_transform():
             return None
         pairing.ledger.boundary()
-        if not pairing.hooks.hooks_enabled:
-            return None
         if not torch.is_grad_enabled():
             pairing.on_hidden_call(module)
+            return None
+        if not pairing.hooks.hooks_enabled:
+            pairing.note_unhooked(trained)
             return None
         outputs = differentiable(output)
         if not outputs or not trained:
