@@ -1516,11 +1516,8 @@ def uniform_samplers() -> tuple[type, ...]:
 
 
 def is_orderly(batch_sampler: Any) -> bool:
-    """Whether batches go through the data in order or shuffled, as those of torch's loaders do."""
-    module = _torch().utils.data
-    kinds = (module.SequentialSampler, module.RandomSampler, module.DistributedSampler)
-    sampler = getattr(batch_sampler, "sampler", None)
-    return type(batch_sampler) is module.BatchSampler and type(sampler) in kinds
+    """Whether batches are of one size, as those of torch's loaders are, whatever the order."""
+    return type(batch_sampler) is _torch().utils.data.BatchSampler
 
 
 def splitting_sampler() -> Any:

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dpguard import _compat, diagnosis
-from dpguard.audit.by_hand import RATE, SIGMA, STEPS, ByHand
+from dpguard.audit.by_hand import RATE, SAMPLING, SIGMA, STEPS, ByHand
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.histories import Entry, Seen, entry_of, merged, steps_in
 from dpguard.audit.update import KEEP_EVERY, KEEP_FIRST
@@ -38,7 +38,6 @@ from dpguard.noted.row_state import UNKNOWN, sample_of
 
 __all__ = ["RATE", "SAMPLING", "SIGMA", "STEPS", "Accounting"]
 
-SAMPLING = "accounting.sampling"
 _EXACT = 1e-9
 _OVERSTATED = frozenset((diagnosis.ACCOUNTED_SIGMA_LOW, diagnosis.ACCOUNTED_RATE_HIGH))
 """Causes why more is reported than was spent on what is seen, said once of each accountant."""

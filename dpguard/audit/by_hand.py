@@ -19,11 +19,12 @@ from dpguard.audit.histories import Seen, steps_in
 from dpguard.identity import IdentityMap
 from dpguard.patching import living
 
-__all__ = ["RATE", "SIGMA", "STEPS", "ByHand"]
+__all__ = ["RATE", "SAMPLING", "SIGMA", "STEPS", "ByHand"]
 
 STEPS = "accounting.steps"
 SIGMA = "accounting.sigma"
 RATE = "accounting.rate"
+SAMPLING = "accounting.sampling"
 _OFTEN = 3
 """How many times an accountant has been told something before it is said that it lacks steps."""
 _FINDS = frozenset((0, 1_000, 10_000, 100_000))
@@ -211,6 +212,9 @@ class ByHand:
             step.run(RATE, count=1)
             if not rate >= hand.rate * (1 - _EXACT):
                 causes.append((RATE, diagnosis.TOLD_RATE))
+        if step.unsampled and rate < 1:
+            step.run(SAMPLING, count=1)
+            causes.append((SAMPLING, diagnosis.NOT_POISSON))
         hand.tell(taken)
         if hand.lacks(taken):
             causes.append((STEPS, diagnosis.TOLD_LESS))

@@ -49,7 +49,7 @@ class Iteration:
         drawn: batches whose indices were drawn and that were not delivered yet, by their number.
         logical: how many logical batches were drawn before the one at hand.
         parts: the indices of the logical batch at hand, if it is split.
-        orderly: it goes through the data in order or shuffled.
+        orderly: its batches are of one size, or go through the data.
         finished: whether it has delivered its last batch.
         count: how many batches it has delivered.
         lag: how many batches are delivered ahead of the one that is used; ``None``: not known yet.

@@ -31,7 +31,7 @@ from collections.abc import Collection, Sequence
 from dpguard.noted.frequency import Frequencies
 from dpguard.noted.log_sums import log_sum
 
-__all__ = ["Independence"]
+__all__ = ["Independence", "log_apart"]
 
 _LAGS = 4
 """So many of the last batches are remembered."""
@@ -95,7 +95,7 @@ class Independence:
         seen, size = self._seen, len(self._last[0])
         none_again = not any(person < len(seen) and seen[person] for person in people)
         return (
-            _staked(none_again, _log_apart(len(people), self._count_seen, count)),
+            _staked(none_again, log_apart(len(people), self._count_seen, count)),
             _staked(len(people) == size, _log_of_size(size, rate)),
             _staked(self._steady <= people, len(self._steady) * math.log(rate)),
             *again,
@@ -127,7 +127,7 @@ def _twice(people: set[int], former: Collection[int], rate: float) -> float:
     return again * math.log(more / rate) + missed * math.log((1 - more) / (1 - rate))
 
 
-def _log_apart(size: int, named: int, count: int) -> float:
+def log_apart(size: int, named: int, count: int) -> float:
     """Logarithm of the probability that of ``size`` people among ``count`` none is a named one."""
     if size + named > count:
         return 0.0  # people that nobody has counted

@@ -18,6 +18,7 @@ from dpguard.identity import IdentityMap, IdentitySet
 from dpguard.noted.datasets import repeated_places
 from dpguard.noted.deliveries import Deliveries, Delivery, Iteration
 from dpguard.noted.ledger import Ledger
+from dpguard.noted.orderly import Passes
 from dpguard.noted.poisson import Rate
 from dpguard.parts import Part
 from dpguard.patches.data.collating import Collating, Look
@@ -55,6 +56,8 @@ class LoadingPatch:
         self._ties: IdentityMap[IdentitySet] = IdentityMap()
         self._engines: set[type] = set()
         self._rates: IdentityMap[Rate] = IdentityMap()
+        self._passes: IdentityMap[Passes] = IdentityMap()
+        """Of batch samplers of which nobody knows how they draw."""
         self.tags: IdentityMap[list[Delivery]] = IdentityMap()
         """For each optimizer with a splitting loader the batches its skip signals stand for."""
 
@@ -150,7 +153,9 @@ class LoadingPatch:
                     self._note(delivery, drawn_by, iteration.parts, iterator._dataset)
                     iteration.parts = []
                 self.tags.setdefault(splitter, []).append(delivery)
-        if iteration.readers:
+        if not iteration.readers:
+            self._note_order(iteration, iterator, index)
+        else:
             self._collating.run(self._collating.begin, iterator, people)
 
     def _note(self, delivery: Delivery, sampler: Any, indices: Any, dataset: Any) -> None:
@@ -165,6 +170,18 @@ class LoadingPatch:
             rate = self._rates[sampler] = Rate(repeated_places(dataset))
         number = delivery.iteration.number
         delivery.drawn = rate.draw(indices, count, delivery.rate, number)
+
+    def _note_order(self, iteration: Iteration, iterator: Any, index: Any) -> None:
+        """Batches of one size, or that go through the data, are not drawn by Poisson sampling."""
+        sampler, dataset = iterator._index_sampler, iterator._dataset
+        if iteration.orderly or not iteration.counts or not _is_key(sampler):
+            return
+        passes = self._passes.get(sampler)
+        if passes is None:
+            count = len(dataset) if hasattr(dataset, "__len__") else 0
+            passes = self._passes[sampler] = Passes(count)
+        passes.take(list(_numbers(index)), iteration.number)
+        iteration.orderly = passes.are_orderly
 
     def _delivered(self, iterator: Any, data: Any, look: Look | None) -> None:
         iteration = self._iterations.get(iterator)

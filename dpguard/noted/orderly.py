@@ -1,0 +1,97 @@
+"""Whether a batch sampler of somebody's own goes through the data, or draws batches of one size.
+
+Neither is Poisson sampling, at whatever rate. What independent draws could have done all the same
+proves nothing, so each is told by how improbable it is:
+
+* a pass in which nobody comes twice, and that has had everybody but for fewer than one batch: a
+  batch of ``k`` of ``n`` people has none of ``s`` others with the probability
+  ``C(n - s, k) / C(n, k)``, at any rate;
+* each batch is as large as the first one, ``k``: at no rate that is the same for all ``n`` people
+  its probability is larger than at ``k / n``.
+
+Whoever draws one of each person's records in turn has no record twice in a pass either, and draws
+people independently: that alone is no proof. The last batch of a pass, which may be what is left
+over, counts for nothing as to its size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from dpguard.noted.independence import log_apart
+
+__all__ = ["Passes"]
+
+_CHANCE = 1e-12
+_PLACES = 100_000_000
+"""Larger indices are not followed, since a byte is kept for each."""
+
+
+class Passes:
+    """The batches of one sampler over ``count`` people.
+
+    Example:
+        >>> passes = Passes(1000)
+        >>> for start in range(0, 1000, 50):
+        ...     passes.take(range(start, start + 50), in_pass=1)
+        >>> passes.are_orderly
+        True
+    """
+
+    def __init__(self, count: int) -> None:
+        self.are_orderly = False
+        self._count = count
+        self._pass: int | None = None
+        self._seen = bytearray()
+        self._had = 0
+        self._apart = 0.0
+        """Logarithm of how probable it is that nobody has come twice; infinite if somebody has."""
+        self._latest: int | None = None
+        """Size of the last batch of this pass so far."""
+        self._size: int | None = None
+        self._alike = 0.0
+        """Logarithm of how probable it is that all batches are of one size; 0 if they are not."""
+
+    def take(self, batch: Sequence[int], in_pass: int) -> None:
+        """A batch was drawn, in some pass over the data."""
+        if self.are_orderly or not all(type(n) is int and 0 <= n < _PLACES for n in batch):
+            return
+        if in_pass != self._pass:
+            self._pass, self._seen, self._had, self._apart = in_pass, bytearray(), 0, 0.0
+            self._latest = None
+        elif self._latest is not None:
+            self._look_at_size(self._latest)
+        self._latest = len(batch)
+        self._look_at_people(batch)
+        is_whole = self._had > self._count - len(batch)
+        if min(self._alike, self._apart if is_whole else 0.0) < math.log(_CHANCE):
+            self.are_orderly = True
+            self._seen = bytearray()
+
+    def _look_at_size(self, size: int) -> None:
+        """A batch had this size that was not the last of its pass."""
+        if self._size is None:
+            self._size = size
+        elif size != self._size:
+            self._size, self._alike = -1, 0.0
+        elif 0 < size < self._count:
+            self._alike += _log_of_size(size, self._count)
+
+    def _look_at_people(self, batch: Sequence[int]) -> None:
+        most = max(batch, default=-1)
+        if most >= len(self._seen):
+            self._seen.extend(bytes(most + 1 - len(self._seen)))
+        if len(set(batch)) < len(batch) or any(self._seen[person] for person in batch):
+            self._apart = math.inf
+        self._apart += log_apart(len(batch), self._had, self._count)
+        self._had += len(batch)
+        for person in batch:
+            self._seen[person] = 1
+
+
+def _log_of_size(size: int, count: int) -> float:
+    """Logarithm of the probability of ``size`` of ``count`` people at the rate of just that."""
+    rate = size / count
+    ways = math.lgamma(count + 1) - math.lgamma(size + 1) - math.lgamma(count - size + 1)
+    return ways + size * math.log(rate) + (count - size) * math.log1p(-rate)

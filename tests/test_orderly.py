@@ -1,0 +1,126 @@
+"""Batch samplers of somebody's own: of one size, through the data, or drawn independently."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from opacus.accountants import RDPAccountant
+from test_by_hand import Parts
+
+import dpguard
+from dpguard import diagnosis
+from dpguard.audit.by_hand import SAMPLING
+from dpguard.noted.orderly import Passes
+
+PEOPLE, SIZE = 60, 12
+
+
+class Own:
+    """A batch sampler; ``way`` makes the batches of one pass."""
+
+    def __init__(self, way, seed=0):
+        self.way, self.random = way, random.Random(seed)
+
+    def __iter__(self):
+        yield from WAYS[self.way](self.random)
+
+
+def shuffled(source, size=SIZE):
+    order = source.sample(range(PEOPLE), PEOPLE)
+    return [order[i : i + size] for i in range(0, PEOPLE, size)]
+
+
+def poisson(source, rate=SIZE / PEOPLE):
+    batches = [[i for i in range(PEOPLE) if source.random() < rate] for _ in range(5)]
+    return [batch or [0] for batch in batches]
+
+
+def in_turn(source):
+    """One record of each person drawn, of three that everybody has, the next one each time."""
+    turns = vars(source).setdefault("turns", [0] * 20)
+    batches = []
+    for _ in range(5):
+        batch = [i for i in range(20) if source.random() < 0.3] or [0]
+        batches.append([3 * i + turns[i] % 3 for i in batch])
+        for i in batch:
+            turns[i] += 1
+    return batches
+
+
+def buckets(source):
+    """Through the data in batches of different sizes."""
+    order, sizes = source.sample(range(PEOPLE), PEOPLE), [5, 20, 9, 12, 14]
+    return [[order.pop() for _ in range(size)] for size in sizes]
+
+
+WAYS = {
+    "shuffled": shuffled,
+    "with some left over": lambda source: shuffled(source, 7),
+    "of different sizes": buckets,
+    "with repeats": lambda source: [source.choices(range(PEOPLE), k=SIZE) for _ in range(5)],
+    "of one size": lambda source: [source.sample(range(PEOPLE), SIZE) for _ in range(5)],
+    "poisson": poisson,
+    "in turn": in_turn,
+    "all": lambda source: [list(range(PEOPLE)) for _ in range(5)],
+}
+ORDERLY = ["shuffled", "with some left over", "of different sizes", "with repeats", "of one size"]
+INDEPENDENT = ["poisson", "in turn", "all"]
+
+
+def taken(way, passes, seed=0):
+    found, sampler = Passes(PEOPLE), Own(way, seed)
+    for number in range(passes):
+        for batch in sampler:
+            found.take(batch, number)
+    return found.are_orderly
+
+
+@pytest.mark.parametrize("way", ORDERLY)
+def test_what_is_not_poisson_sampling_is_found(way):
+    assert all(taken(way, 12, seed) for seed in range(20))
+
+
+@pytest.mark.parametrize("way", INDEPENDENT)
+def test_independent_draws_are_left_alone(way):
+    assert not any(taken(way, 400, seed) for seed in range(10))
+
+
+def test_small_passes_prove_nothing():
+    """Two batches of two among four come about by chance often enough, again and again."""
+    source = random.Random(3)
+    for _ in range(20):
+        passes = Passes(4)
+        for number in range(300):
+            for _ in range(2):
+                passes.take([i for i in range(4) if source.random() < 0.5], number)
+        assert not passes.are_orderly
+
+
+def test_indices_that_are_no_places():
+    passes = Passes(10)
+    for _ in range(100):
+        passes.take(["a", "b"], 0)
+        passes.take([10**12], 0)
+    assert not passes.are_orderly
+
+
+@pytest.mark.parametrize("told", ["by a hook", "by hand"])
+@pytest.mark.parametrize("way", [*ORDERLY, *INDEPENDENT])
+def test_the_accountant_hears_of_it(way, told):
+    """An accountant of Poisson sampling is told of batches that are not drawn so: a warning, once."""
+    with dpguard.install(mode="strict") as guard:
+        parts, accountant = Parts(), RDPAccountant()
+        parts.loader = torch.utils.data.DataLoader(parts.loader.dataset, batch_sampler=Own(way))
+        rate = 1.0 if way == "all" else SIZE / PEOPLE
+
+        def tell():
+            accountant.step(noise_multiplier=parts.optimizer.noise_multiplier, sample_rate=rate)
+
+        if told == "by a hook":
+            parts.optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(rate))
+        parts.train(15, after=tell if told == "by hand" else lambda: None)
+        guard.flush()
+    found = [(v.check, v.cause, v.severity.name) for v in guard.violations]
+    assert found == ([(SAMPLING, diagnosis.NOT_POISSON, "WARNING")] if way in ORDERLY else [])
