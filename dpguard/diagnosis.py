@@ -103,6 +103,7 @@ ASKED_UNTOLD = "asked_untold"
 EPSILON_OF_LIMIT = "epsilon_of_limit"
 NOBODY_TOLD = "no_accountant_told"
 TWO_OPTIMIZERS = "two_optimizers"
+RATE_EXCEEDED = "rate_exceeded"
 NOT_POISSON = "not_poisson"
 LOADER_BYPASSED = "loader_bypassed"
 STEP_HOOK = "step_hook"
@@ -676,6 +677,14 @@ _DIAGNOSES = {
         "train all of a model with one DP optimizer, and each model on batches that are drawn for "
         "it; else let each have a noise multiplier larger by the root of two, and account for one "
         "of them with the smaller one",
+        Severity.WARNING,
+    ),
+    RATE_EXCEEDED: Diagnosis(
+        "the loader that is used delivers more people than the sample rate that the accountant was "
+        "told lets expect, so it reports less than was spent",
+        "account with the sample rate of the batches, expected batch size / number of people; if "
+        "the loader holds a part of the data only, draw from all of it instead of from one part "
+        "after the other",
         Severity.WARNING,
     ),
     NOT_POISSON: Diagnosis(

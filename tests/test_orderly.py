@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -11,7 +12,7 @@ from test_by_hand import Parts
 
 import dpguard
 from dpguard import diagnosis
-from dpguard.audit.by_hand import SAMPLING
+from dpguard.audit.by_hand import RATE, SAMPLING
 from dpguard.noted.orderly import Passes
 
 PEOPLE, SIZE = 60, 12
@@ -124,3 +125,36 @@ def test_the_accountant_hears_of_it(way, told):
         guard.flush()
     found = [(v.check, v.cause, v.severity.name) for v in guard.violations]
     assert found == ([(SAMPLING, diagnosis.NOT_POISSON, "WARNING")] if way in ORDERLY else [])
+
+
+@pytest.mark.parametrize("told", ["by a hook", "by hand"])
+@pytest.mark.parametrize("kind", ["torch's", "shuffled", "poisson"])
+def test_a_sample_rate_that_is_too_small(kind, told):
+    """The loader draws twice as many people as the accountant is told: a warning, once."""
+    with dpguard.install(mode="strict") as guard:
+        parts, accountant = Parts(), RDPAccountant()
+        data, rate = parts.loader.dataset, SIZE / PEOPLE / 2
+        own = {"batch_size": SIZE} if kind == "torch's" else {"batch_sampler": Own(kind)}
+        parts.loader = torch.utils.data.DataLoader(data, **own)
+
+        def tell():
+            accountant.step(noise_multiplier=parts.optimizer.noise_multiplier, sample_rate=rate)
+
+        if told == "by a hook":
+            parts.optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(rate))
+        parts.train(20, after=tell if told == "by hand" else lambda: None)
+        guard.flush()
+    found = {(v.check, v.cause) for v in guard.violations}
+    assert (RATE, diagnosis.RATE_EXCEEDED) in found
+    assert len(guard.violations) == 1 + (kind != "poisson")
+
+
+def test_a_last_batch_that_is_left_over():
+    """One of ``len(loader)`` batches is the rate that Opacus itself accounts for such a loader."""
+    for size in (9, 31, 40, 59, 60):
+        passes, count = Passes(60, are_orderly=True), math.ceil(60 / size)
+        for number in range(500):
+            for start in range(0, 60, size):
+                passes.take(range(start, min(60, start + size)), number, planned=count)
+                assert not passes.exceed(1 / count)
+        assert size == 60 or passes.exceed(0.9 / count)

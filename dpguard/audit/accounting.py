@@ -550,17 +550,22 @@ def _unaccounted(state: _State, step: Step) -> list[Failure]:
 def _compare_sampling(step: Step, base: float, book: _Book) -> list[Failure]:
     """Whether batches are drawn as the accountant assumes, said once of it."""
     # With all people in each step nothing is assumed of how they are drawn.
-    bypasses = step.bypasses or (step.unsampled and base < 1)
+    passes = step.passes
+    bypasses = step.bypasses or (passes is not None and passes.are_orderly and base < 1)
     seen = (book.is_poisson is False and base < 1) or (book.is_poisson and step.rates)
+    failures = []
     if seen or bypasses:
         step.run(SAMPLING, count=1)
         prepared = book.is_poisson is not None and (step.bypasses or book.is_poisson)
         cause = diagnosis.LOADER_BYPASSED if bypasses and prepared else diagnosis.NOT_POISSON
         if bypasses or not book.is_poisson:
-            failure = Failure(SAMPLING, cause)
-            step.fail(failure)
-            return _once(failure, book)
-    return []
+            failures.append(Failure(SAMPLING, cause))
+    if passes is not None and passes.exceed(base):
+        step.run(RATE, count=1)
+        failures.append(Failure(RATE, diagnosis.RATE_EXCEEDED))
+    for failure in failures:
+        step.fail(failure)
+    return [said for failure in failures for said in _once(failure, book)]
 
 
 def _models_of(step: Step) -> list[Any]:

@@ -212,9 +212,12 @@ class ByHand:
             step.run(RATE, count=1)
             if not rate >= hand.rate * (1 - _EXACT):
                 causes.append((RATE, diagnosis.TOLD_RATE))
-        if step.unsampled and rate < 1:
+        if step.passes is not None and step.passes.are_orderly and rate < 1:
             step.run(SAMPLING, count=1)
             causes.append((SAMPLING, diagnosis.NOT_POISSON))
+        if step.passes is not None and step.passes.exceed(rate):
+            step.run(RATE, count=1)
+            causes.append((RATE, diagnosis.RATE_EXCEEDED))
         hand.tell(taken)
         if hand.lacks(taken):
             causes.append((STEPS, diagnosis.TOLD_LESS))

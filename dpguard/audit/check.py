@@ -14,6 +14,7 @@ from dpguard.identity import IdentityMap
 
 if TYPE_CHECKING:
     from dpguard.audit.collector import Collector
+    from dpguard.noted.orderly import Passes
     from dpguard.noted.row_state import ParameterState
     from dpguard.numerics.rows import Clipping, Rows
 
@@ -101,8 +102,8 @@ class Step:
             as it is known.
         bypasses: a batch in it is of the data set, but not from the loader, that ``make_private``
             was given for the training.
-        unsampled: for some steps each has had one batch of a loader that goes through its data in
-            order or shuffled, and none that was drawn by Poisson sampling.
+        passes: how the batches are drawn of a loader of which some steps have had one each, and
+            none that was drawn by Opacus's Poisson sampling.
         ran: for each check that was run, on how many parameters (or other things) it was.
         failed: for each check that failed, on which.
         left: for each check that could not judge all that it was run on, how many it did not.
@@ -123,7 +124,7 @@ class Step:
     interventions: int = 0
     rates: set[float] = field(default_factory=set)
     bypasses: bool = False
-    unsampled: bool = False
+    passes: Passes | None = None
     dataset: int | None = None
     """Identity of the data set of the last private batch, if there was one."""
     beside: Sequence[Any] = ()

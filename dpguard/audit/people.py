@@ -75,8 +75,7 @@ class _Logical:
         waits: whether the last step was one of them.
         reused: whether the last step was refused because its batch had been used before.
         said: what is said once.
-        orderly: how many steps in a row have had the one batch of a loader that goes through its
-            data in order, or shuffled.
+        fitting: how many steps in a row have had the one batch that such a loader has delivered.
         uses: the batches of Poisson sampling that its steps have used.
         found: what is wrong with how the batches of the step were drawn.
     """
@@ -105,7 +104,7 @@ class _Logical:
     met: bool = False
     """Whether a step before had calls of the batches of this one, as far as calls were noted."""
     said: set[str] = field(default_factory=set)
-    orderly: int = 0
+    fitting: int = 0
     uses: Uses = field(default_factory=Uses)
     found: list[Failure] = field(default_factory=list)
 
@@ -396,11 +395,13 @@ class People(Check):
             logical.streak = 0
             step.run(ROWS, count=1)
             dataset = logical.reader.dataset()
-            logical.orderly = logical.orderly + 1 if last.iteration.orderly else 0
-            step.unsampled = delivered == 1 and logical.orderly >= _WEAK_STEPS
+            logical.fitting = logical.fitting + 1 if delivered == 1 else 0
+            if logical.fitting >= _WEAK_STEPS:
+                step.passes = last.iteration.passes
             if dataset is not None and delivered == 1:
                 step.bypasses |= last.iteration.dataset == id(dataset)
             return None
+        logical.fitting = 0
         people = _people(last)
         several = len(sizes) == 1 and people > 0 and sizes[0] % people == 0
         logical.streak = logical.streak + 1 if several and delivered == 1 else 0

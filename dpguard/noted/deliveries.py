@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from dpguard.identity import IdentityMap, IdentitySet
+from dpguard.noted.orderly import Passes
 from dpguard.noted.places import Places
 from dpguard.noted.poisson import Drawn
 
@@ -49,7 +50,7 @@ class Iteration:
         drawn: batches whose indices were drawn and that were not delivered yet, by their number.
         logical: how many logical batches were drawn before the one at hand.
         parts: the indices of the logical batch at hand, if it is split.
-        orderly: its batches are of one size, or go through the data.
+        passes: how a sampler of nobody knows what purpose draws.
         finished: whether it has delivered its last batch.
         count: how many batches it has delivered.
         lag: how many batches are delivered ahead of the one that is used; ``None``: not known yet.
@@ -59,7 +60,7 @@ class Iteration:
 
     __slots__ = (
         "count", "counts", "dataset", "drawn", "fills", "finished", "lag", "logical", "number",
-        "orderly", "parts", "readers", "said", "sampler", "splitter", "sure",
+        "parts", "passes", "readers", "said", "sampler", "splitter", "sure",
     )  # fmt: skip
     _numbers = itertools.count()
 
@@ -72,7 +73,6 @@ class Iteration:
         fills: bool,
         splitter: Any = None,
         sampler: Any = None,
-        orderly: bool = False,
     ) -> None:
         self.number = next(self._numbers)
         self.readers = readers
@@ -84,7 +84,7 @@ class Iteration:
         self.drawn: dict[int, Delivery] = {}
         self.logical = 0
         self.parts: list[Any] = []
-        self.orderly = orderly
+        self.passes: Passes | None = None
         self.finished = False
         self.count = 0
         self.lag: int | None = None

@@ -31,7 +31,7 @@ from collections.abc import Collection, Sequence
 from dpguard.noted.frequency import Frequencies
 from dpguard.noted.log_sums import log_sum
 
-__all__ = ["Independence", "log_apart"]
+__all__ = ["Independence", "log_apart", "log_filled"]
 
 _LAGS = 4
 """So many of the last batches are remembered."""
@@ -75,7 +75,7 @@ class Independence:
         self._remember(people)
         self._batches += 1
         added = -math.log(self._batches * (self._batches + 1))
-        fair = math.log1p(-((1 - rate) ** count)) if count else 0.0
+        fair = log_filled(count, rate) if count else 0.0
         self._capital = [
             fair + more + log_sum((own, added))
             for own, more in zip(self._capital, odds, strict=True)
@@ -125,6 +125,11 @@ def _twice(people: set[int], former: Collection[int], rate: float) -> float:
     again, more = len(people.intersection(former)), min(2 * rate, (1 + rate) / 2)
     missed = len(former) - again
     return again * math.log(more / rate) + missed * math.log((1 - more) / (1 - rate))
+
+
+def log_filled(count: int, rate: float) -> float:
+    """Logarithm of the probability that somebody is in a batch, at a rate above 0 and below 1."""
+    return math.log(-math.expm1(count * math.log1p(-rate)))
 
 
 def log_apart(size: int, named: int, count: int) -> float:

@@ -1,7 +1,9 @@
-"""Whether a batch sampler of somebody's own goes through the data, or draws batches of one size.
+"""How a sampler of somebody's own draws batches: how many people, and is it Poisson sampling?
 
-Neither is Poisson sampling, at whatever rate. What independent draws could have done all the same
-proves nothing, so each is told by how improbable it is:
+How many are in a batch in the mean is seen over whole passes, since the last batch may be what is
+left over. Whoever goes through the data, or draws batches of one size, does not draw by Poisson
+sampling, at whatever rate. What independent draws could have done all the same proves nothing, so
+each is told by how improbable it is:
 
 * a pass in which nobody comes twice, and that has had everybody but for fewer than one batch: a
   batch of ``k`` of ``n`` people has none of ``s`` others with the probability
@@ -10,8 +12,8 @@ proves nothing, so each is told by how improbable it is:
   its probability is larger than at ``k / n``.
 
 Whoever draws one of each person's records in turn has no record twice in a pass either, and draws
-people independently: that alone is no proof. The last batch of a pass, which may be what is left
-over, counts for nothing as to its size.
+people independently: that alone is no proof. The size of the last batch of a pass counts for
+nothing.
 """
 
 from __future__ import annotations
@@ -20,28 +22,31 @@ import math
 from collections.abc import Sequence
 
 from dpguard.noted.independence import log_apart
+from dpguard.noted.poisson import CHANCE, PLACES, is_too_many
 
 __all__ = ["Passes"]
-
-_CHANCE = 1e-12
-_PLACES = 100_000_000
-"""Larger indices are not followed, since a byte is kept for each."""
 
 
 class Passes:
     """The batches of one sampler over ``count`` people.
 
+    Attributes:
+        are_orderly: they are not drawn by Poisson sampling, which may be known from the first on.
+
     Example:
         >>> passes = Passes(1000)
         >>> for start in range(0, 1000, 50):
-        ...     passes.take(range(start, start + 50), in_pass=1)
-        >>> passes.are_orderly
-        True
+        ...     passes.take(range(start, start + 50), in_pass=1, planned=20)
+        >>> passes.are_orderly, passes.exceed(0.05), passes.exceed(0.01)
+        (True, False, True)
     """
 
-    def __init__(self, count: int) -> None:
-        self.are_orderly = False
+    def __init__(self, count: int, *, are_orderly: bool = False) -> None:
+        self.are_orderly = are_orderly
         self._count = count
+        self._batches = self._people = 0
+        self._drawn: list[int] = []
+        """How many people each batch of this pass has."""
         self._pass: int | None = None
         self._seen = bytearray()
         self._had = 0
@@ -53,19 +58,39 @@ class Passes:
         self._alike = 0.0
         """Logarithm of how probable it is that all batches are of one size; 0 if they are not."""
 
-    def take(self, batch: Sequence[int], in_pass: int) -> None:
-        """A batch was drawn, in some pass over the data."""
-        if self.are_orderly or not all(type(n) is int and 0 <= n < _PLACES for n in batch):
-            return
-        if in_pass != self._pass:
-            self._pass, self._seen, self._had, self._apart = in_pass, bytearray(), 0, 0.0
-            self._latest = None
+    def take(self, batch: Sequence[int], in_pass: int, planned: int | None = None) -> None:
+        """A batch was drawn, in some pass over the data, which may have a planned length."""
+        is_new = in_pass != self._pass
+        self._pass = in_pass
+        if is_new:
+            self._close()
+        if not self.are_orderly and all(type(n) is int and 0 <= n < PLACES for n in batch):
+            self._look(batch, is_new=is_new)
+        self._drawn.append(len(batch))
+        if len(self._drawn) == planned:
+            self._close()
+
+    def exceed(self, rate: float) -> bool:
+        """Whether more people were drawn than this sample rate lets expect."""
+        if not self._batches or not self._count or not 0 < rate < 1:
+            return False
+        return is_too_many(self._people, self._batches, self._count, rate)
+
+    def _close(self) -> None:
+        self._batches += len(self._drawn)
+        self._people += sum(self._drawn)
+        self._drawn = []
+
+    def _look(self, batch: Sequence[int], *, is_new: bool) -> None:
+        """Whether it is no Poisson sampling is clear now."""
+        if is_new:
+            self._seen, self._had, self._apart = bytearray(), 0, 0.0
         elif self._latest is not None:
             self._look_at_size(self._latest)
         self._latest = len(batch)
         self._look_at_people(batch)
         is_whole = self._had > self._count - len(batch)
-        if min(self._alike, self._apart if is_whole else 0.0) < math.log(_CHANCE):
+        if min(self._alike, self._apart if is_whole else 0.0) < math.log(CHANCE):
             self.are_orderly = True
             self._seen = bytearray()
 

@@ -6,12 +6,12 @@ about: a subclass, a generator with a constant seed, a patched source of random 
 * No person is drawn twice into a batch. That is exact.
 * Not more people than the rate lets expect. By Chernoff's bound ``K`` people or more are drawn in
   ``T`` batches of ``n`` with a probability of at most ``exp(-T n KL(K / (T n) || q))``; over all
-  ``T`` of a run it is below :data:`_CHANCE` by a factor of ``1 / (T (T + 1))`` each. Fewer people
+  ``T`` of a run it is below :data:`CHANCE` by a factor of ``1 / (T (T + 1))`` each. Fewer people
   than expected are no less private.
 * Who is in a batch does not depend on the batches before it, see :mod:`dpguard.noted.independence`.
 * Batches are new. A certain batch of ``k`` people is drawn with a probability of
   ``q**k (1 - q)**(n - k)``. One that was used and comes again is told where that, times the number
-  of those that were used, is below :data:`_CHANCE`, divided as above; smaller ones may come again.
+  of those that were used, is below :data:`CHANCE`, divided as above; smaller ones may come again.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpguard import diagnosis
-from dpguard.noted.independence import Independence
+from dpguard.noted.independence import Independence, log_filled
 
-__all__ = ["Drawn", "Rate", "Uses"]
+__all__ = ["CHANCE", "PLACES", "Drawn", "Rate", "Uses", "is_too_many"]
 
-_CHANCE = 1e-12
-_PLACES = 100_000_000
+CHANCE = 1e-12
+PLACES = 100_000_000
 """Larger indices are not followed, since something is kept for each."""
 _KEPT = 1_000_000
 """Batches that are remembered, by a number each."""
@@ -74,30 +74,33 @@ class Rate:
             self.declared, self.batches, self.people = (count, rate), 0, 0
         self.batches += 1
         self.people += len(numbers)
-        if 0 < rate < 1 and self._is_too_many(count, rate):
+        if 0 < rate < 1 and is_too_many(self.people, self.batches, count, rate):
             causes[diagnosis.DRAWN_TOO_MANY] = self.people / (self.batches * count), rate
-        places = all(type(number) is int and 0 <= number < _PLACES for number in numbers)
+        places = all(type(number) is int and 0 <= number < PLACES for number in numbers)
         if 0 < rate < 1 and places:
             evidence = self.independence.take(numbers, count, rate, in_pass)
-            if evidence > -math.log(_CHANCE):
-                causes[diagnosis.DRAWN_DEPENDENTLY] = evidence, -math.log(_CHANCE)
+            if evidence > -math.log(CHANCE):
+                causes[diagnosis.DRAWN_DEPENDENTLY] = evidence, -math.log(CHANCE)
         surprise = 0.0
         if 0 < rate < 1:
             absent = max(0, count - len(numbers))
             surprise = -len(numbers) * math.log(rate) - absent * math.log1p(-rate)
         return Drawn(hash(frozenset(numbers)), surprise, causes)
 
-    def _is_too_many(self, count: int, rate: float) -> bool:
-        total = self.batches * count
-        share = self.people / total
-        # Samplers that leave empty batches out draw more into the others.
-        if share <= rate or count * math.log1p(-rate) > math.log(_CHANCE):
-            return False
-        divergence = share * math.log(share / rate)
-        if share < 1:
-            divergence += (1 - share) * math.log((1 - share) / (1 - rate))
-        limit = -math.log(_CHANCE) + 2 * math.log(self.batches + 1)
-        return share > 1 or total * divergence > limit
+
+def is_too_many(people: int, batches: int, count: int, rate: float) -> bool:
+    """Whether so many in so many batches of ``count`` people are more than the rate lets expect."""
+    total = batches * count
+    share = people / total
+    if share <= rate:
+        return False
+    divergence = share * math.log(share / rate)
+    if share < 1:
+        divergence += (1 - share) * math.log((1 - share) / (1 - rate))
+    # Samplers that leave empty batches out draw more into the others, which are all that is seen.
+    filled = batches * log_filled(count, rate)
+    limit = -math.log(CHANCE) + 2 * math.log(batches + 1)
+    return share > 1 or total * divergence + filled > limit
 
 
 @dataclass
@@ -115,7 +118,7 @@ class Uses:
             if len(self.known) < _KEPT:
                 self.known.add(drawn.key)
             return drawn.causes
-        least = -math.log(_CHANCE) + 3 * math.log(len(self.known) + 1)
+        least = -math.log(CHANCE) + 3 * math.log(len(self.known) + 1)
         if drawn.surprise <= least:
             return drawn.causes
         return {**drawn.causes, diagnosis.BATCH_DRAWN_AGAIN: (drawn.surprise, least)}

@@ -172,16 +172,16 @@ class LoadingPatch:
         delivery.drawn = rate.draw(indices, count, delivery.rate, number)
 
     def _note_order(self, iteration: Iteration, iterator: Any, index: Any) -> None:
-        """Batches of one size, or that go through the data, are not drawn by Poisson sampling."""
+        """What a batch of a loader of unknown purpose tells of how it was drawn."""
         sampler, dataset = iterator._index_sampler, iterator._dataset
-        if iteration.orderly or not iteration.counts or not _is_key(sampler):
+        if not iteration.counts or not _is_key(sampler):
             return
         passes = self._passes.get(sampler)
         if passes is None:
-            count = len(dataset) if hasattr(dataset, "__len__") else 0
-            passes = self._passes[sampler] = Passes(count)
-        passes.take(list(_numbers(index)), iteration.number)
-        iteration.orderly = passes.are_orderly
+            is_orderly = _compat.is_orderly(sampler)
+            passes = self._passes[sampler] = Passes(_length(dataset) or 0, are_orderly=is_orderly)
+        iteration.passes = passes
+        passes.take(list(_numbers(index)), iteration.number, _length(sampler))
 
     def _delivered(self, iterator: Any, data: Any, look: Look | None) -> None:
         iteration = self._iterations.get(iterator)
@@ -226,8 +226,11 @@ class LoadingPatch:
             fills=_compat.rows_for_nobody(iterator),
             splitter=splitter,
             sampler=uniform,
-            orderly=_compat.is_orderly(iterator._index_sampler),
         )
+
+
+def _length(found: Any) -> int | None:
+    return len(found) if hasattr(found, "__len__") else None
 
 
 def _numbers(indices: Any) -> Any:
