@@ -158,3 +158,36 @@ def test_a_last_batch_that_is_left_over():
                 passes.take(range(start, min(60, start + size)), number, planned=count)
                 assert not passes.exceed(1 / count)
         assert size == 60 or passes.exceed(0.9 / count)
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.1, 0.5])
+def test_samplers_that_leave_empty_batches_out(rate):
+    """They draw more people into the batches that there are than the rate says."""
+    source, passes = random.Random(5), Passes(5)
+    for number in range(2000):
+        batch = []
+        while not batch:
+            batch = [i for i in range(5) if source.random() < rate]
+        passes.take(batch, number)
+        assert not passes.exceed(rate)
+    assert passes.exceed(rate / 4) == (rate > 0.1)
+
+
+def test_lengths_that_are_not_known():
+    """A sampler and a data set that have ``__len__`` and raise in it are observed all the same."""
+
+    class Endless(Own):
+        def __len__(self):
+            raise NotImplementedError
+
+    class Data(torch.utils.data.TensorDataset):
+        def __len__(self):
+            raise TypeError("nobody knows")
+
+    with dpguard.install(mode="strict") as guard:
+        parts = Parts()
+        data = Data(*parts.loader.dataset.tensors)
+        parts.loader = torch.utils.data.DataLoader(data, batch_sampler=Endless("shuffled"))
+        parts.train(5)
+        guard.flush()
+    assert guard.status().parts_off == guard.violations == ()

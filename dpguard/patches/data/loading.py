@@ -230,7 +230,11 @@ class LoadingPatch:
 
 
 def _length(found: Any) -> int | None:
-    return len(found) if hasattr(found, "__len__") else None
+    """How long something is, if it has a length and knows it."""
+    try:
+        return len(found)
+    except (TypeError, NotImplementedError):  # so do samplers that wrap one without a length
+        return None
 
 
 def _numbers(indices: Any) -> Any:
