@@ -1377,11 +1377,11 @@ def sample_rate_of(sampler: Any) -> float:
     return float(rates.max()) * (1 - roundoff) if rates.numel() else 0.0
 
 
-def poisson_samplers() -> list[type]:
+def poisson_samplers() -> tuple[type, ...]:
     """The classes whose objects draw each sample of a batch independently."""
     names = ("UniformWithReplacementSampler", "DistributedUniformWithReplacementSampler")
     found = [_attribute_of("opacus.utils.uniform_sampler", name) for name in names]
-    return _present(*found)
+    return tuple(_present(*found))
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -1505,16 +1505,6 @@ def own_collate(collate: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=1)
-def uniform_samplers() -> tuple[type, ...]:
-    """Opacus's batch samplers, which draw each person by itself."""
-    module = "opacus.utils.uniform_sampler"
-    names = (
-        "UniformWithReplacementSampler",
-        "DistributedUniformWithReplacementSampler",
-    )
-    return tuple(_present(*(_attribute_of(module, name) for name in names)))
-
-
 def is_orderly(batch_sampler: Any) -> bool:
     """Whether batches are of one size, as those of torch's loaders are, whatever the order."""
     return type(batch_sampler) is _torch().utils.data.BatchSampler

@@ -257,7 +257,12 @@ class Runtime:
             self._verdicts,
             _weakly(self.report_internal),
         )
-        sampling.install(self._transaction, self.accounting, _weakly(self.report_internal))
+        sampling.install(
+            self._transaction,
+            self.accounting,
+            self._loading.keep_whole,
+            _weakly(self.report_internal),
+        )
         wrapper_writes.install(self._transaction, self._verdicts, _weakly(self.report_internal))
         return skipped
 

@@ -85,6 +85,8 @@ class _Logical:
     draws: int | None = 0
     parts: int = 0
     rounds: int = 0
+    wholes: set[tuple[int, int | None]] = field(default_factory=set)
+    """The batches of which parts are in it, where somebody else's sampler divides them."""
     split: bool = False
     others: int = 0
     streak: int = 0
@@ -111,6 +113,7 @@ class _Logical:
     def restart(self) -> None:
         """The next logical batch begins."""
         self.draws, self.parts, self.rounds, self.split = 0, 0, 0, False
+        self.wholes = set()
 
 
 class People(Check):
@@ -315,7 +318,9 @@ class People(Check):
         elif used[0].skip is not None:
             logical.split = True
         elif logical.draws is not None:
-            logical.draws += len(used)
+            parts = {(d.iteration.number, d.whole) for d in used if d.whole is not None}
+            logical.draws += len(parts - logical.wholes) + sum(d.whole is None for d in used)
+            logical.wholes |= parts
 
     def _deviation(
         self,

@@ -36,6 +36,29 @@ _TENSORS_KEPT_OF = 8
 _DEPTH = 3
 
 
+class Divided:
+    """The batch of a sampler that one of somebody's own divides, as far as it was delivered.
+
+    Attributes:
+        count: how many were divided so far.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._number: int | None = None
+        self._had: set[int] = set()
+
+    def begins(self, number: int, part: Iterable[int]) -> bool:
+        """Whether this part is the first of the batch with this number, or of it once more."""
+        people = set(part)
+        is_first = number != self._number or not self._had.isdisjoint(people)
+        if is_first:
+            self._number, self._had = number, set()
+            self.count += 1
+        self._had |= people
+        return is_first
+
+
 class Iteration:
     """One pass over one loader.
 
@@ -50,6 +73,7 @@ class Iteration:
         drawn: batches whose indices were drawn and that were not delivered yet, by their number.
         logical: how many logical batches were drawn before the one at hand.
         parts: the indices of the logical batch at hand, if it is split.
+        divided: the batch that somebody else's sampler divides.
         passes: how a sampler of nobody knows what purpose draws.
         finished: whether it has delivered its last batch.
         count: how many batches it has delivered.
@@ -59,8 +83,8 @@ class Iteration:
     """
 
     __slots__ = (
-        "count", "counts", "dataset", "drawn", "fills", "finished", "lag", "logical", "number",
-        "parts", "passes", "readers", "said", "sampler", "splitter", "sure",
+        "count", "counts", "dataset", "divided", "drawn", "fills", "finished", "lag", "logical",
+        "number", "parts", "passes", "readers", "said", "sampler", "splitter", "sure",
     )  # fmt: skip
     _numbers = itertools.count()
 
@@ -84,6 +108,7 @@ class Iteration:
         self.drawn: dict[int, Delivery] = {}
         self.logical = 0
         self.parts: list[Any] = []
+        self.divided = Divided()
         self.passes: Passes | None = None
         self.finished = False
         self.count = 0
@@ -104,6 +129,7 @@ class Delivery:
         serial: number of the delivery in this process; ``None`` while it waits in a worker.
         skip: the signal that ``BatchMemoryManager`` gave for it, if it did.
         logical: the logical batch of its iteration that it is a part of.
+        whole: number of the batch of which it is a part, if somebody else's sampler divides them.
         used: whether a step has taken it, by the number of its rows.
         met: whether a step had calls of it, by its memory.
         drawn: what is known of how it was drawn, if it was by Poisson sampling; of the last of
@@ -113,7 +139,7 @@ class Delivery:
 
     __slots__ = (
         "drawn", "indices", "iteration", "logical", "met", "people", "rate", "rows", "serial",
-        "skip", "tensors", "used",
+        "skip", "tensors", "used", "whole",
     )  # fmt: skip
 
     def __init__(
@@ -126,6 +152,7 @@ class Delivery:
         self.serial: int | None = None
         self.skip: bool | None = None
         self.logical = 0
+        self.whole: int | None = None
         self.used = self.met = False
         self.drawn: Drawn | None = None
         self.indices: Sequence[int] = ()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import wrapt
 
@@ -28,6 +29,15 @@ __all__ = ["LoadingPatch"]
 
 _DEPTH = 4
 """How many samplers may be wrapped in one another."""
+_WHOLES = 4
+"""So many batches of a sampler are kept, by which parts of them are known."""
+
+
+class _Whole(NamedTuple):
+    """A batch as Opacus's sampler has drawn it."""
+
+    number: int
+    people: tuple[int, ...]
 
 
 class LoadingPatch:
@@ -56,6 +66,7 @@ class LoadingPatch:
         self._ties: IdentityMap[IdentitySet] = IdentityMap()
         self._engines: set[type] = set()
         self._rates: IdentityMap[Rate] = IdentityMap()
+        self._wholes: IdentityMap[deque[_Whole]] = IdentityMap()
         self._passes: IdentityMap[Passes] = IdentityMap()
         """Of batch samplers of which nobody knows how they draw."""
         self.tags: IdentityMap[list[Delivery]] = IdentityMap()
@@ -116,13 +127,27 @@ class LoadingPatch:
 
     # -- what they do --------------------------------------------------------------------------
 
+    def keep_whole(self, sampler: Any, batch: Any) -> None:
+        """Opacus's sampler has drawn a batch, which samplers round it may yet divide."""
+        if self._part.on and _is_key(sampler) and hasattr(batch, "__len__"):
+            wholes = self._wholes.setdefault(sampler, deque(maxlen=_WHOLES))
+            number = wholes[0].number + 1 if wholes else 0
+            wholes.appendleft(_Whole(number, tuple(_numbers(batch))))
+
+    def _part_of(self, sampler: Any, indices: Any) -> _Whole | None:
+        """The batch of which these are a part, and not all."""
+        people = set(_numbers(indices))
+        wholes = self._wholes.get(sampler, ()) if _is_key(sampler) else ()
+        found = next((whole for whole in wholes if people.issubset(whole.people)), None)
+        return found if found is not None and len(people) < len(found.people) else None
+
     def _tie(self, result: Any) -> None:
         """The loader that ``make_private`` returns last is for the optimizer it returns second."""
         optimizer, loader = result[1], result[-1]
         sampler = getattr(loader, "batch_sampler", None)
         if sampler is not None and _is_key(sampler):
             self._ties.setdefault(sampler, IdentitySet()).add(optimizer)
-        if isinstance(sampler, _compat.uniform_samplers()):
+        if isinstance(sampler, _compat.poisson_samplers()):
             dataset = loader.dataset
             if type(dataset).__weakrefoffset__:
                 self._deliveries.reader(optimizer).dataset = weakref.ref(dataset)
@@ -141,7 +166,13 @@ class LoadingPatch:
         if people and wanted and _compat.is_distributed():
             delivery.indices = list(_numbers(index))
         splitter = iteration.splitter() if iteration.splitter is not None else None
-        if splitter is None:
+        whole = self._part_of(drawn_by, index) if people and splitter is None and rate else None
+        if whole is not None:
+            # A sampler that does what BatchMemoryManager's does.
+            if iteration.divided.begins(whole.number, _numbers(index)):
+                self._note(delivery, drawn_by, whole.people, iterator._dataset)
+            delivery.whole = iteration.divided.count
+        elif splitter is None:
             self._note(delivery, drawn_by, index, iterator._dataset)
         else:
             signals = _compat.skip_signals(splitter)
@@ -212,7 +243,7 @@ class LoadingPatch:
                 optimizers.append(splitter)
             if _is_key(sampler):
                 optimizers.extend(self._ties.get(sampler, ()))
-            if isinstance(sampler, _compat.uniform_samplers()):
+            if isinstance(sampler, _compat.poisson_samplers()):
                 uniform = sampler
         readers = [self._deliveries.reader(o) for o in {id(o): o for o in optimizers}.values()]
         if uniform is not None and not readers:

@@ -35,13 +35,17 @@ class Sampled(Protocol):
 
 
 def install(
-    transaction: Transaction, observer: Sampled, report: Callable[[str, Exception], None]
+    transaction: Transaction,
+    observer: Sampled,
+    keep: Callable[[Any, Any], None],
+    report: Callable[[str, Exception], None],
 ) -> None:
     """Wrap Opacus's Poisson samplers, and what its engine makes of them.
 
     Args:
         transaction: remembers how to undo it.
         observer: is told.
+        keep: is given each sampler with the indices of each batch, before anybody divides it.
         report: is given an internal error, after which nothing is told any more.
     """
     telling = Part("sampling", report)
@@ -50,6 +54,7 @@ def install(
         def told(batches: Iterator[Any]) -> Iterator[Any]:
             for batch in batches:
                 telling.run(observer.drawn, instance)
+                telling.run(keep, instance, batch)
                 yield batch
 
         return told(wrapped(*args, **kwargs))
@@ -58,7 +63,7 @@ def install(
         loader = wrapped(*args, **kwargs)
         if getattr(instance, "accountant", None) is not None:
             sampler = getattr(loader, "batch_sampler", None)
-            is_poisson = isinstance(sampler, tuple(_compat.poisson_samplers()))
+            is_poisson = isinstance(sampler, _compat.poisson_samplers())
             dataset = getattr(loader, "dataset", None)
             telling.run(observer.prepared, instance, sampler if is_poisson else None, dataset)
         return loader
