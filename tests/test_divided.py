@@ -93,8 +93,9 @@ def test_parts_that_are_not(way, cause):
         assert cause in [v.cause for v in guard.violations]
 
 
-def test_where_a_divided_batch_begins():
+def test_where_a_divided_batch_ends():
     divided = Divided()
-    seen = [(0, [1, 2]), (0, [3]), (1, [1]), (1, [2, 4]), (1, [4]), (1, [1])]
-    assert [divided.begins(*part) for part in seen] == [True, False, True, False, True, False]
-    assert divided.count == 3
+    parts = [(0, [1, 2], 3), (0, [3], 3), (1, [1], 4), (2, [2, 4], 2), (2, [4], 2), (3, [1], 1)]
+    ended = [[list(batch) for batch in divided.take(*part)] for part in parts]
+    assert ended == [[], [[1, 2, 3]], [], [[1], [2, 4]], [], [[4], [1]]]
+    assert divided.count == 5

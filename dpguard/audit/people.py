@@ -186,11 +186,11 @@ class People(Check):
         follows: bool,
     ) -> Failure | None:
         """``follows`` says whether another physical batch of the same logical one comes next."""
-        declared = self._deliveries.declared(logical.reader)
         private = self._deliveries.pending(logical.reader)
-        mixed = self._calls.mixed(notes, private) if notes else None
-        if mixed is not None:
-            return mixed
+        declared, again = self._believed(logical, sizes, private, notes)
+        wrong = again or (self._calls.mixed(notes, private) if notes else None)
+        if wrong is not None:
+            return wrong
         rows = [logical.parts + sum(sizes)] if logical.parts and not declared else sizes
         waiting = [] if declared else [*logical.reader.passed, *private]
         used = _seen(rows, waiting, notes) or explain(rows, declared or private)
@@ -219,6 +219,30 @@ class People(Check):
             return self._by_private(step, logical, sizes, private=private, notes=notes)
         logical.draws = None
         return None if private else self._by_others(step, logical, sizes, notes)
+
+    def _believed(
+        self,
+        logical: _Logical,
+        sizes: Sequence[int],
+        private: Sequence[Delivery],
+        notes: Sequence[Note],
+    ) -> tuple[list[Delivery], Failure | None]:
+        """The batches that are declared, as far as that says more than loaders do.
+
+        What is known anyway takes nothing away from what is looked at. Nor are declared people
+        others than those of a batch that a step has used, if its calls were given just that.
+        """
+        declared = self._deliveries.declared(logical.reader)
+        said = explain(sizes, declared) if declared else None
+        if said is None:
+            return declared, None
+        known = _seen(sizes, [*logical.reader.passed, *private], notes)
+        if known or explain(sizes, private) or joined(sizes, private, declared=False):
+            self._deliveries.use(logical.reader, said[-1])
+            return [], None
+        found = None if private else self._by_nobody(logical, sizes, notes)
+        is_again = found is not None and found.cause == diagnosis.BATCH_REUSED
+        return declared, found if is_again else None
 
     def _note_piece(self, logical: _Logical, optimizer: Any, rows: int) -> None:
         """Rows of a part of a batch that ``BatchMemoryManager`` signals to another optimizer.

@@ -37,26 +37,36 @@ _DEPTH = 3
 
 
 class Divided:
-    """The batch of a sampler that one of somebody's own divides, as far as it was delivered.
+    """The batch of a sampler that another one may divide, as far as it was delivered.
 
     Attributes:
-        count: how many were divided so far.
+        count: how many batches were begun so far.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self._number: int | None = None
-        self._had: set[int] = set()
+        self._had: list[int] = []
+        self._lacks = 0
 
-    def begins(self, number: int, part: Iterable[int]) -> bool:
-        """Whether this part is the first of the batch with this number, or of it once more."""
-        people = set(part)
-        is_first = number != self._number or not self._had.isdisjoint(people)
-        if is_first:
-            self._number, self._had = number, set()
+    def take(self, number: int, part: Sequence[int], size: int) -> list[Sequence[int]]:
+        """A part was drawn of the batch with this number, which has ``size`` people.
+
+        Returns:
+            The batches that have come to an end: the one before, without those of it that nobody
+            has delivered, and this one.
+        """
+        ended: list[Sequence[int]] = []
+        if number != self._number or not set(part).isdisjoint(self._had):
+            if self._lacks:
+                ended.append(self._had)
+            self._number, self._had, self._lacks = number, [], size
             self.count += 1
-        self._had |= people
-        return is_first
+        self._had.extend(part)
+        self._lacks -= len(part)
+        if not self._lacks:
+            ended.append(self._had)
+        return ended
 
 
 class Iteration:
@@ -73,7 +83,7 @@ class Iteration:
         drawn: batches whose indices were drawn and that were not delivered yet, by their number.
         logical: how many logical batches were drawn before the one at hand.
         parts: the indices of the logical batch at hand, if it is split.
-        divided: the batch that somebody else's sampler divides.
+        divided: the batch of its sampler at hand, which another one may divide.
         passes: how a sampler of nobody knows what purpose draws.
         finished: whether it has delivered its last batch.
         count: how many batches it has delivered.
@@ -129,7 +139,7 @@ class Delivery:
         serial: number of the delivery in this process; ``None`` while it waits in a worker.
         skip: the signal that ``BatchMemoryManager`` gave for it, if it did.
         logical: the logical batch of its iteration that it is a part of.
-        whole: number of the batch of which it is a part, if somebody else's sampler divides them.
+        whole: number of the batch of Poisson sampling that it is a part of, if that is known.
         used: whether a step has taken it, by the number of its rows.
         met: whether a step had calls of it, by its memory.
         drawn: what is known of how it was drawn, if it was by Poisson sampling; of the last of
@@ -345,7 +355,6 @@ class Deliveries:
         serial = used.serial or 0
         if used.iteration is DECLARED:
             reader.declared_until = serial
-            reader.last = None
             return
         reader.last, used.used = used, True
         if used in reader.passed:

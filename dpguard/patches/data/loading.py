@@ -134,12 +134,12 @@ class LoadingPatch:
             number = wholes[0].number + 1 if wholes else 0
             wholes.appendleft(_Whole(number, tuple(_numbers(batch))))
 
-    def _part_of(self, sampler: Any, indices: Any) -> _Whole | None:
-        """The batch of which these are a part, and not all."""
+    def _whole_of(self, sampler: Any, indices: Any) -> _Whole | None:
+        """The batch that these are, or are a part of."""
         people = set(_numbers(indices))
-        wholes = self._wholes.get(sampler, ()) if _is_key(sampler) else ()
-        found = next((whole for whole in wholes if people.issubset(whole.people)), None)
-        return found if found is not None and len(people) < len(found.people) else None
+        known = len(people) == len(indices) and _is_key(sampler)
+        wholes = self._wholes.get(sampler, ()) if known else ()
+        return next((whole for whole in wholes if people.issubset(whole.people)), None)
 
     def _tie(self, result: Any) -> None:
         """The loader that ``make_private`` returns last is for the optimizer it returns second."""
@@ -166,14 +166,15 @@ class LoadingPatch:
         if people and wanted and _compat.is_distributed():
             delivery.indices = list(_numbers(index))
         splitter = iteration.splitter() if iteration.splitter is not None else None
-        whole = self._part_of(drawn_by, index) if people and splitter is None and rate else None
-        if whole is not None:
-            # A sampler that does what BatchMemoryManager's does.
-            if iteration.divided.begins(whole.number, _numbers(index)):
-                self._note(delivery, drawn_by, whole.people, iterator._dataset)
-            delivery.whole = iteration.divided.count
-        elif splitter is None:
-            self._note(delivery, drawn_by, index, iterator._dataset)
+        if splitter is None:
+            whole = self._whole_of(drawn_by, index) if people and rate else None
+            ended = [index]
+            if whole is not None:
+                # A sampler that does what BatchMemoryManager's does may have divided it.
+                ended = iteration.divided.take(whole.number, _numbers(index), len(whole.people))
+                delivery.whole = iteration.divided.count
+            for batch in ended:
+                self._note(delivery, drawn_by, batch, iterator._dataset)
         else:
             signals = _compat.skip_signals(splitter)
             if signals:
