@@ -166,6 +166,7 @@ RANKS_BOUNDS_DIFFER = "ranks_bounds_differ"
 DRAWN_TOO_MANY = "drawn_too_many"
 DRAWN_DEPENDENTLY = "drawn_dependently"
 BATCH_UNDELIVERED = "batch_undelivered"
+SIGNAL_OF_OTHERS = "signal_of_others"
 BATCHES_MERGED = "logical_batches_merged"
 SPLIT_FOR_ANOTHER = "batch_split_for_another"
 PEOPLE_IN_ROUNDS = "people_in_rounds"
@@ -1219,6 +1220,14 @@ _DIAGNOSES = {
         "logical batch: both would be merged under one noise draw",
         "call optimizer.step() for each physical batch of BatchMemoryManager: leave samples out "
         "in the data set or in the loss (a loss times zero), not with `continue` or `break`",
+        Severity.CRITICAL,
+    ),
+    SIGNAL_OF_OTHERS: Diagnosis(
+        "the optimizer was given a skip signal that is not BatchMemoryManager's, so from here on "
+        "each physical batch meets the signal of another: parts of two logical batches are merged "
+        "under one noise draw",
+        "leave optimizer.signal_skip_step() to BatchMemoryManager; a batch that shall not count is "
+        "stepped with a loss times zero",
         Severity.CRITICAL,
     ),
     SPLIT_FOR_ANOTHER: Diagnosis(

@@ -970,6 +970,33 @@ def test_a_whole_logical_batch_is_skipped(guard):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("when", ["before the step", "after it"])
+@pytest.mark.parametrize("mode", ["repair", "observe"])
+def test_a_signal_that_the_loop_gives(mode, when, workers):
+    """One is enough to merge logical batches from there on."""
+    with dpguard.install(mode=mode) as guard:
+        private = Private(batch=16, num_workers=workers)
+        optimizer, stepped, causes_at = private.optimizer, 0, []
+        refused = pytest.raises(dpguard.PrivacyViolation, match="BatchMemoryManager's")
+        with (
+            refused if mode == "repair" else contextlib.nullcontext(),
+            BatchMemoryManager(
+                data_loader=private.loader, max_physical_batch_size=4, optimizer=optimizer
+            ) as loader,
+        ):
+            for x, y in loader:
+                if stepped == 3 and when == "before the step":
+                    optimizer.signal_skip_step(True)
+                private.step(plain(private, x, y))
+                if stepped == 3 and when == "after it":
+                    optimizer.signal_skip_step(True)
+                stepped += 1
+                causes_at.append(causes(guard))
+    assert causes_at[2] == []
+    assert diagnosis.SIGNAL_OF_OTHERS in causes(guard)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_break_between_logical_batches(guard, workers):
     """Signals that workers drew ahead are gone with their iterator."""
     private = Private(batch=16, num_workers=workers)
@@ -1113,6 +1140,39 @@ def test_as_many_people_as_were_delivered_are_declared(name):
         # That more iterations are accounted than batches drawn is so whatever is declared.
         rounds = [diagnosis.BATCH_IN_ROUNDS] if name == "in halves" else []
         assert [v.cause for v in violations(guard)] == rounds
+
+
+def each_twice(private, x, y):
+    for _ in range(2):
+        dpguard.batch_size(len(x))
+        private.step(plain(private, x, y))
+
+
+def two_in_one(private, x, y):
+    dpguard.batch_size(len(x))
+    private.optimizer.signal_skip_step(not vars(private).setdefault("begun", False))
+    private.begun = not private.begun
+    private.step(plain(private, x, y))
+
+
+@pytest.mark.parametrize(
+    ("step", "cause"),
+    [
+        (declared(plain, 1), None),
+        (each_twice, diagnosis.BATCH_REUSED),
+        (two_in_one, diagnosis.BATCHES_UNCOUNTED),
+    ],
+)
+def test_a_true_declaration_takes_nothing_away(step, cause):
+    """What loaders deliver is held against the accountant as without it."""
+    with dpguard.install(mode="repair") as guard:
+        private = Private(samples(160), batch=16, poisson=True)
+        raises = pytest.raises(dpguard.PrivacyViolation) if cause else contextlib.nullcontext()
+        with raises:
+            for _ in range(3):
+                for batch in private.loader:
+                    step(private, *batch)
+        assert {v.cause for v in violations(guard)} == ({cause} if cause else set())
 
 
 def test_rows_of_another_loader_are_declared(guard):
@@ -1558,36 +1618,3 @@ def test_a_signal_that_comes_while_others_are_dropped():
     signals._drop(Owner(), tags, queue, deliveries[:1])
     assert list(queue) == [False, True]
     assert tags == deliveries[1:2]
-
-
-def each_twice(private, x, y):
-    for _ in range(2):
-        dpguard.batch_size(len(x))
-        private.step(plain(private, x, y))
-
-
-def two_in_one(private, x, y):
-    dpguard.batch_size(len(x))
-    private.optimizer.signal_skip_step(not vars(private).setdefault("begun", False))
-    private.begun = not private.begun
-    private.step(plain(private, x, y))
-
-
-@pytest.mark.parametrize(
-    ("step", "cause"),
-    [
-        (declared(plain, 1), None),
-        (each_twice, diagnosis.BATCH_REUSED),
-        (two_in_one, diagnosis.BATCHES_UNCOUNTED),
-    ],
-)
-def test_a_true_declaration_takes_nothing_away(step, cause):
-    """What loaders deliver is held against the accountant as without it."""
-    with dpguard.install(mode="repair") as guard:
-        private = Private(samples(160), batch=16, poisson=True)
-        raises = pytest.raises(dpguard.PrivacyViolation) if cause else contextlib.nullcontext()
-        with raises:
-            for _ in range(3):
-                for batch in private.loader:
-                    step(private, *batch)
-        assert {v.cause for v in violations(guard)} == ({cause} if cause else set())

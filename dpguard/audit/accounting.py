@@ -473,7 +473,9 @@ class Accounting(Check):
 
     def _by_nobodys_hook(self, state: _State, step: Step, optimizer: Any) -> list[Failure]:
         """The step is in no step hook's accountant: is one told of it by hand?"""
+        theirs = [known for one in step.instead if (known := self._states.get(one)) is not None]
         of_engine = any(book.rates & step.rates for book in self._books.values())
+        of_engine = of_engine or any(known.accountants for known in theirs)
         due = of_engine and not state.misses
         return self._by_hand.look(step, optimizer, state.sigma, of_engine=due)
 

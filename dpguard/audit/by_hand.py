@@ -131,11 +131,11 @@ class ByHand:
         failures, is_told = [], is_found
         for accountant in self._hands.owners():
             hand = self._hands[accountant]
-            told = self._take(accountant, hand)
-            is_told = is_told or told != 0
+            told, is_hooked = self._take(accountant, hand), self._is_hooked(accountant)
+            is_told = is_told or (told != 0 and not is_hooked)
             if told is None:
                 self._hands.pop(accountant)
-            elif is_sole and not self._is_hooked(accountant):
+            elif is_sole and not is_hooked:
                 hand.note(sigma, step.rates)
                 if told:
                     failures += self._compare(step, hand, taken.steps)
@@ -181,7 +181,8 @@ class ByHand:
             if accountant not in self._hands and history is not None:
                 has = steps_in(history)
                 self._hands[accountant] = _Hand(Seen.of(history), taken, has, has, last=taken)
-                has_steps = has_steps or bool(taken and has)
+                hooked = self._is_hooked(accountant)
+                has_steps = has_steps or bool(taken and has and not hooked)
         return has_steps
 
     def _take(self, accountant: Any, hand: _Hand) -> int | None:

@@ -129,6 +129,8 @@ class Step:
     """Identity of the data set of the last private batch, if there was one."""
     beside: Sequence[Any] = ()
     """Optimizers for which the batch was drawn that this one takes as well."""
+    instead: Sequence[Any] = ()
+    """Those for which it was drawn and who do not take it."""
     ran: dict[str, int] = field(default_factory=dict)
     failed: dict[str, set[str]] = field(default_factory=dict)
     left: dict[str, int] = field(default_factory=dict)

@@ -100,7 +100,9 @@ class _Logical:
     beside: Delivery | None = None
     """The batch of another optimizer that had as many people as the last step."""
     matches: int = 0
-    """How often in a row such a one was used by the other as well, while sizes changed;"""
+    """How often in a row it was so, while sizes changed, and the other used it as well or not:"""
+    shares: bool = False
+    """which of these;"""
     matched: int | None = None
     """this was the last one."""
     met: bool = False
@@ -264,20 +266,24 @@ class People(Check):
     def _note_beside(self, step: Step, logical: _Logical, rows: int) -> None:
         """Rows of no batch of its own; they may be those of the last batch of another optimizer.
 
-        If that uses it as well. By chance one of two that were drawn by themselves is as large as
-        the other, not several.
+        That uses it as well, or does not. By chance one of two that were drawn by themselves is as
+        large as the other, not several.
         """
         last, former = self._deliveries.last, logical.beside
         logical.beside = None
         if last is not None and logical.reader not in last.iteration.readers:
             logical.beside = last if last.rate and last.fits(rows) else None
-        if former is None or not former.used:
-            logical.matches = 0
+        if former is None or former.used != logical.shares:
+            logical.matches, logical.shares = 0, former is not None and former.used
             return
         logical.matches += former.rows != logical.matched
         logical.matched = former.rows
         if logical.matches >= _MATCHES:
-            step.beside = [reader.optimizer() for reader in former.iteration.readers]
+            theirs = [reader.optimizer() for reader in former.iteration.readers]
+            if logical.shares:
+                step.beside = theirs
+            else:
+                step.instead = theirs
 
     def _note_declared(
         self, logical: _Logical, used: Sequence[Delivery], private: Sequence[Delivery]

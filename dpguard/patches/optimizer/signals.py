@@ -14,6 +14,9 @@ one would merge two logical batches: that is refused.
 Which of several delivered batches is in hand? A loop takes each as it is delivered. A loader that
 is wrapped to fetch ahead delivers a constant number before the one that is used; it is learned in
 the first step of each pass, where the number of rows can tell, and else nothing is dropped.
+
+A signal that somebody else gives (``signal_skip_step(True)`` for a batch whose loss is bad) is one
+too many for good. It cannot be known what was meant by it: that is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dpguard import _compat, diagnosis
-from dpguard.identity import IdentityMap
+from dpguard.identity import IdentityMap, IdentitySet
 from dpguard.noted.deliveries import Deliveries, Delivery, Iteration
 from dpguard.verdicts import Verdicts
 
@@ -53,6 +56,8 @@ class Signals:
         self._rows_of = rows_of
         self._verdicts = verdicts
         self._summed: IdentityMap[tuple[int, int]] = IdentityMap()
+        self._paired = IdentitySet()
+        """Optimizers whose signals were all those of batches, in the step before."""
 
     def before_step(self, optimizer: Any) -> None:
         """A physical batch is about to be clipped: its signal must be the first in the queue.
@@ -64,7 +69,12 @@ class Signals:
         if not tags:
             return
         queue = _compat.skip_signals(optimizer)
+        if len(queue) > len(tags) and optimizer in self._paired:
+            self._refuse(optimizer, diagnosis.SIGNAL_OF_OTHERS)
+            self._paired.discard(optimizer)  # it goes on, and is said once
         _follow(tags, queue)
+        if len(tags) == len(queue):
+            self._paired.add(optimizer)
         delivered = [tag for tag in tags if tag.serial is not None]
         if not delivered:
             return
@@ -124,12 +134,12 @@ class Signals:
             return
         if not self._rows_of(optimizer):
             return  # nothing to add: Opacus will say why
-        diagnosed = diagnosis.explain(diagnosis.BATCHES_MERGED)
-        self._verdicts.refuse(
-            BATCHES,
-            diagnosis.BATCHES_MERGED,
-            f"A step of {type(optimizer).__name__} is not private: {diagnosed.statement}.",
-        )
+        self._refuse(optimizer, diagnosis.BATCHES_MERGED)
+
+    def _refuse(self, optimizer: Any, cause: str) -> None:
+        statement = diagnosis.explain(cause).statement
+        name = type(optimizer).__name__
+        self._verdicts.refuse(BATCHES, cause, f"A step of {name} is not private: {statement}.")
 
 
 def _follow(tags: list[Delivery], queue: Sequence[bool]) -> None:
