@@ -54,6 +54,7 @@ NORM_OF_ROUNDING = "norm_of_rounding"
 NORMS_REORDERED = "norms_reordered"
 GRADIENT_HOOK = "gradient_hook"
 HOOKS_DISABLED = "hooks_disabled"
+GRADIENT_LEFT = "gradient_left"
 LOSS_REDUCTION = "loss_reduction"
 BATCHES_OVERLAP = "batches_overlap"
 BATCHES_UNRELATED = "batches_unrelated"
@@ -405,6 +406,13 @@ _DIAGNOSES = {
         "has no effect with DP-SGD, which makes the update from the per-sample gradients only",
         "remove the hook; to scale the update of a parameter give it a group of its own in the "
         "optimizer, with a learning rate of its own",
+    ),
+    GRADIENT_LEFT: Diagnosis(
+        "p.grad was not cleared after the last step, so autograd has added the gradient of this "
+        "batch to that update, and nothing is there to compare per-sample gradients with",
+        "call optimizer.zero_grad() in each step; what is applied is made from the per-sample "
+        "gradients, and right",
+        Severity.WARNING,
     ),
     HOOKS_DISABLED: Diagnosis(
         "a part of the gradient was computed while hooks were switched off (disable_hooks()), so "

@@ -459,6 +459,24 @@ def test_what_dp_sgd_discards_is_named(change, cause, remedy):
         assert len(guard.violations[0].parameters) == 6
 
 
+@pytest.mark.parametrize("clear", ["rows", "nothing in place"])
+def test_gradients_that_are_never_cleared(clear):
+    """Opacus does not look at what is in them; they cannot be compared, which is said once."""
+    training = bench("mlp")
+    with dpguard.install(mode="strict") as guard:
+        for _ in range(4):
+            training.backward()
+            training.optimizer.step()
+            for p in training.model.parameters():
+                p.grad_sample = p.summed_grad = None
+                if clear != "rows":
+                    p.grad.zero_()
+        guard.flush()
+    left = [diagnosis.GRADIENT_LEFT] if clear == "rows" else []
+    assert [v.cause for v in guard.violations] == left
+    assert guard.last_step.checks[CONSERVATION].passed == (0 if left else 6)
+
+
 @pytest.mark.parametrize("mode", ["repair", "strict"])
 def test_another_reduction_than_the_optimizers(mode):
     """The model says sum, the optimizer mean: the update is off by the batch size, and that is said."""

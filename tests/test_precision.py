@@ -8,6 +8,7 @@ from healthy import PerSample
 from opacus import PrivacyEngine
 from releases import needs_ghost
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import dpguard
 from dpguard import _compat
@@ -126,3 +127,36 @@ def test_values_are_looked_at(settings, guard, name, ghost):
     assert guard.violations == ()
     assert guard.last_step.checks["conservation"].verdict == "pass"
     assert dpguard.active() is guard
+
+
+@needs_ghost
+@pytest.mark.parametrize("layer", ["embedding", "linear"])
+def test_sums_of_few_people_under_autocast(layer):
+    """Both backwards of ghost clipping are rounded to bfloat16, whatever precision a norm has.
+
+    The clipped gradient of one person is then longer than the bound by up to that much.
+    """
+    torch.manual_seed(0)
+    tokens = torch.randint(20, (200, 8))
+    inputs = tokens if layer == "embedding" else torch.randn(200, 64)
+    first = [nn.Embedding(20, 8), nn.Flatten()] if layer == "embedding" else [nn.Linear(64, 64)]
+    model = nn.Sequential(*first, nn.Linear(64, 10))
+    with dpguard.install(mode="strict") as guard:
+        model, optimizer, criterion, loader = PrivacyEngine().make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.05),
+            data_loader=DataLoader(TensorDataset(inputs, torch.arange(200) % 10), batch_size=1),
+            noise_multiplier=1.0,
+            max_grad_norm=0.02,
+            poisson_sampling=False,
+            grad_sample_mode="ghost",
+            criterion=nn.CrossEntropyLoss(),
+        )
+        for x, y in loader:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                out = model(x)
+            criterion(out.float(), y).backward()
+            optimizer.step()
+        guard.flush()
+    assert {v.cause for v in guard.violations} <= {"not_poisson"}

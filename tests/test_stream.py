@@ -7,7 +7,9 @@ import contextlib
 import pytest
 import torch
 from digits import Training
+from opacus import PrivacyEngine
 from releases import GHOST, needs_reshaping
+from torch.utils.data import DataLoader, TensorDataset
 
 import dpguard
 from dpguard import diagnosis
@@ -92,3 +94,26 @@ def test_a_run_that_is_begun_again():
             next(iter(training.batches))
         guard.flush()
         assert diagnosis.NOISE_SET_BACK not in {v.cause for v in guard.violations}
+
+
+@pytest.mark.parametrize("mode", ["strict", "observe"])
+def test_runs_of_one_step_from_one_seed(mode):
+    """As tests have them: each has an optimizer of its own, however many there are."""
+    x, y = torch.randn(16, 5), torch.arange(16) % 3
+    with dpguard.install(mode=mode) as guard:
+        for _ in range(6):
+            torch.manual_seed(0)
+            model = torch.nn.Linear(5, 3)
+            model, optimizer, loader = PrivacyEngine().make_private(
+                module=model,
+                optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+                data_loader=DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True),
+                noise_multiplier=1.0,
+                max_grad_norm=1.0,
+                poisson_sampling=False,
+            )
+            inputs, targets = next(iter(loader))
+            torch.nn.functional.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+        guard.flush()
+    assert {v.cause for v in guard.violations} <= {diagnosis.NOT_POISSON}

@@ -122,10 +122,9 @@ class Noise(Check):
         state, stream = self._states.of(optimizer), self._ledger.stream
         state.seen = True
         if self._chosen.has(step.number, _STREAM_EVERY, _STREAM_FIRST):
-            stream.begin()
+            stream.begin(optimizer)
         failures: list[Failure] = []
-        if stream.times > 1:
-            stream.times = 0
+        if stream.take(optimizer):
             failures = [Failure(FRESH, diagnosis.NOISE_SET_BACK)]
         if step.audited:
             state.std = step.noise_std(optimizer)

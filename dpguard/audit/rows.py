@@ -43,6 +43,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
+import weakref
 from collections.abc import Container, Iterable, Sequence
 from math import isfinite
 from operator import is_, le
@@ -54,7 +55,7 @@ from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.coverage import FINITE
 from dpguard.audit.survey import Survey
-from dpguard.identity import IdentityMap
+from dpguard.identity import IdentityMap, IdentitySet
 from dpguard.noted.conditioning import roundings
 from dpguard.noted.ledger import Ledger
 from dpguard.noted.precision import computed_in
@@ -129,6 +130,9 @@ class RowValues(Check):
         self._limits: IdentityMap[tuple[Any, _Limits]] = IdentityMap()
         """Those of the last step, by the first parameter of each optimizer."""
         self._compared: IdentityMap[int] = IdentityMap()
+        self._updates: IdentityMap[list[tuple[Any, int]]] = IdentityMap()
+        """What ``p.grad`` was in the last step of each optimizer, weakly, and its version."""
+        self._said = IdentitySet()
         self._chosen = Turns()
 
     def before_clip(self, step: Step, optimizer: Any) -> Failures:
@@ -180,12 +184,42 @@ class RowValues(Check):
         if odd := tuple([state.name for state in step.states if state.reduction not in right]):
             step.run(CONSERVATION)
             return [Failure(CONSERVATION, diagnosis.LOSS_REDUCTION, odd)]
+        left = self._left_over(step, optimizer, compared)
+        if left:
+            kept = [k for k, i in enumerate(compared) if i not in left]
+            compared, residuals = [compared[k] for k in kept], [residuals[k] for k in kept]
         self._compare(step, found, compared, residuals, mean=right[1] == "mean")
         self._count(optimizer, step)
+        if not left or optimizer in self._said:
+            return ()
+        self._said.add(optimizer)
+        names = tuple(step.names[i] for i in left)
+        return [Failure(CONSERVATION, diagnosis.GRADIENT_LEFT, names, only_said=True)]
+
+    def _left_over(self, step: Step, optimizer: Any, compared: Iterable[int]) -> list[int]:
+        """The parameters to whose last update autograd has added the gradient of this batch."""
+        updates = self._updates.get(optimizer)
+        if updates is None or len(updates) != len(step.parameters):
+            return []  # nearly always
+        found = []
+        for i in compared:
+            grad: Any = step.parameters[i].grad
+            update, version = updates[i][0](), updates[i][1]
+            # If somebody had set it to zero it had changed once more.
+            if grad is update and grad._version - version == len(step.states[i].entries):
+                found.append(i)
+        return found
+
+    def cleared(self, step: Step, optimizer: Any) -> Failures:
+        """The last update is gone."""
+        self._updates.pop(optimizer)
         return ()
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
         """The rows are used; what was measured of them is not needed any more."""
+        grads: list[Any] = [parameter.grad for parameter in step.parameters]
+        if all(type(grad) is torch.Tensor for grad in grads):
+            self._updates[optimizer] = [(weakref.ref(grad), grad._version) for grad in grads]
         beside = self._chosen.has(step.number + 1, BESIDE_EVERY, first=BESIDE_EVERY)
         if self._ledger.unhooked:
             self._ledger.unhooked.difference_update(map(id, step.parameters))

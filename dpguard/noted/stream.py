@@ -5,30 +5,42 @@ Whoever restores the state of torch's random numbers round a step (``torch.rando
 The noise need not be the same: a sampler that draws in between moves it by as many places.
 
 That is seen by the state of the stream of the CPU when the next batch is about to be drawn. Once
-alone is no fault: a run of one step may be begun again from its seed.
+for an optimizer is no fault: runs of one step may be begun again from their seed, each with one of
+its own.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+from typing import Any
+
 import torch
+
+from dpguard.identity import IdentityMap
 
 __all__ = ["Stream"]
 
 
 class Stream:
-    """Looks at the state of torch's stream of the CPU.
-
-    Attributes:
-        times: how often it was where noise had begun.
-    """
+    """Looks at the state of torch's stream of the CPU."""
 
     def __init__(self) -> None:
-        self.times = 0
+        self._times: IdentityMap[int] = IdentityMap()
+        self._owner: Callable[[], Any] = lambda: None
         self._begun: bytes | None = None
 
-    def begin(self) -> None:
+    def take(self, optimizer: Any) -> int:
+        """How often it was where noise of this optimizer had begun, if that is more than once."""
+        times = self._times.get(optimizer, 0)
+        if times > 1:
+            self._times.pop(optimizer)
+            return times
+        return 0
+
+    def begin(self, optimizer: Any) -> None:
         """Noise is about to be drawn."""
-        self._begun = _state()
+        self._owner, self._begun = weakref.ref(optimizer), _state()
 
     def end(self) -> None:
         """It was; perhaps of another stream."""
@@ -38,7 +50,9 @@ class Stream:
     def look(self) -> None:
         """A batch is about to be drawn, the first one since."""
         if self._begun is not None:
-            self.times += self._is_where_it_began()
+            owner = self._owner()
+            if owner is not None and self._is_where_it_began():
+                self._times[owner] = self._times.get(owner, 0) + 1
             self._begun = None
 
     def _is_where_it_began(self) -> bool:

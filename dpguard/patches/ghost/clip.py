@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,7 +47,7 @@ class Factors:
         hooks: has computed the factors.
         people: number of factors.
         bound: the clip bound that the noise will be made for.
-        dtype: precision of the factors.
+        dtype: the lowest precision among those of the factors and of the norms.
         rule: what tells this rule from others.
         sensitivity: if the rule was tried, by how many bounds one person can move its sum.
         unproved: it was to be tried, and could not.
@@ -117,7 +117,7 @@ def watch(
                     weakref.ref(hooks),
                     len(factors),
                     bound,
-                    factors.dtype,
+                    _lowest(factors.dtype, hooks.trainable_parameters),
                     rule,
                     found if isinstance(found, torch.Tensor) else None,
                     unproved=found is Unproved,
@@ -131,6 +131,13 @@ def watch(
     finally:
         if own.get(_RULE) is call:
             put_back(own, _RULE, before)
+
+
+def _lowest(dtype: torch.dtype, parameters: Iterable[Any]) -> torch.dtype:
+    """The norms of each parameter are as precise as its gradient, in both backwards."""
+    norms = (getattr(parameter, "_norm_sample", None) for parameter in parameters)
+    kinds = (norm.dtype for norm in norms if isinstance(norm, torch.Tensor))
+    return max((dtype, *kinds), key=_compat.unit_roundoff)
 
 
 def _settle(hooks: Any) -> None:

@@ -149,6 +149,7 @@ class Pairing(Hooked):
 
         Of how many products they are, of all calls in this backward.
         """
+        self.ledger.close()
         task.published.update(id(p) for p in wanted)
         module = record.module
         dimension = self.kind_of(module).batch_dimension(module)
