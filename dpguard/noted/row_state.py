@@ -448,14 +448,17 @@ class ParameterState:
     def _replaced(self, tensors: list[torch.Tensor]) -> list[Entry]:
         """Entries for rows that somebody else has put in the place of ours.
 
-        As many tensors as before are the same batches with other values; of others nothing is
-        known.
+        As many tensors as before are the same batches with other values, of gradients that are as
+        precise; of others nothing is known.
         """
-        if len(tensors) == len(self.entries):
-            spans = [(entry.first, entry.last) for entry in self.entries]
-        else:
-            spans = [(UNKNOWN, UNKNOWN)] * len(tensors)
-        return [Entry(rows, *span) for rows, span in zip(tensors, spans, strict=True)]
+        if len(tensors) != len(self.entries):
+            return [Entry(rows, UNKNOWN, UNKNOWN) for rows in tensors]
+        replaced = []
+        for rows, entry in zip(tensors, self.entries, strict=True):
+            other = Entry(rows, entry.first, entry.last)
+            other.terms, other.strength = entry.terms, entry.strength
+            replaced.append(other)
+        return replaced
 
     def publish(self, parameter: torch.Tensor, tensors: list[torch.Tensor]) -> None:
         """Make ``p.grad_sample`` what Opacus expects: a tensor, or a list if accumulated."""
