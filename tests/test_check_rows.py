@@ -383,6 +383,65 @@ def test_a_small_fault_that_comes_late_is_found_in_a_probed_step():
         assert guard.violations[-1].step == PROBE_EVERY
 
 
+class OwnLinear(nn.Linear):
+    """Has a sampler of its own, of the user's."""
+
+
+def of_linear(share):
+    def sampler(layer, activations, backprops):
+        rows = torch.einsum("n...i,n...j->nij", backprops, activations[0])
+        rows[3] *= share
+        return {layer.weight: rows, layer.bias: torch.einsum("n...k->nk", backprops)}
+
+    return sampler
+
+
+@pytest.mark.parametrize("share", [1.0, 1.01])
+@pytest.mark.parametrize("where", ["its own class", "torch's"])
+def test_one_percent_of_one_row_of_somebodys_own_sampler(where, share, monkeypatch):
+    """Rows of sequences, of which nearly everything may cancel: what they are made of is probed."""
+    cls = OwnLinear if where == "its own class" else nn.Linear
+    monkeypatch.setitem(GradSampleModule.GRAD_SAMPLERS, cls, of_linear(share))
+    torch.manual_seed(1)
+    model = nn.Sequential(cls(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    called = GradSampleModule(model)
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        expected_batch_size=64,
+    )
+    with dpguard.install(mode="repair") as guard:
+        for _ in range(12):
+            optimizer.zero_grad()
+            called(torch.randn(64, 10, 8)).pow(2).mean((1, 2)).mean().backward()
+            optimizer.step()
+        guard.flush()
+    found = {(v.check, v.cause) for v in guard.violations}
+    assert found == ({(CONSERVATION, diagnosis.NOT_CONSERVED)} if share != 1 else set())
+
+
+@pytest.mark.parametrize("name", ["cnn", "transformer", "dplstm"])
+def test_one_percent_of_one_row_in_the_place_of_another(name):
+    """``p.grad_sample`` is replaced: what its rows are made of is known all the same."""
+    for number in range(len(list(bench(name).model.parameters()))):
+        training = bench(name)
+
+        def tamper(parameters, number=number):
+            p = list(parameters.values())[number]
+            p.grad_sample = p.grad_sample.clone()
+            p.grad_sample[3] *= 1.01
+
+        training.tamper = tamper
+        with dpguard.install(mode="repair") as guard:
+            training.step()
+            guard.flush()
+        row = list(training.model.parameters())[number].grad_sample
+        is_nothing = row is not None and not row.abs().max() > 1e-7
+        causes = {v.cause for v in guard.violations}
+        assert is_nothing or diagnosis.NOT_CONSERVED in causes, number
+
+
 # -- what has no rows --------------------------------------------------------------------------------
 
 

@@ -33,6 +33,8 @@ class LayerKind:
         measure: normalises as the layer does, if it takes off a mean.
         products: what the sampler computes as well, in fewer calls; ``None`` if there is no such
             function.
+        likely: what a sampler of somebody else's should compute, as far as that follows from the
+            class; nobody asks such a sampler twice.
         reads_memory: the sampler is right only if inputs lie in memory row by row.
     """
 
@@ -42,6 +44,7 @@ class LayerKind:
         "is_cell_layer",
         "is_fresh",
         "is_replayed",
+        "likely",
         "measure",
         "products",
         "reads_memory",
@@ -59,6 +62,7 @@ class LayerKind:
         self.products: Products | None = None
         if not self.is_replayed:
             self.products = _PRODUCTS.get(_compat.known_sampler(self.registered))
+        self.likely = None if self.is_fresh else _likely_products(type(module))
         self.reads_memory = _compat.reads_memory(hooks, module)
         self._batch_first = batch_first
         self._dimension: int | None = None
@@ -105,6 +109,20 @@ _PRODUCTS: dict[str | None, Products] = {
     "layer norm": scaled_values,
     "group norm": scaled_channels,
 }
+_OF_BASES: dict[type[torch.nn.Module], Products] = {
+    torch.nn.Linear: matrix_products,
+    torch.nn.Conv1d: unfolded_products,
+    torch.nn.Conv2d: unfolded_products,
+    torch.nn.Conv3d: unfolded_products,
+}
+
+
+def _likely_products(cls: type[torch.nn.Module]) -> Products | None:
+    """Those of the layer of torch's that ``cls`` is or is derived from, with its forward."""
+    for base, products in _OF_BASES.items():
+        if issubclass(cls, base) and cls.forward is base.forward:
+            return products
+    return None
 
 
 class Roster:

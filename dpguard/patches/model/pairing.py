@@ -458,10 +458,11 @@ class Pairing(Hooked):
         Rows are linear in the backprops. With random signs on these, the square of a row's norm
         has as its mean the sum of the squares of the products that the row is made of. For a few
         numbers the mean is taken over several draws. Samplers that are not Opacus's own are not
-        asked twice.
+        asked twice: the products are ours there, if the class of the layer tells of what.
         """
         _, backprops = arranged
-        if not record.batch or not _compat.rows_are_fresh(self.hooks, record.module):
+        kind = record.kind
+        if not record.batch or not (kind.is_fresh or kind.likely is not None):
             return {}
         if backprops.is_meta:
             return {}  # no numbers, as where shapes or memory are only estimated
@@ -489,6 +490,10 @@ class Pairing(Hooked):
         """The sum of the norms of rows with random signs, and of how many numbers it is."""
         activations, backprops = arranged
         mixed = activations, backprops * _probes.signs_like(backprops)
+        sampled = self._sampled(record, mixed, wanted)
+        if record.kind.likely is not None and not record.kind.is_fresh:
+            found = record.kind.likely(record.module, activations[0], mixed[1], wanted) or ()
+            sampled = ((parameter, rows, []) for parameter, rows in found)
         return {
             parameter: (
                 torch.linalg.vector_norm(
@@ -498,7 +503,7 @@ class Pairing(Hooked):
                 ).sum(),
                 rows.numel(),
             )
-            for parameter, rows, _ in self._sampled(record, mixed, wanted)
+            for parameter, rows, _ in sampled
         }
 
     def condemn(self, record: Record, cause: str) -> None:
