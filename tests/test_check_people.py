@@ -1157,6 +1157,34 @@ def two_in_one(private, x, y):
     private.step(plain(private, x, y))
 
 
+def both_in_one_step(private, x, y):
+    for skip in (True, False):
+        private.optimizer.signal_skip_step(skip)
+        private.step(plain(private, x, y))
+
+
+def in_parts(private, x, y):
+    half = -(-len(x) // 2)
+    for part, skip in ((slice(0, half), True), (slice(half, None), False)):
+        private.optimizer.signal_skip_step(skip)
+        private.step(plain(private, x[part], y[part]))
+
+
+@pytest.mark.parametrize(
+    ("step", "cause"), [(both_in_one_step, diagnosis.BATCH_REUSED), (in_parts, None)]
+)
+def test_a_batch_twice_in_one_step(step, cause):
+    """Each person is clipped twice and added up; parts of it are no such thing."""
+    with dpguard.install(mode="repair") as guard:
+        private = Private(samples(160), batch=16, poisson=True)
+        raises = pytest.raises(dpguard.PrivacyViolation) if cause else contextlib.nullcontext()
+        with raises:
+            for _ in range(3):
+                for batch in private.loader:
+                    step(private, *batch)
+        assert {v.cause for v in violations(guard)} == ({cause} if cause else set())
+
+
 @pytest.mark.parametrize(
     ("step", "cause"),
     [

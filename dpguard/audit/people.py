@@ -151,7 +151,7 @@ class People(Check):
         signals = _compat.skip_signals(optimizer)
         follows = bool(signals and signals[0])
         logical.met = False
-        if notes and not follows:
+        if notes:
             logical.met = self._deliveries.meet({note.origin for note in notes})
         found = self._compare(step, logical, sizes, notes, follows=follows)
         self._note_piece(logical, optimizer, sum(sizes))
