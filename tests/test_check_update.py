@@ -731,6 +731,24 @@ def test_parameters_that_need_not_change(guard, options):
     assert guard.violations == ()
 
 
+def test_a_group_without_a_learning_rate(guard):
+    """Its parameters stay as they are; others are looked at all the same."""
+    training = Training()
+    weight, bias = training.inner.param_groups[0]["params"][:2]
+
+    class Forgetful(torch.optim.SGD):
+        def step(self, closure=None):
+            bias.grad = None
+            return super().step(closure)
+
+    group = training.inner.param_groups[0]
+    group["params"] = [p for p in group["params"] if p is not weight]
+    training.inner.add_param_group({"params": [weight], "lr": 0.0})
+    training.inner.__class__ = Forgetful
+    training.steps(15)
+    assert [v.parameters for v in guard.violations] == [("0.bias",)]
+
+
 def test_a_warm_up_from_zero(guard):
     """The learning rate is zero at first and small later."""
     training = Training(lr=0.1)

@@ -283,7 +283,8 @@ class Update(Check):
 
         Only with noise, which moves every element of a parameter that has a learning rate at all.
         """
-        if not _compat.plain_number(optimizer.noise_multiplier) or not _learns(optimizer):
+        learning = _learning(optimizer)
+        if not _compat.plain_number(optimizer.noise_multiplier) or not learning:
             return
         if watched.moving is None:
             references = [weakref.ref(p) for p in step.parameters]
@@ -299,6 +300,7 @@ class Update(Check):
             (self._ledger.name_of(p), sample_of(p.detach()), before)
             for p, before in zip(parameters, samples, strict=True)
             if p is not None
+            and id(p) in learning
             and p.requires_grad
             and before.numel()
             and sample_of(p.detach()).shape == before.shape
@@ -341,7 +343,11 @@ def _judge(names: tuple[str, ...], sizes: Sequence[int]) -> Receiver:
     return receive
 
 
-def _learns(optimizer: Any) -> bool:
-    """Whether every group has a learning rate; with a warm-up it may begin at zero."""
-    rates = [group.get("lr", 1.0) for group in optimizer.param_groups]
-    return all(isinstance(rate, torch.Tensor) or rate > 0 for rate in rates)
+def _learning(optimizer: Any) -> set[int]:
+    """Identities of parameters that have a learning rate; with a warm-up it may begin at zero."""
+    return {
+        id(parameter)
+        for group in optimizer.param_groups
+        if isinstance(rate := group.get("lr", 1.0), torch.Tensor) or rate > 0
+        for parameter in group["params"]
+    }

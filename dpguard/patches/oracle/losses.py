@@ -458,7 +458,12 @@ def _divisors_of(seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float,
         # Not read where that would wait; of a product torch keeps what the loss was multiplied by.
         if type(other) is torch.Tensor and other.is_cpu and other.numel() == 1 and other.item():
             number = float(other.item())
-            found.append(number if type(node).__name__ == "DivBackward0" else 1 / number)
+            divisor = number if type(node).__name__ == "DivBackward0" else 1 / number
+            undone = next((one for one in found if math.isclose(one * divisor, 1)), None)
+            if undone is None:
+                found.append(divisor)
+            else:  # as who multiplies what a library will divide
+                found.remove(undone)
         node = next((above for above, _ in node.next_functions if above is not None), None)
     return () if _reduction_at(node) == "sum" else tuple(found)
 
