@@ -409,6 +409,90 @@ def test_layers_without_batch_statistics(name):
         assert guard.last_step.checks[STATISTICS].passed == 1
 
 
+class Backbone(nn.Module):
+    """A part that is frozen and runs without gradients, before the rest or beside it."""
+
+    def __init__(self, layer, *, beside=False):
+        super().__init__()
+        self.back = nn.Sequential(nn.Linear(6, 8), layer)
+        self.head, self.beside = nn.Linear(6 if beside else 8, 8), beside
+        for p in self.back.parameters():
+            p.requires_grad_(False)
+
+    def forward(self, x):
+        with torch.no_grad():
+            hidden = self.back(x)
+        return {"loss": [self.head(x) - hidden]}["loss"][0] if self.beside else self.head(hidden)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("name", STATISTICAL)
+def test_batch_statistics_without_gradients_in_a_forward_with_them(guard, name, beside):
+    """Each person's row depends on the others as it does with gradients."""
+    training = Training(lambda: Backbone(STATISTICAL[name](), beside=beside))
+    with pytest.raises(dpguard.PrivacyViolation, match="GroupNorm"):
+        training.step()
+    violation = next(v for v in guard.violations if v.check == STATISTICS)
+    assert violation.modules == ("back.1",)
+    training.model.back.eval()
+    if name != "no running statistics":
+        training.steps(2)
+        assert guard.last_step.ok
+    assert BUFFERS not in {v.check for v in guard.violations}
+
+
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+@pytest.mark.parametrize("last", [False, True])
+def test_running_statistics_that_change_without_gradients(mode, last):
+    """A calibration, or an evaluation in training mode, is named once; if no step follows, too."""
+    with dpguard.install(mode=mode) as guard:
+        training = Training(normalised(STATISTICAL["frozen affine"]))
+        training.model[1].eval()
+        training.steps(2)
+        copied = copy.deepcopy(training)
+        for called in (training.called, training.model[:2], training.model[1]):
+            training.model.train()
+            with torch.no_grad():
+                called(torch.randn(4, 8) if called is training.model[1] else training.x)
+            training.model[1].eval()
+            if not last:
+                training.step()
+        guard.flush()
+        copied.steps(2)
+        guard.flush()
+        (violation,) = guard.violations
+        assert (violation.check, violation.cause) == (BUFFERS, diagnosis.BUFFERS_CHANGE)
+        assert violation.parameters == ("1.running_mean", "1.running_var")
+
+
+def test_running_statistics_that_stay_without_gradients(guard):
+    """In eval mode, with a momentum of zero, or none; and a model that nobody trains."""
+    training = Training(normalised(lambda: nn.BatchNorm1d(8, affine=False, momentum=0.0).eval()))
+    other = Training(normalised(STATISTICAL["no affine"]))
+    training.steps(2)
+    with torch.no_grad():
+        training.called(training.x)
+        training.model.train()
+        training.called(training.x)
+        other.called(training.x)
+        training.model[1].eval()
+    training.step()
+    guard.flush()
+    assert guard.violations == ()
+
+
+def test_a_model_with_batch_norm_that_fails_half_way(guard):
+    """The next forward begins anew."""
+    training = Training(lambda: Backbone(STATISTICAL["no affine"]()))
+    head, training.model.head = training.model.head, nn.Linear(3, 3)
+    with pytest.raises(RuntimeError):
+        training.called(training.x)
+    training.model.head = head
+    training.model.back.eval()
+    training.steps(2)
+    assert STATISTICS not in {v.check for v in guard.violations}
+
+
 def test_a_model_that_was_put_right_trains_on(guard):
     """After the refusal, with the layer in eval mode; what else was found of that step is told."""
     training = Training(normalised(STATISTICAL["no affine"]))

@@ -52,7 +52,8 @@ MOVES_WITHIN = 10
 class _Watched:
     """What is known of one optimizer over its steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = weakref.ref(optimizer)
         self.steps = 0
         self.moving: tuple[list[weakref.ref[Any]], list[torch.Tensor], int] | None = None
         self.moves_done = False
@@ -77,7 +78,7 @@ class Update(Check):
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         ledger.before_clearing = self._before_clearing
-        self._optimizers = PerOwner(lambda _: _Watched())
+        self._optimizers = PerOwner(_Watched)
         self._mine = _Mine()
         self._broken: Exception | None = None
         """An error of our own while gradients were cleared."""
@@ -189,7 +190,17 @@ class Update(Check):
         while pending:
             receive, figures = pending.popleft()
             found += receive([figure.item() for figure in figures])
-        return [(max((w.steps for w in self._optimizers.values()), default=0), f) for f in found]
+        known = list(self._optimizers.values())
+        last = max((watched.steps for watched in known), default=0)
+        return [(last, f) for f in found] + [(w.steps, f) for w in known for f in self._rest(w)]
+
+    def _rest(self, watched: _Watched) -> list[Failure]:
+        """What no step came after: BatchNorm that is calibrated when the training is over."""
+        optimizer, batches = watched.optimizer(), self._ledger.batches
+        if optimizer is None or not batches.buffers:
+            return []
+        found = batches.buffers.take(_trained_with(optimizer.params))
+        return self._once(optimizer, BUFFERS, diagnosis.BUFFERS_CHANGE, found)
 
     # -- once per logical step ---------------------------------------------------------------------
 
@@ -320,7 +331,11 @@ class Update(Check):
 
 def trained_by(step: Step) -> Callable[[torch.nn.Module], bool]:
     """Whether the optimizer trains parameters of a model."""
-    mine = {id(p) for p in step.parameters}
+    return _trained_with(step.parameters)
+
+
+def _trained_with(parameters: Iterable[torch.Tensor]) -> Callable[[torch.nn.Module], bool]:
+    mine = {id(p) for p in parameters}
     return lambda model: any(id(p) in mine for p in model.parameters())
 
 

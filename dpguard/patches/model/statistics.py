@@ -4,7 +4,9 @@ BatchNorm in training mode makes each sample's output depend on all others, so t
 longer bounds what one person changes. Buffers that are updated from samples leave the mechanism
 altogether, and so do weights of an embedding with ``max_norm``, which its forward changes where
 they are those of tokens in the batch. Opacus's validator looks at the kinds of layers before
-training; here it is noted what is really used. Only models that have such parts get hooks.
+training; here it is noted what is really used. Only models that have such parts get hooks. Where a
+BatchNorm runs without gradients in a model that is trained through, its output is taken to be used;
+where no forward around it has gradients, its running statistics are buffers that change.
 
 A buffer that is written through ``.data`` keeps its version. So the bits of each are added up as
 integers before and after the forwards that are looked at, which is exact in whatever order that
@@ -13,8 +15,9 @@ goes, and the sums are compared on the device.
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,9 +51,14 @@ def watch(model: torch.nn.Module, ledger: Ledger, prefix: str = "") -> list[Call
     """
     undo: list[Callable[[], None]] = []
     root = weakref.ref(model)
+    around: _Around | None = None
     for name, module in model.named_modules(prefix=prefix):
         if isinstance(module, batchnorm._BatchNorm):
-            normalising = _Normalising(ledger, root, name)
+            if around is None:
+                around = _Around(ledger, root, prefix)
+                undo.append(model.register_forward_pre_hook(around.before).remove)
+                undo.append(model.register_forward_hook(around).remove)
+            normalising = _Normalising(ledger, root, name, around)
             undo.append(module.register_forward_pre_hook(normalising.before).remove)
             undo.append(module.register_forward_hook(normalising).remove)
         elif isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and module.max_norm:
@@ -75,11 +83,14 @@ class _Hook:
         """It has run."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook | Inert:
+        return self._copied(memo)
+
+    def _copied(self, memo: dict[int, Any], *others: Any) -> _Hook | Inert:
         root = self.root()
         whole = memo.get(id(root)) if root is not None else None
         copied: _Hook | Inert = Inert()  # a part that is copied by itself is in no model
         if whole is not None:
-            copied = type(self)(self.ledger, weakref.ref(whole), self.name)
+            copied = type(self)(self.ledger, weakref.ref(whole), self.name, *others)
         memo[id(self)] = copied
         return copied
 
@@ -102,19 +113,56 @@ def is_ours(hook: Any) -> bool:
     return isinstance(getattr(hook, "__self__", hook), (_Hook, Inert))
 
 
-class _Normalising(_Hook):
-    """At a BatchNorm: does it use statistics of the batch?"""
+class _Around(_Hook):
+    """At a model with a BatchNorm: what ran without gradients inside of a forward with them.
+
+    That is a frozen backbone, or a target network. Nothing says whether what it returned was used.
+    """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self.trains = False
+        self.hidden: list[tuple[str, torch.nn.Module]] = []
+
+    def before(self, module: torch.nn.Module, args: Any) -> None:  # noqa: ARG002
+        self.trains, self.hidden = torch.is_grad_enabled(), []
+
+    def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
+        hidden, self.trains, self.hidden = self.hidden, False, []
+        learns = _has_graph(output) if hidden else False
+        for name, normalising in hidden:
+            if learns:
+                self.ledger.batches.normalised.note(self.root(), name)
+            else:
+                self.note(name, normalising)
+
+    def note(self, name: str, module: torch.nn.Module) -> None:
+        """Its running statistics have changed."""
+        if module.running_mean is not None and module.momentum != 0.0:
+            for buffer in ("running_mean", "running_var"):
+                path = f"{name}.{buffer}" if name else buffer
+                self.ledger.batches.buffers.note(self.root(), path)
+
+
+class _Normalising(_Hook):
+    """At a BatchNorm: does it use statistics of the batch?"""
+
+    def __init__(
+        self, ledger: Ledger, root: weakref.ref[torch.nn.Module], name: str, around: _Around
+    ) -> None:
+        super().__init__(ledger, root, name)
+        self.around = around
         self._version = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook | Inert:
+        return self._copied(memo, copy.deepcopy(self.around, memo))
 
     def before(self, module: torch.nn.Module, args: Any) -> None:  # noqa: ARG002
         self._version = _version(module)
 
     def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
         noted = self.ledger.batches.normalised
-        if not torch.is_grad_enabled() or noted.has(self.root(), self.name):
+        if noted.has(self.root(), self.name):
             return
         shape = getattr(args[0] if args else None, "shape", (2,))
         if len(shape) and shape[0] < 2:  # noqa: PLR2004 - one sample alone
@@ -126,8 +174,25 @@ class _Normalising(_Hook):
             used = _version(module) != self._version or (
                 module.training and module.running_mean is None
             )
-        if used:
+        if not used:
+            return
+        if torch.is_grad_enabled():
             noted.note(self.root(), self.name)
+        elif self.around.trains:
+            self.around.hidden.append((self.name, module))
+        elif module.training:
+            self.around.note(self.name, module)
+
+
+def _has_graph(output: Any) -> bool:
+    """Whether what a model returns can be backpropagated; of what is not known that it cannot."""
+    if isinstance(output, torch.Tensor):
+        return output.requires_grad
+    if isinstance(output, Mapping):
+        return any(map(_has_graph, output.values()))
+    if isinstance(output, (tuple, list)):
+        return any(map(_has_graph, output))
+    return not (output is None or isinstance(output, (bool, int, float, str)))
 
 
 class _Renormalising(_Hook):
