@@ -907,7 +907,8 @@ _DIAGNOSES = {
     ),
     BUFFERS_CHANGE: Diagnosis(
         "buffers of the model change in forwards in training mode; if they are computed from "
-        "samples, they are released with the model without clipping and noise",
+        "samples, they are released with the model, or used for later batches, without clipping "
+        "and noise",
         "compute them from public data or from the parameters only, freeze them (a BatchNorm with "
         "eval(), also where it runs under no_grad), or leave them out of what is released",
         Severity.WARNING,

@@ -693,7 +693,7 @@ def test_a_buffer_that_is_written_by_a_clock_of_its_own(guard):
 
 
 def test_buffers_that_stay_through_data(guard):
-    """What is put back as it was, and what is written between forwards or without gradients."""
+    """What is put back as it was, and what is written between forwards or in eval mode."""
     training = Training(kept(lambda model, _x: model.ema.data.copy_(model.ema.clone())))
     for k in range(55):
         training.step()
@@ -701,10 +701,10 @@ def test_buffers_that_stay_through_data(guard):
         training.model.load_state_dict({k: v + 0 for k, v in training.model.state_dict().items()})
         if k % 9 == 0:
             training.model.keep = averaged
-            with torch.no_grad():
-                training.called(training.x)
             training.model.eval()
             training.called(training.x)
+            with torch.no_grad():
+                training.called(training.x)
             training.model.train()
             del training.model.keep
     guard.flush()
@@ -729,14 +729,159 @@ def test_an_error_of_ours_in_looking_at_buffers(monkeypatch):
         assert causes(guard) == {diagnosis.BUFFERS_CHANGE}
 
 
-def test_spectral_norm_is_no_buffer_of_data(guard):
+def in_turn(training):
+    """The parts of a model are called one by one, and its own forward never."""
+    training.optimizer.zero_grad()
+    out = training.x
+    for part in training.model:
+        out = part(out)
+    (out**2).mean().backward()
+    training.optimizer.step()
+
+
+def hidden(training):
+    """What the model sees without gradients, in training mode."""
+    training.model[0].learns = False
+    training.step()
+    training.model[0].learns = True
+    with torch.no_grad():
+        training.called(training.x)
+
+
+class Follows(nn.Module):
+    """A part that keeps what it sees in a buffer of some kind, and uses it."""
+
+    def __init__(self, name="seen", *, late=False, persistent=True, dtype=torch.float32):
+        super().__init__()
+        self.name, self.persistent, self.dtype, self.learns = name, persistent, dtype, True
+        self.inner = nn.Module()
+        if not late:
+            self.make()
+
+    def make(self):
+        start = torch.zeros(6, dtype=self.dtype)
+        self.inner.register_buffer(self.name, start, persistent=self.persistent)
+
+    def forward(self, x):
+        if not hasattr(self.inner, self.name):
+            self.make()
+        buffer = getattr(self.inner, self.name)
+        if self.training and self.learns:
+            with torch.no_grad():
+                buffer += (x > 0).sum(0).to(buffer.dtype)
+        return x - 0.01 * buffer
+
+
+FOLLOWING = {
+    "plain": dict,
+    "late": lambda: {"late": True},
+    "whole numbers": lambda: {"dtype": torch.int64},
+    "not persistent": lambda: {"persistent": False},
+    "named as spectral norm": lambda: {"name": "ema_v"},
+}
+
+
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [
+        (kind, step)
+        for kind in FOLLOWING
+        for step in (Training.step, in_turn, hidden)
+        # Where a model has no buffer at first, its own forward is looked at.
+        if (kind, step) != ("late", in_turn)
+    ],
+)
+def test_buffers_of_any_kind_that_follow_the_data(kind, step, mode):
+    """However they are made and whoever calls their module; once."""
+    options = FOLLOWING[kind]()
+    with dpguard.install(mode=mode) as guard:
+        training = Training(lambda: nn.Sequential(Follows(**options), wide()))
+        for _ in range(statistics._FIRST + 1):
+            step(training)
+        guard.flush()
+        (violation,) = guard.violations
+        assert (violation.check, violation.cause) == (BUFFERS, diagnosis.BUFFERS_CHANGE)
+        assert violation.parameters == (f"0.inner.{options.get('name', 'seen')}",)
+
+
+def test_buffers_of_a_copy_whose_parts_are_called(guard):
+    """They are watched as those of the model are, also after a part has failed."""
+    training = Training(lambda: nn.Sequential(Follows(), wide()))
+    training.model.eval()
+    training.step()
+    training = copy.deepcopy(training)
+    training.model.train()
+    with pytest.raises(RuntimeError):
+        training.model[0](torch.randn(8, 5))
+    in_turn(training)
+    (violation,) = guard.violations
+    assert violation.parameters == ("0.inner.seen",)
+
+
+class Rotary(nn.Module):
+    """Caches that grow with the sequence: made anew, or filled in; a counter; a mask."""
+
+    def __init__(self, lengths):
+        super().__init__()
+        self.lengths, self.filled = iter(lengths), 0
+        self.register_buffer("frequencies", torch.rand(3), persistent=False)
+        self.register_buffer("cos", torch.ones(1, 3), persistent=False)
+        self.register_buffer("cached", torch.zeros(64, 3), persistent=False)
+        self.register_buffer("positions", torch.zeros(64, dtype=torch.int64), persistent=False)
+        self.register_buffer("mask", torch.ones(64, 64, dtype=torch.bool).tril())
+        self.register_buffer("step", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("turns", torch.ones(4, dtype=torch.complex64))
+
+    def forward(self, x):
+        length = next(self.lengths)
+        angles = torch.arange(length)[:, None] * self.frequencies
+        if length > self.filled:
+            self.filled = length
+            self.register_buffer("cos", angles.cos(), persistent=False)
+            self.cached[:length] = angles.sin()
+            self.positions[:length] = torch.arange(length)
+        self.mask.copy_(torch.ones_like(self.mask).tril())
+        self.step += 1
+        self.turns.mul_(1j)
+        return x * self.cos[length - 1].repeat(2)
+
+
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+@pytest.mark.parametrize("step", [Training.step, in_turn])
+def test_caches_and_counters_are_no_buffers_of_data(step, mode):
+    """Lengths that grow five times running, and now and then after that."""
+    lengths = [5, 7, 8, 11, 13, 9, 9, 20, 3, 21, 21, 40, *[10] * 50]
+    with dpguard.install(mode=mode) as guard:
+        training = Training(lambda: nn.Sequential(Rotary(lengths), wide()))
+        for _ in range(60):
+            step(training)
+        guard.flush()
+        assert guard.violations == ()
+
+
+def test_models_without_buffers_keep_no_hook_for_them(guard):
+    """It is taken off after the first forwards."""
+    training = Training()
+    training.steps(statistics._FIRST)
+    before = len(training.model._forward_pre_hooks)
+    training.step()
+    assert len(training.model._forward_pre_hooks) == before - 1
+
+
+@pytest.mark.parametrize(
+    "normed", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm]
+)
+def test_spectral_norm_is_no_buffer_of_data(guard, normed):
     """Its vectors follow from the weights."""
     model = wide()
-    watched = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)), model)
+    watched = nn.Sequential(normed(nn.Linear(6, 6)), model)
     for p in watched[0].parameters():
         p.requires_grad_(False)
     training = Training(lambda: watched)
     training.steps(3)
+    in_turn(training)
+    guard.flush()
     assert BUFFERS not in {v.check for v in guard.violations}
 
 

@@ -197,9 +197,12 @@ class Update(Check):
     def _rest(self, watched: _Watched) -> list[Failure]:
         """What no step came after: BatchNorm that is calibrated when the training is over."""
         optimizer, batches = watched.optimizer(), self._ledger.batches
-        if optimizer is None or not batches.buffers:
+        if optimizer is None or not (batches.buffers or batches.compared):
             return []
-        found = batches.buffers.take(_trained_with(optimizer.params))
+        mine = _trained_with(optimizer.params)
+        found = list(batches.buffers.take(mine))
+        for names, moved in batches.compared.take(mine):
+            found += [name for name, one in zip(names, moved, strict=True) if one.item()]
         return self._once(optimizer, BUFFERS, diagnosis.BUFFERS_CHANGE, found)
 
     # -- once per logical step ---------------------------------------------------------------------
@@ -283,7 +286,7 @@ class Update(Check):
 
     def _once(self, optimizer: Any, check: str, cause: str, names: Sequence[str]) -> list[Failure]:
         named = self._named.of(optimizer)
-        new = tuple(name for name in names if (check, name) not in named)
+        new = tuple(n for n in dict.fromkeys(names) if (check, n) not in named)
         named.update((check, name) for name in new)
         return [Failure(check, cause, parameters=new)] if new else []
 

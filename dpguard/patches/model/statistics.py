@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.modules import batchnorm
+from torch.utils.hooks import RemovableHandle
 
 from dpguard import _compat
 from dpguard.interrupts import let_through
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Inert", "is_ours", "watch"]
 
-_FIRST = 3
+_FIRST = 8
 _EVERY = 50
+_RUNNING = 6
+"""Each of so many batches is longer than all before it by a chance of one in 6! at most."""
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """For each size of an element."""
 
@@ -56,18 +59,24 @@ def watch(model: torch.nn.Module, ledger: Ledger, prefix: str = "") -> list[Call
         if isinstance(module, batchnorm._BatchNorm):
             if around is None:
                 around = _Around(ledger, root, prefix)
-                undo.append(model.register_forward_pre_hook(around.before).remove)
-                undo.append(model.register_forward_hook(around).remove)
+                undo += [handle.remove for handle in _hang(around, model)]
             normalising = _Normalising(ledger, root, name, around)
-            undo.append(module.register_forward_pre_hook(normalising.before).remove)
-            undo.append(module.register_forward_hook(normalising).remove)
+            undo += [handle.remove for handle in _hang(normalising, module)]
         elif isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and module.max_norm:
             undo.append(module.register_forward_hook(_Renormalising(ledger, root, name)).remove)
-    if _buffers_of(model):
-        buffered = _Buffered(ledger, root, prefix)
-        undo.append(model.register_forward_pre_hook(buffered.before).remove)
-        undo.append(model.register_forward_hook(buffered).remove)
+    whole = _Buffered(ledger, root, prefix)
+    whole.handles = _hang(whole, model)
+    undo += [handle.remove for handle in whole.handles]
+    for name, module in model.named_modules(prefix=prefix):
+        if module is not model and _buffers_of(module):
+            part = _Buffered(ledger, root, name, whole)
+            undo += [handle.remove for handle in _hang(part, module)]
     return undo
+
+
+def _hang(hook: _Hook, module: torch.nn.Module) -> list[RemovableHandle]:
+    before = module.register_forward_pre_hook(hook.before)
+    return [before, module.register_forward_hook(hook)]
 
 
 class _Hook:
@@ -136,7 +145,7 @@ class _Around(_Hook):
             else:
                 self.note(name, normalising)
 
-    def note(self, name: str, module: torch.nn.Module) -> None:
+    def note(self, name: str, module: Any) -> None:
         """Its running statistics have changed."""
         if module.running_mean is not None and module.momentum != 0.0:
             for buffer in ("running_mean", "running_var"):
@@ -208,56 +217,128 @@ def _version(module: torch.nn.Module) -> int:
 
 
 class _Buffered(_Hook):
-    """At a model: which buffers does a forward in training mode change?"""
+    """At a model, and at its parts with buffers: which of them does a forward in training change?
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._chosen, self._calls = Turns(), 0
-        self._seen: dict[str, tuple[int, int]] | None = None
-        self._sums: dict[str, torch.Tensor] = {}
+    Parts may be called one by one. The outermost forward is the one that is looked at.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        root: weakref.ref[torch.nn.Module],
+        name: str,
+        whole: _Buffered | None = None,
+    ) -> None:
+        super().__init__(ledger, root, name)
+        self.whole = whole
+        self.running: _Buffered | None = None
+        """Of a model: at whose forward it is."""
+        self.handles: list[RemovableHandle] = []
+        """Those of a model, which are taken off if no buffer has come in the first forwards."""
+        self._chosen, self._calls = Turns(), [0, 0]
+        """Without gradients, and with."""
+        self._learns = False
+        self._seen: dict[str, _Look] | None = None
+        self._streaks: dict[tuple[bool, str], torch.Tensor] = {}
         self._inside_transform = _compat.transform_test()
 
-    def before(self, module: torch.nn.Module, args: Any) -> None:  # noqa: ARG002
-        self._seen, self._sums = None, {}
-        if module.training and torch.is_grad_enabled():
-            looks = self._chosen.has(self._calls, _EVERY, _FIRST)
-            self._calls += 1
-            if looks:
-                buffers = _buffers_of(module)
-                self._seen, self._sums = _marks_of(buffers), self._sums_of(buffers)
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook | Inert:
+        return self._copied(memo, copy.deepcopy(self.whole, memo))
 
+    @_compat.eager
+    def before(self, module: torch.nn.Module, args: Any) -> None:  # noqa: ARG002
+        self._seen = None
+        if self.whole is None:
+            self.running = self if module.training else None
+        elif not self._is_outermost(self.whole, module):
+            return
+        if not module.training:
+            return
+        self._learns = torch.is_grad_enabled()
+        number = self._calls[self._learns]
+        self._calls[self._learns] += 1
+        if self._chosen.has(number, _EVERY, _FIRST):
+            self._seen = self._look(module)
+        elif number == _FIRST and self.handles and not _buffers_of(module):
+            for handle in self.handles:
+                handle.remove()
+
+    @_compat.eager
     def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
+        whole = self if self.whole is None else self.whole
+        if whole.running is self:
+            whole.running = None
         seen, self._seen = self._seen, None
-        sums, self._sums = self._sums, {}
-        if seen is not None:
-            buffers = _buffers_of(module)
-            now = _marks_of(buffers)
-            for name in now:
-                if now[name] != seen.get(name, now[name]):
-                    self.ledger.batches.buffers.note(self.root(), self._path(name))
-                    sums.pop(name, None)
-            after = self._sums_of({name: b for name, b in buffers.items() if name in sums})
-            moved = {
-                self._path(name): total != sums[name]
-                for name, total in after.items()
-                if total.dtype is sums[name].dtype and total.device == sums[name].device
-            }
-            self.ledger.batches.compared.note(self.root(), moved)
+        if not seen:
+            return
+        moved = {}
+        for name, now in self._look(module, seen).items():
+            before = seen[name]
+            if now.mark != before.mark and not now.is_doubtful:
+                self.ledger.batches.buffers.note(self.root(), self._path(name))
+            elif (
+                now.sum is not None
+                and before.sum is not None
+                and now.sum.dtype is before.sum.dtype
+                and now.sum.device == before.sum.device
+            ):
+                differs = now.sum != before.sum
+                if now.is_doubtful:
+                    differs = self._lasts(name, differs, same=now.shape == before.shape)
+                moved[self._path(name)] = differs
+        self.ledger.batches.compared.note(self.root(), moved)
+
+    def _is_outermost(self, whole: _Buffered, module: torch.nn.Module) -> bool:
+        # One whose forward has failed is still there when it comes again.
+        if whole.running not in (None, self) or not module.training or self._inside_transform():
+            return False
+        whole.running = self
+        return True
+
+    def _lasts(self, name: str, differs: torch.Tensor, *, same: bool) -> torch.Tensor:
+        """Whether a buffer has changed, and kept its shape, so many times running."""
+        streak = self._streaks.get((self._learns, name))
+        if streak is None or streak.device != differs.device:
+            streak = torch.zeros_like(differs, dtype=torch.int64)
+        self._streaks[self._learns, name] = streak = (streak + 1) * differs * same
+        return streak >= _RUNNING
 
     def _path(self, name: str) -> str:
         return f"{self.name}.{name}" if self.name else name
 
-    def _sums_of(self, buffers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What the bits of each add up to, in its precision and on its device."""
+    def _look(
+        self, module: torch.nn.Module, seen: dict[str, _Look] | None = None
+    ) -> dict[str, _Look]:
+        """What is to be known of each buffer, of those that were seen before if any were."""
+        buffers = _buffers_of(module)
         noted = self.ledger.batches
-        if noted.failed or self._inside_transform():
-            return {}
-        try:
-            return {name: _sum(b) for name, b in buffers.items() if _is_plain(b)}
-        except Exception as error:  # noqa: BLE001 - the host goes on without this part
-            let_through(error)
-            noted.fail(error)
-            return {}
+        found: dict[str, _Look] = {}
+        sums = not (noted.failed or self._inside_transform())
+        for name, (buffer, is_doubtful) in buffers.items():
+            if seen is not None and name not in seen:
+                continue
+            found[name] = look = _Look(buffer, is_doubtful=is_doubtful)
+            openly = seen is not None and not is_doubtful and look.mark != seen[name].mark
+            if sums and not openly and _is_plain(buffer):
+                try:
+                    look.sum = _sum(buffer)
+                except Exception as error:  # noqa: BLE001 - the host goes on without this part
+                    let_through(error)
+                    noted.fail(error)
+                    sums = False
+        return found
+
+
+class _Look:
+    """A buffer at one time: identity and version, and what its bits add up to on its device.
+
+    Of one that is doubtful it takes a sequence of changes to say that they come from samples.
+    """
+
+    def __init__(self, buffer: torch.Tensor, *, is_doubtful: bool) -> None:
+        self.mark, self.shape = (id(buffer), buffer._version), buffer.shape
+        self.is_doubtful = is_doubtful
+        self.sum: torch.Tensor | None = None
 
 
 def _is_plain(buffer: torch.Tensor) -> bool:
@@ -275,27 +356,35 @@ def _sum(buffer: torch.Tensor) -> torch.Tensor:
     return buffer.view(kind).sum(dtype=kind)
 
 
-def _marks_of(buffers: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
-    """Identity and version of each."""
-    return {name: (id(buffer), buffer._version) for name, buffer in buffers.items()}
+def _buffers_of(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, bool]]:
+    """Each buffer that could hold something about samples, and whether that is doubtful."""
+    return {
+        f"{prefix}.{name}" if prefix else name: found
+        for prefix, module in model.named_modules()
+        for name, found in _own_buffers_of(module).items()
+    }
 
 
-def _buffers_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Each buffer that could hold something about samples.
+def _own_buffers_of(module: torch.nn.Module) -> dict[str, tuple[torch.Tensor, bool]]:
+    """Those of a module without its parts.
 
     Not those of BatchNorm, which has a check of its own; vectors of spectral norm, which follow
-    from the weights; counters; and caches, which are left out of the model's state.
+    from the weights; counters. Doubtful are whole numbers, and caches, which are left out of the
+    model's state and may be filled as batches with longer sequences come.
     """
-    found: dict[str, torch.Tensor] = {}
-    for prefix, module in model.named_modules():
-        if isinstance(module, batchnorm._BatchNorm) or type(module).__name__ == "_SpectralNorm":
+    if (
+        not module._buffers
+        or isinstance(module, batchnorm._BatchNorm)
+        or type(module).__name__ == "_SpectralNorm"
+    ):
+        return {}
+    found = {}
+    for name, buffer in module._buffers.items():
+        if buffer is None or buffer.is_complex() or buffer.dtype is torch.bool:
             continue
-        for name, buffer in module._buffers.items():
-            if (
-                buffer is not None
-                and buffer.is_floating_point()
-                and name not in module._non_persistent_buffers_set
-                and not name.endswith(("_u", "_v"))
-            ):
-                found[f"{prefix}.{name}" if prefix else name] = buffer
+        is_whole = not buffer.is_floating_point()
+        is_counter = is_whole and buffer.numel() < 2  # noqa: PLR2004 - one number
+        is_spectral = name.endswith(("_u", "_v")) and f"{name[:-2]}_orig" in module._parameters
+        if not is_counter and not is_spectral:
+            found[name] = buffer, is_whole or name in module._non_persistent_buffers_set
     return found
