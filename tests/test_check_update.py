@@ -861,12 +861,14 @@ def test_caches_and_counters_are_no_buffers_of_data(step, mode):
 
 
 def test_models_without_buffers_keep_no_hook_for_them(guard):
-    """It is taken off after the first forwards."""
+    """It is taken off after the first forwards, also of a copy."""
     training = Training()
-    training.steps(statistics._FIRST)
-    before = len(training.model._forward_pre_hooks)
-    training.step()
-    assert len(training.model._forward_pre_hooks) == before - 1
+    for trained in (training, copy.deepcopy(training)):
+        trained.steps(statistics._FIRST)
+        found = (trained.model._forward_pre_hooks, trained.model._forward_hooks)
+        before = [len(hooks) for hooks in found]
+        trained.step()
+        assert [len(hooks) for hooks in found] == [count - 1 for count in before]
 
 
 @pytest.mark.parametrize(

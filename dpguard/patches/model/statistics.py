@@ -65,8 +65,7 @@ def watch(model: torch.nn.Module, ledger: Ledger, prefix: str = "") -> list[Call
         elif isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and module.max_norm:
             undo.append(module.register_forward_hook(_Renormalising(ledger, root, name)).remove)
     whole = _Buffered(ledger, root, prefix)
-    whole.handles = _hang(whole, model)
-    undo += [handle.remove for handle in whole.handles]
+    undo += [handle.remove for handle in _hang(whole, model)]
     for name, module in model.named_modules(prefix=prefix):
         if module is not model and _buffers_of(module):
             part = _Buffered(ledger, root, name, whole)
@@ -233,8 +232,6 @@ class _Buffered(_Hook):
         self.whole = whole
         self.running: _Buffered | None = None
         """Of a model: at whose forward it is."""
-        self.handles: list[RemovableHandle] = []
-        """Those of a model, which are taken off if no buffer has come in the first forwards."""
         self._chosen, self._calls = Turns(), [0, 0]
         """Without gradients, and with."""
         self._learns = False
@@ -259,9 +256,8 @@ class _Buffered(_Hook):
         self._calls[self._learns] += 1
         if self._chosen.has(number, _EVERY, _FIRST):
             self._seen = self._look(module)
-        elif number == _FIRST and self.handles and not _buffers_of(module):
-            for handle in self.handles:
-                handle.remove()
+        elif number == _FIRST and not _buffers_of(module):
+            self._take_off(module)  # none has come in the first forwards
 
     @_compat.eager
     def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
@@ -287,6 +283,12 @@ class _Buffered(_Hook):
                     differs = self._lasts(name, differs, same=now.shape == before.shape)
                 moved[self._path(name)] = differs
         self.ledger.batches.compared.note(self.root(), moved)
+
+    def _take_off(self, module: torch.nn.Module) -> None:
+        for registered in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(registered.items()):
+                if getattr(hook, "__self__", hook) is self:
+                    del registered[key]
 
     def _is_outermost(self, whole: _Buffered, module: torch.nn.Module) -> bool:
         # One whose forward has failed is still there when it comes again.
