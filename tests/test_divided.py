@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from opacus import PrivacyEngine
+from releases import needs_reshaping
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -12,6 +13,7 @@ import dpguard
 from dpguard import diagnosis
 from dpguard.noted.deliveries import Divided
 
+pytestmark = needs_reshaping
 MOST = 6
 
 

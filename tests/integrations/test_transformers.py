@@ -101,7 +101,7 @@ def test_train(guard, transformers, tmp_path):
     private = Private(transformers)
     private.trainer(transformers, tmp_path).train()
     assert_intended(private, [0.1, 0.05, 0.025, 0.0125], [1.0] * 4)
-    assert [v.cause for v in guard.violations] == [diagnosis.NOT_POISSON]  # batches are shuffled
+    assert {v.cause for v in guard.violations} <= {diagnosis.NOT_POISSON}  # batches are shuffled
 
 
 def test_a_callback_that_changes_the_noise(guard, transformers, tmp_path):
