@@ -47,6 +47,7 @@ __all__ = [
     "ghost_optimizer_class",
     "grad_sampler",
     "has_grad_sampler",
+    "hook_before_others",
     "learn_layout",
     "nodes",
     "norm_sampler",
@@ -208,6 +209,17 @@ def autograd() -> Autograd:
         roles_of=roles_of,
         on_backward_end=torch.autograd.Variable._execution_engine.queue_callback,
     )
+
+
+def hook_before_others(tensor: torch.Tensor, hook: Callable[[Any], None]) -> Any:
+    """Have ``hook`` called with the gradient of ``tensor`` before any hook that is on it already.
+
+    Returns:
+        The handle to remove it.
+    """
+    handle = tensor.register_hook(hook)
+    tensor._backward_hooks.move_to_end(handle.id, last=False)  # type: ignore[union-attr]
+    return handle
 
 
 # -- torch: the nodes of a graph -----------------------------------------------------------------

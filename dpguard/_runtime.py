@@ -54,6 +54,7 @@ from dpguard.noted.deliveries import Deliveries
 from dpguard.noted.grouping import Grouping
 from dpguard.noted.inputs import Inputs
 from dpguard.noted.ledger import Ledger
+from dpguard.parts import Part
 from dpguard.patches import accountants
 from dpguard.patches.data import sampling
 from dpguard.patches.data.loading import LoadingPatch
@@ -107,6 +108,7 @@ class Runtime:
         drawn = None if self.outputs is None else ExpandedOutputs(self.outputs, self.ledger)
         self._expanded = ExpandedModels(self.ledger, report, drawn)
         self.ledger.norm_draws = NormDraws(report) if asks else None
+        self.ledger.pass_rows = Part("passes", report)
         self.ledger.batches.report = report
         self.ledger.inputs = Inputs(report)
         self._people = people = People(self.ledger, self._deliveries, self._calls)

@@ -48,6 +48,7 @@ NORMS_INCOMPLETE = "norms_miss_a_part"
 ROW_OF_ANOTHER = "row_of_another"
 ROW_INEXACT = "row_inexact"
 ROWS_REORDERED = "rows_reordered"
+PASSES_DIFFER = "passes_differ"
 NORM_OF_ANOTHER = "norm_of_another"
 NORM_INEXACT = "norm_inexact"
 NORM_OF_ROUNDING = "norm_of_rounding"
@@ -435,6 +436,16 @@ _DIAGNOSES = {
         "use grad_sample_mode='hooks' for this model, or find what goes round the layer: a weight "
         "that is used outside of its module, Embedding(scale_grad_by_freq), hooks on "
         "the gradient",
+        Severity.CRITICAL,
+    ),
+    PASSES_DIFFER: Diagnosis(
+        "the second backward of ghost clipping is not the first with each loss multiplied by its "
+        "clip factor, so the clipped sum is not made of the rows that the norms are of, and what "
+        "one person adds to it is not bounded",
+        "use grad_sample_mode='hooks', or take out what changes gradients on the way back: hooks "
+        "on activations, functions whose backward is not linear or draws random numbers "
+        "(clamp, sign, normalisation, dropout of gradients), checkpoints that do not restore the "
+        "random state",
         Severity.CRITICAL,
     ),
     NORM_OF_ROUNDING: Diagnosis(

@@ -5,6 +5,9 @@ sketch. A difference is worse here than in hooks mode: there, a gradient that ha
 dropped; here it meets clip factors that know nothing of it, so the clipped sum is no longer
 bounded. That holds for rounding as well, where a normalisation makes that large
 (:mod:`dpguard.noted.conditioning`).
+
+And the second backward is the first, with each loss multiplied by its clip factor: see
+:mod:`dpguard.patches.ghost.pass_rows`.
 """
 
 from __future__ import annotations
@@ -15,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
+from dpguard.audit.clip import SUM
 from dpguard.audit.rows import CONSERVATION
 from dpguard.noted.ledger import Ledger
 from dpguard.numerics.rounding import LAMBDA
+from dpguard.patches.ghost.pass_rows import Differing
 
 if TYPE_CHECKING:
     from dpguard.patches.ghost.pass_sums import Sketched
@@ -44,7 +49,11 @@ class PassValues(Check):
         names = {id(p): name for p, name in zip(step.parameters, step.names, strict=False)}
         for found in self._ledger.take_passes(step.parameters):
             parameters = [reference() for reference in found.parameters]
-            if step.audited and all(id(p) in names for p in parameters):
+            if not step.audited or any(id(p) not in names for p in parameters):
+                continue
+            if isinstance(found, Differing):
+                self._compare(step, found, names)
+            else:
                 step.run(CONSERVATION, count=len(parameters))
                 known = tuple(names[id(p)] for p in parameters)
                 figures = [found.figures]
@@ -52,6 +61,21 @@ class PassValues(Check):
                 receive = _verdict(known, found, parameters, narrow)
                 step.collect((CONSERVATION,), figures, receive)
         return ()
+
+    def _compare(self, step: Step, found: Differing, names: dict[int, str]) -> None:
+        """Send by how much the second backward is off the first to the host."""
+        calls = [[names[id(reference())] for reference in call] for call in found.calls]
+        step.ran.setdefault(SUM, len({name for call in calls for name in call}))
+
+        def receive(values: list[float]) -> list[Failure]:
+            wrong = [(call, off) for call, off in zip(calls, values, strict=True) if off > 1]
+            if not wrong:
+                return []
+            most = max(off for _, off in wrong)
+            odd = tuple(dict.fromkeys(name for call, _ in wrong for name in call))
+            return [Failure(SUM, diagnosis.PASSES_DIFFER, odd, figure=most, bound=1.0)]
+
+        step.collect((SUM,), [found.figures], receive)
 
 
 def _verdict(

@@ -37,7 +37,7 @@ from dpguard.noted.stream import Stream
 __all__ = ["CallKey", "Dead", "Ledger", "Tally", "parameters_of", "trained_of"]
 
 _TASKS_KEPT = 64
-_PASSES_KEPT = 16
+_PASSES_KEPT = 32
 _autograd = _compat.autograd()
 
 CallKey: TypeAlias = "tuple[int, str | None, bool]"
@@ -117,6 +117,8 @@ class Ledger:
         self._parameters: dict[int, ParameterState] = {}
         self._cuts: dict[str, _Cut] = {}
         self._passes: deque[Any] = deque(maxlen=_PASSES_KEPT)
+        self.pass_rows: Any = None
+        """Compares both backwards of ghost clipping, until it fails."""
         self.factors: list[Any] = []
         """What is known of the clip factors of batches of ghost clipping that no step has taken."""
         self.stream = Stream()
@@ -246,12 +248,12 @@ class Ledger:
         self.factors.append(found)
 
     def note_pass(self, sketched: Any) -> None:
-        """Keep what a first backward of ghost clipping has found until the step looks at it."""
+        """Keep what backwards of ghost clipping have found until the step looks at it."""
         if sketched is not None:
             self._passes.append(sketched)
 
     def take_passes(self, parameters: Iterable[torch.Tensor]) -> list[Any]:
-        """What first backwards have found of these parameters since their last step."""
+        """What backwards have found of these parameters since their last step."""
         wanted = {id(p) for p in parameters}
         parts = [found.parted(wanted) for found in self._passes]
         self._passes = deque((rest for _, rest in parts if rest is not None), _PASSES_KEPT)

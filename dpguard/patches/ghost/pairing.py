@@ -24,9 +24,11 @@ from dpguard._declare import declares_one_batch
 from dpguard._errors import DPGuardError, PerSampleGradientError, PrivacyViolation
 from dpguard.noted.graph_task import GraphTask
 from dpguard.noted.ledger import parameters_of
+from dpguard.noted.precision import autocast_of
 from dpguard.noted.row_state import Clipped, sum_of_rows
 from dpguard.patches.ghost.blank import Blanks
 from dpguard.patches.ghost.gradient import Carried, refuse_losses
+from dpguard.patches.ghost.pass_rows import PassRows
 from dpguard.patches.ghost.pass_sums import PassSums, Sketched
 from dpguard.patches.model.pairing import Pairing
 from dpguard.patches.model.records import Record
@@ -34,6 +36,7 @@ from dpguard.patches.oracle.norm_draws import NormDraw, NormDraws
 
 if TYPE_CHECKING:
     from dpguard.noted.grouping import Grouping
+    from dpguard.parts import Part
 
 __all__ = ["GhostPairing"]
 
@@ -119,6 +122,8 @@ class GhostPairing(Pairing):
         self._sums = PassSums()
         self._compared: list[Sketched | None] = []
         """What the first backward has met, until it is clear that its norms are right."""
+        self._both: PassRows | None = None
+        """Compares both backwards of the batch at hand."""
         self._draw: NormDraw | None = None
         """A person of the batch that is being backpropagated, if one was drawn."""
         self._blanks: Blanks | None = None
@@ -164,6 +169,7 @@ class GhostPairing(Pairing):
     def on_call(self, record: Record) -> None:
         """Note the calls that use each parameter: with one, nothing needs to be kept."""
         self._reopen(record)
+        record.cast = autocast_of(record.trained[0])
         for parameter in parameters_of(record.module):
             if not record.uncounted:
                 self._reopened.add(id(parameter))
@@ -222,6 +228,7 @@ class GhostPairing(Pairing):
         enabled = self.hooks.hooks_enabled
         self._stage = Stage.NORMS
         self._draw = self._someone(losses, reduction)
+        self._both = self._attempt(PassRows.of, self, losses)
         done = False
         try:
             result = backward()
@@ -230,7 +237,7 @@ class GhostPairing(Pairing):
         finally:
             clipped, self._stage = self._stage is Stage.CLIPPED, Stage.OUTSIDE
             fired, draw, self._draw = self._fired, self._draw, None
-            compared = self._compared
+            compared, both = self._compared, self._both
             if not done:
                 for record in fired:
                     self._reopen(record)
@@ -239,8 +246,7 @@ class GhostPairing(Pairing):
             self.begin()
         for record in fired:
             record.activations = record.outline = None
-        for found in compared:
-            self.ledger.note_pass(found)
+        self._note_passes(compared, both)
         if fired or not self.computes:
             self._last_backward = self.ledger.segment
             self._note(parameters, carried, blanked, clipped=clipped)
@@ -267,6 +273,18 @@ class GhostPairing(Pairing):
     def _someone(self, losses: torch.Tensor, reduction: str) -> NormDraw | None:
         draws: NormDraws | None = self.ledger.norm_draws
         return draws.draw(self, losses, reduction) if draws is not None else None
+
+    def _note_passes(self, compared: list[Sketched | None], both: PassRows | None) -> None:
+        """Keep what was found of these backwards for the step."""
+        for found in compared:
+            self.ledger.note_pass(found)
+        if both is not None:
+            self.ledger.note_pass(self._attempt(both.compare))
+
+    def _attempt(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run what compares both backwards, without which the host can go on."""
+        part: Part | None = self.ledger.pass_rows
+        return part.run(function, *args) if part is not None else None
 
     def _keep(self, draw: NormDraw | None) -> None:
         if draw is not None:
@@ -339,6 +357,8 @@ class GhostPairing(Pairing):
         """Compute norms or rows of one call; the person drawn is met here as well."""
         if self._draw is not None:
             self._draw.attempt(self._draw.meet, record, backprops)
+        if self._both is not None:
+            self._attempt(self._both.meet, record, backprops)
         super().on_backprops(record, backprops)
 
     def on_norms(self, norms: Any) -> None:
@@ -367,6 +387,8 @@ class GhostPairing(Pairing):
         """One call in the second backward, of losses that are multiplied with clip factors."""
         if self._blanks is not None:
             self._blanks.meet(self, record, backprops)
+        if self._both is not None:
+            self._attempt(self._both.meet_again, record, backprops)
 
     def sums_of_others(
         self, record: Record, backprops: torch.Tensor, broken: torch.Tensor
@@ -402,6 +424,9 @@ class GhostPairing(Pairing):
         self._fired = []
         self._compared = []
         self._blanks, self._judged = None, False
+        if self._both is not None:
+            self._both.close()
+            self._both = None
         self._sums.begin()
 
     def _enter_round(self, record: Record) -> None:

@@ -97,7 +97,7 @@ class Record:
         self.further = False
         """Whether it has inputs besides the first, without which a replay were another call."""
         self.cast: torch.dtype | None = None
-        """The precision of autocast at the call of such a module, if it was on."""
+        """The precision of autocast at the call of such a module, if it was on; in ghost of any."""
         self.moments: Moments | None = None
         """Of the inputs of a normalisation, once they are known."""
 

@@ -1,0 +1,259 @@
+"""Ghost clipping: the second backward is the first one, with each person's loss multiplied.
+
+The norms are those of the first backward; what they clip is made by the second. Both begin at the
+losses, with a number ``w_i`` for each, and a backward is linear: the backprop ``b_i`` of a person
+at a call of a layer is ``w_i`` times the same vector in both. It is not where a hook clamps or
+normalises gradients on their way, or where that draws random numbers. So of each call a sketch of
+each person's backprop is kept, ``<b_i, r>`` for one random ``r``, and compared in the second
+backward. No backprop is kept.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dpguard import _compat
+from dpguard.noted.precision import autocast_of, full_precision
+from dpguard.numerics.probes import Probes
+from dpguard.numerics.rounding import LAMBDA
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dpguard.patches.ghost.pairing import GhostPairing
+    from dpguard.patches.model.records import Record
+
+__all__ = ["Differing", "PassRows"]
+
+_VISIBLE = 1e-3
+"""What differs by a smaller part of the longest clipped row of the batch moves no sum to speak of.
+
+Where nearly everything cancels on the way to a layer, its backprops are of rounding errors, which
+are others in the second backward; they may not be small beside the backprops themselves.
+"""
+_MOST = 1e30
+
+
+@dataclass(frozen=True)
+class Differing:
+    """By how much the calls of one batch differ between both backwards.
+
+    Attributes:
+        calls: the parameters of each call that could be compared, weakly.
+        figures: for each the largest difference of a person, as a part of what it may be.
+    """
+
+    calls: tuple[tuple[weakref.ref[torch.nn.Parameter], ...], ...]
+    figures: torch.Tensor
+
+    @property
+    def parameters(self) -> tuple[weakref.ref[torch.nn.Parameter], ...]:
+        """Those of all calls."""
+        return tuple(reference for call in self.calls for reference in call)
+
+    def parted(self, wanted: set[int]) -> tuple[Differing | None, Differing | None]:
+        """Calls that use parameters with these identities, and others whose parameters live."""
+        mine: list[int] = []
+        rest: list[int] = []
+        for i, call in enumerate(self.calls):
+            living = {id(p) for p in (reference() for reference in call) if p is not None}
+            if living:
+                (mine if living <= wanted else rest).append(i)
+        return self._only(mine), self._only(rest)
+
+    def _only(self, which: list[int]) -> Differing | None:
+        if len(which) == len(self.calls):
+            return self
+        if not which:
+            return None
+        calls = tuple(self.calls[i] for i in which)
+        return replace(self, calls=calls, figures=torch.stack([self.figures[i] for i in which]))
+
+
+@dataclass
+class _Call:
+    """One call that was met in the first backward, then in the second.
+
+    Attributes:
+        record: held, so that its identity stays.
+        sketch: of each person's backprop in the first backward, of shape ``(B,)``.
+        strength: how long the row of a backprop of length 1 may be.
+        length: numbers in the backprop of one person.
+        found: sketches and lengths in the second backward, of shape ``(2, B)``.
+    """
+
+    record: Record
+    sketch: torch.Tensor
+    strength: torch.Tensor
+    length: int
+    found: torch.Tensor | None = None
+
+
+class PassRows:
+    """Both backwards of one batch.
+
+    Args:
+        pairing: of the model.
+        losses: one for each person, of shape ``(B,)``, at which both backwards begin.
+    """
+
+    def __init__(self, pairing: GhostPairing, losses: torch.Tensor) -> None:
+        self._hooks = pairing.hooks
+        self._people = len(losses)
+        self._device = losses.device
+        self._kinds = {losses.dtype}
+        self._calls: dict[int, _Call | None] = {}
+        self._weights: list[torch.Tensor] = []
+        """By what the losses are multiplied in the backwards so far."""
+        self._norms: torch.Tensor | None = None
+        self._handle = _compat.hook_before_others(losses, self._on_losses)
+
+    @classmethod
+    def of(cls, pairing: GhostPairing, losses: torch.Tensor) -> PassRows | None:
+        """``None`` if the backwards of these losses cannot be compared."""
+        plain = type(losses) is torch.Tensor and losses.dim() == 1 and losses.is_floating_point()
+        if not (plain and pairing.computes and len(losses)) or losses.is_meta:
+            return None
+        if losses.grad_fn is None:
+            return None
+        return cls(pairing, losses)
+
+    def close(self) -> None:
+        """Both backwards are done, or will not be."""
+        self._handle.remove()
+
+    def _on_losses(self, weights: torch.Tensor) -> None:
+        self._weights.append(weights.detach().double())
+
+    @torch.no_grad()
+    def meet(self, record: Record, backprops: torch.Tensor) -> None:
+        """A call meets its backprop in the first backward."""
+        if id(record) in self._calls:
+            self._calls[id(record)] = None  # which of several is met again is not known
+            return
+        rows = self._rows(record, backprops)
+        if rows is None:
+            return
+        kinds = autocast_of(backprops), record.cast
+        self._kinds |= {backprops.dtype, *filter(None, kinds)}
+        self._kinds |= {a.dtype for a in record.activations or () if _is_float(a)}
+        with full_precision(rows):
+            sketch = _sketch_of(rows)
+        strength = self._strength(record, rows)
+        self._calls[id(record)] = _Call(record, sketch, strength, rows[0].numel())
+
+    @torch.no_grad()
+    def meet_again(self, record: Record, backprops: torch.Tensor) -> None:
+        """A call meets its backprop in the second backward."""
+        call = self._calls.get(id(record))
+        rows = self._rows(record, backprops) if call is not None else None
+        if call is None or rows is None or call.found is not None:
+            self._calls[id(record)] = None
+            return
+        with full_precision(rows):
+            call.found = torch.stack([_sketch_of(rows), _lengths(rows)])
+        if self._norms is None:
+            self._norms = self._total()
+
+    def _rows(self, record: Record, backprops: torch.Tensor) -> torch.Tensor | None:
+        """The backprops of one person each, in single precision at least.
+
+        ``None`` where it is not certain whose they are.
+        """
+        if type(backprops) is not torch.Tensor or not backprops.is_floating_point():
+            return None
+        if record.activations is None or record.kind.is_cell_layer:
+            return None
+        if record.order is not None or record.people is not None:
+            return None
+        if record.batch != self._people or backprops.dim() <= record.dimension:
+            return None
+        rows = backprops.detach().movedim(record.dimension, 0)
+        if len(rows) != self._people or not rows.numel() or rows.device != self._device:
+            return None
+        return rows.to(_compat.at_least_single(rows.dtype))
+
+    def _strength(self, record: Record, rows: torch.Tensor) -> torch.Tensor:
+        """How long the row of a person is at most, of a backprop of length 1."""
+        features, shape = rows.shape[-1], record.trained[0].shape
+        if len(shape) and shape[0] in rows.shape[1:]:
+            features = shape[0]
+        positions = rows[0].numel() / max(1, features)
+        first: Any = next(iter(record.activations or ()), None)
+        own = _is_float(first) and record.kind.measure is None and first.dim() > record.dimension
+        inputs = first.movedim(record.dimension, 0) if own else None
+        if inputs is None or len(inputs) != len(rows):  # e.g. normalised ones
+            return rows.new_full((len(rows),), math.sqrt(rows[0].numel()))
+        return (_lengths(inputs).to(rows.dtype).square() + positions).sqrt()
+
+    def _total(self) -> torch.Tensor | None:
+        """The norms of which clip factors are made."""
+        given = [getattr(p, "_norm_sample", None) for p in self._hooks.trainable_parameters]
+        known = [n.double().to(self._device) for n in given if isinstance(n, torch.Tensor)]
+        if not known or any(n.shape != (self._people,) for n in known):
+            return None
+        norms: torch.Tensor = torch.linalg.vector_norm(torch.stack(known), dim=0)
+        return norms
+
+    @torch.no_grad()
+    def compare(self) -> Differing | None:
+        """Both backwards are done."""
+        calls = [c for c in self._calls.values() if c is not None and c.found is not None]
+        if not calls or self._norms is None or len(self._weights) != 2:  # noqa: PLR2004
+            return None
+        first, second = self._weights
+        if first.shape != second.shape:
+            return None
+        times = second / first
+        sketches = torch.stack([c.sketch.double() for c in calls])
+        strengths = torch.stack([c.strength.double() for c in calls])
+        found = torch.stack([c.found.double() for c in calls], dim=1)  # type: ignore[union-attr]
+        own, low, least = self._roundings([c.length for c in calls])
+        clipped = (second * self._norms).nan_to_num(0.0, 0.0, 0.0).amax()
+        allowed = own * found[1] + max(_VISIBLE, low) * clipped / strengths
+        allowed += least * (1 + times.abs())
+        off = (found[0] - times * sketches).abs()
+        # What is not finite is another check's.
+        known = torch.isfinite(off) & torch.isfinite(allowed)
+        parts = (off / allowed).nan_to_num(0.0, _MOST).clamp(max=_MOST)
+        figures = torch.where(known, parts, torch.zeros_like(parts)).amax(dim=1)
+        return Differing(
+            tuple(tuple(weakref.ref(p) for p in c.record.trained) for c in calls), figures
+        )
+
+    def _roundings(self, lengths: Sequence[int]) -> tuple[torch.Tensor, float, torch.Tensor]:
+        """What backprops may differ by: relative, that of low precision, and at least."""
+        kinds = self._kinds | {p.dtype for p in self._hooks._module.parameters() if _is_float(p)}
+        unit = max(_compat.unit_roundoff(_compat.at_least_single(kind)) for kind in kinds)
+        low = max(_compat.operand_roundoff(k, self._device, convolves=True) for k in kinds)
+        least = max(map(_compat.underflow, kinds))
+        roots = torch.tensor(lengths, dtype=torch.float64).sqrt()[:, None].to(self._device)
+        low *= 4 * LAMBDA
+        return LAMBDA * unit * roots + low, low, LAMBDA * least * roots
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _lengths(rows: torch.Tensor) -> torch.Tensor:
+    wide = _compat.at_least_single(rows.dtype)
+    lengths: torch.Tensor = torch.linalg.vector_norm(rows.reshape(len(rows), -1), dim=1, dtype=wide)
+    return lengths
+
+
+def _sketch_of(rows: torch.Tensor) -> torch.Tensor:
+    """Of each of ``rows``, of shape ``(B, ...)``, the same sketch: one number."""
+    if rows.dim() == 1:
+        return rows.clone()
+    columns = rows.shape[-1]
+    along = rows.reshape(len(rows), -1, columns) @ _along.of(columns, rows.device, rows.dtype)
+    return along @ _across.of(along.shape[1], rows.device, rows.dtype)
+
+
+_along, _across = Probes(), Probes()
