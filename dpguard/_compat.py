@@ -218,7 +218,9 @@ def hook_before_others(tensor: torch.Tensor, hook: Callable[[Any], None]) -> Any
         The handle to remove it.
     """
     handle = tensor.register_hook(hook)
-    tensor._backward_hooks.move_to_end(handle.id, last=False)  # type: ignore[union-attr]
+    hooks: Any = tensor._backward_hooks
+    for key in [key for key in hooks if key != handle.id]:
+        hooks[key] = hooks.pop(key)  # torch goes by the order of a plain dictionary
     return handle
 
 

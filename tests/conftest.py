@@ -11,7 +11,7 @@ import torch
 
 import dpguard
 from dpguard.numerics.probes import Probes
-from dpguard.patches.ghost import pass_sums
+from dpguard.patches.ghost import pass_rows, pass_sums
 from dpguard.patches.model import pairing
 from dpguard.turns import Turns
 
@@ -46,6 +46,8 @@ def _reproducible(monkeypatch):
     monkeypatch.setattr(secrets, "randbelow", drawn.randrange)
     monkeypatch.setattr(pairing, "_probes", Probes())
     monkeypatch.setattr(pass_sums, "_sides", (Probes(), Probes()))
+    monkeypatch.setattr(pass_rows, "_along", Probes())
+    monkeypatch.setattr(pass_rows, "_across", Probes())
 
 
 @pytest.fixture(autouse=True)
