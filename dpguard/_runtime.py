@@ -144,11 +144,14 @@ class Runtime:
 
     def _checks(self) -> list[Check]:
         """What is looked at in each step besides the coverage, in this order."""
+        every, asks = self.settings.oracle_every, self.outputs is not None
         checks: list[Check] = [
             Sharded(),
             self._people,
             Ranks(self._deliveries),
             RowValues(self.ledger),
+            # Says better than what comes next why the backwards of ghost clipping differ.
+            *([NormOracle(self.ledger, every)] if asks else ()),
             PassValues(self.ledger),
             Untouched(),
             Accumulated(),
@@ -164,9 +167,7 @@ class Runtime:
             self.accounting,
         ]
         if self.outputs is not None:
-            every = self.settings.oracle_every
             checks.append(RowOracle(self.ledger, self.outputs, every))
-            checks.append(NormOracle(self.ledger, every))
         if self._losses is not None:
             checks.append(Loss(self._losses))
         return checks

@@ -442,10 +442,11 @@ _DIAGNOSES = {
         "the second backward of ghost clipping is not the first with each loss multiplied by its "
         "clip factor, so the clipped sum is not made of the rows that the norms are of, and what "
         "one person adds to it is not bounded",
-        "use grad_sample_mode='hooks', or take out what changes gradients on the way back: hooks "
-        "on activations, functions whose backward is not linear or draws random numbers "
-        "(clamp, sign, normalisation, dropout of gradients), checkpoints that do not restore the "
-        "random state",
+        "let no sample see another on its way through model and loss; use "
+        "grad_sample_mode='hooks', or take out what changes gradients on the way back: hooks on "
+        "activations, functions whose backward is not linear or draws random numbers (clamp, "
+        "sign, normalisation, dropout of gradients), checkpoints that do not restore the random "
+        "state",
         Severity.CRITICAL,
     ),
     NORM_OF_ROUNDING: Diagnosis(

@@ -21,8 +21,8 @@ from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.clip import SUM
 from dpguard.audit.rows import CONSERVATION
 from dpguard.noted.ledger import Ledger
+from dpguard.noted.passes import Differing
 from dpguard.numerics.rounding import LAMBDA
-from dpguard.patches.ghost.pass_rows import Differing
 
 if TYPE_CHECKING:
     from dpguard.patches.ghost.pass_sums import Sketched

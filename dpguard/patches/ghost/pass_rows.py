@@ -10,14 +10,14 @@ backward. No backprop is kept.
 
 from __future__ import annotations
 
-import math
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dpguard import _compat
+from dpguard.noted.passes import Differing
 from dpguard.noted.precision import autocast_of, full_precision
 from dpguard.numerics.probes import Probes
 from dpguard.numerics.rounding import LAMBDA
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dpguard.patches.ghost.pairing import GhostPairing
     from dpguard.patches.model.records import Record
 
-__all__ = ["Differing", "PassRows"]
+__all__ = ["PassRows"]
 
 _VISIBLE = 1e-3
 """What differs by a smaller part of the longest clipped row of the batch moves no sum to speak of.
@@ -39,42 +39,6 @@ are others in the second backward; they may not be small beside the backprops th
 _MOST = 1e30
 
 
-@dataclass(frozen=True)
-class Differing:
-    """By how much the calls of one batch differ between both backwards.
-
-    Attributes:
-        calls: the parameters of each call that could be compared, weakly.
-        figures: for each the largest difference of a person, as a part of what it may be.
-    """
-
-    calls: tuple[tuple[weakref.ref[torch.nn.Parameter], ...], ...]
-    figures: torch.Tensor
-
-    @property
-    def parameters(self) -> tuple[weakref.ref[torch.nn.Parameter], ...]:
-        """Those of all calls."""
-        return tuple(reference for call in self.calls for reference in call)
-
-    def parted(self, wanted: set[int]) -> tuple[Differing | None, Differing | None]:
-        """Calls that use parameters with these identities, and others whose parameters live."""
-        mine: list[int] = []
-        rest: list[int] = []
-        for i, call in enumerate(self.calls):
-            living = {id(p) for p in (reference() for reference in call) if p is not None}
-            if living:
-                (mine if living <= wanted else rest).append(i)
-        return self._only(mine), self._only(rest)
-
-    def _only(self, which: list[int]) -> Differing | None:
-        if len(which) == len(self.calls):
-            return self
-        if not which:
-            return None
-        calls = tuple(self.calls[i] for i in which)
-        return replace(self, calls=calls, figures=torch.stack([self.figures[i] for i in which]))
-
-
 @dataclass
 class _Call:
     """One call that was met in the first backward, then in the second.
@@ -82,16 +46,18 @@ class _Call:
     Attributes:
         record: held, so that its identity stays.
         sketch: of each person's backprop in the first backward, of shape ``(B,)``.
-        strength: how long the row of a backprop of length 1 may be.
+        inputs: how long the inputs of each person are; ``None`` if that says nothing of the rows.
+        positions: at how many places they are.
         length: numbers in the backprop of one person.
-        found: sketches and lengths in the second backward, of shape ``(2, B)``.
+        found: sketches and lengths in the second backward.
     """
 
     record: Record
     sketch: torch.Tensor
-    strength: torch.Tensor
+    inputs: torch.Tensor | None
+    positions: float
     length: int
-    found: torch.Tensor | None = None
+    found: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class PassRows:
@@ -144,8 +110,9 @@ class PassRows:
         self._kinds |= {a.dtype for a in record.activations or () if _is_float(a)}
         with full_precision(rows):
             sketch = _sketch_of(rows)
-        strength = self._strength(record, rows)
-        self._calls[id(record)] = _Call(record, sketch, strength, rows[0].numel())
+        length = rows.numel() // len(rows)
+        inputs, positions = self._inputs(record, rows, length)
+        self._calls[id(record)] = _Call(record, sketch, inputs, positions, length)
 
     @torch.no_grad()
     def meet_again(self, record: Record, backprops: torch.Tensor) -> None:
@@ -156,7 +123,7 @@ class PassRows:
             self._calls[id(record)] = None
             return
         with full_precision(rows):
-            call.found = torch.stack([_sketch_of(rows), _lengths(rows)])
+            call.found = _sketch_of(rows), _lengths(rows)
         if self._norms is None:
             self._norms = self._total()
 
@@ -173,31 +140,37 @@ class PassRows:
             return None
         if record.batch != self._people or backprops.dim() <= record.dimension:
             return None
-        rows = backprops.detach().movedim(record.dimension, 0)
+        rows = backprops.movedim(record.dimension, 0) if record.dimension else backprops
         if len(rows) != self._people or not rows.numel() or rows.device != self._device:
             return None
         return rows.to(_compat.at_least_single(rows.dtype))
 
-    def _strength(self, record: Record, rows: torch.Tensor) -> torch.Tensor:
-        """How long the row of a person is at most, of a backprop of length 1."""
+    @staticmethod
+    def _inputs(
+        record: Record, rows: torch.Tensor, length: int
+    ) -> tuple[torch.Tensor | None, float]:
+        """Lengths of the inputs that a row is the product of, and at how many places they are.
+
+        The row of a person is at most the root of the sum of their squares, of a backprop of
+        length 1. Each feature of inputs that were normalised, or chosen, counts as a place.
+        """
         features, shape = rows.shape[-1], record.trained[0].shape
         if len(shape) and shape[0] in rows.shape[1:]:
             features = shape[0]
-        positions = rows[0].numel() / max(1, features)
         first: Any = next(iter(record.activations or ()), None)
-        own = _is_float(first) and record.kind.measure is None and first.dim() > record.dimension
-        inputs = first.movedim(record.dimension, 0) if own else None
-        if inputs is None or len(inputs) != len(rows):  # e.g. normalised ones
-            return rows.new_full((len(rows),), math.sqrt(rows[0].numel()))
-        return (_lengths(inputs).to(rows.dtype).square() + positions).sqrt()
+        if _is_float(first) and record.kind.measure is None and first.dim() > record.dimension:
+            inputs = first.movedim(record.dimension, 0) if record.dimension else first
+            if len(inputs) == len(rows):
+                return _lengths(inputs), length / max(1, features)
+        return None, float(length)
 
     def _total(self) -> torch.Tensor | None:
         """The norms of which clip factors are made."""
         given = [getattr(p, "_norm_sample", None) for p in self._hooks.trainable_parameters]
-        known = [n.double().to(self._device) for n in given if isinstance(n, torch.Tensor)]
+        known = [n.to(self._device) for n in given if isinstance(n, torch.Tensor)]
         if not known or any(n.shape != (self._people,) for n in known):
             return None
-        norms: torch.Tensor = torch.linalg.vector_norm(torch.stack(known), dim=0)
+        norms: torch.Tensor = torch.linalg.vector_norm(torch.stack(known).double(), dim=0)
         return norms
 
     @torch.no_grad()
@@ -210,14 +183,14 @@ class PassRows:
         if first.shape != second.shape:
             return None
         times = second / first
-        sketches = torch.stack([c.sketch.double() for c in calls])
-        strengths = torch.stack([c.strength.double() for c in calls])
-        found = torch.stack([c.found.double() for c in calls], dim=1)  # type: ignore[union-attr]
+        sketches = torch.stack([c.sketch for c in calls]).double()
+        again, lengths = zip(*(c.found for c in calls), strict=True)
+        strengths = self._strengths(calls)
         own, low, least = self._roundings([c.length for c in calls])
         clipped = (second * self._norms).nan_to_num(0.0, 0.0, 0.0).amax()
-        allowed = own * found[1] + max(_VISIBLE, low) * clipped / strengths
+        allowed = own * torch.stack(lengths) + max(_VISIBLE, low) * clipped / strengths
         allowed += least * (1 + times.abs())
-        off = (found[0] - times * sketches).abs()
+        off = (torch.stack(again).double() - times * sketches).abs()
         # What is not finite is another check's.
         known = torch.isfinite(off) & torch.isfinite(allowed)
         parts = (off / allowed).nan_to_num(0.0, _MOST).clamp(max=_MOST)
@@ -226,13 +199,22 @@ class PassRows:
             tuple(tuple(weakref.ref(p) for p in c.record.trained) for c in calls), figures
         )
 
+    def _strengths(self, calls: Sequence[_Call]) -> torch.Tensor:
+        """How long the row of each person may be, of a backprop of length 1."""
+        none = torch.zeros(self._people, dtype=torch.float64, device=self._device)
+        inputs = torch.stack([none if c.inputs is None else c.inputs for c in calls])
+        return (inputs.square() + self._column([c.positions for c in calls])).sqrt()
+
+    def _column(self, numbers: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.float64)[:, None].to(self._device)
+
     def _roundings(self, lengths: Sequence[int]) -> tuple[torch.Tensor, float, torch.Tensor]:
         """What backprops may differ by: relative, that of low precision, and at least."""
         kinds = self._kinds | {p.dtype for p in self._hooks._module.parameters() if _is_float(p)}
         unit = max(_compat.unit_roundoff(_compat.at_least_single(kind)) for kind in kinds)
         low = max(_compat.operand_roundoff(k, self._device, convolves=True) for k in kinds)
         least = max(map(_compat.underflow, kinds))
-        roots = torch.tensor(lengths, dtype=torch.float64).sqrt()[:, None].to(self._device)
+        roots = self._column(lengths).sqrt()
         low *= 4 * LAMBDA
         return LAMBDA * unit * roots + low, low, LAMBDA * least * roots
 
@@ -242,8 +224,8 @@ def _is_float(value: Any) -> bool:
 
 
 def _lengths(rows: torch.Tensor) -> torch.Tensor:
-    wide = _compat.at_least_single(rows.dtype)
-    lengths: torch.Tensor = torch.linalg.vector_norm(rows.reshape(len(rows), -1), dim=1, dtype=wide)
+    # What is tiny is nothing once it is squared, unless in double precision.
+    lengths: torch.Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=torch.float64)
     return lengths
 
 
@@ -252,6 +234,8 @@ def _sketch_of(rows: torch.Tensor) -> torch.Tensor:
     if rows.dim() == 1:
         return rows.clone()
     columns = rows.shape[-1]
+    if rows.dim() == 2:  # noqa: PLR2004
+        return rows @ _along.of(columns, rows.device, rows.dtype)
     along = rows.reshape(len(rows), -1, columns) @ _along.of(columns, rows.device, rows.dtype)
     return along @ _across.of(along.shape[1], rows.device, rows.dtype)
 
