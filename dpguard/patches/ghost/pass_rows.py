@@ -225,7 +225,8 @@ def _is_float(value: Any) -> bool:
 
 def _lengths(rows: torch.Tensor) -> torch.Tensor:
     # What is tiny is nothing once it is squared, unless in double precision.
-    lengths: torch.Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=torch.float64)
+    flat = rows.reshape(len(rows), -1)
+    lengths: torch.Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)
     return lengths
 
 
