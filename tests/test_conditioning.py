@@ -179,7 +179,7 @@ def test_a_little_rounding_in_ghost_clipping(name):
 def test_much_rounding_in_ghost_clipping(name):
     """The second backward rounds in other ways than the norms it is clipped by."""
     found = trained(name, "ghost", lambda shape: flat(shape, level=1e5, spread=1e-2))
-    assert found == {"norm_of_rounding"}
+    assert found - {"passes_differ"} == {"norm_of_rounding"}  # so do layers before it
 
 
 # -- what is measured ------------------------------------------------------------------------------
