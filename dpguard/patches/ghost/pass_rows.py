@@ -206,7 +206,8 @@ class PassRows:
         return (inputs.square() + self._column([c.positions for c in calls])).sqrt()
 
     def _column(self, numbers: Sequence[float]) -> torch.Tensor:
-        return torch.tensor(numbers, dtype=torch.float64)[:, None].to(self._device)
+        column = torch.tensor(numbers, dtype=torch.float64, device="cpu").unsqueeze(1)
+        return column.to(self._device, non_blocking=True)
 
     def _roundings(self, lengths: Sequence[int]) -> tuple[torch.Tensor, float, torch.Tensor]:
         """What backprops may differ by: relative, that of low precision, and at least."""
