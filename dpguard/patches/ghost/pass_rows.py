@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 __all__ = ["PassRows"]
 
 _VISIBLE = 1e-3
-"""What differs by a smaller part of the longest clipped row of the batch moves no sum to speak of.
+"""What differs by a smaller part of the clip bound moves no sum to speak of.
 
-Where nearly everything cancels on the way to a layer, its backprops are of rounding errors, which
-are others in the second backward; they may not be small beside the backprops themselves.
+Where nearly everything cancels on the way to a layer, or at a loss whose answer is certain, its
+backprops are of rounding errors, which are others in the second backward; they may not be small
+beside the backprops themselves.
 """
 _MOST = 1e30
 
@@ -187,7 +188,8 @@ class PassRows:
         again, lengths = zip(*(c.found for c in calls), strict=True)
         strengths = self._strengths(calls)
         own, low, least = self._roundings([c.length for c in calls])
-        clipped = (second * self._norms).nan_to_num(0.0, 0.0, 0.0).amax()
+        # Also in the units of a loss that was scaled.
+        clipped = (second * (self._norms + self._bound())).nan_to_num(0.0, 0.0, 0.0).amax()
         allowed = own * torch.stack(lengths) + max(_VISIBLE, low) * clipped / strengths
         allowed += least * (1 + times.abs())
         off = (torch.stack(again).double() - times * sketches).abs()
@@ -198,6 +200,10 @@ class PassRows:
         return Differing(
             tuple(tuple(weakref.ref(p) for p in c.record.trained) for c in calls), figures
         )
+
+    def _bound(self) -> float:
+        """The bound that rows are clipped to, if it is a number; nothing else is known of it."""
+        return _compat.plain_number(getattr(self._hooks, "max_grad_norm", None)) or 0.0
 
     def _strengths(self, calls: Sequence[_Call]) -> torch.Tensor:
         """How long the row of each person may be, of a backprop of length 1."""
