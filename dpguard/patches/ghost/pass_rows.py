@@ -169,7 +169,7 @@ class PassRows:
         """The norms of which clip factors are made."""
         given = [getattr(p, "_norm_sample", None) for p in self._hooks.trainable_parameters]
         known = [n.to(self._device) for n in given if isinstance(n, torch.Tensor)]
-        if not known or any(n.shape != (self._people,) for n in known):
+        if not known or any(n.shape != (self._people,) or n.is_complex() for n in known):
             return None
         norms: torch.Tensor = torch.linalg.vector_norm(torch.stack(known).double(), dim=0)
         return norms
