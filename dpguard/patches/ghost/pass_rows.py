@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PassRows"]
 
-_VISIBLE = 1e-3
+_VISIBLE = 1e-2
 """What differs by a smaller part of the clip bound moves no sum to speak of.
 
 Where nearly everything cancels on the way to a layer, or at a loss whose answer is certain, its
