@@ -153,12 +153,14 @@ class PassRows:
         """Lengths of the inputs that a row is the product of, and at how many places they are.
 
         The row of a person is at most the root of the sum of their squares, of a backprop of
-        length 1. Each feature of inputs that were normalised, or chosen, counts as a place.
+        length 1. Each feature of inputs that were normalised counts as a place, and each token.
         """
         features, shape = rows.shape[-1], record.trained[0].shape
         if len(shape) and shape[0] in rows.shape[1:]:
             features = shape[0]
         first: Any = next(iter(record.activations or ()), None)
+        if isinstance(first, torch.Tensor) and not _is_float(first):
+            return None, length / rows.shape[-1]
         if _is_float(first) and record.kind.measure is None and first.dim() > record.dimension:
             inputs = first.movedim(record.dimension, 0) if record.dimension else first
             if len(inputs) == len(rows):
