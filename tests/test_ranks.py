@@ -38,10 +38,13 @@ class Rank:
         places = self.deliveries.reader(self.optimizer).places
         places.note(0, batch, indices, [data[indices]])
 
-    def step(self):
+    def step(self, *, refused=False):
         step = Step(self.number, audited=True, optimizer="", physical=1)
-        self.number += 1
-        return [failure.cause for failure in self.check.begin(step, self.optimizer)]
+        failures = self.check.begin(step, self.optimizer)
+        if not refused:
+            self.number += 1
+            self.check.before_update(step, self.optimizer)
+        return [failure.cause for failure in failures]
 
 
 @pytest.fixture
@@ -106,6 +109,18 @@ def test_a_schedule_that_one_rank_does_not_follow(group):
     optimizers[0].max_grad_norm = 0.1
     assert step() == [[], []]
     assert step() == [[diagnosis.RANKS_BOUNDS_DIFFER]] * 2
+
+
+def test_a_step_that_is_refused(group):
+    """It comes again, perhaps with another bound, while the other rank has taken its own."""
+    one, other, step = group(*(optimizers := [DistributedOptimizer(), DistributedOptimizer()]))
+    assert step() == [[], []]
+    optimizers[1].max_grad_norm = 5.0
+    assert other.step(refused=True) == []
+    optimizers[1].max_grad_norm = 1.0
+    for _ in range(4):
+        assert step() == [[], []]
+    assert one.number == other.number
 
 
 def draws(kind, number):

@@ -109,11 +109,17 @@ class Ranks(Check):
         if state.store is None or step.physical > 1:
             return ()
         failures = self._read(state, state.store, optimizer)
-        if step.number < BATCHES:
-            self._leave(state, state.store, step, optimizer)
-        if failures or not state.awaited or step.number > _PATIENCE:
+        is_done = step.number >= BATCHES and not state.awaited
+        if failures or is_done or step.number > _PATIENCE:
             state.store = None  # once is enough
         return failures
+
+    def before_update(self, step: Step, optimizer: Any) -> Failures:
+        """The step is taken: one that is refused may come again with another bound."""
+        state = self._states.of(optimizer)
+        if state.store is not None and step.number < BATCHES:
+            self._leave(state, state.store, step, optimizer)
+        return ()
 
     def _leave(self, state: _State, store: Store, step: Step, optimizer: Any) -> None:
         """Leave what is known of this step for the other ranks."""
