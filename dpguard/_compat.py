@@ -1518,7 +1518,6 @@ def own_collate(collate: Any) -> Any:
     return None if collate is _torch().utils.data.default_collate else collate
 
 
-@functools.lru_cache(maxsize=1)
 def is_orderly(batch_sampler: Any) -> bool:
     """Whether batches are of one size, as those of torch's loaders are, whatever the order."""
     return type(batch_sampler) is _torch().utils.data.BatchSampler

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
+import weakref
 
 import pytest
 import torch
@@ -191,3 +193,25 @@ def test_lengths_that_are_not_known():
         parts.train(5)
         guard.flush()
     assert guard.status().parts_off == guard.violations == ()
+
+
+def test_samplers_are_not_kept_and_need_no_hash():
+    """What is known of one goes with it."""
+
+    class Equal(Own):
+        __hash__ = None
+
+        def __eq__(self, other):
+            return isinstance(other, Equal)
+
+    with dpguard.install(mode="strict") as guard:
+        parts = Parts()
+        loader = torch.utils.data.DataLoader(parts.loader.dataset, batch_sampler=Equal("shuffled"))
+        gone = weakref.ref(loader.batch_sampler)
+        parts.loader = loader
+        parts.train(3)
+        guard.flush()
+        del loader, parts.loader
+        gc.collect()
+        assert gone() is None
+    assert guard.status().parts_off == ()
