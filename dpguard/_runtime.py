@@ -144,14 +144,14 @@ class Runtime:
 
     def _checks(self) -> list[Check]:
         """What is looked at in each step besides the coverage, in this order."""
-        every, asks = self.settings.oracle_every, self.outputs is not None
+        every = self.settings.oracle_every
         checks: list[Check] = [
             Sharded(),
             self._people,
             Ranks(self._deliveries),
             RowValues(self.ledger),
             # Says better than what comes next why the backwards of ghost clipping differ.
-            *([NormOracle(self.ledger, every)] if asks else ()),
+            *([] if self.outputs is None else [NormOracle(self.ledger, every)]),
             PassValues(self.ledger),
             Untouched(),
             Accumulated(),

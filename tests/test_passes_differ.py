@@ -7,6 +7,7 @@ import torch
 from opacus import PrivacyEngine
 from releases import needs_ghost
 from shuffled import violations
+from test_check_passes import train
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -112,14 +113,6 @@ def private(model, dtype=torch.float32, reduction="mean", size=8):
         poisson_sampling=False,
         grad_sample_mode="ghost",
     )
-
-
-def train(model, optimizer, criterion, loader, epochs=1):
-    for _ in range(epochs):
-        for x, y in loader:
-            optimizer.zero_grad()
-            criterion(model(x), y).backward()
-            optimizer.step()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -28,7 +28,15 @@ from typing import Any, NamedTuple
 import torch
 
 from dpguard import _compat, diagnosis
-from dpguard.audit.by_hand import RATE, SAMPLING, SIGMA, STEPS, ByHand
+from dpguard.audit.by_hand import (
+    RATE,
+    SAMPLING,
+    SIGMA,
+    STEPS,
+    ByHand,
+    drawn_beyond,
+    is_orderly,
+)
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.histories import Entry, Seen, entry_of, merged, steps_in
 from dpguard.audit.update import KEEP_EVERY, KEEP_FIRST
@@ -551,20 +559,15 @@ def _unaccounted(state: _State, step: Step) -> list[Failure]:
 
 def _compare_sampling(step: Step, base: float, book: _Book) -> list[Failure]:
     """Whether batches are drawn as the accountant assumes, said once of it."""
-    # With all people in each step nothing is assumed of how they are drawn.
-    passes = step.passes
-    bypasses = step.bypasses or (passes is not None and passes.are_orderly and base < 1)
+    bypasses = step.bypasses or is_orderly(step, base)
     seen = (book.is_poisson is False and base < 1) or (book.is_poisson and step.rates)
-    failures = []
+    failures = drawn_beyond(step, base)
     if seen or bypasses:
         step.run(SAMPLING, count=1)
         prepared = book.is_poisson is not None and (step.bypasses or book.is_poisson)
         cause = diagnosis.LOADER_BYPASSED if bypasses and prepared else diagnosis.NOT_POISSON
         if bypasses or not book.is_poisson:
             failures.append(Failure(SAMPLING, cause))
-    if passes is not None and passes.exceed(base):
-        step.run(RATE, count=1)
-        failures.append(Failure(RATE, diagnosis.RATE_EXCEEDED))
     for failure in failures:
         step.fail(failure)
     return [said for failure in failures for said in _once(failure, book)]

@@ -19,7 +19,7 @@ from dpguard.audit.histories import Seen, steps_in
 from dpguard.identity import IdentityMap
 from dpguard.patching import living
 
-__all__ = ["RATE", "SAMPLING", "SIGMA", "STEPS", "ByHand"]
+__all__ = ["RATE", "SAMPLING", "SIGMA", "STEPS", "ByHand", "drawn_beyond", "is_orderly"]
 
 STEPS = "accounting.steps"
 SIGMA = "accounting.sigma"
@@ -27,8 +27,8 @@ RATE = "accounting.rate"
 SAMPLING = "accounting.sampling"
 _OFTEN = 3
 """How many times an accountant has been told something before it is said that it lacks steps."""
-_FINDS = frozenset((0, 1_000, 10_000, 100_000))
-"""After so many steps all objects of the process are looked through for accountants."""
+_FINDS = frozenset((1_000, 10_000, 100_000))
+"""After so many steps all objects of the process are looked through for accountants once more."""
 _EXACT = 1e-9
 
 
@@ -40,11 +40,13 @@ class _Taken:
         steps: that it has taken.
         is_noised: one of them had noise.
         asked: it was asked whether anybody is told of batches that an engine's loader has drawn.
+        sought: accountants were looked for before its first step.
     """
 
     steps: int = 0
     is_noised: bool = False
     asked: bool = False
+    sought: bool = False
 
 
 @dataclass
@@ -110,7 +112,9 @@ class ByHand:
 
         A hook of somebody's own tells an accountant before the step is looked at.
         """
-        if not self._optimizers.of(optimizer).steps:
+        taken = self._optimizers.of(optimizer)
+        if not taken.sought:
+            taken.sought = True
             self._find(0)
 
     def look(
@@ -124,6 +128,7 @@ class ByHand:
             sigma: the noise multiplier of the step, if that is known.
             of_engine: its batch was drawn for an engine's accountant.
         """
+        self.begin(optimizer)
         taken = self._optimizers.of(optimizer)
         asks = of_engine and taken.steps == 1
         is_found = (asks or taken.steps in _FINDS) and self._find(taken.steps)
@@ -213,18 +218,30 @@ class ByHand:
             step.run(RATE, count=1)
             if not rate >= hand.rate * (1 - _EXACT):
                 causes.append((RATE, diagnosis.TOLD_RATE))
-        if step.passes is not None and step.passes.are_orderly and rate < 1:
+        if is_orderly(step, rate):
             step.run(SAMPLING, count=1)
             causes.append((SAMPLING, diagnosis.NOT_POISSON))
-        if step.passes is not None and step.passes.exceed(rate):
-            step.run(RATE, count=1)
-            causes.append((RATE, diagnosis.RATE_EXCEEDED))
         hand.tell(taken)
         if hand.lacks(taken):
             causes.append((STEPS, diagnosis.TOLD_LESS))
-        failures = [Failure(*found) for found in causes]
+        failures = [*(Failure(*found) for found in causes), *drawn_beyond(step, rate)]
         for failure in failures:
             step.fail(failure)
         new = [failure for failure in failures if failure.cause not in hand.said]
         hand.said.update(failure.cause for failure in new)
         return new
+
+
+def is_orderly(step: Step, rate: float) -> bool:
+    """Whether the loader of the steps does no Poisson sampling, at a rate at which that matters."""
+    # With all people in each step nothing is assumed of how they are drawn.
+    return step.passes is not None and step.passes.are_orderly and rate < 1
+
+
+def drawn_beyond(step: Step, rate: float) -> list[Failure]:
+    """Whether that loader draws more people than the rate that was told lets expect."""
+    share = None if step.passes is None else step.passes.beyond(rate)
+    if share is None:
+        return []
+    step.run(RATE, count=1)
+    return [Failure(RATE, diagnosis.RATE_EXCEEDED, figure=share, bound=rate)]

@@ -124,7 +124,7 @@ class Noise(Check):
         if self._chosen.has(step.number, _STREAM_EVERY, _STREAM_FIRST):
             stream.begin(optimizer)
         failures: list[Failure] = []
-        if stream.take(optimizer):
+        if stream.has_come_again(optimizer):
             failures = [Failure(FRESH, diagnosis.NOISE_SET_BACK)]
         if step.audited:
             state.std = step.noise_std(optimizer)

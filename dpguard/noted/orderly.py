@@ -37,8 +37,8 @@ class Passes:
         >>> passes = Passes(1000)
         >>> for start in range(0, 1000, 50):
         ...     passes.take(range(start, start + 50), in_pass=1, planned=20)
-        >>> passes.are_orderly, passes.exceed(0.05), passes.exceed(0.01)
-        (True, False, True)
+        >>> passes.are_orderly, passes.beyond(0.05), passes.beyond(0.01)
+        (True, None, 0.05)
     """
 
     def __init__(self, count: int, *, are_orderly: bool = False) -> None:
@@ -70,11 +70,13 @@ class Passes:
         if len(self._drawn) == planned:
             self._close()
 
-    def exceed(self, rate: float) -> bool:
-        """Whether more people were drawn than this sample rate lets expect."""
+    def beyond(self, rate: float) -> float | None:
+        """The rate at which people were drawn, if that is more than this one lets expect."""
         if not self._batches or not self._count or not 0 < rate < 1:
-            return False
-        return is_too_many(self._people, self._batches, self._count, rate)
+            return None
+        if not is_too_many(self._people, self._batches, self._count, rate):
+            return None
+        return self._people / (self._batches * self._count)
 
     def _close(self) -> None:
         self._batches += len(self._drawn)

@@ -30,13 +30,12 @@ class Stream:
         self._owner: Callable[[], Any] = lambda: None
         self._begun: bytes | None = None
 
-    def take(self, optimizer: Any) -> int:
-        """How often it was where noise of this optimizer had begun, if that is more than once."""
-        times = self._times.get(optimizer, 0)
-        if times > 1:
-            self._times.pop(optimizer)
-            return times
-        return 0
+    def has_come_again(self, optimizer: Any) -> bool:
+        """Whether it was more than once where noise of this optimizer had begun; told once."""
+        if self._times.get(optimizer, 0) <= 1:
+            return False
+        self._times.pop(optimizer)
+        return True
 
     def begin(self, optimizer: Any) -> None:
         """Noise is about to be drawn."""

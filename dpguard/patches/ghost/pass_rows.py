@@ -180,7 +180,7 @@ class PassRows:
     def compare(self) -> Differing | None:
         """Both backwards are done."""
         calls = [c for c in self._calls.values() if c is not None and c.found is not None]
-        if not calls or self._norms is None or len(self._weights) != 2:  # noqa: PLR2004
+        if not calls or self._norms is None or len(self._weights) != 2:  # noqa: PLR2004 - backwards
             return None
         first, second = self._weights
         if first.shape != second.shape:
