@@ -5,9 +5,9 @@ longer bounds what one person changes. Buffers that are updated from samples lea
 altogether, and so do weights of an embedding with ``max_norm``, which its forward changes where
 they are those of tokens in the batch. Opacus's validator looks at the kinds of layers before
 training; here it is noted what is really used. Models without such parts lose their hook after the
-first forwards, in which buffers may yet be made. Where a BatchNorm runs without gradients in a model
-that is trained through, its output is taken to be used; where no forward around it has gradients,
-its running statistics are buffers that change.
+first forwards, in which buffers may yet be made. Where a BatchNorm runs without gradients in a
+model that is trained through, its output is taken to be used; where no forward around it has
+gradients, its running statistics are buffers that change.
 
 A buffer that is written through ``.data`` keeps its version. So the bits of each are added up as
 integers before and after the forwards that are looked at, which is exact in whatever order that
