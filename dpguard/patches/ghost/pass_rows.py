@@ -30,12 +30,13 @@ if TYPE_CHECKING:
 
 __all__ = ["PassRows"]
 
-_VISIBLE = 1e-2
-"""What differs by a smaller part of the clip bound moves no sum to speak of.
+_VISIBLE = 5e-2
+"""What differs by a smaller part of the clip bound is not told from rounding.
 
 Where nearly everything cancels on the way to a layer, or at a loss whose answer is certain, its
 backprops are of rounding errors, which are others in the second backward; they may not be small
-beside the backprops themselves.
+beside the backprops themselves. In a transformer in single precision whose weights noise has blown
+up (C = 10, sigma = 1, three people in a batch) they are 0.03 of the bound.
 """
 _MOST = 1e30
 
@@ -153,7 +154,8 @@ class PassRows:
         """Lengths of the inputs that a row is the product of, and at how many places they are.
 
         The row of a person is at most the root of the sum of their squares, of a backprop of
-        length 1. Each feature of inputs that were normalised counts as a place, and each token.
+        length 1; of normalised inputs, whose mean square is 1, if the backprop is as long in each
+        feature.
         """
         features, shape = rows.shape[-1], record.trained[0].shape
         if len(shape) and shape[0] in rows.shape[1:]:
@@ -161,11 +163,12 @@ class PassRows:
         first: Any = next(iter(record.activations or ()), None)
         if isinstance(first, torch.Tensor) and not _is_float(first):
             return None, length / rows.shape[-1]
+        places = length / max(1, features)
         if _is_float(first) and record.kind.measure is None and first.dim() > record.dimension:
             inputs = first.movedim(record.dimension, 0) if record.dimension else first
             if len(inputs) == len(rows):
-                return _lengths(inputs), length / max(1, features)
-        return None, float(length)
+                return _lengths(inputs), places
+        return None, places
 
     def _total(self) -> torch.Tensor | None:
         """The norms of which clip factors are made."""
