@@ -78,6 +78,7 @@ class _Span:
         """Guard with these settings again."""
         self.guard = _state["guard"] = guard = Guard(self.settings, self)
         try:
+            _check_files(self.settings)
             guard._start()
         except Exception as error:  # noqa: BLE001 - a block of the host's is left
             guard._on_failure(error)
@@ -163,7 +164,10 @@ class Guard:
 
     @property
     def internal_errors(self) -> tuple[tuple[str, Exception], ...]:
-        """Errors of dpguard itself, each with the part that was switched off by it."""
+        """Errors of dpguard itself, each with the part that was switched off by it.
+
+        Their tracebacks are notes (``__notes__``), which keep nothing alive.
+        """
         return tuple(self._runtime.internal_errors) if self._runtime else ()
 
     def coverage(self) -> dict[str, CheckCount]:
@@ -237,19 +241,9 @@ class Guard:
                 _state["guard"] = None
 
     def _start(self) -> None:
-        if self.settings.log_dir is not None or self.settings.key_file is not None:
-            self._check_files()
         if not _interpreter_is_starting() and _opacus_is_missing():
             self._cannot_guard(_no_opacus())
         self._stop_waiting = when_imported("opacus", self._on_opacus, on_error=self._on_failure)
-
-    def _check_files(self) -> None:
-        from dpguard.log import sink
-
-        if self.settings.log_dir is not None:
-            sink.check_log_dir(self.settings.log_dir)
-        if self.settings.key_file is not None:
-            sink.read_key(self.settings.key_file)
 
     def _on_opacus(self, _module: ModuleType) -> None:
         """Opacus has been imported: apply the patches; reloaded: patch what is new in it."""
@@ -293,6 +287,17 @@ class Guard:
         sink.say(f"dpguard: {problem}; training runs unguarded.")
 
 
+def _check_files(settings: Settings) -> None:
+    if settings.log_dir is None and settings.key_file is None:
+        return
+    from dpguard.log import sink
+
+    if settings.log_dir is not None:
+        sink.check_log_dir(settings.log_dir)
+    if settings.key_file is not None:
+        sink.read_key(settings.key_file)
+
+
 def _interpreter_is_starting() -> bool:
     """Whether a ``.pth`` file imports us: the search path is not complete then."""
     startup = sys.modules.get("_dpguard_startup")
@@ -327,7 +332,7 @@ def install(
 
     Settings that are not given, or ``None``, come from the environment. If dpguard is active
     already with the same settings, its guard is returned; with others it is uninstalled and
-    installed anew, until a ``with`` block of the new guard is left.
+    installed anew, until a ``with`` block of the new guard is left. If that fails, it goes on.
 
     Args:
         mode: ``"repair"``, ``"observe"``, ``"strict"`` or ``"off"`` (``DPGUARD``).
@@ -364,10 +369,12 @@ def install(
     )
     with _lock:
         current: Guard | None = _state["guard"]
+        if current is not None and current.settings == wanted and not current._ending:
+            current._span.install()
+            return current
+        if wanted.mode is not Mode.OFF:
+            _check_files(wanted)
         if current is not None:
-            if current.settings == wanted and not current._ending:
-                current._span.install()
-                return current
             current._span.make_way()
         guard = Guard(wanted)
         if current is not None:
@@ -379,6 +386,8 @@ def install(
             guard._start()
         except BaseException:
             guard.uninstall()
+            if current is not None:
+                current._span.resume()
             raise
         return guard
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -365,6 +366,7 @@ class Runtime:
         )
         if os.environ.get("DPGUARD_RAISE_INTERNAL") == "1":
             raise error
+        _leave_frames(error)
 
     @property
     def parts_off(self) -> tuple[str, ...]:
@@ -386,6 +388,17 @@ class Runtime:
         """What :meth:`flush` would raise."""
         self._attempt("flush", self.auditor.flush)
         return self.auditor.take_overdue()
+
+
+def _leave_frames(error: BaseException) -> None:
+    """Keep the traceback as a note: its frames have the model, the batch and the graph.
+
+    An exception in whose handling it came is left alone: it may be the host's.
+    """
+    note = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    # As add_note() does it from Python 3.11 on.
+    error.__notes__ = [*getattr(error, "__notes__", ()), note]  # type: ignore[attr-defined]
 
 
 def _removed(target: str, *, whole: bool) -> PatchEvent:

@@ -167,9 +167,13 @@ def _mode(source: str, value: object) -> Mode:
 def _path(source: str, value: object) -> Path:
     from pathlib import Path
 
-    if not isinstance(value, (str, os.PathLike)) or "\0" in str(value):
+    given = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(given, str) or "\0" in given:
         raise _invalid(source, value, "paths")
-    return Path(value).expanduser().absolute()
+    try:
+        return Path(given).expanduser().absolute()
+    except (RuntimeError, OSError) as error:  # nobody's home, or no working directory
+        raise _invalid(source, value, f"paths that can be found from here ({error})") from error
 
 
 def _positive(source: str, value: object) -> int:
@@ -180,9 +184,13 @@ def _natural(source: str, value: object) -> int:
     return _whole(source, value, 0)
 
 
+_DIGITS = 18
+
+
 def _whole(source: str, value: object, least: int) -> int:
     text = str(value)
-    if isinstance(value, bool) or not text.isascii() or not text.isdigit() or int(text) < least:
+    is_whole = text.isascii() and text.isdigit() and not isinstance(value, bool)
+    if not is_whole or len(text) > _DIGITS or int(text) < least:
         raise _invalid(source, value, f"whole numbers from {least} on")
     return int(text)
 

@@ -10,10 +10,13 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar, overload
 
-__all__ = ["GONE", "IdentityMap", "IdentitySet", "weakly"]
+__all__ = ["GONE", "UNCOUNTED", "IdentityMap", "IdentitySet", "version_of", "weakly"]
 
 GONE: Any = object()
 """Stands for an object that lives no more."""
+
+UNCOUNTED = -1
+"""The version of what does not count its changes."""
 
 _T = TypeVar("_T")
 _D = TypeVar("_D")
@@ -29,6 +32,18 @@ def weakly(found: Any) -> Callable[[], Any]:
     except TypeError:
         return lambda: found
     return lambda: GONE if (living := reference()) is None else living
+
+
+def version_of(found: Any) -> int:
+    """How often a tensor was changed in place; ``UNCOUNTED`` of what does not count that.
+
+    Tensors that are made under ``torch.inference_mode()`` raise when they are asked.
+    """
+    try:
+        version: int = found._version
+    except (AttributeError, RuntimeError):
+        return UNCOUNTED
+    return version
 
 
 class _Reference(weakref.ref[Any]):

@@ -244,6 +244,31 @@ def test_bad_settings_leave_the_guard_there_is(unchanged):
     Training().step()
 
 
+@pytest.mark.parametrize("what", ["log_dir", "key_file"])
+def test_files_that_fail_leave_the_guard_there_is(unchanged, tmp_path, what):
+    """A directory that cannot be written, or a key that is not there, likewise; in a block as well."""
+    (tmp_path / "file").touch()
+    for in_block in (False, True):
+        guard = dpguard.install(mode="strict")
+        with guard if in_block else contextlib.nullcontext():
+            with pytest.raises(dpguard.SettingsError, match=what.upper()[:3]):
+                dpguard.install(**{what: tmp_path / "file" / "below"})
+            assert dpguard.active() is guard
+            assert guard.status().state == "active"
+
+
+def test_an_activation_that_fails_gives_back_the_guard_there_was(unchanged, monkeypatch):
+    """Nobody trains unguarded because a second install has not come to its end."""
+    first = dpguard.install(mode="observe")
+    with monkeypatch.context() as patched:
+        fail_at(patched, 7)
+        with pytest.raises(dpguard.DPGuardError, match=r"in the middle.*strict refuses"):
+            dpguard.install(mode="strict")
+    now = dpguard.active()
+    assert (now.settings, now.status().state) == (first.settings, "active")
+    now.uninstall()
+
+
 def test_each_class_is_wrapped_once(guard):
     """A class that is reached on two ways is patched once."""
     from opacus.optimizers import SimpleDistributedPerLayerOptimizer

@@ -6,6 +6,7 @@ import collections
 import gc
 import json
 import threading
+import weakref
 
 import pytest
 import torch
@@ -933,6 +934,29 @@ def test_ghost_clipping_keeps_its_bits():
     assert same(*ends)
 
 
+@pytest.mark.parametrize("mode", ["hooks", pytest.param("ghost", marks=needs_ghost)])
+def test_steps_in_inference_mode(mode):
+    """Nothing could be added in place to what is kept of such a step; it is audited all the same."""
+    ends = []
+    for setting in ("off", "repair"):
+        with dpguard.install(mode=setting) as active:
+            torch.manual_seed(2)
+            options, criterion = {}, nn.CrossEntropyLoss()
+            if mode == "ghost":
+                options = {"criterion": criterion, "grad_sample_mode": "ghost"}
+            model, optimizer, *given, loader = private(MLP(), **options)
+            for x, y in loader:
+                optimizer.zero_grad(set_to_none=True)
+                (given[0] if given else criterion)(model(x), y).backward()
+                with torch.inference_mode():
+                    optimizer.step()
+            ends.append([p.detach().clone() for p in model.parameters()])
+    assert same(*ends)
+    assert is_ok(active.last_step)
+    assert active.last_step.checks["noise.scale"].verdict == "pass"
+    assert active.internal_errors == ()
+
+
 # -- errors of our own ---------------------------------------------------------------------------------
 
 
@@ -960,6 +984,43 @@ def test_an_internal_error_is_said_once_and_training_goes_on(monkeypatch, capfd)
     assert guard.status().steps == 1, "the part is off from then on"
     assert guard.status().parts_off == ("audit",)
     assert "parts_off=audit" in repr(guard)
+
+
+def test_an_internal_error_keeps_nothing_alive(monkeypatch):
+    """Its traceback is there to be reported, the model, the batch and the graph are not."""
+    monkeypatch.delenv("DPGUARD_RAISE_INTERNAL", raising=False)
+
+    def examine(*_):
+        return 1 / 0
+
+    monkeypatch.setattr(coverage, "examine", examine)
+
+    def train():
+        training, batch = Training(), torch.randn(4, 6)
+        training.backward(batch)
+        training.optimizer.step()
+        return [weakref.ref(found) for found in (training.model, training.optimizer, batch)]
+
+    with dpguard.install(mode="repair") as guard:
+        kept = train()
+        ((_, error),) = guard.internal_errors
+        gc.collect()
+        assert [reference() for reference in kept] == [None, None, None]
+        assert "in examine" in error.__notes__[-1]
+
+
+def test_an_internal_error_leaves_the_exception_that_it_came_in_alone(monkeypatch):
+    """An exception of the host that is on its way keeps its own traceback."""
+    monkeypatch.delenv("DPGUARD_RAISE_INTERNAL", raising=False)
+    monkeypatch.setattr(Noise, "forget", lambda *_: 1 / 0)
+    with dpguard.install(mode="repair") as guard:
+        training = Training(sigma=1.0)
+        training.backward()
+        monkeypatch.setattr(training.optimizer, "add_noise", lambda: next(iter(())))
+        with pytest.raises(StopIteration) as raised:
+            training.optimizer.step()
+        assert [part for part, _ in guard.internal_errors] == ["Noise"]
+    assert raised.traceback[-1].name == "<lambda>"
 
 
 def test_the_log_ends_with_the_parts_that_are_off(monkeypatch, tmp_path):

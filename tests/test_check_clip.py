@@ -19,7 +19,9 @@ from torch import nn
 import dpguard
 from dpguard import diagnosis
 from dpguard.audit import clip as clip_module
-from dpguard.audit.clip import BOUND, SKETCH_EVERY, SUM, TRIALS
+from dpguard.audit.clip import BOUND, SKETCH_EVERY, SUM, TRIALS, Clip
+from dpguard.noted.ledger import Ledger
+from dpguard.numerics.rows import Rows
 
 pytestmark = [
     needs_reshaping,
@@ -350,6 +352,21 @@ def test_a_sum_that_opacus_itself_gets_wrong():
         assert "body.0.weight" in wrong[0].parameters
         assert wrong[0].severity.value == "CRITICAL"
         assert wrong[0].figure > wrong[0].bound
+
+
+def test_what_rounding_may_do_depends_on_the_model_and_not_on_the_one_before():
+    """A sum over ten million elements is rounded by more than one over ten, in any order."""
+
+    def rows(elements):
+        p = nn.Parameter(torch.zeros(elements))
+        p.grad_sample = torch.ones(1, elements)
+        return Rows.of([p])
+
+    small, large = rows(10), rows(10_000_000)
+    alone = [Clip(Ledger())._slack(1, one) for one in (small, large)]
+    check = Clip(Ledger())
+    assert [check._slack(1, small), check._slack(1, large)] == alone
+    assert alone[0] < alone[1] / 100
 
 
 def test_gradients_that_vanish(guard, monkeypatch):

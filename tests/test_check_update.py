@@ -608,6 +608,33 @@ def test_buffers_that_stay(guard):
     assert guard.violations == ()
 
 
+class Longer(nn.Module):
+    """Has a table of positions, which is made longer as longer sequences come."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.out = nn.Linear(4, 4), nn.Linear(4, 5)
+        self.register_buffer("positions", torch.zeros(3, 4), persistent=False)
+
+    def forward(self, x):
+        if x.shape[1] > len(self.positions):
+            self.positions = torch.randn(x.shape[1], 4)
+        return self.out(self.first(x) + self.positions[: x.shape[1]]).mean(1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_buffers_that_were_made_in_inference_mode(guard, training):
+    """Torch does not count how often they are changed, and raises when it is asked."""
+    trained = Training(Longer, shape=(3, 4))
+    trained.model.train(training)
+    with torch.inference_mode():
+        trained.called(torch.randn(2, 7, 4))
+    trained.model.train()
+    trained.steps(4)
+    assert len(trained.model.positions) == 7
+    assert guard.violations == ()
+
+
 def averaged(model, x):
     model.ema.data.mul_(0.9).add_(x.mean(0), alpha=0.1)
 

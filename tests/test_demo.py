@@ -383,6 +383,20 @@ def test_path_of_the_log_is_never_broken():
     assert last == f"Audit log: {log}"
 
 
+def test_output_where_the_locale_has_no_greek(tmp_path):
+    """The table comes after a minute of training, so a letter must not lose it."""
+    script = (
+        "import sys, types; sys.path.insert(0, 'tests'); import test_demo; "
+        "from dpguard.reporters import table; table.print_demo(test_demo.RESULT, table.stdout())"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONIOENCODING": "latin-1", "DPGUARD": "off"},
+        capture_output=True, text=True, encoding="latin-1", check=True, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert "Audit log:" in found.stdout
+
+
 @pytest.mark.parametrize(
     ("change", "shortcoming"),
     [

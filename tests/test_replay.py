@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections import Counter, deque
 
 import pytest
 import torch
@@ -80,6 +81,37 @@ def test_attributes_as_at_the_call(guard):
         loss.backward()
         assert_rows_equal(wrapped, truth, DTYPE)
     assert guard.internal_errors == ()
+
+
+class Collecting(Tempered):
+    """Keeps what it has seen in containers of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.latest, self.nested, self.calls = [], {}, {"deep": [[]]}, Counter()
+        self.window, self.names = deque(maxlen=2), set()
+
+    def forward(self, x):
+        out = super().forward(x)
+        self.seen.append(out.detach())
+        self.latest["out"] = out.detach()
+        self.nested["deep"][0].append(out.detach())
+        self.calls["forward"] += 1
+        self.window.append(out.detach())
+        self.names.add(len(self.names))
+        return out
+
+
+def test_what_a_layer_collects_it_collects_once(guard):
+    """A replay appends nothing to its lists, and leaves no tensor of functorch in them."""
+    wrapped, plain = models(Collecting)
+    layer, truth = wrapped._module.layer, rows_of(loss_of, plain, [batch()])
+    loss_of(wrapped, batch()).backward()
+    assert_rows_equal(wrapped, truth, DTYPE)
+    collected = [*layer.seen, *layer.latest.values(), *layer.nested["deep"][0], *layer.window]
+    assert [found.shape for found in collected] == [(4, 4)] * 4
+    assert all(torch.equal(found, layer.kept.detach()) for found in collected)
+    assert (layer.calls, layer.names) == (Counter(forward=1), {0})
 
 
 def test_hooks_are_not_replayed(guard):

@@ -92,6 +92,13 @@ def test_keywords_of_their_own_type(name, value):
     assert getattr(Settings.resolve({}, **{name: value}), name) == value
 
 
+class InBytes:
+    """A path that is not text."""
+
+    def __fspath__(self):
+        return b"logs"
+
+
 BAD = [
     ("mode", "maybe", ["'repair'", "'1'", "'on'", "'observe'", "'strict'", "'off'", "'0'"]),
     ("mode", " ", ["'repair'"]),
@@ -112,6 +119,8 @@ BAD = [
     ("run_id", "caf\u00e9", ["letters, digits"]),
     ("run_id", "a\n", ["letters, digits"]),
     ("key_file", "a\0b", ["path"]),
+    ("log_dir", "~nobody-of-that-name/logs", ["paths that can be found"]),
+    ("audit_every", "9" * 5000, ["1"]),
 ]
 
 
@@ -139,6 +148,7 @@ def test_bad_keywords_name_the_keyword_and_the_valid_values(name, value, valid):
         ("mode", 3),
         ("mode", True),
         ("log_dir", 3),
+        ("log_dir", InBytes()),
         ("audit_every", True),
         ("audit_every", 2.0),
         ("sensitive", 2),
@@ -151,6 +161,15 @@ def test_keywords_of_another_type(name, value):
     """A keyword of a type that the setting cannot have is refused, not guessed at."""
     with pytest.raises(dpguard.SettingsError, match=f"{name}="):
         Settings.resolve({}, **{name: value})
+
+
+def test_a_relative_path_without_a_working_directory(tmp_path, monkeypatch):
+    """What it is relative to is gone: not an error of the operating system, but of the setting."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(dpguard.SettingsError, match=r"DPGUARD_LOG.*'logs'.*found from here"):
+        Settings.resolve({"DPGUARD_LOG": "logs"})
 
 
 def test_install_spells_out_each_setting():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import opacus
 import pytest
 import torch
 from opacus import GradSampleModule, grad_sample
@@ -328,3 +329,38 @@ def test_a_copy_that_fails_half_way():
         assert "deepcopy" in str(kept)
         assert guard.violations == guard.internal_errors == ()
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def looked_up(module, name):
+    for part in name.split("."):
+        module = getattr(module, part)
+    return module
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "optimizers.DPOptimizer.step",
+        "optimizers.DPOptimizer.pre_step",
+        "accountants.RDPAccountant.get_epsilon",
+        "accountants.RDPAccountant.step",
+        "PrivacyEngine.make_private",
+        "data_loader.DPDataLoader.from_data_loader",
+    ],
+)
+def test_methods_are_pickled_as_they_were(guard, name):
+    """Those of classes that are patched, with which work is sent to other processes."""
+    method = looked_up(opacus, name)
+    assert pickle.loads(pickle.dumps(method)) == method
+    assert copy.deepcopy(method) == copy.copy(method) == method
+
+
+def test_a_method_is_pickled_and_copied_with_its_object(guard):
+    """As plain bound methods are."""
+    accountant = opacus.accountants.RDPAccountant()
+    accountant.step(noise_multiplier=1.0, sample_rate=0.1)
+    for other in (pickle.loads(pickle.dumps(accountant.get_epsilon)),
+                  copy.deepcopy(accountant.get_epsilon)):  # fmt: skip
+        assert other.__self__ is not accountant
+        assert other(delta=1e-5) == accountant.get_epsilon(delta=1e-5)
+    assert copy.copy(accountant.get_epsilon).__self__ is accountant

@@ -32,6 +32,7 @@ from dpguard.audit.multiples import Samples, emptied, factor, mixed, without_noi
 from dpguard.audit.noise import SCALE
 from dpguard.audit.scaling import Ratios
 from dpguard.audit.update import PRIVATE
+from dpguard.identity import version_of
 from dpguard.noted.row_state import pieces_of, sample_of_rows
 from dpguard.numerics.rows import Clipping
 from dpguard.turns import Turns
@@ -206,7 +207,7 @@ class Applied(Check):
         changed = [
             i
             for i, parameter in enumerate(state.parameters)
-            if parameter.grad is not noised[i] or noised[i]._version - versions[i] > most
+            if parameter.grad is not noised[i] or version_of(noised[i]) - versions[i] > most
         ]
         if not changed:
             if state.due and not _compat.is_distributed():
@@ -216,7 +217,7 @@ class Applied(Check):
         if _compat.is_distributed():  # ranks are added up by more changes in place
             changed = [i for i in changed if grads[i] is not state.grads.tensors[i]]
         changed = [i for i in changed if grads[i] is not None]
-        now = [(id(grads[i]), getattr(grads[i], "_version", -1)) for i in changed]
+        now = [(id(grads[i]), version_of(grads[i])) for i in changed]
         if not changed or now == state.told:
             return
         state.suspect, state.told = True, now

@@ -10,7 +10,7 @@ import torch
 
 from dpguard import _compat
 from dpguard.events import CheckCount, StepAudit
-from dpguard.identity import IdentityMap
+from dpguard.identity import IdentityMap, version_of
 
 if TYPE_CHECKING:
     from dpguard.audit.collector import Collector
@@ -65,7 +65,7 @@ class Noted(NamedTuple):
     @classmethod
     def of(cls, tensors: Sequence[Any]) -> Noted:
         """As they are now."""
-        return cls(tensors, [getattr(tensor, "_version", -1) for tensor in tensors])
+        return cls(tensors, [version_of(tensor) for tensor in tensors])
 
     @classmethod
     def sums_of(cls, parameters: Sequence[torch.nn.Parameter]) -> Noted:
@@ -76,7 +76,7 @@ class Noted(NamedTuple):
         """The tensors; ``None`` where one has changed since."""
         pairs = zip(self.tensors, self.versions, strict=True)
         return [
-            tensor if type(tensor) is torch.Tensor and tensor._version == version else None
+            tensor if type(tensor) is torch.Tensor and version_of(tensor) == version else None
             for tensor, version in pairs
         ]
 

@@ -44,6 +44,7 @@ from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.identity import IdentityMap, IdentitySet
 from dpguard.noted.ledger import Ledger
 from dpguard.numerics.probes import CERTAIN, Probes
+from dpguard.numerics.rounding import BETWEEN_BACKWARDS
 from dpguard.numerics.rows import Clipping, Rows, row_norms
 from dpguard.numerics.sensitivity import (
     KINDS,
@@ -151,15 +152,17 @@ class Clip(Check):
         """Relative rounding error of a clipped sum and of the norms of what it is made of."""
         parameter = rows.parameters[0]
         kinds = frozenset([parameter.dtype, *(mine[0].dtype for mine in rows.pieces)])
-        key = (count, kinds, parameter.device.type)
+        elements = sum(p.numel() for p in rows.parameters)
+        key = (count, kinds, elements, parameter.device.type)
         found = self._slacks.get(key)
         if found is None:
             if len(self._slacks) > 1000:  # noqa: PLR2004 - sizes of batches
                 self._slacks.clear()
-            total = math.sqrt(sum(p.numel() for p in rows.parameters))
             unit = _roundoff(torch.float32, parameter.device)
             own = max(_roundoff(kind, parameter.device) for kind in kinds)
-            found = self._slacks[key] = CERTAIN * (own * (math.sqrt(count) + 1) + unit * total)
+            found = self._slacks[key] = CERTAIN * (
+                own * (math.sqrt(count) + 1) + unit * math.sqrt(elements)
+            )
         return found
 
     @torch.no_grad()
@@ -321,7 +324,7 @@ class Clip(Check):
         own = max(_roundoff(kind, sums[0].device) for kind in kinds)
         size = math.sqrt(sum(total.numel() for total in sums))
         unit = _roundoff(torch.float32, sums[0].device)
-        slack = CERTAIN * (own * (math.sqrt(people) + 1) + unit * size)
+        slack = CERTAIN * (own * (math.sqrt(people) + 1) + unit * size) + BETWEEN_BACKWARDS
         wide = [torch.promote_types(total.dtype, torch.float32) for total in sums]
         parts = [torch.linalg.vector_norm(t, dtype=w) for t, w in zip(sums, wide, strict=True)]
         step.run(BOUND)

@@ -28,6 +28,7 @@ from dpguard.audit import added
 from dpguard.audit.added import Drawn, Group, Kind
 from dpguard.audit.check import NOTHING, Check, Failure, Failures, Noted, PerOwner, Step
 from dpguard.audit.gaussian import ALONG_EVIDENCE, NoiseVerdict
+from dpguard.identity import version_of
 from dpguard.noted.ledger import Ledger
 from dpguard.turns import Turns
 
@@ -230,7 +231,7 @@ class Noise(Check):
         kinds = [
             (grad.dtype, grad.device)
             if type(grad) is _TENSOR is type(total)
-            and total._version == version
+            and version_of(total) == version
             and grad.layout is torch.strided
             else None
             for grad, total, version in zip(grads, state.sums or (), state.versions, strict=True)

@@ -55,7 +55,7 @@ from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.coverage import FINITE
 from dpguard.audit.survey import Survey
-from dpguard.identity import IdentityMap, IdentitySet
+from dpguard.identity import IdentityMap, IdentitySet, version_of
 from dpguard.noted.conditioning import roundings
 from dpguard.noted.ledger import Ledger
 from dpguard.noted.precision import computed_in
@@ -206,7 +206,7 @@ class RowValues(Check):
             grad: Any = step.parameters[i].grad
             update, version = updates[i][0](), updates[i][1]
             # If somebody had set it to zero it had changed once more.
-            if grad is update and grad._version - version == len(step.states[i].entries):
+            if grad is update and version_of(grad) - version == len(step.states[i].entries):
                 found.append(i)
         return found
 
@@ -219,7 +219,7 @@ class RowValues(Check):
         """The rows are used; what was measured of them is not needed any more."""
         grads: list[Any] = [parameter.grad for parameter in step.parameters]
         if all(type(grad) is torch.Tensor for grad in grads):
-            self._updates[optimizer] = [(weakref.ref(grad), grad._version) for grad in grads]
+            self._updates[optimizer] = [(weakref.ref(grad), version_of(grad)) for grad in grads]
         beside = self._chosen.has(step.number + 1, BESIDE_EVERY, first=BESIDE_EVERY)
         if self._ledger.unhooked:
             self._ledger.unhooked.difference_update(map(id, step.parameters))

@@ -30,6 +30,7 @@ from dpguard.audit.applied import is_due
 from dpguard.audit.check import NOTHING, Check, Failure, Failures, Noted, PerOwner, Step
 from dpguard.audit.clip import SUM
 from dpguard.audit.multiples import factor
+from dpguard.identity import version_of
 from dpguard.noted.row_state import sample_of, spread_of
 from dpguard.numerics.rows import Clipping
 
@@ -106,7 +107,7 @@ class Untouched(Check):
             total = getattr(parameter, "summed_grad", None)
             if _is_compared(total):
                 key = id(parameter)
-                known.sums[key], known.versions[key] = id(total), total._version
+                known.sums[key], known.versions[key] = id(total), version_of(total)
                 if known.suspect:
                     known.copies[key] = total.clone()
                 elif due:
@@ -211,7 +212,7 @@ def _look(step: Step, known: _Known, totals: Sequence[Any]) -> None:
             continue  # cleared, or left over from a step that is done, which is not used again
         key = id(parameter)
         identity = known.sums.get(key, 0)
-        if identity == id(total) and known.versions[key] == total._version:
+        if identity == id(total) and known.versions[key] == version_of(total):
             former = known.samples.get(key)
             if former is None:
                 continue

@@ -84,7 +84,10 @@ def _whole_number(text: str, low: int, high: int) -> int:
 
 
 def _directory(text: str) -> Path:
-    path = Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:  # nobody's home
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be found: {error}") from error
     if not text or (path.exists() and not path.is_dir()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a directory")
     return path

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dpguard import _compat
+from dpguard.identity import version_of
 from dpguard.noted.conditioning import Moments, joined
 from dpguard.noted.precision import computed_in, note_precision
 
@@ -148,7 +149,7 @@ class Clipped:
     def renew(self, grad: torch.Tensor | None) -> None:
         """``grad``, as it is now, is the tensor meant."""
         self._grad = weakref.ref(grad) if grad is not None else None
-        self._version = grad._version if grad is not None else 0
+        self._version = version_of(grad)
 
     def sample_from(self, grad: torch.Tensor | None) -> None:
         """Keep some elements of ``grad``, if it is one that can be compared."""
@@ -188,7 +189,7 @@ class Clipped:
 
     def is_untouched(self, grad: torch.Tensor | None) -> bool:
         """Whether ``grad`` is that tensor and was not changed in place either."""
-        return self.is_in(grad) and grad is not None and grad._version == self._version
+        return self.is_in(grad) and version_of(grad) == self._version
 
 
 class Entry:

@@ -24,6 +24,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpguard import _compat
+from dpguard.identity import UNCOUNTED, version_of
 from dpguard.patching import ABSENT
 
 __all__ = ["DrawsFromSharedStream", "Rewind", "as_it_was"]
@@ -175,10 +176,13 @@ class _Held:
         self._undo.append(undo)
 
     def _keep_tensor(self, held: torch.Tensor) -> None:
-        was, version = held.detach().clone(), held._version
+        was, version = held.detach().clone(), version_of(held)
 
         def undo() -> None:
-            if held._version != version:
+            changed = version_of(held) != version
+            if version == UNCOUNTED:
+                changed = torch.is_inference_mode_enabled()  # nowhere else may it change
+            if changed:
                 with torch.no_grad():
                     held.copy_(was)
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import wrapt
-
 from dpguard import _callsite, _compat, diagnosis
 from dpguard.identity import IdentitySet
 from dpguard.parts import Part
+from dpguard.patches.wrapping import Wrapper
 from dpguard.patching import Transaction
 from dpguard.verdicts import Verdicts
 
@@ -62,5 +61,5 @@ def install(
 
     for cls in _compat.classes_with_epsilon():
         original = vars(cls)["get_epsilon"]
-        if not isinstance(original, wrapt.FunctionWrapper):
-            transaction.patch(cls, "get_epsilon", wrapt.FunctionWrapper(original, ask))
+        if not isinstance(original, Wrapper):
+            transaction.patch(cls, "get_epsilon", Wrapper(original, ask))

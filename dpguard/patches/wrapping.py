@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,10 +10,47 @@ import wrapt
 
 from dpguard.patching import Transaction
 
-__all__ = ["EagerWrapper", "MethodWrapper", "TransparentWrapper", "wrap_new"]
+__all__ = ["EagerWrapper", "MethodWrapper", "TransparentWrapper", "Wrapper", "wrap_new"]
 
 
-class EagerWrapper(wrapt.FunctionWrapper[..., Any]):
+class _Bound(wrapt.BoundFunctionWrapper[..., Any]):
+    """Pickled and copied as a method is: by what it is bound to, and its name."""
+
+    def __reduce__(self) -> Any:
+        return getattr, (self._self_bound_to(), self.__name__)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.__reduce__()
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return getattr(copy.deepcopy(self._self_bound_to(), memo), self.__name__)
+
+    def _self_bound_to(self) -> Any:
+        return self._self_owner if self._self_instance is None else self._self_instance
+
+
+class Wrapper(wrapt.FunctionWrapper[..., Any]):
+    """A wrapper whose bound methods can be pickled and copied; by itself it is a global name."""
+
+    __bound_function_wrapper__ = _Bound
+
+    def __reduce__(self) -> Any:
+        return self.__qualname__
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.__reduce__()
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self
+
+
+class EagerWrapper(Wrapper):
     """A wrapper before which dynamo stops.
 
     A :class:`wrapt.FunctionWrapper` passes for the function that it wraps: asked for its code, it
@@ -112,11 +150,11 @@ class _Transparent:
         return self
 
 
-class _BoundTransparent(_Transparent, wrapt.BoundFunctionWrapper[..., Any]):
+class _BoundTransparent(_Transparent, _Bound):
     pass
 
 
-class TransparentWrapper(_Transparent, wrapt.FunctionWrapper[..., Any]):
+class TransparentWrapper(_Transparent, Wrapper):
     """Equal to the function it wraps, with the same hash, and picklable as that function."""
 
     __bound_function_wrapper__ = _BoundTransparent

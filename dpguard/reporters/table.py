@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -13,6 +16,8 @@ __all__ = ["demo_tables", "print_demo", "stdout"]
 
 def stdout(*, quiet: bool = False) -> Console:
     """The console that all output for people goes to; ``quiet`` if none is wanted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every locale has Greek letters
     return Console(quiet=quiet, highlight=False)
 
 

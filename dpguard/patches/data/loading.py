@@ -12,8 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import wrapt
-
 from dpguard import _compat
 from dpguard.identity import IdentityMap, IdentitySet
 from dpguard.noted.datasets import repeated_places
@@ -23,6 +21,7 @@ from dpguard.noted.orderly import Passes
 from dpguard.noted.poisson import Rate
 from dpguard.parts import Part
 from dpguard.patches.data.collating import Collating, Look
+from dpguard.patches.wrapping import Wrapper
 from dpguard.patching import Transaction
 
 __all__ = ["LoadingPatch"]
@@ -77,7 +76,7 @@ class LoadingPatch:
         engine = _compat.engine_class()
         if engine not in self._engines:
             original = vars(engine)["make_private"]
-            wrapper = wrapt.FunctionWrapper(original, self._make_private)
+            wrapper = Wrapper(original, self._make_private)
             transaction.patch(engine, "make_private", wrapper)
         if not self._engines:
             transaction.on_undo("observed loaders", self._stop)

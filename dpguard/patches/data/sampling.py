@@ -9,10 +9,9 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-import wrapt
-
 from dpguard import _compat
 from dpguard.parts import Part
+from dpguard.patches.wrapping import Wrapper
 from dpguard.patching import Transaction
 
 __all__ = ["Sampled", "install"]
@@ -83,5 +82,5 @@ def install(
     targets.append((engine, "make_private_with_epsilon", aim))
     for owner, name, wrapper in targets:
         original = vars(owner).get(name) if owner is not None else None
-        if original is not None and not isinstance(original, wrapt.FunctionWrapper):
-            transaction.patch(owner, name, wrapt.FunctionWrapper(original, wrapper))
+        if original is not None and not isinstance(original, Wrapper):
+            transaction.patch(owner, name, Wrapper(original, wrapper))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dpguard import _compat
+from dpguard.identity import version_of
 from dpguard.noted.conditioning import Moments, measure_of
 from dpguard.noted.precision import autocast_of
 from dpguard.patches.oracle.vjp import Parts, Unfit, propagate
@@ -45,7 +46,7 @@ class Call:
         self._is_cast = autocast_of(self.input) is not None
         bias = self.kwargs.get("bias", next(iter(self.args[2:3]), None))
         is_shift = self._normalising is None and all(w is bias for w in self.weights)
-        self._version = None if is_shift or self.input.is_inference() else self.input._version
+        self._version = None if is_shift else version_of(self.input)
 
     @property
     def _is_cast_now(self) -> bool:
@@ -60,7 +61,7 @@ class Call:
     @property
     def is_unchanged(self) -> bool:
         """Whether the input is what it was, or gradients do not depend on it."""
-        return self._version is None or bool(self.input._version == self._version)
+        return self._version in (None, version_of(self.input))
 
     def of_weights(self, gradient: torch.Tensor) -> list[tuple[Any, torch.Tensor]]:
         """The weights with what the gradient of the batch owes to this call.

@@ -20,7 +20,7 @@ from dpguard import _compat
 from dpguard.noted.passes import Differing
 from dpguard.noted.precision import autocast_of, full_precision
 from dpguard.numerics.probes import Probes
-from dpguard.numerics.rounding import LAMBDA
+from dpguard.numerics.rounding import BETWEEN_BACKWARDS, LAMBDA
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,14 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PassRows"]
 
-_VISIBLE = 5e-2
-"""What differs by a smaller part of the clip bound is not told from rounding.
-
-Where nearly everything cancels on the way to a layer, or at a loss whose answer is certain, its
-backprops are of rounding errors, which are others in the second backward; they may not be small
-beside the backprops themselves. In a transformer in single precision whose weights noise has blown
-up (C = 10, sigma = 1, three people in a batch) they are 0.03 of the bound.
-"""
 _MOST = 1e30
 
 
@@ -195,7 +187,7 @@ class PassRows:
         own, low, least = self._roundings([c.length for c in calls])
         # Also in the units of a loss that was scaled.
         clipped = (second * (self._norms + self._bound())).nan_to_num(0.0, 0.0, 0.0).amax()
-        allowed = own * torch.stack(lengths) + max(_VISIBLE, low) * clipped / strengths
+        allowed = own * torch.stack(lengths) + max(BETWEEN_BACKWARDS, low) * clipped / strengths
         allowed += least * (1 + times.abs())
         off = (torch.stack(again).double() - times * sketches).abs()
         # What is not finite is another check's.

@@ -8,7 +8,9 @@ of the module, which costs no memory, and Opacus's own functorch sampler replays
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +23,7 @@ from dpguard.patching import ABSENT, put_back
 __all__ = ["has_further_inputs", "outline", "replay"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CONTAINERS = frozenset({list, dict, set, Counter, OrderedDict, defaultdict, deque})
 _PLAIN = (bool, int, float, str)
 
 
@@ -30,11 +33,15 @@ def outline(module: torch.nn.Module) -> torch.nn.Module:
     The inputs of a call are recorded after the user's forward-pre hooks and its output before
     the forward hooks, so the replay must not run them.
     """
-    return _outline(module, {})
+    return _outline(module, {}, aside=False)
 
 
-def _outline(module: torch.nn.Module, memo: dict[int, Any]) -> torch.nn.Module:
-    """``memo`` keeps what is shared inside of the module shared in the outline."""
+def _outline(module: torch.nn.Module, memo: dict[int, Any], *, aside: bool) -> torch.nn.Module:
+    """``memo`` keeps what is shared inside of the module shared in the outline.
+
+    What is to be run ``aside`` has its own lists and dictionaries: whatever a forward collects
+    there, the module has already. (It cannot change tensors in place: functorch refuses that.)
+    """
     found: torch.nn.Module | None = memo.get(id(module))
     if found is None:
         found = memo[id(module)] = object.__new__(type(module))
@@ -46,14 +53,30 @@ def _outline(module: torch.nn.Module, memo: dict[int, Any]) -> torch.nn.Module:
             for name, p in module._parameters.items()
         }
         state["_modules"] = {
-            name: None if child is None else _outline(child, memo)
+            name: None if child is None else _outline(child, memo, aside=aside)
             for name, child in module._modules.items()
         }
+        if aside:
+            others = state.keys() - {"_parameters", "_modules", *_HOOKS}
+            state.update((name, _own(state[name], memo)) for name in others)
         # Opacus deep-copies what it is given; its replay may leave the copy in disorder (functorch
         # does not put back parameters that are shared), and one call may be replayed twice.
-        state["__deepcopy__"] = lambda _memo, made=found: outline(made)
+        state["__deepcopy__"] = lambda _memo, made=found: _outline(made, {}, aside=True)
         found.__dict__.update(state)
     return found
+
+
+def _own(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of a plain container, and of those in it; else the same."""
+    if type(value) not in _CONTAINERS:
+        return value
+    if id(value) not in memo:
+        made = memo[id(value)] = copy.copy(value)
+        if not isinstance(made, set):
+            places = made if isinstance(made, dict) else range(len(made))
+            for place in places:
+                made[place] = _own(made[place], memo)
+    return memo[id(value)]
 
 
 def _shape_of(parameter: torch.nn.Parameter, memo: dict[int, Any]) -> torch.nn.Parameter:

@@ -26,6 +26,7 @@ from torch.nn.modules import batchnorm
 from torch.utils.hooks import RemovableHandle
 
 from dpguard import _compat
+from dpguard.identity import version_of
 from dpguard.interrupts import let_through
 from dpguard.turns import Turns
 
@@ -213,7 +214,7 @@ class _Renormalising(_Hook):
 
 
 def _version(module: torch.nn.Module) -> int:
-    return sum(b._version for b in module._buffers.values() if b is not None)
+    return sum(version_of(b) for b in module._buffers.values() if b is not None)
 
 
 class _Buffered(_Hook):
@@ -339,7 +340,7 @@ class _Look:
     """
 
     def __init__(self, buffer: torch.Tensor, *, is_doubtful: bool) -> None:
-        self.mark, self.shape = (id(buffer), buffer._version), buffer.shape
+        self.mark, self.shape = (id(buffer), version_of(buffer)), buffer.shape
         self.is_doubtful = is_doubtful
         self.sum: torch.Tensor | None = None
 

@@ -18,12 +18,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import wrapt
 
 from dpguard import _callsite, _compat, diagnosis
 from dpguard._errors import DPGuardError
 from dpguard.identity import IdentityMap
 from dpguard.patches.optimizer.copies import FORWARDED
+from dpguard.patches.wrapping import Wrapper
 from dpguard.patching import ABSENT, Transaction, is_instance
 from dpguard.verdicts import Verdicts
 
@@ -110,7 +110,7 @@ class AttributeForwarding:
             return wrapped(*args, **kwargs)
 
         owner = _compat.torch_optimizer_class()
-        wrapper = wrapt.FunctionWrapper(vars(owner)["__setstate__"], set_state)
+        wrapper = Wrapper(vars(owner)["__setstate__"], set_state)
         transaction.patch(owner, "__setstate__", wrapper)
 
     def install(self, transaction: Transaction, cls: type) -> None:

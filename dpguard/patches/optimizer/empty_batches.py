@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import wrapt
 
 from dpguard import _compat
 from dpguard.noted.row_state import pieces_of
+from dpguard.patches.wrapping import Wrapper
 from dpguard.patching import Transaction
 
 __all__ = ["install"]
@@ -30,8 +30,8 @@ def install(transaction: Transaction) -> None:
 
 def _wrap(transaction: Transaction, owner: type, name: str, wrapper: Any) -> None:
     original = vars(owner)[name]
-    if not isinstance(original, wrapt.FunctionWrapper):
-        transaction.patch(owner, name, wrapt.FunctionWrapper(original, wrapper))
+    if not isinstance(original, Wrapper):
+        transaction.patch(owner, name, Wrapper(original, wrapper))
 
 
 def _clip(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

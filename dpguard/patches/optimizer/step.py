@@ -10,6 +10,8 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from dpguard import _compat
 from dpguard._errors import DPGuardError
 from dpguard.identity import IdentitySet
@@ -283,6 +285,12 @@ class OptimizerPatch:
             return wrapped(*args, **kwargs)
         if self._is_inside(instance):  # a subclass whose own pre_step calls that of its base
             return self._mechanism.pre_step(wrapped, instance, args, kwargs)
+        if torch.is_inference_mode_enabled():  # nothing could be added to what is kept of it
+            with torch.inference_mode(False):
+                return self._guarded_step(wrapped, instance, args, kwargs)
+        return self._guarded_step(wrapped, instance, args, kwargs)
+
+    def _guarded_step(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         self._inside.add(id(instance))
         stepped = False
         try:

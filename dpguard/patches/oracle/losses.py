@@ -124,7 +124,7 @@ class Coupling:
     divisors: tuple[float, ...] = ()
 
 
-class _BackwardWrapper(EagerWrapper, TransparentWrapper):
+class _BackwardWrapper(TransparentWrapper, EagerWrapper):
     """Of ``torch.autograd.backward``, through which ``Tensor.backward`` goes as well."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
