@@ -114,6 +114,59 @@ def test_what_a_layer_collects_it_collects_once(guard):
     assert (layer.calls, layer.names) == (Counter(forward=1), {0})
 
 
+class Parts(nn.Module):
+    """Owns a parameter, so it is replayed whole, and reaches its parts in many ways."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.weight, self.inner = nn.Parameter(torch.rand(4)), nn.Linear(4, 4)
+        self.way = {
+            "method": self.scaled,
+            "partial": functools.partial(self.scaled, by=2.0),
+            "list": [self.inner, self.scaled],
+            "tuple": (self.inner, self.scaled),
+            "dictionary": {"stages": [self.inner, self.scaled]},
+            "output hook": self.inner,
+            "input hook": self.inner,
+            "method hook": self.inner,
+        }[way]
+        if way == "output hook":
+            self.inner.register_forward_hook(lambda _, __, out: 3 * out)
+        elif way == "input hook":
+            self.inner.register_forward_pre_hook(lambda _, given: (2 * given[0],))
+        elif way == "method hook":
+            self.inner.register_forward_hook(self.on_output)
+
+    def on_output(self, module, given, out):
+        return out * self.weight
+
+    def scaled(self, x, by=1.0):
+        return self.inner(x) * self.weight * by
+
+    def forward(self, x):
+        way = self.way["stages"] if isinstance(self.way, dict) else self.way
+        for stage in way if isinstance(way, (list, tuple)) else [way]:
+            x = stage(x)
+        return x * self.weight
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "method", "partial", "list", "tuple", "dictionary",
+        "output hook", "input hook", "method hook",
+    ],
+)  # fmt: skip
+def test_what_a_replayed_layer_refers_to_is_replayed(guard, way):
+    """Its methods, parts that it keeps in containers, and hooks of its parts."""
+    wrapped, plain = models(lambda: Parts(way))
+    truth = rows_of(loss_of, plain, [batch()])
+    assert all(rows.any() for rows in truth.values())
+    loss_of(wrapped, batch()).backward()
+    assert_rows_equal(wrapped, truth, DTYPE)
+    assert guard.internal_errors == ()
+
+
 def test_hooks_are_not_replayed(guard):
     """The user's hooks run once per call, and not again for the rows."""
     wrapped, plain = models(Tempered)

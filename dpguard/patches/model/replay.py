@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from types import MethodType
+from typing import Any, TypeAlias
 
 import torch
 
@@ -23,59 +25,107 @@ from dpguard.patching import ABSENT, put_back
 __all__ = ["has_further_inputs", "outline", "replay"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_RUN = ("_forward_hooks", "_forward_pre_hooks")
 _CONTAINERS = frozenset({list, dict, set, Counter, OrderedDict, defaultdict, deque})
 _PLAIN = (bool, int, float, str)
 
 
 def outline(module: torch.nn.Module) -> torch.nn.Module:
-    """A module with the attributes of ``module`` as they are now, without data and hooks.
+    """A module with the attributes of ``module`` as they are now, without data.
 
     The inputs of a call are recorded after the user's forward-pre hooks and its output before
-    the forward hooks, so the replay must not run them.
+    the forward hooks, so the replay must not run them. It runs those of its parts, which belong to
+    what the module computes.
     """
-    return _outline(module, {}, aside=False)
+    return _outlined(module)[0]
 
 
-def _outline(module: torch.nn.Module, memo: dict[int, Any], *, aside: bool) -> torch.nn.Module:
-    """``memo`` keeps what is shared inside of the module shared in the outline.
+_Pairs: TypeAlias = "list[tuple[torch.nn.Module, torch.nn.Module]]"
 
-    What is to be run ``aside`` has its own lists and dictionaries: whatever a forward collects
-    there, the module has already. (It cannot change tensors in place: functorch refuses that.)
-    """
+
+def _outlined(module: torch.nn.Module) -> tuple[torch.nn.Module, _Pairs]:
+    """The outline, and each module with its own."""
+    memo: dict[int, Any] = {}  # what is shared inside of the module is shared in the outline
+    pairs: _Pairs = []
+    outer = _shell(module, memo, pairs)
+    for original, made in pairs:
+        state = dict(original.__dict__)
+        for name in _HOOKS:
+            hooks = state[name]
+            runs = original is not module and name in _RUN
+            kept = {key: h for key, h in hooks.items() if not _is_ours(h)} if hooks and runs else {}
+            state[name] = type(hooks)(kept)
+        state["_parameters"] = {
+            name: None if p is None else _shape_of(p, memo)
+            for name, p in original._parameters.items()
+        }
+        state["_modules"] = {
+            name: None if child is None else memo[id(child)]
+            for name, child in original._modules.items()
+        }
+        # Opacus deep-copies what it is given; its replay may leave the copy in disorder (functorch
+        # does not put back parameters that are shared), and one call may be replayed twice.
+        state["__deepcopy__"] = lambda _memo, made=made: _aside(made, pairs)
+        made.__dict__.update(state)
+    return outer, pairs
+
+
+def _shell(module: torch.nn.Module, memo: dict[int, Any], pairs: _Pairs) -> torch.nn.Module:
+    """Something of the class of each module, which has nothing yet."""
     found: torch.nn.Module | None = memo.get(id(module))
     if found is None:
         found = memo[id(module)] = object.__new__(type(module))
-        state = dict(module.__dict__)
-        for name in _HOOKS:
-            state[name] = type(state[name])()
-        state["_parameters"] = {
-            name: None if p is None else _shape_of(p, memo)
-            for name, p in module._parameters.items()
-        }
-        state["_modules"] = {
-            name: None if child is None else _outline(child, memo, aside=aside)
-            for name, child in module._modules.items()
-        }
-        if aside:
-            others = state.keys() - {"_parameters", "_modules", *_HOOKS}
-            state.update((name, _own(state[name], memo)) for name in others)
-        # Opacus deep-copies what it is given; its replay may leave the copy in disorder (functorch
-        # does not put back parameters that are shared), and one call may be replayed twice.
-        state["__deepcopy__"] = lambda _memo, made=found: _outline(made, {}, aside=True)
-        found.__dict__.update(state)
+        pairs.append((module, found))
+        for child in module._modules.values():
+            if child is not None:
+                _shell(child, memo, pairs)
     return found
 
 
-def _own(value: Any, memo: dict[int, Any]) -> Any:
-    """A copy of a plain container, and of those in it; else the same."""
-    if type(value) not in _CONTAINERS:
+def _is_ours(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("dpguard.")
+
+
+def _aside(module: torch.nn.Module, former: _Pairs) -> torch.nn.Module:
+    """A copy of an outline that can be run, and touches nothing of the modules outlined.
+
+    It has its own lists and dictionaries: whatever a forward collects there, the module has
+    already. (It cannot change tensors in place: functorch refuses that.) What refers to a module,
+    such as its methods, refers to that of the copy.
+    """
+    found, pairs = _outlined(module)
+    places = {id(outlined): made for outlined, made in pairs}
+    places |= {id(one): places[id(outlined)] for one, outlined in former if id(outlined) in places}
+    memo: dict[int, Any] = {}
+    for _, made in pairs:
+        own = made.__dict__
+        for name in own.keys() - {"_parameters", "_modules"}:
+            own[name] = _own(own[name], places, memo)
+    return found
+
+
+def _own(value: Any, places: Mapping[int, torch.nn.Module], memo: dict[int, Any]) -> Any:
+    """The same, of the copy: containers are copied, with those in them."""
+    kind = type(value)
+    if isinstance(value, torch.nn.Module):
+        return places.get(id(value), value)
+    if kind is MethodType:
+        owner = places.get(id(value.__self__))
+        return value if owner is None else MethodType(value.__func__, owner)
+    if kind is functools.partial:
+        function, args, keywords = (
+            _own(part, places, memo) for part in (value.func, value.args, value.keywords)
+        )
+        return functools.partial(function, *args, **keywords)
+    if kind is tuple:
+        return tuple(_own(one, places, memo) for one in value)
+    if kind not in _CONTAINERS:
         return value
     if id(value) not in memo:
         made = memo[id(value)] = copy.copy(value)
         if not isinstance(made, set):
-            places = made if isinstance(made, dict) else range(len(made))
-            for place in places:
-                made[place] = _own(made[place], memo)
+            for place in made if isinstance(made, dict) else range(len(made)):
+                made[place] = _own(made[place], places, memo)
     return memo[id(value)]
 
 
