@@ -135,8 +135,13 @@ class Guard:
                 found = [guard._overdue() for guard in guards]
                 overdue = next((one for one in found if one is not None), None)
         finally:
-            with _lock:
-                self._span.leave()
+            try:
+                with _lock:
+                    self._span.leave()
+            except DPGuardError as failed:
+                if error is None:
+                    raise
+                _say(f"dpguard: {failed}")  # the host's exception goes on
         if overdue is not None:
             raise overdue
 
@@ -282,9 +287,13 @@ class Guard:
         self._problem = problem
         if self.settings.mode is Mode.STRICT:
             raise DPGuardError(f"{problem}; mode strict refuses to train unguarded.")
-        from dpguard.log import sink
+        _say(f"dpguard: {problem}; training runs unguarded.")
 
-        sink.say(f"dpguard: {problem}; training runs unguarded.")
+
+def _say(text: str) -> None:
+    from dpguard.log import sink
+
+    sink.say(text)
 
 
 def _check_files(settings: Settings) -> None:

@@ -1116,6 +1116,11 @@ def place_in_group() -> tuple[int, int]:
     return (int(group.get_rank()), int(group.get_world_size())) if group is not None else (0, 1)
 
 
+def rank_in_group() -> int:
+    """The rank of this process, 0 if it has joined no group."""
+    return place_in_group()[0]
+
+
 def sums_over_ranks(optimizer: Any) -> bool:
     """Whether clipped sums of all processes of a group are added, and the noise of the first."""
     cls: Any = type(optimizer)

@@ -137,6 +137,9 @@ class Settings:
     def _values(self) -> tuple[object, ...]:
         return tuple(getattr(self, name) for name in self.__slots__)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return _made, self._values()
+
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"settings do not change; install again with {name}={value!r}")
 
@@ -149,6 +152,10 @@ class Settings:
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.__slots__)
         return f"Settings({shown})"
+
+
+def _made(*values: Any) -> Settings:
+    return Settings(**dict(zip(Settings.__slots__, values, strict=True)))
 
 
 def _invalid(source: str, value: object, valid: str) -> SettingsError:
@@ -168,7 +175,7 @@ def _path(source: str, value: object) -> Path:
     from pathlib import Path
 
     given = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
-    if not isinstance(given, str) or "\0" in given:
+    if not isinstance(given, str) or not given or "\0" in given:
         raise _invalid(source, value, "paths")
     try:
         return Path(given).expanduser().absolute()

@@ -7,6 +7,7 @@ import gc
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -348,6 +349,22 @@ def test_a_block_with_other_settings(unchanged, inside):
         assert (outer.status().steps, again.status().steps) == (0, 1)
     assert dpguard.active() is None
     assert again.status().state == "uninstalled"
+
+
+def test_the_exception_that_leaves_a_block_is_the_hosts(unchanged, tmp_path, capfd):
+    """Though the guard before it cannot be installed anew; that is said."""
+    (tmp_path / "logs").mkdir()
+    dpguard.install(mode="strict", log_dir=tmp_path / "logs" / "run")
+
+    def fail():
+        shutil.rmtree(tmp_path / "logs")
+        (tmp_path / "logs").touch()
+        raise LookupError("the host's own")
+
+    with pytest.raises(LookupError, match="own"), dpguard.install(mode="observe"):
+        fail()
+    assert "cannot be written" in capfd.readouterr().err
+    assert dpguard.active().status().state == "unguarded"
 
 
 def test_what_was_uninstalled_does_not_come_back(unchanged):

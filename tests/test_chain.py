@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import stat
 from itertools import pairwise
@@ -249,6 +250,31 @@ def test_removed_directory_is_made_again(tmp_path):
     text = file.path.read_text()
     assert text.count("\n") == 1
     assert '"dpguard.seq":3' in text
+
+
+@pytest.mark.parametrize(("left", "lost"), [(0, 4), (1, 3), (2, 2)])
+def test_lines_that_are_cut_off_are_counted(file, left, lost):
+    """``> file``, and rotation that copies and truncates; what is written after is a record again."""
+    write(file, 0, 1, 2, 3)
+    lines = file.path.read_bytes().splitlines(keepends=True)
+    os.truncate(file.path, sum(map(len, lines[:left])))
+    assert file.ready() == lost
+    write(file, 4)
+    assert file.ready() == 0
+    found = [json.loads(line) for line in file.path.read_text().splitlines()]
+    assert [record["n"] for record in found] == [*range(left), 4]
+    assert found[-1]["dpguard.seq"] == 4, "the gap shows"
+
+
+def test_a_line_that_is_cut_through(file):
+    """It is lost, and said to be torn; the next one stands by itself."""
+    write(file, 0, 1)
+    os.truncate(file.path, file.path.stat().st_size - 5)
+    assert file.ready() == 1
+    write(file, 2)
+    *_, torn, last = file.path.read_text().splitlines()
+    assert not torn.endswith("}")
+    assert json.loads(last)["dpguard.torn"] == 1
 
 
 def test_closed_descriptor_is_opened_again(file):

@@ -1246,11 +1246,39 @@ def test_bad_values(call, error, words):
         call()
 
 
-@pytest.mark.parametrize("ids", [torch.zeros(3), torch.zeros(2, 2, dtype=torch.int64)])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        torch.zeros(3), torch.zeros(2, 2, dtype=torch.int64),
+        "abc", [1, None], [[1], [2, 3]], {1: 2}, object(),
+    ],
+)  # fmt: skip
 def test_bad_ids(guard, ids):
     """One whole number for each row."""
     with pytest.raises(ValueError, match="one whole number for each row"), dpguard.rows(ids=ids):
         pass
+
+
+def test_batches_with_tensors_of_other_kinds(guard):
+    """A sparse matrix beside the inputs, or inputs in eight bits, switch nothing off."""
+    x = torch.randn(24, 6)
+
+    def collate(items):
+        given = torch.stack(items)
+        return given, (given > 0).float().to_sparse(), given.to(torch.float8_e4m3fn)
+
+    loader = DPDataLoader(x, sample_rate=0.25, collate_fn=collate)
+    model = GradSampleModule(nn.Linear(6, 2))
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=6,
+    )  # fmt: skip
+    for given, sparse, _ in itertools.islice(loader, 3):
+        optimizer.zero_grad()
+        model(torch.sparse.mm(sparse, torch.eye(6)) + given).mean().backward()
+        optimizer.step()
+    assert guard.internal_errors == ()
+    assert guard.status().parts_off == ()
 
 
 def test_ids_of_nobody(guard):

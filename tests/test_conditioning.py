@@ -208,8 +208,18 @@ def test_layers_of_which_nothing_is_known():
         def forward(self, x):
             return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
+    class Other(nn.LayerNorm):
+        """Has nothing of a LayerNorm but its name."""
+
+        def __init__(self):
+            nn.Module.__init__(self)
+
+        def forward(self, x):
+            return x * x.square().mean(-1, keepdim=True).rsqrt()
+
     assert measure_of(nn.Linear) is None
     assert measure_of(nn.RMSNorm) is None
+    assert measure_of(Other)(Other(), torch.ones(2, 4)) is None
     found = measure_of(Turned)
     assert found(Turned(4), torch.ones(2, 4, 3)) is None
     values, moments = found(Turned(4), torch.full((2, 4, 4), 3.0))

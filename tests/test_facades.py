@@ -159,15 +159,14 @@ def test_a_batch_size_written_to_a_facade_is_not_told(tmp_path, make, mode):
     assert not re.search(r"\b(37|41|43|2)\b", event["body"])
 
 
-def test_a_clip_bound_is_told_when_it_is_set(guard, make):
-    """Once it is a setting; what follows may be made of the data."""
+def test_a_clip_bound_is_never_told(guard, make):
+    """The median of the norms of a batch looks like a setting, the first time as well."""
     training = Training()
     facade = make(training.dp)
-    before = training.dp.max_grad_norm
     for bound in (0.125, 0.0625):
         facade.max_grad_norm = bound
     said = [(i.before, i.after) for i in guard.interventions if i.attribute == "max_grad_norm"]
-    assert said == [(repr(before), "0.125"), (None, None)]
+    assert said == [(None, None)] * 2
     assert training.dp.max_grad_norm == 0.0625
 
 

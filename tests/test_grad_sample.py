@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 
 import opacus.grad_sample
@@ -583,3 +584,74 @@ def test_memory_is_not_above_plain_opacus(encoder):
     for plain, guarded in zip(*measured, strict=True):
         samples = 2 * 4 * sum(min(512, size) for size in sizes)
         assert guarded <= plain + FIGURES + samples
+
+
+class Encoder(nn.Module):
+    """A part that is compiled, with buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+        self.register_buffer("scale", torch.ones(3))
+
+    def forward(self, x):
+        return self.norm(self.linear(x) * self.scale)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("mode", ["repair", "observe", "strict"])
+def test_frozen_parts_that_are_compiled_by_torch_jit(mode):
+    """They take no hooks, of Opacus neither."""
+    encoder = torch.jit.script(Encoder().eval())
+    for p in encoder.parameters():
+        p.requires_grad_(False)
+    with dpguard.install(mode=mode) as guard:
+        model = GradSampleModule(nn.Sequential(encoder, nn.Linear(3, 2)))
+        model(torch.randn(4, 3)).mean().backward()
+        assert model._module[1].weight.grad_sample.shape == (4, 2, 3)
+        assert guard.internal_errors == ()
+
+
+def accepting(forward):
+    """As a decorator does that takes a keyword which is out of date."""
+
+    @functools.wraps(forward)
+    def accepts(self, *args, **kwargs):
+        kwargs.pop("attention_mask", None)
+        return forward(self, *args, **kwargs)
+
+    return accepts
+
+
+class Decorated(nn.Linear):
+    @accepting
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Calling(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), Decorated(3, 2)
+
+    def forward(self, x):
+        return self.second(self.first(x), attention_mask=None)
+
+
+def test_keywords_that_only_a_decorator_knows(guard):
+    """They are no inputs of the layer."""
+    model = GradSampleModule(Calling())
+    model(torch.randn(4, 3)).mean().backward()
+    for p in model.parameters():
+        assert torch.allclose(p.grad_sample.mean(0), p.grad, atol=1e-6)
+    assert guard.internal_errors == ()
+
+
+def test_a_frozen_part_of_inference_tensors(guard):
+    """Torch does not count how often they are changed, and raises when it is asked."""
+    with torch.inference_mode():
+        backbone = nn.Linear(3, 3)
+    backbone.requires_grad_(False)
+    model = GradSampleModule(nn.Sequential(backbone, nn.Linear(3, 2)))
+    model(torch.randn(4, 3)).mean().backward()
+    assert model._module[1].weight.grad_sample.shape == (4, 2, 3)

@@ -163,6 +163,17 @@ def test_rank_comes_from_torchrun(open_journal, monkeypatch, text, rank):
     assert verify(journal.path)[0]["dpguard.rank"] == rank
 
 
+def test_rank_comes_from_the_group_that_is_joined_later(open_journal, monkeypatch, capfd):
+    """Processes that the script itself has started know their rank when they join."""
+    journal, said = open_journal(), Journal.open(Settings())
+    journal.write(CUT)
+    monkeypatch.setattr("dpguard._compat.place_in_group", lambda: (3, 4))
+    journal.write(CUT)
+    said.write(CUT)
+    assert [record["dpguard.rank"] for record in verify(journal.path)] == [0, 3]
+    assert capfd.readouterr().err.startswith("dpguard (rank 3): repaired: ")
+
+
 # --- lines ---------------------------------------------------------------------------------
 
 

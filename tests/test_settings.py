@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import pickle
 from pathlib import Path
@@ -119,6 +120,7 @@ BAD = [
     ("run_id", "caf\u00e9", ["letters, digits"]),
     ("run_id", "a\n", ["letters, digits"]),
     ("key_file", "a\0b", ["path"]),
+    ("key_file", "~nobody-of-that-name/key", ["paths that can be found"]),
     ("log_dir", "~nobody-of-that-name/logs", ["paths that can be found"]),
     ("audit_every", "9" * 5000, ["1"]),
 ]
@@ -149,6 +151,7 @@ def test_bad_keywords_name_the_keyword_and_the_valid_values(name, value, valid):
         ("mode", True),
         ("log_dir", 3),
         ("log_dir", InBytes()),
+        ("log_dir", ""),
         ("audit_every", True),
         ("audit_every", 2.0),
         ("sensitive", 2),
@@ -249,3 +252,10 @@ def test_errors_are_what_host_code_may_catch():
     assert issubclass(dpguard.PerSampleGradientError, ValueError)
     assert issubclass(dpguard.PrivacyViolation, dpguard.DPGuardError)
     assert issubclass(dpguard.PrivacyViolation, RuntimeError)
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_copies_are_equal(how):
+    """Of what holds them, such as a trainer, as well."""
+    settings = Settings.resolve({}, mode="strict", audit_every=3, log_dir="logs")
+    assert how(settings) == settings

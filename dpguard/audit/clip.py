@@ -114,6 +114,8 @@ class Clip(Check):
         that has passed."""
         self._said = IdentitySet()
         self._slacks: dict[tuple[Any, ...], float] = {}
+        self._compares: IdentityMap[bool] = IdentityMap()
+        """Whether both backwards of ghost clipping were compared in the last batch of anybody."""
 
     def _is_turn(self, optimizer: Any) -> bool:
         """Whether it is time for what is not done in each step."""
@@ -296,6 +298,10 @@ class Clip(Check):
         if not step.audited or not mine:
             return ()
         self._bound_of_batches(step, optimizer, mine)
+        if any(found.people for found in mine):
+            self._compares[optimizer] = SUM in step.ran
+        elif self._compares.get(optimizer, True):
+            step.run(SUM)  # of nobody; the log must not tell which batches were empty
         failures: list[Failure] = []
         for found in mine:
             hooks = found.hooks()

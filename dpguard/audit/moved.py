@@ -22,6 +22,7 @@ from dpguard.audit.applied import is_due
 from dpguard.audit.check import NOTHING, Check, Failure, Failures, Noted, PerOwner, Step
 from dpguard.audit.multiples import Samples, without_noise
 from dpguard.audit.update import PRIVATE
+from dpguard.identity import version_of
 from dpguard.noted.row_state import sample_of_rows
 
 __all__ = ["Moved"]
@@ -95,13 +96,13 @@ class Moved(Check):
         path = self._paths.of(optimizer)
         if path.places:
             path.places.append(Samples.of(path.parameters))
-        path.versions = [p._version for p in path.parameters]
+        path.versions = [version_of(p) for p in path.parameters]
         return ()
 
     def cleared(self, step: Step, optimizer: Any) -> Failures:
         """Gradients, rows and sums are about to be cleared."""
         path = self._paths.of(optimizer)
-        if path.versions and path.versions != [p._version for p in path.parameters]:
+        if path.versions and path.versions != [version_of(p) for p in path.parameters]:
             path.suspect = True
         if path.places:
             self._compare(step, path)

@@ -25,6 +25,7 @@ import torch
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Receiver, Step
+from dpguard.identity import version_of
 from dpguard.interrupts import let_through
 from dpguard.noted.ledger import Ledger
 from dpguard.noted.row_state import ParameterState, awaits_its_step, sample_of
@@ -143,7 +144,7 @@ class Update(Check):
                 continue
             if state.kept is not None:
                 kept.append((parameter, state))
-            elif state.version != parameter._version:
+            elif state.version != version_of(parameter):
                 changed.append(state)
         for state in changed:
             state.suspect = state.keeps = True

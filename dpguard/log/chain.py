@@ -70,6 +70,7 @@ class ChainedFile:
         self._fd = -1
         self._status: os.stat_result | None = None
         self._lines = 0  # records in the current segment, as far as this process wrote them
+        self._end = 0  # bytes of the current segment after our last record
         self._lost = 0  # records that were deleted, not yet returned by ready()
         self._torn = 0  # cut-off lines that the next record has to tell about
         self._unterminated = False  # the file does not end in a newline
@@ -107,6 +108,7 @@ class ChainedFile:
         lead = b"\n" if self._unterminated else b""
         self._in_doubt = True
         done, error = _write(self._fd, lead + raw + b"\n")
+        self._end = self._size + done
         missing = len(lead) + len(raw) - done
         if missing <= 0:
             self.head = (self.head[0] + 1, hashlib.sha256(raw).hexdigest())
@@ -169,9 +171,19 @@ class ChainedFile:
             self._fd = -1
             return 0
         if self._status is None or self._status.st_nlink or self._is_in_place():
-            return 0
+            return self._cut_off() if self._size < self._end else 0
         self.abandon()
         lost, self._lines, self._torn, self._unterminated = self._lines, 0, 0, False
+        return lost
+
+    def _cut_off(self) -> int:
+        """Somebody has made our file shorter; returns the number of records that are gone."""
+        data = os.pread(self._fd, self._size, 0)
+        lost = max(0, self._lines - data.count(b"\n"))
+        self._lines -= lost
+        self._unterminated = bool(data) and not data.endswith(b"\n")
+        self._torn += self._unterminated
+        self._end = len(data)
         return lost
 
     def _seal(self, line: Line) -> bytes:
@@ -220,6 +232,7 @@ class ChainedFile:
 
     def _use(self, fd: int) -> None:
         self.path, self._status, self._fd = self._name_of(self._segment), os.fstat(fd), fd
+        self._end = self._size
 
     def _rotate(self) -> None:
         fd, full = self._open_segment(self._segment + 1), self._fd

@@ -12,13 +12,14 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import structlog
 from structlog.typing import EventDict, Processor
 
+from dpguard import _compat
 from dpguard._settings import Settings
 from dpguard.events import (
     AuditDropped,
@@ -54,24 +55,26 @@ class Journal:
 
     Attributes:
         run_id: name of the run.
-        rank: rank of this process in a distributed run, 0 otherwise.
+        rank: rank of this process in a distributed run, 0 otherwise; by that of ``torchrun`` its
+            file is named. Lines tell that of the group that the process has joined since.
     """
 
     def __init__(
-        self, settings: Settings, *, run_id: str, rank: int, max_bytes: int = MAX_BYTES
+        self, settings: Settings, *, run_id: str, rank: int | None, max_bytes: int = MAX_BYTES
     ) -> None:
         """Use :meth:`open`, which checks that the log can be written."""
-        self.run_id, self.rank = run_id, rank
+        self.run_id, self.rank = run_id, rank or 0
         self._started = RunStarted()
-        self._said = _Stderr(rank)
+        rank_now = _compat.rank_in_group if rank is None else lambda: rank
+        self._said = _Stderr(rank_now)
         self._sink: Sink | None = None
         self._sensitive: Sink | None = None
         key = read_key(settings.key_file) if settings.key_file is not None else None
         if settings.log_dir is None:
             self._log = _logger(self._said, [_Once(), _sentence])
             return
-        folder, stem = settings.log_dir / run_id, f"rank{rank}-%d"
-        render = _Renderer(run_id, rank)
+        folder, stem = settings.log_dir / run_id, f"rank{self.rank}-%d"
+        render = _Renderer(run_id, rank_now)
         self._sink = Sink(
             folder, stem, dropped=self._dropped, forked=self._forked, key=key, max_bytes=max_bytes
         )
@@ -176,9 +179,10 @@ def _new_run_id() -> str:
     return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.urandom(4).hex()}"
 
 
-def _rank() -> int:
+def _rank() -> int | None:
+    """That of ``torchrun``; ``None`` if it is not known yet."""
     text = os.environ.get("RANK", "")
-    return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else None
 
 
 class _EventLogger(structlog.BoundLoggerBase):
@@ -263,9 +267,9 @@ def _plain_key(key: object) -> str:
 class _Renderer:
     """Last processor: the JSON text of an event, cut where the sink puts its chain fields."""
 
-    def __init__(self, run_id: str, rank: int) -> None:
-        run = {"dpguard.schema": _SCHEMA, "dpguard.run.id": run_id, "dpguard.rank": rank}
-        self._run = _encode(run)[1:-1]
+    def __init__(self, run_id: str, rank_now: Callable[[], int]) -> None:
+        self._run_id, self._rank_now = run_id, rank_now
+        self._runs: dict[int, str] = {}
         self._second = (0, "")
         self._last: tuple[dict[str, Any], str] = {}, ""
 
@@ -274,9 +278,17 @@ class _Renderer:
         before = (
             f'{{"timestamp":"{self._timestamp(event)}","event_name":{_encode(event.name)},'
             f'"severity_text":"{event.severity.value}","body":{_encode(_plain(event.body))},'
-            f"{self._run}"
+            f"{self._run()}"
         )
         return (before, self._after(event, event_dict["fields"])), {}
+
+    def _run(self) -> str:
+        rank = self._rank_now()
+        text = self._runs.get(rank)
+        if text is None:
+            run = {"dpguard.schema": _SCHEMA, "dpguard.run.id": self._run_id, "dpguard.rank": rank}
+            text = self._runs[rank] = _encode(run)[1:-1]
+        return text
 
     def _after(self, event: Event, fields: dict[str, Any]) -> str:
         if type(event) is not StepAudit or next(iter(fields)) != _STEP:
@@ -301,12 +313,13 @@ class _Renderer:
 class _Stderr:
     """Where events go that a user must see when there is no log directory."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank_now: Callable[[], int]) -> None:
         self.dropped = 0
-        self._prefix = f"dpguard (rank {rank})" if rank else "dpguard"
+        self._rank_now = rank_now
 
     def write(self, sentence: str) -> None:
-        say(f"{self._prefix}: {sentence}")
+        rank = self._rank_now()
+        say(f"dpguard (rank {rank}): {sentence}" if rank else f"dpguard: {sentence}")
 
     def drop(self, cause: str) -> None:
         self.dropped += 1

@@ -112,7 +112,8 @@ def _roughly(measure: Measure) -> Measure:
     def rough(module: Any, inputs: torch.Tensor) -> Normalised | None:
         try:
             found = measure(module, inputs)
-        except RuntimeError:  # of another shape than torch's own layer takes
+        except (RuntimeError, AttributeError, TypeError, ValueError):
+            # Of another shape than torch's own layer takes, or without its attributes.
             return None
         return None if found is None else Normalised(None, found.moments)
 

@@ -185,6 +185,8 @@ class Delivery:
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` lies in the memory of a delivered tensor that still is alive."""
+        if tensor.layout is not torch.strided:
+            return False
         memory = tensor.untyped_storage().data_ptr()
         alive = (reference() for reference in self.tensors)
         return any(t is not None and t.untyped_storage().data_ptr() == memory for t in alive)
@@ -278,7 +280,7 @@ class Deliveries:
             return
         self.serial += 1
         delivery.serial = self.serial
-        tensors = _tensors(data, _DEPTH)
+        tensors = [t for t in _tensors(data, _DEPTH) if t.layout is torch.strided]
         delivery.tensors = [weakref.ref(tensor) for tensor in tensors]
         if delivery.indices:
             batch = iteration.count if delivery.skip is None else delivery.logical

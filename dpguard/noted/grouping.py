@@ -170,7 +170,13 @@ def grouping_of(arrangement: str | None, group_size: int | None, ids: Any, layou
         return Concatenated()
     if group_size is not None:
         return EqualGroups(group_size, blocks=layout == "blocks")
-    whose = ids if isinstance(ids, torch.Tensor) else torch.as_tensor(ids, device="cpu")
+    try:
+        whose = ids if isinstance(ids, torch.Tensor) else torch.as_tensor(ids, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            "rows: ids must be one whole number for each row, of shape (B,), not what torch makes "
+            f"no tensor of: {error}"
+        ) from error
     if whose is not ids and not whose.numel():
         whose = whose.long()  # of nobody: torch takes an empty list for floats
     if whose.dim() != 1 or whose.is_floating_point() or whose.is_complex():

@@ -424,7 +424,7 @@ class ParameterState:
 
     def note_values(self, parameter: torch.Tensor) -> None:
         """A backward begins: from here to the step the parameter should stay as it is."""
-        self.version = parameter._version
+        self.version = version_of(parameter)
         if self.keeps:
             self.kept = sample_of(_detach(parameter))
 

@@ -131,8 +131,8 @@ class Hooked(abc.ABC):
         contains it, such as a model that keeps its wrapper.
         """
         seen = set() if seen is None else seen
-        if id(module) in seen:
-            return
+        if id(module) in seen or isinstance(module, torch.jit.ScriptModule):
+            return  # compiled, and takes no hooks
         seen.add(id(module))
         _compat.learn_layout(module)
         if _compat.is_recurrent(module):

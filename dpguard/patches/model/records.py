@@ -324,8 +324,11 @@ def no_hook(*_anything: Any) -> None:
 
 
 def _in_order(module: torch.nn.Module, args: Any, kwargs: Any) -> list[Any]:
-    """All inputs of a call in the order of the signature of ``forward``."""
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    """All inputs of a call in the order of the signature of ``forward``, if that is known."""
+    try:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    except (TypeError, ValueError):  # a decorator takes what the function does not; compiled code
+        return [*args, *kwargs.values()]
     return [*bound.args, *bound.kwargs.values()]
 
 
@@ -379,7 +382,7 @@ def differentiable(output: Any) -> list[torch.Tensor]:
     if isinstance(output, Mapping):
         output = output.values()
     elif dataclasses.is_dataclass(output):
-        output = [getattr(output, field.name) for field in dataclasses.fields(output)]
+        output = [getattr(output, field.name, None) for field in dataclasses.fields(output)]
     elif not isinstance(output, (tuple, list)):
         return []
     for value in output:

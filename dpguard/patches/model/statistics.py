@@ -57,7 +57,12 @@ def watch(model: torch.nn.Module, ledger: Ledger, prefix: str = "") -> list[Call
     undo: list[Callable[[], None]] = []
     root = weakref.ref(model)
     around: _Around | None = None
-    for name, module in model.named_modules(prefix=prefix):
+    modules = [
+        (name, module)
+        for name, module in model.named_modules(prefix=prefix)
+        if not isinstance(module, torch.jit.ScriptModule)  # compiled, and takes no hooks
+    ]
+    for name, module in modules:
         if isinstance(module, batchnorm._BatchNorm):
             if around is None:
                 around = _Around(ledger, root, prefix)
@@ -68,7 +73,7 @@ def watch(model: torch.nn.Module, ledger: Ledger, prefix: str = "") -> list[Call
             undo.append(module.register_forward_hook(_Renormalising(ledger, root, name)).remove)
     whole = _Buffered(ledger, root, prefix)
     undo += [handle.remove for handle in _hang(whole, model)]
-    for name, module in model.named_modules(prefix=prefix):
+    for name, module in modules:
         if module is not model and _buffers_of(module):
             part = _Buffered(ledger, root, name, whole)
             undo += [handle.remove for handle in _hang(part, module)]

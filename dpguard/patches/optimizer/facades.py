@@ -273,7 +273,7 @@ class Facades:
                 f"{type(instance).__name__}.{name} was assigned",
                 real,
                 name,
-                **shown_values(name, before, value, is_first=is_first),
+                **shown_values(name, before, value),
             )
 
     def pass_on(self, holder: Any, facade: Any, real: Any, name: str) -> None:
@@ -330,10 +330,7 @@ def _itself(found: Any) -> Any:
     return found
 
 
-_SET_ONCE = frozenset({"max_grad_norm"})
-"""Attributes whose first value is a setting, and of which later ones may be made of the data."""
-
-_SHOWN = frozenset({"noise_multiplier", "loss_reduction", "secure_mode"}) | _SET_ONCE
+_SHOWN = frozenset({"noise_multiplier", "loss_reduction", "secure_mode"})
 """Attributes whose values the log may tell; of others it could be anything."""
 
 PER_BATCH = frozenset({"expected_batch_size", "_step_skip_queue", "_is_last_step_skipped"})
@@ -343,13 +340,13 @@ _KEPT = frozenset({"original_optimizer", "param_groups", "defaults", "state", "s
 """Attributes of a DP optimizer that are no knobs of its mechanism."""
 
 
-def shown_values(name: str, before: Any, after: Any, *, is_first: bool) -> dict[str, Any]:
+def shown_values(name: str, before: Any, after: Any) -> dict[str, Any]:
     """Both values of an attribute for the log, if they are plain and cannot tell of the data.
 
-    A batch size is that of the data or of a batch.
+    A batch size is that of the data or of a batch, and a clip bound may be computed from rows.
     """
     plain = all(isinstance(value, (bool, int, float, str)) for value in (before, after))
-    if name not in _SHOWN or not plain or (name in _SET_ONCE and not is_first):
+    if name not in _SHOWN or not plain:
         return {}
     return {"before": repr(before), "after": repr(after)}
 

@@ -121,7 +121,7 @@ class Wrappers:
                 is_first = name not in known.told
                 known.told.add(name)
                 if is_first or name not in PER_BATCH or self._verdicts.is_strict:
-                    shown = shown_values(name, applied, mine, is_first=is_first)
+                    shown = shown_values(name, applied, mine)
                     self._say(wrapper, optimizer, name, shown, lost=True)
             elif name in _CONTAINERS:
                 self._say(wrapper, optimizer, name, {}, lost=False)
