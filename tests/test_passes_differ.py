@@ -75,7 +75,7 @@ def forgetful(h):
 
 
 FAULTS = {
-    "clamped": hooked(lambda g: g.clamp(-1e-3, 1e-3)),
+    "clamped": hooked(lambda g: g.clamp(-4e-3, 4e-3)),
     "dropped": hooked(dropped),
     "dropped in a function": backward_of(dropped),
     "normalised": hooked(normalised),

@@ -114,6 +114,10 @@ def test_what_a_layer_collects_it_collects_once(guard):
     assert (layer.calls, layer.names) == (Counter(forward=1), {0})
 
 
+def asks_for_gradients(module, given, out):
+    out.requires_grad_(True)
+
+
 class Parts(nn.Module):
     """Owns a parameter, so it is replayed whole, and reaches its parts in many ways."""
 
@@ -129,11 +133,14 @@ class Parts(nn.Module):
             "output hook": self.inner,
             "input hook": self.inner,
             "method hook": self.inner,
+            "hook of no effect": self.inner,
         }[way]
         if way == "output hook":
             self.inner.register_forward_hook(lambda _, __, out: 3 * out)
         elif way == "input hook":
             self.inner.register_forward_pre_hook(lambda _, given: (2 * given[0],))
+        elif way == "hook of no effect":  # as transformers has them for checkpoints
+            self.inner.register_forward_hook(asks_for_gradients)
         elif way == "method hook":
             self.inner.register_forward_hook(self.on_output)
 
@@ -154,7 +161,7 @@ class Parts(nn.Module):
     "way",
     [
         "method", "partial", "list", "tuple", "dictionary",
-        "output hook", "input hook", "method hook",
+        "output hook", "input hook", "method hook", "hook of no effect",
     ],
 )  # fmt: skip
 def test_what_a_replayed_layer_refers_to_is_replayed(guard, way):

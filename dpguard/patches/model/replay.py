@@ -101,7 +101,21 @@ def _aside(module: torch.nn.Module, former: _Pairs) -> torch.nn.Module:
         own = made.__dict__
         for name in own.keys() - {"_parameters", "_modules"}:
             own[name] = _own(own[name], places, memo)
+        for name in _RUN:
+            for key, hook in own[name].items():
+                own[name][key] = functools.partial(_if_possible, hook)
     return found
+
+
+def _if_possible(hook: Any, *call: Any) -> Any:
+    """Run a hook, as far as functorch can: rows that lack what it does do not add up.
+
+    One of transformers asks that outputs require gradients, which functorch refuses.
+    """
+    try:
+        return hook(*call)
+    except RuntimeError:
+        return None
 
 
 def _own(value: Any, places: Mapping[int, torch.nn.Module], memo: dict[int, Any]) -> Any:
