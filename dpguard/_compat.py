@@ -1372,7 +1372,9 @@ def accumulated_iterations(optimizer: Any, parameters: Sequence[Any]) -> int | N
         return None
     cls: Any = type(optimizer)
     if not _counts_as_opacus(cls):
-        return int(optimizer.accumulated_iterations)
+        own = optimizer.accumulated_iterations
+        if own >= 1 and own == int(own):
+            return int(own)
     rows = getattr(parameters[0], "grad_sample", None) if parameters else None
     return len(rows) if isinstance(rows, list) else 1
 

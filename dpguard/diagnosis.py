@@ -170,6 +170,8 @@ DRAWN_DEPENDENTLY = "drawn_dependently"
 BATCH_UNDELIVERED = "batch_undelivered"
 SIGNAL_OF_OTHERS = "signal_of_others"
 BATCHES_MERGED = "logical_batches_merged"
+BATCH_IN_STEPS = "logical_batch_in_steps"
+SUMS_LOST = "clipped_sums_lost"
 SPLIT_FOR_ANOTHER = "batch_split_for_another"
 PEOPLE_IN_ROUNDS = "people_in_rounds"
 ROUNDS_IN_GHOST = "rounds_in_ghost_clipping"
@@ -1049,8 +1051,9 @@ _DIAGNOSES = {
     UNCLIPPED: Diagnosis(
         "a backward that ghost clipping did not see added gradients that nobody clipped",
         "call backward() on what the criterion that make_private returned gives you, and on no "
-        "other loss between optimizer.zero_grad() and optimizer.step(); use weight_decay of the "
-        "optimizer instead of a penalty",
+        "other loss between optimizer.zero_grad() and optimizer.step(); by hand, call "
+        "optimizer.zero_grad() between both backwards; use weight_decay of the optimizer instead "
+        "of a penalty",
         Severity.CRITICAL,
     ),
     NOT_CLEARED: Diagnosis(
@@ -1241,6 +1244,23 @@ _DIAGNOSES = {
         "logical batch: both would be merged under one noise draw",
         "call optimizer.step() for each physical batch of BatchMemoryManager: leave samples out "
         "in the data set or in the loss (a loss times zero), not with `continue` or `break`",
+        Severity.CRITICAL,
+    ),
+    BATCH_IN_STEPS: Diagnosis(
+        "a step was about to be made of one physical batch while more of its logical batch are to "
+        "come: who is in which step then depends on how many people were drawn, so one person "
+        "moves others from step to step",
+        "have the optimizer take the signals of BatchMemoryManager as Opacus does: leave "
+        "_check_skip_next_step(), signal_skip_step() and the queue alone, and return False from a "
+        "pre_step() of your own when it says so",
+        Severity.CRITICAL,
+    ),
+    SUMS_LOST: Diagnosis(
+        "the clipped sums of the physical batches before are gone while their logical batch goes "
+        "on: who is left out depends on how many people were drawn, so one person moves others",
+        "keep p.summed_grad until the last physical batch of BatchMemoryManager was stepped: "
+        "zero_grad() clears it only if optimizer._is_last_step_skipped is false, and pre_step() "
+        "sets that",
         Severity.CRITICAL,
     ),
     SIGNAL_OF_OTHERS: Diagnosis(

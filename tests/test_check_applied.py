@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import MethodType
 
 import pytest
@@ -608,3 +609,87 @@ def test_samples_on_several_devices():
     for tensors in ((here, there), (there, here)):
         assert Samples.of(tensors).values.is_meta
     assert not Samples.of([here]).values.is_meta
+
+
+# -- ghost clipping --------------------------------------------------------------------------------
+
+
+class GhostTraining:
+    """As before 1.5.2, without a class of losses; ``own`` is what becomes of ``p.grad``."""
+
+    def __init__(self, own, physical):
+        optimizers = importlib.import_module("opacus.optimizers.optimizer_fast_gradient_clipping")
+
+        class Optimizer(optimizers.DPOptimizerFastGradientClipping):
+            def pre_step(self, closure=None):
+                self.accumulate()
+                if self._check_skip_next_step():
+                    self._is_last_step_skipped = True
+                    return False
+                own(self)
+                self.scale_grad()
+                self._is_last_step_skipped = False
+                return True
+
+        wrapper = importlib.import_module(
+            "opacus.grad_sample.grad_sample_module_fast_gradient_clipping"
+        ).GradSampleModuleFastGradientClipping
+        losses = importlib.import_module("opacus.utils.fast_gradient_clipping_utils")
+        torch.manual_seed(1)
+        self.model = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 5))
+        called = wrapper(self.model, max_grad_norm=1.0)
+        self.optimizer = Optimizer(
+            torch.optim.SGD(self.model.parameters(), lr=0.1),
+            noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=8,
+        )  # fmt: skip
+        criterion = losses.DPLossFastGradientClipping(called, self.optimizer, nn.CrossEntropyLoss())
+        self.physical = physical
+
+        def backward():
+            x, y = torch.randn(8, 6), torch.randint(5, (8,))
+            self.optimizer.zero_grad()
+            criterion(called(x), y).backward()
+
+        self.backward = backward
+
+    def step(self):
+        for left in reversed(range(self.physical)):
+            self.optimizer.signal_skip_step(do_skip=left > 0)
+            self.backward()
+            self.optimizer.step()
+
+
+def as_it_is(optimizer):
+    pass
+
+
+def the_sum(optimizer):
+    for p in optimizer.params:
+        p.grad = p.summed_grad.clone()
+
+
+def the_sum_with_noise(optimizer):
+    for p in optimizer.params:
+        p.grad = p.summed_grad.add_(torch.randn_like(p))
+
+
+@needs_ghost
+@pytest.mark.parametrize("physical", [1, 3])
+@pytest.mark.parametrize("own", [as_it_is, the_sum])
+def test_a_ghost_step_of_ones_own_without_noise_is_refused(guard, own, physical):
+    """Where clipped sums are in p.grad before the step."""
+    training = GhostTraining(own, physical)
+    before = [p.detach().clone() for p in training.model.parameters()]
+    with pytest.raises(dpguard.PrivacyViolation, match=r"update\.private"):
+        training.step()
+    assert all(map(torch.equal, before, training.model.parameters()))
+
+
+@needs_ghost
+@pytest.mark.parametrize("physical", [1, 3])
+def test_a_ghost_step_of_ones_own_with_noise(guard, physical):
+    """In the very memory of the sums."""
+    training = GhostTraining(the_sum_with_noise, physical)
+    for _ in range(4):
+        training.step()
+    assert [v.cause for v in guard.violations] == [diagnosis.NOISE_UNSEEN]

@@ -405,7 +405,21 @@ def squares_for_norms(optimizer):
         add(p, weighted(factors, rows_of(p)))
 
 
-@pytest.mark.parametrize("fault", [last_counts_twice, third_is_not_clipped, squares_for_norms])
+def takes_the_place_of_what_was_there(optimizer):
+    """A sound rule, but of several physical batches only the last one counts."""
+    for p in optimizer.params:
+        p.summed_grad = weighted(flat_factors(optimizer), rows_of(p))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        last_counts_twice,
+        third_is_not_clipped,
+        squares_for_norms,
+        takes_the_place_of_what_was_there,
+    ],
+)
 def test_a_rule_that_is_wrong_for_somebody(fault, monkeypatch):
     """It is refused in the first steps, whoever it is."""
     for batch in (16, 16, 48, 48):  # of 112 parameters

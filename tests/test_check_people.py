@@ -953,6 +953,41 @@ def test_observe_says_that_it_shifts():
         assert guard.internal_errors == ()
 
 
+def in_physical_batches(private):
+    with BatchMemoryManager(
+        data_loader=private.loader, max_physical_batch_size=4, optimizer=private.optimizer
+    ) as loader:
+        private.train(loader=loader, epochs=2)
+
+
+SPLIT = [None, pytest.param("ghost", marks=needs_ghost)]
+
+
+@pytest.mark.parametrize("mode", SPLIT)
+def test_steps_of_parts_of_a_logical_batch_are_refused(guard, mode, monkeypatch):
+    """An optimizer that does not take the signals adds noise to each physical batch."""
+    private = Private(batch=16, mode=mode)
+    before = [p.detach().clone() for p in private.model.parameters()]
+    monkeypatch.setattr(private.optimizer, "_check_skip_next_step", lambda pop_next=True: False)
+    with pytest.raises(dpguard.PrivacyViolation, match="more of its logical batch are to come"):
+        in_physical_batches(private)
+    assert all(map(torch.equal, before, private.model.parameters()))
+
+
+@pytest.mark.parametrize("mode", SPLIT)
+def test_sums_that_are_lost_between_physical_batches_are_refused(guard, mode, monkeypatch):
+    """By a zero_grad() that clears them after skipped steps as well."""
+    private = Private(batch=16, mode=mode)
+
+    def clear(set_to_none=False):
+        for p in private.optimizer.params:
+            p.grad_sample = p.summed_grad = p.grad = None
+
+    monkeypatch.setattr(private.optimizer, "zero_grad", clear)
+    with pytest.raises(dpguard.PrivacyViolation, match="are gone while their logical batch"):
+        in_physical_batches(private)
+
+
 def test_a_skipped_last_physical_batch_is_refused(guard):
     """Nothing could finish its logical batch: the next one would be merged with it."""
     private = Private(batch=16)

@@ -201,3 +201,33 @@ def test_norms_can_be_looked_at_after_the_first_backward(training):
     losses_of(called, *data).mean().backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p._norm_sample, rows[name].flatten(1).norm(dim=1), **CLOSE)
+
+
+@pytest.mark.parametrize("cleared", [0, 1, 4])
+def test_what_the_first_backward_left_is_refused(training, cleared):
+    """Between both backwards nobody has cleared the gradients, or some of them only."""
+    model, called, optimizer = training
+    losses = losses_of(called, *batch(4, seed=1))
+    losses.mean().backward(retain_graph=True)
+    for p in list(model.parameters())[:cleared]:
+        p.grad.zero_()
+    factors = getattr(called, "get_clipping_coef", getattr(called, "get_coeff", None))()
+    called.disable_hooks()
+    (factors * losses).sum().backward()
+    called.enable_hooks()
+    with pytest.raises(PrivacyViolation, match=r"coverage\.present.*nobody clipped"):
+        optimizer.step()
+
+
+def test_a_sum_that_is_longer_than_all_people_together_is_refused(training):
+    """The factors were computed, and then forgotten."""
+    _, called, optimizer = training
+    losses = 100 * losses_of(called, *batch(4, seed=1))
+    losses.mean().backward(retain_graph=True)
+    optimizer.zero_grad()
+    called.disable_hooks()
+    getattr(called, "get_clipping_coef", getattr(called, "get_coeff", None))()
+    losses.sum().backward()
+    called.enable_hooks()
+    with pytest.raises(PrivacyViolation, match=r"clip\.bound"):
+        optimizer.step()

@@ -72,6 +72,7 @@ class _Noised:
         told: the gradients as they were when they were last compared.
         samples: of the noised gradients, if changes are looked for.
         bare: of the clipped sums, where the step is made by somebody else.
+        bare_total: in ghost clipping with those of the physical batches before.
         people: rows in the step, and whether they were drawn.
         ratios: of what gradients are multiplied with after their noise.
         zeros: where there was nothing but noise when gradients were last changed after it.
@@ -94,6 +95,7 @@ class _Noised:
     told: list[tuple[int, int]] = field(default_factory=list)
     samples: Samples | None = None
     bare: Samples | None = None
+    bare_total: Samples | None = None
     people: tuple[int, bool] = (0, False)
     ratios: Ratios = field(default_factory=Ratios)
     zeros: torch.Tensor | None = None
@@ -102,7 +104,7 @@ class _Noised:
 
     def clear(self) -> None:
         self.std, self.raw, self.seen, self.samples = None, None, False, None
-        self.bare = None
+        self.bare = self.bare_total = None
         self.parameters, self.grads, self.sums, self.told = (), NOTHING, NOTHING, []
 
 
@@ -111,6 +113,17 @@ class Applied(Check):
 
     def __init__(self) -> None:
         self._noised = PerOwner(lambda _: _Noised())
+
+    def begin(self, step: Step, optimizer: Any) -> Failures:
+        """Sample the clipped sums of ghost clipping, and all of them, before somebody's step."""
+        if _compat.clips_rows(optimizer) or _compat.is_opacus_method(optimizer, "pre_step"):
+            return ()
+        sums = [(p.grad, getattr(p, "summed_grad", None)) for p in step.parameters]
+        state = self._noised.of(optimizer)
+        state.bare = Samples.of([grad for grad, _ in sums])
+        if any(total is not None for _, total in sums):
+            state.bare_total = Samples.of([g if s is None or g is None else s + g for g, s in sums])
+        return ()
 
     def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:
         """``p.grad`` still is the gradient of the batch."""
@@ -197,7 +210,7 @@ class Applied(Check):
         grads: list[Any] = [p.grad for p in step.parameters]
         if all(isinstance(grad, torch.Tensor) for grad in grads):
             rows = [sample_of_rows(parameter) for parameter in step.parameters]
-            for bare in (state.bare, Samples.of(rows)):
+            for bare in (state.bare, state.bare_total, Samples.of(rows)):
                 self._compare(step, step.names, (Samples.of(grads), bare, std))
 
     def _look(self, step: Step, state: _Noised) -> None:

@@ -41,6 +41,7 @@ import torch
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
+from dpguard.audit.people import rows_at_hand
 from dpguard.identity import IdentityMap, IdentitySet
 from dpguard.noted.ledger import Ledger
 from dpguard.numerics.probes import CERTAIN, Probes
@@ -284,18 +285,13 @@ class Clip(Check):
 
     def begin(self, step: Step, optimizer: Any) -> Failures:
         """Clipped sums of ghost clipping are there, and what is known of their factors."""
-        if _compat.clips_rows(optimizer) or not self._ledger.factors:
+        if _compat.clips_rows(optimizer):
             return ()
-        wanted = set(map(id, step.parameters))
-        mine: list[Factors] = []
-        others: list[Factors] = []
-        for found in self._ledger.factors:
-            hooks = found.hooks()
-            if hooks is not None:
-                is_mine = any(id(p) in wanted for p in hooks.trainable_parameters)
-                (mine if is_mine else others).append(found)
-        self._ledger.factors = others
-        if not step.audited or not mine:
+        mine = self._take_factors(step)
+        if not step.audited:
+            return ()
+        if not mine:
+            self._bound_by_hand(step, optimizer)
             return ()
         self._bound_of_batches(step, optimizer, mine)
         if any(found.people for found in mine):
@@ -312,21 +308,47 @@ class Clip(Check):
                 failures += self._unproved(step, hooks, found.rule)
         return failures
 
-    @torch.no_grad()
+    def _take_factors(self, step: Step) -> list[Factors]:
+        """What is known of the factors of this step's batches; the rest is others'."""
+        if not self._ledger.factors:
+            return []
+        wanted = set(map(id, step.parameters))
+        mine: list[Factors] = []
+        others: list[Factors] = []
+        for found in self._ledger.factors:
+            hooks = found.hooks()
+            if hooks is not None:
+                is_mine = any(id(p) in wanted for p in hooks.trainable_parameters)
+                (mine if is_mine else others).append(found)
+        self._ledger.factors = others
+        return mine
+
+    def _bound_by_hand(self, step: Step, optimizer: Any) -> None:
+        """Nobody knows the factors of two backwards that are written by hand."""
+        rows = rows_at_hand(self._ledger, optimizer, step.parameters)
+        bound = _compat.plain_number(optimizer.max_grad_norm)
+        if rows and bound is not None:
+            self._bound_sums(step, optimizer, sum(rows), sum(rows) * bound, set())
+
     def _bound_of_batches(self, step: Step, optimizer: Any, mine: Sequence[Factors]) -> None:
         """The clipped sum of all batches is at most as long as their people times the bound."""
+        if all(isinstance(found.bound, (int, float)) for found in mine):
+            people = sum(found.people for found in mine)
+            most = sum(found.people * found.bound for found in mine)
+            self._bound_sums(step, optimizer, people, most, {found.dtype for found in mine})
+
+    @torch.no_grad()
+    def _bound_sums(
+        self, step: Step, optimizer: Any, people: int, most: float, dtypes: set[torch.dtype]
+    ) -> None:
         sums = [p.grad for p in step.parameters if p.grad is not None]
-        bounds = [found.bound for found in mine]
         if (
             not sums
             or any(total.layout is not torch.strided for total in sums)
-            or not all(isinstance(bound, (int, float)) for bound in bounds)
             or not _compat.is_opacus_method(optimizer, "add_noise")
         ):
             return
-        people = sum(found.people for found in mine)
-        most = sum(found.people * found.bound for found in mine)
-        kinds = {*(p.dtype for p in step.parameters), *(found.dtype for found in mine)}
+        kinds = dtypes | {p.dtype for p in step.parameters}
         own = max(_roundoff(kind, sums[0].device) for kind in kinds)
         size = math.sqrt(sum(total.numel() for total in sums))
         unit = _roundoff(torch.float32, sums[0].device)

@@ -187,6 +187,10 @@ class Clipped:
         """Whether ``grad`` is still the tensor meant: a step and ``zero_grad`` put another."""
         return grad is not None and self._grad is not None and self._grad() is grad
 
+    def was_added_to(self, grad: torch.Tensor | None) -> bool:
+        """Whether ``grad`` is that tensor, and nothing was done to it but that it was added to."""
+        return self.is_in(grad) and version_of(grad) == self._version + 1
+
     def is_untouched(self, grad: torch.Tensor | None) -> bool:
         """Whether ``grad`` is that tensor and was not changed in place either."""
         return self.is_in(grad) and version_of(grad) == self._version

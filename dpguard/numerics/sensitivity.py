@@ -44,7 +44,7 @@ put back (:mod:`dpguard.numerics.rewinding`).
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +118,11 @@ def sensitivity(
     later = _made_up(rows, bound, people.later, generator, alike=True)
 
     def clipped(given: list[list[torch.Tensor]]) -> tuple[list[torch.Tensor], ...]:
-        return tuple(_clipped(clip, rows, batch, mean=mean) for batch in (given, later))
+        # As two physical batches of one logical batch: what is there already is to be added to.
+        now = _clipped(clip, rows, given, mean=mean)
+        optimizer._is_last_step_skipped = True
+        both = _clipped(clip, rows, later, mean=mean, before=now)
+        return now, list(torch._foreach_sub(both, now))
 
     with as_it_was(optimizer, rows.parameters, device) as rewind:
         try:
@@ -325,16 +329,22 @@ def _zeroed(mine: list[torch.Tensor], leaving: torch.Tensor, _leave: int) -> lis
 
 
 def _clipped(
-    clip: Callable[[], Any], rows: Rows, given: list[list[torch.Tensor]], *, mean: bool
+    clip: Callable[[], Any],
+    rows: Rows,
+    given: list[list[torch.Tensor]],
+    *,
+    mean: bool,
+    before: list[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """What the rule adds up of these rows."""
+    """What the sums are once the rule has added up these rows, to what was there ``before``."""
     held: Any
-    for held, mine in zip(rows.parameters, given, strict=True):
+    former: Sequence[Any] = before or [None] * len(rows.parameters)
+    for held, mine, was in zip(rows.parameters, given, former, strict=True):
         was_list = isinstance(held.grad_sample, list)
         # A copy, for a rule that changes rows in place.
         copies = [piece.clone() for piece in mine]
         held.grad_sample = copies if was_list else copies[0]
-        held.summed_grad = None
+        held.summed_grad = None if was is None else was.clone()
         if held.grad is not None:
             # For a rule that takes the gradient of the batch instead of rows; it may change it.
             total = torch.cat(mine).sum(0, dtype=held.dtype)

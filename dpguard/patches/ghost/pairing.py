@@ -342,7 +342,11 @@ class GhostPairing(Pairing):
             self._norms_read, self._by_hand = False, None  # a step has taken that batch
         if self._norms_read and not hooked:
             # Opacus's two backwards written out by hand.
+            former = state.clipped
             self._by_hand = state.clipped = Clipped(grad, (self._batch,))
+            if former is not None and former.hooked and former.was_added_to(grad):
+                # Nobody has cleared what the first backward has left.
+                self._by_hand.unclipped = self._by_hand.hooked = True
             return
         note = state.clipped
         if note is None or not note.is_in(grad):

@@ -56,6 +56,9 @@ class Signals:
         self._rows_of = rows_of
         self._verdicts = verdicts
         self._summed: IdentityMap[tuple[int, int]] = IdentityMap()
+        self._in_hand: IdentityMap[Delivery] = IdentityMap()
+        self._open: IdentityMap[tuple[int, int]] = IdentityMap()
+        """The logical batch of which each optimizer has summed parts, and made no step yet."""
         self._paired = IdentitySet()
         """Optimizers whose signals were all those of batches, in the step before."""
 
@@ -66,6 +69,7 @@ class Signals:
             PrivacyViolation: it would be added to a logical batch that is not its own.
         """
         tags = self._tags.get(optimizer)
+        self._in_hand.pop(optimizer)
         if not tags:
             return
         queue = _compat.skip_signals(optimizer)
@@ -86,8 +90,30 @@ class Signals:
             self._drop(optimizer, tags, queue, skipped)
         in_hand = next(tag for tag in mine if tag not in skipped)
         if iteration.sure:
+            self._in_hand[optimizer] = in_hand
             self._keep_apart(optimizer, in_hand)
+            self._keep_together(optimizer, in_hand)
         self._summed[optimizer] = in_hand.batch
+
+    def after_clip(self, optimizer: Any, *, steps: bool) -> None:
+        """A physical batch was clipped; is a step made of it?
+
+        Raises:
+            PrivacyViolation: it is, and more of its logical batch will follow.
+        """
+        in_hand = self._in_hand.pop(optimizer)
+        self._open.pop(optimizer)
+        if in_hand is None or in_hand.skip is None:
+            return
+        if not steps:
+            self._open[optimizer] = in_hand.batch
+        elif in_hand.skip and not in_hand.iteration.said:  # else signals are known to be shifted
+            self._refuse(optimizer, diagnosis.BATCH_IN_STEPS)
+
+    def abandon(self, optimizer: Any) -> None:
+        """The step raised: its logical batch is not gone on with."""
+        self._in_hand.pop(optimizer)
+        self._open.pop(optimizer)
 
     def _left_out(self, optimizer: Any, iteration: Iteration, mine: list[Delivery]) -> int:
         """How many of the delivered batches, from the first on, were left out."""
@@ -135,6 +161,12 @@ class Signals:
         if not self._rows_of(optimizer):
             return  # nothing to add: Opacus will say why
         self._refuse(optimizer, diagnosis.BATCHES_MERGED)
+
+    def _keep_together(self, optimizer: Any, in_hand: Delivery) -> None:
+        if self._open.get(optimizer) != in_hand.batch:
+            return
+        if all(getattr(p, "summed_grad", None) is None for p in optimizer.params):
+            self._refuse(optimizer, diagnosis.SUMS_LOST)
 
     def _refuse(self, optimizer: Any, cause: str) -> None:
         statement = diagnosis.explain(cause).statement

@@ -306,6 +306,7 @@ class OptimizerPatch:
                 self._parts["frozen"].run(self._foreign.before_step, instance)
                 self._audit(self._before, instance)
                 answer = self._private(wrapped, instance, args, kwargs)
+                self._parts["signals"].run(self._on_answer, instance, answer)
                 if answer:
                     self._audit(self._auditor.before_update, instance)
                 stepped = True
@@ -314,6 +315,7 @@ class OptimizerPatch:
             self._parts["sigma"].run(self._sigma.restore, instance)
             if not stepped:
                 self._auditor.abandon(instance)
+                self._signals.abandon(instance)
         if answer:
             self._foreign.grant(instance)
         if stepped:
@@ -321,6 +323,9 @@ class OptimizerPatch:
                 self._parts["protocol"].run(self._protocol.after_step, instance)
             self._audit(self._auditor.after_step, instance, stepped=bool(answer))
         return answer
+
+    def _on_answer(self, instance: Any, answer: Any) -> None:
+        self._signals.after_clip(instance, steps=bool(answer))
 
     def _private(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         """Clip, add noise, scale; all with one bound."""
