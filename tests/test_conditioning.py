@@ -7,6 +7,7 @@ import gc
 import pytest
 import torch
 from opacus import GradSampleModule, PrivacyEngine
+from opacus.optimizers import DPOptimizer
 from releases import POISSON, needs_ghost, needs_reshaping
 from shuffled import violations
 from torch import nn
@@ -295,3 +296,62 @@ def test_calls_that_no_step_follows(guard):
 
 def _states():
     return [found for found in gc.get_objects() if isinstance(found, ParameterState)]
+
+
+class TwoHeads(nn.Module):
+    """An actor and a critic behind groups of one or two features.
+
+    That is what ``ModuleValidator.fix`` makes of a ``BatchNorm1d``.
+    """
+
+    def __init__(self, features):
+        super().__init__()
+        self.first, self.norm = nn.Linear(20, features), nn.GroupNorm(32, features)
+        self.actor, self.critic = nn.Linear(features, 4), nn.Linear(features, 1)
+
+    def forward(self, x):
+        h = torch.relu(self.norm(self.first(x)))
+        return self.actor(h), self.critic(h)
+
+
+def of_both(model, x):
+    actions, values = model(x)
+    target = torch.arange(len(x), device=x.device)
+    return nn.functional.cross_entropy(actions, target % 4) + 0.5 * (values**2).mean()
+
+
+@pytest.mark.parametrize("features", [32, 64, 96])
+def test_gradients_of_two_outputs_that_cancel_in_a_normalisation(features):
+    """They are added up before they cancel, and by the oracle afterwards: both are right."""
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        for seed in range(5):
+            torch.manual_seed(seed)
+            model = GradSampleModule(TwoHeads(features))
+            optimizer = DPOptimizer(
+                torch.optim.Adam(model.parameters(), lr=1e-3),
+                noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=32,
+            )  # fmt: skip
+            for _ in range(8):
+                optimizer.zero_grad()
+                of_both(model, torch.randn(32, 20)).backward()
+                optimizer.step()
+        guard.flush()
+        assert guard.violations == ()
+
+
+def test_a_fault_where_two_outputs_are_added():
+    """One person's row with an error of a percent is found all the same."""
+    torch.manual_seed(0)
+    with dpguard.install(mode="repair", oracle_every=1) as active:
+        model = GradSampleModule(TwoHeads(96))
+        optimizer = DPOptimizer(
+            torch.optim.SGD(model.parameters(), lr=1e-3),
+            noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=8,
+        )  # fmt: skip
+        of_both(model, torch.randn(8, 20)).backward()
+        weight = model._module.actor.weight
+        moved = 0.01 * weight.grad_sample.roll(1, 0)
+        weight.grad_sample += moved - moved.roll(1, 0)  # which adds up
+        optimizer.step()
+        active.flush()
+        assert {v.check for v in active.violations} == {"oracle.rows"}

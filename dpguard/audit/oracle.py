@@ -310,8 +310,11 @@ def _verdict(
             cancels = one.strength > _CANCELS * one.size
             own = max(one.own, one.strength / (1 if cancels else draw.rows))
             bound = 2 * alone[i] * (own + rounded[i] + whole) + lost[i]
-            if not one.strength and one.own <= FAINT * whole:
-                bound *= AMPLIFIED  # it may be nothing but rounding, see the audit of rows
+            faint = one.own <= FAINT * whole and (draw.in_parts or not one.strength)
+            if faint or (draw.in_parts and scaling):
+                # It may be nothing but rounding, see the audit of rows; so may what is left of two
+                # gradients that cancel in a normalisation, each by itself or both together.
+                bound *= AMPLIFIED
             if one.wrong <= max(bound, least):
                 continue
             certain = one.wrong > max(CERTAIN * one.own, TIMES * bound)

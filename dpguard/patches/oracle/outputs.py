@@ -51,13 +51,15 @@ class Draw:
         factor: by how much the rows of Opacus are larger than shares.
         found: by identity of a parameter: the parameter, her share and the whole.
         widest: largest number of elements per person of any gradient on the way.
+        in_parts: whether gradients of several outputs were sent back one after the other, and added
+            up at the end. Where they cancel on the way, what is left is rounded otherwise.
         scattered: how large her share of the gradient is at rows of others, as a part of that at
             all rows, for each layer that was met on the way.
     """
 
     __slots__ = (
-        "closed", "factor", "found", "marks", "people", "row", "rows", "scattered", "segment",
-        "widest",
+        "closed", "factor", "found", "in_parts", "marks", "people", "row", "rows", "scattered",
+        "segment", "widest",
     )  # fmt: skip
 
     def __init__(self, row: int, rows: int, segment: int, factor: float) -> None:
@@ -68,6 +70,7 @@ class Draw:
         self.people = declared_of(0)[1]
         self.found: dict[int, tuple[torch.nn.Parameter, Parts]] = {}
         self.widest = 1
+        self.in_parts = False
         self.scattered: list[torch.Tensor] = []
         self.marks = 0
         self.closed = False
@@ -100,6 +103,7 @@ class Draw:
         for leaf, pair in shares.leaves:
             parameter: Any = _compat.parameter_of(leaf)
             held = self.found.get(id(parameter))
+            self.in_parts = self.in_parts or held is not None
             self.found[id(parameter)] = parameter, added(held[1] if held else None, pair)
 
 
