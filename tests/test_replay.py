@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -710,3 +711,27 @@ def test_other_errors_of_a_replay_are_the_hosts(guard):
         loss_of(wrapped, batch()).backward()
     assert type(caught.value) is RuntimeError
     assert guard.violations == ()
+
+
+@pytest.mark.parametrize("mode", ["observe", "repair", "strict"])
+@pytest.mark.parametrize("is_faulty", [False, True])
+def test_rows_of_a_replayed_layer_under_autocast(mode, is_faulty):
+    """Its gradient is made in low precision, its rows are not: they add up as far as that goes."""
+    with dpguard.install(mode=mode) as guard:
+        torch.manual_seed(0)
+        model = GradSampleModule(nn.Sequential(nn.Linear(5, 4), Tempered(), nn.Linear(4, 3)))
+        optimizer = DPOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=16,
+        )  # fmt: skip
+        for _ in range(4):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                out = model(torch.randn(16, 5))
+            nn.functional.cross_entropy(out.float(), torch.arange(16) % 3).backward()
+            if is_faulty:
+                model._module[1].weight.grad_sample[0] *= 3
+            with contextlib.suppress(dpguard.DPGuardError):
+                optimizer.step()
+        guard.flush()
+        assert bool(guard.violations) is is_faulty

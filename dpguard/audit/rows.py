@@ -300,7 +300,8 @@ class RowValues(Check):
     def _limit(self, step: Step, rows: Rows, compared: list[int], dtype: torch.dtype) -> _Limits:
         """The factors of the bound, for each parameter compared; made once for each situation."""
         terms = [state.summands for state in step.states]
-        kinds = [computed_in(mine[0]) for mine in rows.pieces]
+        pairs = zip(step.states, rows.pieces, strict=True)
+        kinds = [state.coarse or computed_in(mine[0]) for state, mine in pairs]
         own = [parameter.dtype for parameter in step.parameters]
         narrow = [state.narrow for state in step.states]
         key = (terms, kinds, own, narrow, compared, step.parameters[0].device)

@@ -312,6 +312,7 @@ class ParameterState:
         "cancels",
         "captured",
         "clipped",
+        "coarse",
         "compared",
         "condemned",
         "entries",
@@ -364,6 +365,8 @@ class ParameterState:
         """Whether nearly everything cancels in its rows, so that it is wanted in each step."""
         self.moments: list[Moments] = []
         """Of the inputs of the calls whose rows are there, if it scales normalised ones."""
+        self.coarse: torch.dtype | None = None
+        """In which precision its gradient was computed, if only Opacus knows that of the rows."""
         self.narrow = False
         """Whether autograd may add its gradient up in no better precision than its own."""
         self.averaged = False

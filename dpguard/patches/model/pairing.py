@@ -161,6 +161,7 @@ class Pairing(Hooked):
         self._note_moments(record, backprops, rows if self.loss_reduction == "mean" else 1)
         backprops = backprops.movedim(dimension, 0)
         for parameter in wanted:
+            self.ledger.state(parameter).coarse = record.cast
             terms = task.terms.get(id(parameter), 0) + _terms(module, parameter, backprops)
             task.terms[id(parameter)] = terms
             state = self.ledger.state(parameter)

@@ -97,7 +97,8 @@ class Record:
         self.further = False
         """Whether it has inputs besides the first, without which a replay were another call."""
         self.cast: torch.dtype | None = None
-        """The precision of autocast at the call of such a module, if it was on; in ghost of any."""
+        """The precision of autocast at the call of such a module, if it was on; of any module in
+        ghost clipping and where rows are watched only."""
         self.moments: Moments | None = None
         """Of the inputs of a normalisation, once they are known."""
 
@@ -220,6 +221,7 @@ class ForwardHook:
         if not self.computes:
             record = self._record(module, outputs, trained, structured=structured)
             if record is not None:
+                record.cast = autocast_of(trained[0])
                 record.measure(args)  # there are no inputs later
             return None
         inputs = _in_order(module, args, kwargs) if kwargs else args
