@@ -395,7 +395,7 @@ def install(
             guard._start()
         except BaseException:
             guard.uninstall()
-            if current is not None:
+            if current is not None and current._span.installs > 0:
                 current._span.resume()
             raise
         return guard
