@@ -1294,6 +1294,7 @@ def test_bad_ids(guard, ids):
         pass
 
 
+@pytest.mark.skipif(not POISSON, reason="this Opacus's own loader needs workers")
 def test_batches_with_tensors_of_other_kinds(guard):
     """A sparse matrix beside the inputs, or inputs in eight bits, switch nothing off."""
     x = torch.randn(24, 6)

@@ -11,6 +11,7 @@ import torch
 from models import CNN, ENCODERS, MLP, InPlaceCNN, Recurrent, SimSiam
 from opacus import GradSampleModule, PrivacyEngine
 from opacus.optimizers import DPOptimizer
+from releases import needs_functorch
 from shuffled import is_ok, violations
 from torch import nn
 from torch.nn import functional as F
@@ -638,6 +639,7 @@ class Calling(nn.Module):
         return self.second(self.first(x), attention_mask=None)
 
 
+@needs_functorch
 def test_keywords_that_only_a_decorator_knows(guard):
     """They are no inputs of the layer."""
     model = GradSampleModule(Calling())
