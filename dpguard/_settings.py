@@ -192,6 +192,7 @@ def _natural(source: str, value: object) -> int:
 
 
 _DIGITS = 18
+"""Of numbers that are read; Python itself refuses to read some thousands."""
 
 
 def _whole(source: str, value: object, least: int) -> int:

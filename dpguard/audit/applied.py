@@ -115,14 +115,14 @@ class Applied(Check):
         self._noised = PerOwner(lambda _: _Noised())
 
     def begin(self, step: Step, optimizer: Any) -> Failures:
-        """Sample the clipped sums of ghost clipping, and all of them, before somebody's step."""
+        """Sample the clipped sums of ghost clipping, and with those before, in somebody's step."""
         if _compat.clips_rows(optimizer) or _compat.is_opacus_method(optimizer, "pre_step"):
             return ()
-        sums = [(p.grad, getattr(p, "summed_grad", None)) for p in step.parameters]
         state = self._noised.of(optimizer)
-        state.bare = Samples.of([grad for grad, _ in sums])
-        if any(total is not None for _, total in sums):
-            state.bare_total = Samples.of([g if s is None or g is None else s + g for g, s in sums])
+        state.bare = bare = Samples.of([p.grad for p in step.parameters])
+        before = Samples.of([getattr(p, "summed_grad", None) for p in step.parameters])
+        if bare is not None and before is not None and before.is_like(bare):
+            state.bare_total = bare._replace(values=bare.values + before.values)
         return ()
 
     def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:

@@ -33,7 +33,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -152,7 +152,7 @@ class Clip(Check):
         step.collect((BOUND,), parts, _judge_bound(len(clipping.blocks), count, bound, slack))
 
     def _slack(self, count: int, rows: Rows) -> float:
-        """Relative rounding error of a clipped sum and of the norms of what it is made of."""
+        """:func:`_rounding` of these rows, which is computed once for each size of a batch."""
         parameter = rows.parameters[0]
         kinds = frozenset([parameter.dtype, *(mine[0].dtype for mine in rows.pieces)])
         elements = sum(p.numel() for p in rows.parameters)
@@ -161,11 +161,7 @@ class Clip(Check):
         if found is None:
             if len(self._slacks) > 1000:  # noqa: PLR2004 - sizes of batches
                 self._slacks.clear()
-            unit = _roundoff(torch.float32, parameter.device)
-            own = max(_roundoff(kind, parameter.device) for kind in kinds)
-            found = self._slacks[key] = CERTAIN * (
-                own * (math.sqrt(count) + 1) + unit * math.sqrt(elements)
-            )
+            found = self._slacks[key] = _rounding(count, elements, kinds, parameter.device)
         return found
 
     @torch.no_grad()
@@ -349,10 +345,8 @@ class Clip(Check):
         ):
             return
         kinds = dtypes | {p.dtype for p in step.parameters}
-        own = max(_roundoff(kind, sums[0].device) for kind in kinds)
-        size = math.sqrt(sum(total.numel() for total in sums))
-        unit = _roundoff(torch.float32, sums[0].device)
-        slack = CERTAIN * (own * (math.sqrt(people) + 1) + unit * size) + BETWEEN_BACKWARDS
+        elements = sum(total.numel() for total in sums)
+        slack = _rounding(people, elements, kinds, sums[0].device) + BETWEEN_BACKWARDS
         wide = [torch.promote_types(total.dtype, torch.float32) for total in sums]
         parts = [torch.linalg.vector_norm(t, dtype=w) for t, w in zip(sums, wide, strict=True)]
         step.run(BOUND)
@@ -518,6 +512,15 @@ def _lengths(
         else:
             norms.append(torch.linalg.vector_norm(total, dtype=wide))
     return torch.stack(norms)
+
+
+def _rounding(
+    people: int, elements: int, kinds: Iterable[torch.dtype], device: torch.device
+) -> float:
+    """Relative rounding error of a clipped sum and of the norms of what it is made of."""
+    own = max(_roundoff(kind, device) for kind in kinds)
+    unit = _roundoff(torch.float32, device)
+    return CERTAIN * (own * (math.sqrt(people) + 1) + unit * math.sqrt(elements))
 
 
 def _roundoff(dtype: torch.dtype, device: torch.device) -> float:

@@ -108,7 +108,7 @@ class ChainedFile:
         lead = b"\n" if self._unterminated else b""
         self._in_doubt = True
         done, error = _write(self._fd, lead + raw + b"\n")
-        self._end = self._size + done
+        self._end += done
         missing = len(lead) + len(raw) - done
         if missing <= 0:
             self.head = (self.head[0] + 1, hashlib.sha256(raw).hexdigest())

@@ -179,10 +179,9 @@ class _Held:
         was, version = held.detach().clone(), version_of(held)
 
         def undo() -> None:
-            changed = version_of(held) != version
-            if version == UNCOUNTED:
-                changed = torch.is_inference_mode_enabled()  # nowhere else may it change
-            if changed:
+            # Tensors without a version may change in inference mode only.
+            uncounted = version == UNCOUNTED and torch.is_inference_mode_enabled()
+            if uncounted or version_of(held) != version:
                 with torch.no_grad():
                     held.copy_(was)
 

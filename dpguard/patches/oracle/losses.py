@@ -60,7 +60,7 @@ from dpguard.patches.oracle.broadcasts import (
 from dpguard.patches.oracle.decisions import DECISIONS, Decision
 from dpguard.patches.oracle.outputs import Draw, Expected, OutputHook, Outputs, mark_of
 from dpguard.patches.oracle.vjp import Parts, Unfit, propagate
-from dpguard.patches.wrapping import EagerWrapper, TransparentWrapper
+from dpguard.patches.wrapping import EagerWrapper
 from dpguard.patching import Transaction
 
 __all__ = ["Coupling", "Losses"]
@@ -124,13 +124,6 @@ class Coupling:
     divisors: tuple[float, ...] = ()
 
 
-class _BackwardWrapper(TransparentWrapper, EagerWrapper):
-    """Of ``torch.autograd.backward``, through which ``Tensor.backward`` goes as well."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.__wrapped__.__qualname__  # by reference, as functions are pickled
-
-
 class Losses:
     """Looks at losses before they are backpropagated.
 
@@ -148,7 +141,7 @@ class Losses:
         original = vars(torch.autograd)["backward"]
         enabled: Any = self._outputs.unasked
         transaction.patch(
-            torch.autograd, "backward", _BackwardWrapper(original, self._backward, enabled)
+            torch.autograd, "backward", EagerWrapper(original, self._backward, enabled)
         )
 
     def take(self, parameters: Iterable[torch.Tensor]) -> list[Coupling]:
