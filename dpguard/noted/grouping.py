@@ -174,8 +174,8 @@ def grouping_of(arrangement: str | None, group_size: int | None, ids: Any, layou
         whose = ids if isinstance(ids, torch.Tensor) else torch.as_tensor(ids, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            "rows: ids must be one whole number for each row, of shape (B,), not what torch makes "
-            f"no tensor of: {error}"
+            "rows: ids must be one whole number for each row, of shape (B,), as a list or a "
+            f"tensor, not {ids!r:.200}: {error}"
         ) from error
     if whose is not ids and not whose.numel():
         whose = whose.long()  # of nobody: torch takes an empty list for floats
