@@ -172,6 +172,7 @@ SIGNAL_OF_OTHERS = "signal_of_others"
 BATCHES_MERGED = "logical_batches_merged"
 BATCH_IN_STEPS = "logical_batch_in_steps"
 SUMS_LOST = "clipped_sums_lost"
+BATCHES_IN_STEP = "physical_batches_in_one_step"
 SPLIT_FOR_ANOTHER = "batch_split_for_another"
 PEOPLE_IN_ROUNDS = "people_in_rounds"
 ROUNDS_IN_GHOST = "rounds_in_ghost_clipping"
@@ -1261,6 +1262,14 @@ _DIAGNOSES = {
         "keep p.summed_grad until the last physical batch of BatchMemoryManager was stepped: "
         "zero_grad() clears it only if optimizer._is_last_step_skipped is false, and pre_step() "
         "sets that",
+        Severity.CRITICAL,
+    ),
+    BATCHES_IN_STEP: Diagnosis(
+        "one step was about to take the rows of several physical batches of BatchMemoryManager, "
+        "which gives a signal for each: from here on each batch meets the signal of another, so "
+        "logical batches are merged under one noise draw, or none is ever complete",
+        "call optimizer.step() after the backward of each physical batch; without "
+        "BatchMemoryManager, batches that are shuffled can be accumulated",
         Severity.CRITICAL,
     ),
     SIGNAL_OF_OTHERS: Diagnosis(

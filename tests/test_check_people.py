@@ -988,6 +988,49 @@ def test_sums_that_are_lost_between_physical_batches_are_refused(guard, mode, mo
         in_physical_batches(private)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("left_out", [0, 1])
+@pytest.mark.parametrize("mode", ["repair", "observe"])
+def test_two_physical_batches_in_one_step(mode, left_out, workers):
+    """The signal of the second is left behind: nobody was skipped, and no batch is complete."""
+    with dpguard.install(mode=mode) as guard:
+        private = Private(samples(48), batch=16, poisson=False, num_workers=workers)
+        before = [p.detach().clone() for p in private.model.parameters()]
+        refused = pytest.raises(dpguard.PrivacyViolation, match="rows of several physical batches")
+        with (
+            refused if mode == "repair" else contextlib.nullcontext(),
+            BatchMemoryManager(
+                data_loader=private.loader, max_physical_batch_size=6, optimizer=private.optimizer
+            ) as loader,
+        ):
+            for number, (x, y) in enumerate(loader):
+                plain(private, x[left_out:], y[left_out:]).backward()
+                if number % 2:
+                    private.optimizer.step()
+                    private.optimizer.zero_grad()
+        guard.flush()
+        assert diagnosis.BATCHES_IN_STEP in causes(guard)
+        assert guard.interventions == ()
+        unchanged = all(map(torch.equal, before, private.model.parameters()))
+        assert unchanged == (mode == "repair")
+
+
+@pytest.mark.parametrize("ahead_by", [0, 1])
+def test_parts_of_physical_batches_in_one_step(guard, ahead_by):
+    """Each physical batch is stepped once, as it is to be; several backwards are its parts."""
+    private = Private(samples(48), batch=16, poisson=False)
+    with BatchMemoryManager(
+        data_loader=private.loader, max_physical_batch_size=6, optimizer=private.optimizer
+    ) as loader:
+        for x, y in ahead(loader) if ahead_by else loader:
+            for part in torch.arange(len(x)).split(2):
+                plain(private, x[part], y[part]).backward()
+            private.optimizer.step()
+            private.optimizer.zero_grad()
+    assert violations(guard) == guard.interventions == ()
+    assert guard.status().steps == 3
+
+
 def test_a_skipped_last_physical_batch_is_refused(guard):
     """Nothing could finish its logical batch: the next one would be merged with it."""
     private = Private(batch=16)

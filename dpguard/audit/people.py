@@ -205,6 +205,8 @@ class People(Check):
             step.run(ROWS, count=1)
             logical.parts = 0
             self._use(logical, used)
+            if len(used) > 1 and used[0].skip is not None:
+                return _failure(diagnosis.BATCHES_IN_STEP, sizes, used, check=BATCHES)
             drawn = _drawn_wrong(logical.uses, used)
             logical.found += [failure for failure in drawn if _is_new(failure, logical)]
             if not declared:
@@ -365,6 +367,8 @@ class People(Check):
             rounds = diagnosis.PEOPLE_IN_ROUNDS
             cause = rounds if logical.clips_rows else diagnosis.ROUNDS_IN_GHOST
             return _failure(cause, sizes, private)
+        if len(sizes) > 1 and sum(sizes) > max(people) and private[0].skip is not None:
+            return _failure(diagnosis.BATCHES_IN_STEP, sizes, private, check=BATCHES)
         if max(sizes) > max(people) or (
             sum(sizes) > sum(people) and not private[-1].iteration.finished
         ):
