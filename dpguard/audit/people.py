@@ -202,19 +202,7 @@ class People(Check):
         if used is None and logical.reader.passed:
             used = _in_any_order(rows, waiting)
         if used is not None:
-            step.run(ROWS, count=1)
-            logical.parts = 0
-            self._use(logical, used)
-            if len(used) > 1 and used[0].skip is not None:
-                return _failure(diagnosis.BATCHES_IN_STEP, sizes, used, check=BATCHES)
-            drawn = _drawn_wrong(logical.uses, used)
-            logical.found += [failure for failure in drawn if _is_new(failure, logical)]
-            if not declared:
-                like = [d for d in private if d not in used and d.fits_any(rows)]
-                self._note_rates(step, logical, [*used, *like])
-            if declared and private:
-                self._note_declared(logical, used, private)
-            return None
+            return self._explained(step, logical, rows, used, private, declared=bool(declared))
         if declared:
             return _failure(diagnosis.NOT_AS_DECLARED, sizes, declared)
         if private and not self._deliveries.lost(logical.reader):
@@ -223,6 +211,31 @@ class People(Check):
             return self._by_private(step, logical, sizes, private=private, notes=notes)
         logical.draws = None
         return None if private else self._by_others(step, logical, sizes, notes)
+
+    def _explained(
+        self,
+        step: Step,
+        logical: _Logical,
+        rows: Sequence[int],
+        used: Sequence[Delivery],
+        private: Sequence[Delivery],
+        *,
+        declared: bool,
+    ) -> Failure | None:
+        """The rows of a step are those of batches that were delivered, or ``declared``."""
+        step.run(ROWS, count=1)
+        logical.parts = 0
+        self._use(logical, used)
+        if len(used) > 1 and used[0].skip is not None:
+            return _failure(diagnosis.BATCHES_IN_STEP, rows, used, check=BATCHES)
+        drawn = _drawn_wrong(logical.uses, used)
+        logical.found += [failure for failure in drawn if _is_new(failure, logical)]
+        if not declared:
+            like = [d for d in private if d not in used and d.fits_any(rows)]
+            self._note_rates(step, logical, [*used, *like])
+        elif private:
+            self._note_declared(logical, used, private)
+        return None
 
     def _believed(
         self,
@@ -330,6 +343,8 @@ class People(Check):
                 mixed = [[d, other] for d in private if _people(d) + _people(other) == sum(sizes)]
                 if mixed:
                     return _failure(diagnosis.BATCHES_OF_TWO, sizes, mixed[0], check=BATCHES)
+            if _are_several(sizes, private):
+                return _failure(diagnosis.BATCHES_IN_STEP, sizes, private, check=BATCHES)
             return self._deviation(logical, sizes, private, notes)
         if len({part.iteration.dataset for part in parts}) < len(parts):
             return _failure(diagnosis.BATCHES_JOINED, sizes, parts, check=BATCHES)
@@ -367,8 +382,6 @@ class People(Check):
             rounds = diagnosis.PEOPLE_IN_ROUNDS
             cause = rounds if logical.clips_rows else diagnosis.ROUNDS_IN_GHOST
             return _failure(cause, sizes, private)
-        if len(sizes) > 1 and sum(sizes) > max(people) and private[0].skip is not None:
-            return _failure(diagnosis.BATCHES_IN_STEP, sizes, private, check=BATCHES)
         if max(sizes) > max(people) or (
             sum(sizes) > sum(people) and not private[-1].iteration.finished
         ):
@@ -568,6 +581,15 @@ def _is_part(rows: Sequence[int], private: Sequence[Delivery]) -> bool:
     if any(delivery.skip is not None for delivery in private):
         return False
     return sum(rows) < max((delivery.rows or 0 for delivery in private), default=0)
+
+
+def _are_several(sizes: Sequence[int], private: Sequence[Delivery]) -> bool:
+    """Whether rows were left out of several batches that ``BatchMemoryManager`` has divided."""
+    if len(sizes) == 1 or any(delivery.skip is None for delivery in private):
+        return False
+    rows = [delivery.rows or 0 for delivery in private]
+    in_rounds = len(set(sizes)) == 1 and sizes[0] in rows
+    return sum(sizes) > max(rows) and not in_rounds
 
 
 def _people(batch: Delivery) -> int:
