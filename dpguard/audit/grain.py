@@ -47,7 +47,7 @@ class Grain:
         """
         finite = [value for value in values if value and math.isfinite(value)]
         is_coarse = any(
-            _evidence([v / by for v in finite], unit, sums / by, digits) > EVIDENCE
+            _evidence(finite, by, unit, sums, digits) > EVIDENCE
             for by in (1.0, std)
             for digits in _DIGITS
         )
@@ -56,18 +56,33 @@ class Grain:
         return self._coarse > 1
 
 
-def _evidence(values: Sequence[float], unit: float, sums: float, digits: int) -> float:
-    """That all values are on the grid of so many binary digits; zero if one is not."""
-    evidence, is_of_one_spacing = 0.0, True
-    spacings = [math.ldexp(1.0, math.frexp(value)[1] - digits) for value in values]
-    widest = max(spacings, default=1.0)
-    for value, spacing in zip(values, spacings, strict=True):
-        slip = 2 * unit * (abs(value) + sums)
-        if _off(value, spacing) > slip:
+def _evidence(values: Sequence[float], by: float, unit: float, sums: float, digits: int) -> float:
+    """That all values, divided ``by`` something, are on the grid of so many binary digits.
+
+    Zero if one is not: of noise that is as fine as it should be, nearly always the first.
+    """
+    evidence = 0.0
+    for value in values:
+        scaled = value / by
+        spacing, slip = _spacing(scaled, digits), _slip(scaled, by, unit, sums)
+        if _off(scaled, spacing) > slip:
             return 0.0
         evidence -= math.log(min(1.0, 2 * slip / spacing))
-        is_of_one_spacing = is_of_one_spacing and _off(value, widest) <= slip
-    return 0.0 if is_of_one_spacing else evidence
+    if evidence <= EVIDENCE:
+        return 0.0
+    widest = _spacing(max(map(abs, values)) / by, digits)
+    beside = (_off(value / by, widest) > _slip(value / by, by, unit, sums) for value in values)
+    return evidence if any(beside) else 0.0
+
+
+def _spacing(value: float, digits: int) -> float:
+    """Of the numbers of so many binary digits, at this one."""
+    return math.ldexp(1.0, math.frexp(value)[1] - digits)
+
+
+def _slip(value: float, by: float, unit: float, sums: float) -> float:
+    """What rounding may have moved a value by."""
+    return 2 * unit * (abs(value) + sums / by)
 
 
 def _off(value: float, spacing: float) -> float:
