@@ -7,9 +7,10 @@ was, what was installed. Undoing restores absence as well as values.
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpguard.interrupts import let_through
 
@@ -17,6 +18,9 @@ __all__ = ["ABSENT", "Patch", "Transaction", "is_instance", "living", "put_back"
 
 ABSENT: Any = object()
 """Stands for an attribute that the owner itself did not have."""
+
+_FEW = 256
+"""So many undo steps are kept without a look whether they are needed any more."""
 
 
 def own_attribute(owner: Any, name: str) -> Any:
@@ -99,26 +103,57 @@ class Patch:
         return True
 
 
+class _Undo(NamedTuple):
+    """One step back."""
+
+    target: str
+    run: Callable[[], bool | None]
+    is_due: Callable[[], bool] = lambda: True
+    """Whether there is anything left that it would change."""
+
+
 class Transaction:
     """Undo steps in the order in which they have to be taken back."""
 
     def __init__(self) -> None:
-        self._undo: list[tuple[str, Callable[[], bool | None]]] = []
+        self._undo: list[_Undo] = []
+        self._looked_at = _FEW
 
     def patch(self, owner: Any, name: str, installed: Any) -> Patch:
         """Replace an attribute and remember how to put it back."""
         patch = Patch.apply(owner, name, installed)
-        self._undo.append((patch.target, patch.undo))
+        self._undo.append(_Undo(patch.target, patch.undo))
         return patch
+
+    def add(self, owner: type, name: str, installed: Any) -> None:
+        """Give a class an attribute that it has not itself, and does not keep the class alive.
+
+        Some libraries make a class for each optimizer.
+        """
+        patch, reference = Patch.apply(owner, name, installed), weakref.ref(owner)
+        original = patch.original
+
+        def undo() -> bool:
+            found = reference()
+            return found is None or Patch(found, name, original, installed).undo()
+
+        self._forget_gone()
+        self._undo.append(_Undo(patch.target, undo, lambda: reference() is not None))
 
     def on_undo(self, target: str, undo: Callable[[], bool | None]) -> None:
         """Remember how to take back something that is more than one attribute."""
-        self._undo.append((target, undo))
+        self._undo.append(_Undo(target, undo))
 
     @property
     def targets(self) -> list[str]:
         """What has been changed so far, in order."""
-        return [target for target, _ in self._undo]
+        return [step.target for step in self._undo]
+
+    def _forget_gone(self) -> None:
+        """Each time the list has doubled."""
+        if len(self._undo) >= self._looked_at:
+            self._undo[:] = [step for step in self._undo if step.is_due()]
+            self._looked_at = _FEW + 2 * len(self._undo)
 
     def rollback(self) -> list[tuple[str, bool]]:
         """Undo everything, last first; say of each target whether it was restored.
@@ -129,14 +164,14 @@ class Transaction:
         results: list[tuple[str, bool]] = []
         failure: BaseException | None = None
         while self._undo:
-            target, undo = self._undo[-1]
+            target, undo, _ = self._undo[-1]
             whole = False
             try:
                 whole = undo() is not False
             except Exception as error:  # noqa: BLE001 - the others must be undone first
                 let_through(error)
                 failure = failure or error
-            if self._undo and self._undo[-1][1] is undo:  # else a handler of a signal has gone on
+            if self._undo and self._undo[-1].run is undo:  # else a handler of a signal has gone on
                 self._undo.pop()
             results.append((target, whole))
         if failure is not None:

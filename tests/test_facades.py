@@ -7,6 +7,7 @@ own.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from pathlib import Path
 import opacus
 import pytest
 import torch
-from facades import IMITATIONS, REAL, importable
+from facades import IMITATIONS, REAL, Deriving, importable
 from opacus import GradSampleModule
 from opacus.accountants import RDPAccountant
 from opacus.optimizers import DPOptimizer
@@ -439,4 +440,29 @@ def test_what_a_facade_holds_may_be_gone():
         model(torch.randn(4, 2)).sum().backward()
         optimizer.step()
         assert guard.last_step is not None
+        assert guard.internal_errors == ()
+
+
+def test_the_classes_of_facades_may_go():
+    """Some libraries make one for each optimizer, which lives no longer under a guard."""
+    model = GradSampleModule(nn.Linear(2, 2))
+    with dpguard.install(mode="repair") as guard:
+
+        def train():
+            optimizer = DPOptimizer(
+                torch.optim.SGD(model.parameters(), lr=0.1),
+                noise_multiplier=1.0,
+                max_grad_norm=1.0,
+                expected_batch_size=4,
+            )
+            facade = type("Made", (Deriving,), {})(optimizer)
+            optimizer.zero_grad()
+            model(torch.randn(4, 2)).sum().backward()
+            facade.step()
+            assert guard.last_step is not None
+            return weakref.ref(type(facade))
+
+        gone = [train() for _ in range(3)]
+        gc.collect()
+        assert [reference() for reference in gone] == [None] * 3
         assert guard.internal_errors == ()

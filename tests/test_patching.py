@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import types
+import weakref
 
 import pytest
 
@@ -124,6 +126,26 @@ def test_rollback_is_last_first():
     assert held(owner) == before
     assert transaction.targets == []
     assert transaction.rollback() == []
+
+
+def test_a_class_that_goes_is_not_kept():
+    """Nor is what there is to undo on it, however many such classes there were."""
+    transaction, lives = Transaction(), make()
+    before = held(lives)
+    transaction.add(lives, "new", other)
+    gone = []
+    for _ in range(2000):
+        passing = type("Passing", (), {})
+        transaction.add(passing, "new", other)
+        assert passing().new() == "patched"
+        gone.append(weakref.ref(passing))
+        del passing
+        if len(gone) % 100 == 0:
+            gc.collect()
+    assert not any(reference() for reference in gone)
+    assert len(transaction.targets) < 1000
+    assert all(whole for _, whole in transaction.rollback())
+    assert held(lives) == before
 
 
 def test_rollback_says_what_was_not_restored():

@@ -178,7 +178,7 @@ class AttributeForwarding:
             for name in names:
                 if _static(type(instance), name) is None:
                     descriptor = ForwardedAttribute(name, self)
-                    self._transaction.patch(type(instance), name, descriptor)
+                    self._transaction.add(type(instance), name, descriptor)
 
     # -- adoption -------------------------------------------------------------------------------
 

@@ -230,7 +230,7 @@ class Facades:
             names.extend(_METHODS)
         for name in dict.fromkeys(names):
             if name not in _KEPT and not hasattr(cls, name):
-                transaction.patch(cls, name, OwnedAttribute(name, self))
+                transaction.add(cls, name, OwnedAttribute(name, self))
 
     def is_dp(self, found: Any) -> bool:
         """Whether the class of ``found`` is one of DP optimizers."""
