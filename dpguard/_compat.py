@@ -54,6 +54,7 @@ __all__ = [
     "on_module_registration",
     "optimizer_class",
     "optimizer_that_needs_rows",
+    "pass_for_builtin",
     "replay_preparer",
     "rows_are_fresh",
     "stock_hooks_class",
@@ -332,6 +333,26 @@ def compiled_code_knows_methods_by_identity() -> bool:
     It did in 2.6 and does not in 2.13; for releases in between it is assumed.
     """
     return _release(_torch().__version__) < (2, 13)
+
+
+def pass_for_builtin(original: Any, wrapper: Any) -> Callable[[], None] | None:
+    """Have TorchScript take the wrapper of a function for the operator that the function is.
+
+    It knows operators by the identity of their functions, and cannot save others.
+
+    Returns:
+        What undoes it; ``None`` if the function is none.
+    """
+    operators: dict[int, Any] = importlib.import_module("torch.jit._builtins")._get_builtin_table()
+    operator = operators.get(id(original))
+    if operator is None:
+        return None
+    operators[id(wrapper)] = operator
+
+    def undo() -> None:
+        operators.pop(id(wrapper), None)
+
+    return undo
 
 
 @functools.lru_cache(maxsize=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import warnings
 
@@ -12,6 +13,7 @@ from healthy import private
 from models import MLP, SimSiam
 from opacus import GradSampleModule
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 import dpguard
 
@@ -208,3 +210,47 @@ def test_what_the_oracle_cuts_is_not_the_users():
         loss.backward()
         optimizer.step()
         assert {i.cause for i in guard.interventions} == {"unused_forward"}
+
+
+def test_torchscript_saves_a_function_that_detaches():
+    """A script knows operators by the identity of their functions."""
+
+    class Detaching(torch.nn.Module):
+        def forward(self, x):
+            y = torch.detach(x) + 1
+            torch.autograd.backward([(y * x).sum()])
+            return y
+
+    with dpguard.install(mode="repair"):
+        file = io.BytesIO()
+        torch.jit.save(torch.jit.script(Detaching()), file)
+    file.seek(0)
+    x = torch.ones(3, requires_grad=True)
+    assert torch.equal(torch.jit.load(file)(x), torch.full((3,), 2.0))
+    assert torch.equal(x.grad, torch.full((3,), 2.0))
+
+
+def test_what_we_ask_of_a_tensor_is_not_told_to_its_class():
+    """Nor to modes; a class of tensors may know few functions."""
+    seen = []
+
+    class Few(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            seen.append(function.__name__)
+            if function.__name__ != "detach":
+                raise TypeError(function.__name__)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    class Seeing(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function.__name__)
+            return function(*args, **(kwargs or {}))
+
+    with dpguard.install(mode="repair") as guard:
+        called = GradSampleModule(torch.nn.Linear(4, 2))(torch.ones(3, 4))  # an open call
+        torch.ones(3).as_subclass(Few).detach()
+        with Seeing():
+            called.detach()
+        assert seen == ["detach", "detach"]
+        assert guard.internal_errors == ()

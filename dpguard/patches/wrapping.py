@@ -8,9 +8,17 @@ from typing import Any
 
 import wrapt
 
+from dpguard import _compat
 from dpguard.patching import Transaction
 
-__all__ = ["EagerWrapper", "MethodWrapper", "TransparentWrapper", "Wrapper", "wrap_new"]
+__all__ = [
+    "EagerWrapper",
+    "MethodWrapper",
+    "TransparentWrapper",
+    "Wrapper",
+    "patch_function",
+    "wrap_new",
+]
 
 
 class _Bound(wrapt.BoundFunctionWrapper[..., Any]):
@@ -77,6 +85,21 @@ def wrap_new(
         if original is not None and (owner, name) not in wrapped:
             wrapped.add((owner, name))
             transaction.patch(owner, name, EagerWrapper(original, wrapper))
+
+
+def patch_function(transaction: Transaction, owner: Any, name: str, wrapper: Any) -> None:
+    """Put a wrapper in the place of a function of torch's, for TorchScript as well.
+
+    Args:
+        transaction: remembers how to undo it.
+        owner: the module, or class, whose function it is.
+        name: of the function.
+        wrapper: of it.
+    """
+    undo = _compat.pass_for_builtin(vars(owner)[name], wrapper)
+    if undo is not None:
+        transaction.on_undo(f"{owner.__name__}.{name} of TorchScript", undo)
+    transaction.patch(owner, name, wrapper)
 
 
 class MethodWrapper(EagerWrapper):

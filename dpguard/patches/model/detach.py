@@ -8,14 +8,16 @@ that made it. From the detached tensor the graph is walked back to the nearest r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.overrides import has_torch_function_unary
 
 from dpguard import _callsite, _compat
 from dpguard.noted.ledger import CallKey, Ledger, Tally
 from dpguard.parts import Part
-from dpguard.patches.wrapping import TransparentWrapper
+from dpguard.patches.wrapping import TransparentWrapper, patch_function
 from dpguard.patching import Transaction
 
 __all__ = ["TALLY", "install"]
@@ -55,7 +57,7 @@ def install(
             # Idle, this costs no call of Python: wrapt sees that the dictionary is empty.
             enabled: Any = ledger.open_calls
             wrapper = cls(original, attribution.wrapper(prefix + name), enabled)
-            transaction.patch(owner, name, wrapper)
+            patch_function(transaction, owner, name, wrapper)
     transaction.on_undo("detach attribution", attribution.stop)
 
 
@@ -82,10 +84,11 @@ class _Attribution:
         if not self._part.on or not isinstance(tensor, torch.Tensor) or _inside_transform():
             return
         try:
-            if tensor.grad_fn is None or not torch.is_grad_enabled():
+            if not torch.is_grad_enabled():
                 return
-            if _autograd.graph_task_id() == -1:
-                self._note(api, tensor)
+            with _unseen_by_host(tensor):
+                if tensor.grad_fn is not None and _autograd.graph_task_id() == -1:
+                    self._note(api, tensor)
         except Exception as error:  # noqa: BLE001 - detach itself must go on
             self._part.fail(error)
 
@@ -104,6 +107,11 @@ class _Attribution:
                 self._known.clear()
             self._known[known] = upstream
         self._ledger.cut(site, api, upstream)
+
+
+def _unseen_by_host(tensor: torch.Tensor) -> Any:
+    """Where a class of tensors, or a mode, of the host's would be told what we ask of a tensor."""
+    return torch._C.DisableTorchFunction() if has_torch_function_unary(tensor) else nullcontext()
 
 
 def _calls_above(start: Any, *, stop_at_call: bool) -> Iterator[CallKey]:

@@ -60,7 +60,7 @@ from dpguard.patches.oracle.broadcasts import (
 from dpguard.patches.oracle.decisions import DECISIONS, Decision
 from dpguard.patches.oracle.outputs import Draw, Expected, OutputHook, Outputs, mark_of
 from dpguard.patches.oracle.vjp import Parts, Unfit, propagate
-from dpguard.patches.wrapping import EagerWrapper
+from dpguard.patches.wrapping import EagerWrapper, patch_function
 from dpguard.patching import Transaction
 
 __all__ = ["Coupling", "Losses"]
@@ -140,9 +140,8 @@ class Losses:
         """Patch ``torch.autograd.backward``; nothing of ours runs while nobody is drawn."""
         original = vars(torch.autograd)["backward"]
         enabled: Any = self._outputs.unasked
-        transaction.patch(
-            torch.autograd, "backward", EagerWrapper(original, self._backward, enabled)
-        )
+        wrapper = EagerWrapper(original, self._backward, enabled)
+        patch_function(transaction, torch.autograd, "backward", wrapper)
 
     def take(self, parameters: Iterable[torch.Tensor]) -> list[Coupling]:
         """What was found of the losses of models of these parameters."""
