@@ -212,6 +212,7 @@ def test_what_the_oracle_cuts_is_not_the_users():
         assert {i.cause for i in guard.interventions} == {"unused_forward"}
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_torchscript_saves_a_function_that_detaches():
     """A script knows operators by the identity of their functions."""
 
