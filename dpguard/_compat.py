@@ -47,7 +47,10 @@ __all__ = [
     "ghost_optimizer_class",
     "grad_sampler",
     "has_grad_sampler",
+    "has_no_values",
     "hook_before_others",
+    "in_fake_mode",
+    "is_fake",
     "learn_layout",
     "nodes",
     "norm_sampler",
@@ -353,6 +356,23 @@ def pass_for_builtin(original: Any, wrapper: Any) -> Callable[[], None] | None:
         operators.pop(id(wrapper), None)
 
     return undo
+
+
+def in_fake_mode() -> bool:
+    """Whether torch computes shapes only, as for an estimate of memory."""
+    modes = _torch()._C
+    return modes._get_dispatch_mode(modes._TorchDispatchModeKey.FAKE) is not None
+
+
+def is_fake(tensor: Any) -> bool:
+    """Whether a tensor was made in that mode."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(tensor, module.FakeTensor)
+
+
+def has_no_values(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a shape only, or what is computed of it now would have."""
+    return tensor.is_meta or in_fake_mode() or is_fake(tensor)
 
 
 @functools.lru_cache(maxsize=1)

@@ -134,6 +134,8 @@ class Step:
     ran: dict[str, int] = field(default_factory=dict)
     failed: dict[str, set[str]] = field(default_factory=dict)
     left: dict[str, int] = field(default_factory=dict)
+    is_dry: bool = False
+    """Tensors have shapes only (fake ones, or on the device ``meta``): nothing is looked at."""
     is_early: bool = False
     """Nothing of the physical batch at hand has entered the sums yet."""
     refused: bool = False

@@ -110,6 +110,8 @@ class StepAuditor:
         step.states = [self._ledger.state(p) for p in parameters]
         dead = self._ledger.settle(parameters)
         self._say_dead(step, dead)
+        step.is_dry = bool(parameters) and _compat.has_no_values(parameters[0])
+        step.audited = step.audited and not step.is_dry
         if not parameters:
             step.is_early = False
             return
@@ -305,7 +307,9 @@ class StepAuditor:
     # -- inside --------------------------------------------------------------------------------
 
     def _begin(self, optimizer: Any, number: int) -> Step:
+        former = self._steps.get(optimizer)
         step = self._steps[optimizer] = self._step(optimizer, number)
+        step.is_dry = former is not None and former.is_dry  # until it begins
         return step
 
     def _step(self, optimizer: Any, number: int = 0) -> Step:
@@ -320,6 +324,8 @@ class StepAuditor:
         if not hooks:
             return
         step = self._current(optimizer)
+        if step.is_dry:
+            return
         failures: list[Failure] = []
         for check, look in hooks:
             try:

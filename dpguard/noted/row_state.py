@@ -432,7 +432,7 @@ class ParameterState:
     def note_values(self, parameter: torch.Tensor) -> None:
         """A backward begins: from here to the step the parameter should stay as it is."""
         self.version = version_of(parameter)
-        if self.keeps:
+        if self.keeps and not _compat.has_no_values(parameter):
             self.kept = sample_of(_detach(parameter))
 
     def note_moments(self, moments: Moments) -> None:

@@ -46,7 +46,9 @@ class Probes:
                 ).sub_(0.5)
                 more = drawn + torch.copysign(torch.full_like(drawn, 0.5), drawn)
                 # What was seen before stays comparable.
-                found = self._longest[device, dtype] = torch.cat([found, more])
+                found = torch.cat([found, more])
+                if type(found) is torch.Tensor:  # else of a mode that ends
+                    self._longest[device, dtype] = found
             return found
 
     def signs_like(self, tensor: torch.Tensor) -> torch.Tensor:

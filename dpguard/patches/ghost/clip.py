@@ -89,7 +89,7 @@ def watch(
     own = vars(hooks)
     before = own.get(_RULE, ABSENT)
     original = getattr(hooks, _RULE, None)
-    if original is None:
+    if original is None or _compat.has_no_values(loss.loss_per_sample):
         yield
         return
 

@@ -224,7 +224,7 @@ class GhostPairing(Pairing):
         self._losses = len(losses) if losses.dim() else None
         self._people = None
         carried.set_aside()
-        self._sums.start_from(parameters)
+        self._attempt(self._sums.start_from, parameters)
         enabled = self.hooks.hooks_enabled
         self._stage = Stage.NORMS
         self._draw = self._someone(losses, reduction)
@@ -503,7 +503,8 @@ class GhostPairing(Pairing):
             # The norm sampler of Linear knows two and three dimensions only.
             self._take_rows(record, arranged, wanted)
             return
-        self._sums.add_call(record.module, arranged, wanted, self._share(record))
+        share = self._share(record)
+        self._attempt(self._sums.add_call, record.module, arranged, wanted, share)
         for parameter in wanted:
             found = self._found[id(parameter)] = _Contribution()
             found.norm = norms[parameter]
@@ -516,7 +517,8 @@ class GhostPairing(Pairing):
         for parameter, rows in self._rows(record, arranged, wanted).items():
             scales = parameter is record.module._parameters.get("weight")
             moments = record.moments if scales else None
-            self._sums.add_rows(parameter, rows, arranged, self._share(record), moments)
+            share = self._share(record)
+            self._attempt(self._sums.add_rows, parameter, rows, arranged, share, moments)
             found = self._found.setdefault(id(parameter), _Contribution())
             self._materialise(found, parameter)
             found.add_rows(rows)
@@ -546,7 +548,7 @@ class GhostPairing(Pairing):
         self._condemn_bypassed(task)
         if self._stage is Stage.NORMS and not self.ledger.is_running(self):
             with torch.no_grad():
-                self._compared.append(self._sums.compare())
+                self._compared.append(self._attempt(self._sums.compare))
         if self._stage is Stage.OUTSIDE:
             self._show_norms()
 

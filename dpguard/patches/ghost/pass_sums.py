@@ -17,6 +17,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
+from dpguard import _compat
 from dpguard.noted.conditioning import Moments, conditions
 from dpguard.noted.precision import computed_in, full_precision, precision_of
 from dpguard.numerics.probes import Probes
@@ -133,7 +134,7 @@ class PassSums:
         ``moments`` are those of inputs that the parameter has scaled.
         """
         inputs, backprops = arranged
-        if rows.is_complex() or backprops.is_complex():
+        if rows.is_complex() or backprops.is_complex() or _compat.has_no_values(rows):
             self._spoiled.add(id(parameter))
             return
         self._of(parameter, precision_of(backprops))  # that in which autograd makes the gradient
@@ -160,7 +161,7 @@ class PassSums:
     ) -> None:
         """A call of which only norms are wanted."""
         add, backprops = _ADDERS.get(type(module)), arranged[1]
-        if add is None or backprops.is_complex():
+        if add is None or backprops.is_complex() or _compat.has_no_values(backprops):
             self._spoiled.update(id(p) for p in wanted)
             return
         first = arranged[0][0]
@@ -201,7 +202,9 @@ class PassSums:
 
 
 def _is_plain(grad: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
-    return type(grad) is torch.Tensor and grad.layout is torch.strided and grad.is_floating_point()
+    if type(grad) is not torch.Tensor or grad.layout is not torch.strided:
+        return False
+    return grad.is_floating_point() and not _compat.has_no_values(grad)
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:

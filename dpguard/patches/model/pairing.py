@@ -465,7 +465,7 @@ class Pairing(Hooked):
         kind = record.kind
         if not record.batch or not (kind.is_fresh or kind.likely is not None):
             return {}
-        if backprops.is_meta:
+        if _compat.has_no_values(backprops):
             return {}  # no numbers, as where shapes or memory are only estimated
         found = self._drawn(record, arranged, wanted)
         few = {
