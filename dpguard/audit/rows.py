@@ -31,6 +31,10 @@ What measures partial sums:
   found. That times: inputs of 1e5 that hardly differ, before a normalisation, were met with
   products that are twice as large as all gradients together.
 
+* Rows that functorch computes, with all that is within a layer, are as wrong as what comes by on
+  the way, of which nothing is known: in a ViT that has parameters of its own the bias of attention
+  keys is within. ``S`` is at least the norm of the gradients of all parameters there.
+
 * Rows of a weight that scales normalised inputs are as wrong as these are, relative to the
   backprops (:mod:`dpguard.noted.conditioning`). The norm of these, over all people, times the
   condition is added, for each call.
@@ -261,7 +265,8 @@ class RowValues(Check):
         conditioned = [k for k, i in enumerate(compared) for _ in step.states[i].moments]
         if conditioned:
             figures += roundings([m for i in compared for m in step.states[i].moments])
-        if any(limits.composed):
+        replayed = tuple([step.states[i].replayed for i in compared])
+        if any(limits.composed) or any(replayed):
             total = found.shares @ found.totals
             figures += [total, *self._strengths(step, found, compared, total)]
         sizes = found.rows.sizes
@@ -271,7 +276,14 @@ class RowValues(Check):
         off = self._ledger.unhooked
         unhooked = {i for i in compared if id(step.parameters[i]) in off} if off else ()
         receive = functools.partial(
-            _verdict, step, compared, limits, root, scaling=scaling, unhooked=unhooked
+            _verdict,
+            step,
+            compared,
+            limits,
+            root,
+            scaling=scaling,
+            replayed=replayed,
+            unhooked=unhooked,
         )
         step.collect((FINITE, CONSERVATION), figures, receive)
 
@@ -390,6 +402,7 @@ def _verdict(
     values: list[float],
     *,
     scaling: tuple[Sequence[int], float],
+    replayed: Sequence[bool],
     unhooked: Container[int],
 ) -> Failures:
     """What to make of the figures.
@@ -401,10 +414,11 @@ def _verdict(
         root: of the number of rows.
         values: for each parameter the weighted sum of the norms of its rows; for those that were
             compared the residual; for each call that has normalised inputs what its rounding is
-            relative to; where rows are composed the same sum for all parameters together, and where
-            they were probed the strengths of the rows.
+            relative to; where rows are composed, or replayed, the same sum for all parameters
+            together, and where they were probed the strengths of the rows.
         scaling: for each such call which of those that were compared has scaled its values; and the
             largest weight of a row.
+        replayed: for each that was compared whether its rows come of a replay.
         unhooked: places of parameters that were used while Opacus's hooks were disabled.
     """
     scales, values = values[: len(step.names)], values[len(step.names) :]
@@ -428,6 +442,11 @@ def _verdict(
         max(scale, strength) if composed else scale
         for scale, strength, composed in zip(scales, known, limits.composed, strict=True)
     ]
+    if any(replayed):
+        scales = [
+            max(scale, total) if mine else scale
+            for scale, mine in zip(scales, replayed, strict=True)
+        ]
     for k, more in zip(conditioned, rounded, strict=True):
         scales[k] += more * share
     times = [

@@ -329,6 +329,7 @@ class ParameterState:
         "probes",
         "reduction",
         "ref",
+        "replayed",
         "summands",
         "suspect",
         "version",
@@ -369,6 +370,8 @@ class ParameterState:
         """In which precision its gradient was computed, if only Opacus knows that of the rows."""
         self.narrow = False
         """Whether autograd may add its gradient up in no better precision than its own."""
+        self.replayed = False
+        """Whether functorch computes its rows, with those of a module that has it somewhere."""
         self.averaged = False
         """Whether ``p.grad`` is the average over processes of a group when the backward ends."""
         self.reduction: str | None = None

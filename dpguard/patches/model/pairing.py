@@ -350,6 +350,9 @@ class Pairing(Hooked):
         if block:
             ledger.blocks.add(opened)
             now = opened  # rows of a block are of no other segment, whenever they come
+        if record.kind.is_opaque:
+            for parameter in wanted:
+                ledger.state(parameter).replayed = True
         strengths = {}
         if self.follows or self._is_probed(wanted):
             strengths = self._strengths(record, arranged, wanted)
