@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import threading
 
@@ -10,11 +11,12 @@ import digits
 import pytest
 import torch
 from models import MLP
-from opacus import GradSampleModule
+from opacus import GradSampleModule, PrivacyEngine
 from opacus.optimizers import DPOptimizer
 from releases import needs_adaptive, needs_ghost, needs_reshaping
 from test_audit import clipped, private
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import dpguard
 from dpguard import diagnosis
@@ -213,7 +215,160 @@ def test_updates_by_hand_in_observe():
         assert causes(guard) == {diagnosis.RAW_UPDATE}
 
 
+class Classified:
+    """Training of a small classifier, of which something is done before each step.
+
+    Args:
+        zero: whether its weights begin at zero, so that they are made of updates.
+        batch: people in a batch.
+        sigma: the noise multiplier.
+    """
+
+    def __init__(self, *, zero=False, batch=64, sigma=1.0):
+        torch.manual_seed(5)
+        x = torch.randn(512, 64)
+        data = TensorDataset(x, (x @ torch.randn(64, 6)).argmax(1))
+        self.model = nn.Linear(64, 6)
+        if zero:
+            for p in self.model.parameters():
+                nn.init.zeros_(p)
+        self.called, self.optimizer, self.loader = PrivacyEngine().make_private(
+            module=self.model,
+            optimizer=torch.optim.SGD(self.model.parameters(), lr=1.0),
+            data_loader=DataLoader(data, batch_size=batch),
+            noise_multiplier=sigma,
+            max_grad_norm=1.0,
+        )
+
+    def steps(self, count, before_step, before_forward=lambda: None):
+        """Train; ``before_step`` is given the number of the step."""
+        batches = itertools.chain.from_iterable(itertools.repeat(self.loader))
+        for number, (x, y) in enumerate(itertools.islice(batches, count)):
+            with torch.no_grad():
+                before_forward()
+            self.optimizer.zero_grad()
+            nn.functional.cross_entropy(self.called(x), y).backward()
+            with torch.no_grad():
+                before_step(number)
+            self.optimizer.step()
+
+
+def with_momentum(model):
+    buffers = [torch.zeros_like(p) for p in model.parameters()]
+
+    def update():
+        for p, buffer in zip(model.parameters(), buffers, strict=True):
+            p.sub_(buffer.mul_(0.9).add_(p.grad), alpha=0.05)
+
+    return update
+
+
+def at_rates(model):
+    def update():
+        for number, p in enumerate(model.parameters(), start=1):
+            p.sub_(0.05 * number * p.grad)
+
+    return update
+
+
+def with_decay(model):
+    def update():
+        for p in model.parameters():
+            p.sub_(0.05 * (p.grad + 0.1 * p))
+
+    return update
+
+
+def sharpened(model):
+    """The ascent of sharpness-aware minimisation."""
+
+    def update():
+        for p in model.parameters():
+            p.add_(0.05 * p.grad / p.grad.norm())
+
+    return update
+
+
+@pytest.mark.parametrize("begin", [0, 1, 5, 12])
+@pytest.mark.parametrize("make", [with_momentum, at_rates, with_decay, sharpened])
+def test_what_is_made_of_the_gradient_and_of_what_was_there(make, begin, guard):
+    """In the first step; later at its second time, and with momentum at its third."""
+    training, done = Classified(), []
+    update = make(training.model)
+
+    def before_step(number):
+        done.append(number)
+        if number >= begin:
+            update()
+
+    with pytest.raises(dpguard.PrivacyViolation, match="between backward and step"):
+        training.steps(begin + 4, before_step)
+    late = 0 if begin < 2 else 2 if make is with_momentum else 1
+    assert done[-1] == begin + late
+
+
 # -- changes that are fine ---------------------------------------------------------------------------------
+
+
+def decayed(training):
+    def before_step(_):
+        for p in training.model.parameters():
+            p.mul_(1 - 1e-3)
+
+    return before_step, lambda: None
+
+
+def pulled_back(training):
+    """To where they began."""
+    first = [p.detach().clone() for p in training.model.parameters()]
+
+    def before_step(_):
+        for p, f in zip(training.model.parameters(), first, strict=True):
+            p.lerp_(f, 0.01)
+
+    return before_step, lambda: None
+
+
+def looking_ahead(training):
+    slow = [p.detach().clone() for p in training.model.parameters()]
+
+    def before_step(number):
+        if number % 5 == 4:
+            for p, s in zip(training.model.parameters(), slow, strict=True):
+                p.copy_(s.lerp_(p, 0.5))
+
+    return before_step, lambda: None
+
+
+def flattened(training):
+    """Along the last noised gradient before the forward, and back before the step."""
+    moved = []
+
+    def before_forward():
+        moved[:] = []
+        for p in training.model.parameters():
+            if p.grad is not None:
+                moved.append((p, 0.05 * p.grad / p.grad.norm()))
+                p.add_(moved[-1][1])
+
+    def before_step(_):
+        for p, by in moved:
+            p.sub_(by)
+
+    return before_step, before_forward
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0])
+@pytest.mark.parametrize("batch", [64, 256])
+@pytest.mark.parametrize("zero", [True, False])
+@pytest.mark.parametrize("make", [decayed, pulled_back, looking_ahead, flattened])
+def test_what_is_made_of_earlier_updates(make, zero, batch, sigma):
+    """It is in the direction of the gradient of each batch, more or less, and owes it nothing."""
+    with dpguard.install(mode="strict") as guard:
+        training = Classified(zero=zero, batch=batch, sigma=sigma)
+        training.steps(40, *make(training))
+        guard.flush()
+        assert guard.violations == ()
 
 
 def loading(training):

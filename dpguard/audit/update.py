@@ -5,10 +5,14 @@ gradients, a parameter stays as it is. An update written by hand, ``p -= lr * p.
 time; what is done between steps (a checkpoint that is loaded, averaged or clamped weights) is not.
 That a parameter was changed in place is seen by its version in every step; some of its values are
 kept in the first and in one of each ``KEEP_EVERY``. A change alone proves nothing, since some
-disturb weights before the forward and put them back before the step. One in the direction of the
-gradient of this batch does: the cosine of unrelated vectors of ``n`` elements exceeds ``ALONG``
-with a probability below ``exp(-n ALONG**2 / 2)``. So from a change on values are kept, and the step
-is refused once it is proved.
+disturb weights before the forward and put them back before the step. Nor does one that is roughly
+in the direction of the gradient of this batch: so are weights that began at zero, what they have
+moved by, the last update, a gradient of public data. One that *is* that gradient, or its signs, to
+a factor does, once all that may be made of what was there before is taken off both: the weights,
+what they have moved by since they were seen first and last, the last change of this kind. The
+cosine of unrelated vectors of ``n`` elements exceeds ``ALONG`` with a probability below
+``exp(-n ALONG**2 / 2)``, and updates that were released have noise in them. So from a change on
+values are kept, and the step is refused once it is proved.
 """
 
 from __future__ import annotations
@@ -19,13 +23,14 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Receiver, Step
-from dpguard.identity import version_of
+from dpguard.identity import IdentityMap, version_of
 from dpguard.interrupts import let_through
 from dpguard.noted.ledger import Ledger
 from dpguard.noted.row_state import ParameterState, awaits_its_step, sample_of
@@ -42,11 +47,15 @@ OWNED = "model.owned"
 
 KEEP_FIRST = 3
 KEEP_EVERY = 50
-ALONG = 0.5
+ALONG = 0.995
 _PENDING_AT_MOST = 64
 """Gradients may be cleared for ever where no step of a DP optimizer comes."""
 _ENOUGH = 200
-"""Elements that have to have changed: ``exp(-200 * 0.5**2 / 2)`` = 1e-11."""
+"""Elements that have to have changed so."""
+_NOTHING = 1e-9
+"""What is left of the square of a length when nothing but rounding is."""
+_CANDIDATES = 2
+"""The gradient and its signs."""
 MOVES_WITHIN = 10
 
 
@@ -58,6 +67,15 @@ class _Watched:
         self.steps = 0
         self.moving: tuple[list[weakref.ref[Any]], list[torch.Tensor], int] | None = None
         self.moves_done = False
+
+
+class _Way(NamedTuple):
+    """Samples of where a parameter was, as far as they were kept."""
+
+    first: torch.Tensor
+    last: torch.Tensor
+    change: torch.Tensor
+    """Between a backward and what came next."""
 
 
 class _Mine(threading.local):
@@ -81,6 +99,7 @@ class Update(Check):
         ledger.before_clearing = self._before_clearing
         self._optimizers = PerOwner(_Watched)
         self._mine = _Mine()
+        self._ways: IdentityMap[_Way] = IdentityMap()
         self._broken: Exception | None = None
         """An error of our own while gradients were cleared."""
         self._chosen = Turns()
@@ -153,7 +172,7 @@ class Update(Check):
 
     @torch.no_grad()
     def _measure(self, kept: Sequence[tuple[torch.Tensor, ParameterState]]) -> None:
-        names, grads, values, before = [], [], [], []
+        names, figures, sizes = [], [], []
         for parameter, state in kept:
             grad, held = parameter.grad, state.kept
             if (
@@ -167,16 +186,24 @@ class Update(Check):
                 value = sample_of(parameter)
                 if value.shape == held.shape:
                     names.append(state.name)
-                    grads.append(sample_of(grad))
-                    values.append(value)
-                    before.append(held)
-        if not names:
-            return
-        deltas = torch._foreach_sub(values, before)
-        dots = [d.to(g.dtype) @ g for d, g in zip(deltas, grads, strict=True)]
-        figures = [*dots, *torch._foreach_norm(deltas), *torch._foreach_norm(grads)]
-        sizes = [value.numel() for value in values]
-        self._mine.pending.append((_judge(tuple(names), sizes), figures))
+                    figures.append(self._products(parameter, held, value - held, sample_of(grad)))
+                    sizes.append(value.numel())
+        if names:
+            self._mine.pending.append((_judge(tuple(names), sizes, figures), figures))
+
+    def _products(
+        self, parameter: torch.Tensor, held: torch.Tensor, change: torch.Tensor, grad: torch.Tensor
+    ) -> torch.Tensor:
+        """Of a change, what it may be, and what else may explain it: each with each."""
+        way = self._ways.get(parameter)
+        if way is None or way.last.shape != held.shape or way.last.device != held.device:
+            self._ways[parameter] = _Way(held, held, change)
+            before = [held]
+        else:
+            self._ways[parameter] = _Way(way.first, held, change)
+            before = [held, held - way.first, held - way.last, way.change]
+        vectors = torch.stack([v.double() for v in (change, grad, grad.sign(), *before)])
+        return vectors @ vectors.T
 
     def _tell(self, step: Step) -> None:
         pending = self._mine.pending
@@ -343,23 +370,42 @@ def _trained_with(parameters: Iterable[torch.Tensor]) -> Callable[[torch.nn.Modu
     return lambda model: any(id(p) in mine for p in model.parameters())
 
 
-def _judge(names: tuple[str, ...], sizes: Sequence[int]) -> Receiver:
-    """What to make of, for each parameter, delta . grad, |delta| and |grad|."""
+def _judge(
+    names: tuple[str, ...], sizes: Sequence[int], figures: Sequence[torch.Tensor]
+) -> Receiver:
+    """What to make of the products of each parameter, see :meth:`Update._products`."""
+    counts = [len(found) for found in figures]
 
     def receive(values: list[float]) -> Failures:
-        count = len(names)
-        dots, deltas, grads = values[:count], values[count : 2 * count], values[2 * count :]
-        moved = [i for i in range(count) if deltas[i] != 0.0]
-        length = math.hypot(*(deltas[i] for i in moved)) * math.hypot(*(grads[i] for i in moved))
-        if not moved or sum(sizes[i] for i in moved) < _ENOUGH:
+        rest = iter(values)
+        products = [[list(islice(rest, count)) for _ in range(count)] for count in counts]
+        cosines = list(map(_along, products))
+        moved = [i for i, cosine in enumerate(cosines) if cosine > ALONG]
+        if sum(sizes[i] for i in moved) < _ENOUGH:
             return ()
-        cosine = abs(sum(dots[i] for i in moved)) / length if length else 0.0
-        if not cosine > ALONG:
-            return ()
-        who = tuple(names[i] for i in moved)
-        return [Failure(PRIVATE, diagnosis.RAW_UPDATE, who, figure=cosine, bound=ALONG)]
+        who, figure = tuple(names[i] for i in moved), min(cosines[i] for i in moved)
+        return [Failure(PRIVATE, diagnosis.RAW_UPDATE, who, figure=figure, bound=ALONG)]
 
     return receive
+
+
+def _along(products: list[list[float]]) -> float:
+    """The cosine of a change with the gradient, or its signs, less what was there before."""
+    lengths = [products[i][i] for i in range(len(products))]
+    for k in range(_CANDIDATES + 1, len(products)):
+        if products[k][k] > _NOTHING * lengths[k]:
+            taken = list(products[k])
+            for row in products:
+                share = row[k] / taken[k]
+                row[:] = [value - share * by for value, by in zip(row, taken, strict=True)]
+    if not products[0][0] > _NOTHING * lengths[0]:
+        return 0.0
+    return max(
+        abs(products[0][i]) / math.sqrt(products[0][0] * products[i][i])
+        if products[i][i] > _NOTHING * lengths[i]
+        else 0.0
+        for i in range(1, _CANDIDATES + 1)
+    )
 
 
 def _learning(optimizer: Any) -> set[int]:
