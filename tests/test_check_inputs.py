@@ -113,6 +113,24 @@ def test_a_mean_over_the_batch_is_said_once(what, mode):
     assert guard.violations[0].step == 2
 
 
+@pytest.mark.parametrize("poisson", [True, False])
+def test_all_of_the_data_in_each_batch(poisson):
+    """A constant that is their mean is no mean over the batch, and looks like one there."""
+    torch.manual_seed(4)
+    data = images()
+    mean = data.mean(0)
+    with dpguard.install(mode="strict") as guard:
+        train(
+            Net(early=lambda x: x - mean),
+            data,
+            batch_size=len(data),
+            epochs=8,
+            poisson_sampling=poisson,
+        )
+        guard.flush()
+    assert {v.cause for v in guard.violations} <= {diagnosis.NOT_POISSON}
+
+
 def test_strict_raises():
     with (
         dpguard.install(mode="strict"),

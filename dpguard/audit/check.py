@@ -127,6 +127,8 @@ class Step:
     passes: Passes | None = None
     dataset: int | None = None
     """Identity of the data set of the last private batch, if there was one."""
+    is_whole: bool = False
+    """It has as many people at once as the data set that the optimizer was made for."""
     beside: Sequence[Any] = ()
     """Optimizers for which the batch was drawn that this one takes as well."""
     instead: Sequence[Any] = ()

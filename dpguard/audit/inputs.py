@@ -5,7 +5,8 @@ the batch, up to rounding. That is a fault where the data that it is made of are
 is given without parameters on the way is compared with what the loader delivered, what a collate
 function has returned with the items that it was given, another input with what such layers were
 given. A single feature is by chance, once in ten thousand batches, so it has to be so three times
-running. No row is a linear mixture of others by chance.
+running. Where each batch is all of the data, a constant that is subtracted may be their mean, and
+nothing is said of that. No row is a linear mixture of others by chance.
 """
 
 from __future__ import annotations
@@ -72,8 +73,12 @@ class InputValues(Check):
         if given:
             known = [(one.sums, one.delivered, one.mixture) for one in given]
             figures = [figure for some in known for figure in some if figure is not None]
-            owner = weakref.ref(optimizer)
-            step.collect((STATISTICS,), figures, lambda values: self._judge(given, values, owner()))
+            owner, whole = weakref.ref(optimizer), step.is_whole
+            step.collect(
+                (STATISTICS,),
+                figures,
+                lambda values: self._judge(given, values, owner(), is_whole=whole),
+            )
         return ()
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
@@ -92,7 +97,9 @@ class InputValues(Check):
         if self._ledger.inputs is not None:
             self._ledger.inputs.rest()
 
-    def _judge(self, given: list[Given], values: list[float], owner: Any) -> list[Failure]:
+    def _judge(
+        self, given: list[Given], values: list[float], owner: Any, *, is_whole: bool
+    ) -> list[Failure]:
         if owner is None:
             return []
         figures = iter(values)
@@ -113,7 +120,8 @@ class InputValues(Check):
             # Of whole numbers, inputs of an embedding, nothing is known: they are not centred.
             references = [delivered] if one.is_raw else raw
             if all(map(_is_clear, references)) and _is_centred(sums, one.roundoff):
-                found.add((diagnosis.BATCH_CENTRED, one.name))
+                if not is_whole:
+                    found.add((diagnosis.BATCH_CENTRED, one.name))
             elif mixture and _is_mixed(*mixture):
                 found.add((diagnosis.BATCH_MIXED, one.name))
         known = self._known.of(owner)

@@ -146,6 +146,8 @@ class People(Check):
         step.people += sum(sizes)
         logical = self._logical.of(optimizer)
         logical.rounds = len(sizes)
+        data = logical.reader.data()
+        step.is_whole = hasattr(data, "__len__") and sum(sizes) >= len(data)
         if notes and optimizer.loss_reduction == "mean":
             step.rows_per_person = _rows_per_person(notes)
         signals = _compat.skip_signals(optimizer)

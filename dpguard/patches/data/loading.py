@@ -146,10 +146,12 @@ class LoadingPatch:
         sampler = getattr(loader, "batch_sampler", None)
         if sampler is not None and _is_key(sampler):
             self._ties.setdefault(sampler, IdentitySet()).add(optimizer)
-        if isinstance(sampler, _compat.poisson_samplers()):
-            dataset = loader.dataset
-            if type(dataset).__weakrefoffset__:
-                self._deliveries.reader(optimizer).dataset = weakref.ref(dataset)
+        dataset = getattr(loader, "dataset", None)
+        if type(dataset).__weakrefoffset__:
+            reader = self._deliveries.reader(optimizer)
+            reader.data = weakref.ref(dataset)
+            if isinstance(sampler, _compat.poisson_samplers()):
+                reader.dataset = reader.data
 
     def _drawn(self, iterator: Any, index: Any) -> None:
         number = _compat.drawn_number(iterator)
