@@ -146,8 +146,7 @@ class People(Check):
         step.people += sum(sizes)
         logical = self._logical.of(optimizer)
         logical.rounds = len(sizes)
-        data = logical.reader.data()
-        step.is_whole = hasattr(data, "__len__") and sum(sizes) >= len(data)
+        step.is_whole = sum(sizes) >= logical.reader.size
         if notes and optimizer.loss_reduction == "mean":
             step.rows_per_person = _rows_per_person(notes)
         signals = _compat.skip_signals(optimizer)

@@ -204,8 +204,9 @@ class Reader:
         declared_until: serial of the last declared batch that was used.
         last: the private batch that was used last.
         people: how many were delivered so far; infinite once that cannot be known.
-        data: the data set of the loader that ``make_private`` returned for the optimizer.
-        dataset: the same, if it is drawn by Poisson sampling.
+        dataset: the data set of the loader that ``make_private`` returned for the optimizer, if it
+            is drawn by Poisson sampling.
+        size: how many people are in it, however they are drawn; infinite if that is not known.
         places: the records that its first batches had, in a group of processes.
         optimizer: the optimizer, weakly.
     """
@@ -218,7 +219,7 @@ class Reader:
         self.declared_until = 0
         self.last: Delivery | None = None
         self.people = 0.0
-        self.data: Callable[[], Any] = lambda: None
+        self.size = math.inf
         self.dataset: Callable[[], Any] = lambda: None
         self.places = Places()
         self.optimizer: Callable[[], Any] = lambda: None

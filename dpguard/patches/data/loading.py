@@ -146,12 +146,12 @@ class LoadingPatch:
         sampler = getattr(loader, "batch_sampler", None)
         if sampler is not None and _is_key(sampler):
             self._ties.setdefault(sampler, IdentitySet()).add(optimizer)
-        dataset = getattr(loader, "dataset", None)
-        if type(dataset).__weakrefoffset__:
-            reader = self._deliveries.reader(optimizer)
-            reader.data = weakref.ref(dataset)
-            if isinstance(sampler, _compat.poisson_samplers()):
-                reader.dataset = reader.data
+        dataset, reader = getattr(loader, "dataset", None), self._deliveries.reader(optimizer)
+        if hasattr(dataset, "__len__"):
+            reader.size = len(dataset)
+        is_poisson = isinstance(sampler, _compat.poisson_samplers())
+        if is_poisson and type(dataset).__weakrefoffset__:
+            reader.dataset = weakref.ref(dataset)
 
     def _drawn(self, iterator: Any, index: Any) -> None:
         number = _compat.drawn_number(iterator)
