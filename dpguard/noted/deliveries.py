@@ -219,7 +219,7 @@ class Reader:
         self.declared_until = 0
         self.last: Delivery | None = None
         self.people = 0.0
-        self.size = math.inf
+        self.size: float = math.inf
         self.dataset: Callable[[], Any] = lambda: None
         self.places = Places()
         self.optimizer: Callable[[], Any] = lambda: None
