@@ -1131,6 +1131,19 @@ def test_parameters_that_never_change(guard):
     assert violation.severity.value == "WARNING"
 
 
+@pytest.mark.parametrize("every", [2, 5, 7, 10])
+def test_parameters_that_are_put_back_to_where_they_began(guard, every):
+    """An adapter that is merged every few steps moves in between."""
+    training = Training()
+    first = training.model[2].weight.detach().clone()
+    for number in range(1, 25):
+        training.step()
+        if number % every == 0:
+            with torch.no_grad():
+                training.model[2].weight.copy_(first)
+    assert guard.violations == ()
+
+
 @pytest.mark.parametrize("options", [{"lr": 0.0}, {"sigma": 0.0}, {}], ids=["lr", "sigma", "plain"])
 def test_parameters_that_need_not_change(guard, options):
     """A learning rate of zero, no noise and no gradient, and those that do change."""

@@ -74,6 +74,16 @@ def test_what_the_model_does_not_see(wrapper, name, value):
     assert "test_wrapper_writes.py:" in found.site
 
 
+def test_an_optimizer_that_the_model_holds():
+    """``model.optimizer`` is what ``make_private`` has returned: no forward reads it."""
+    model = Tempered()
+    model.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with dpguard.install(mode="strict") as guard:
+        wrapped = GradSampleModule(model)
+        wrapped.optimizer = torch.optim.Adam(model.parameters())
+    assert said(guard) == []
+
+
 def test_what_is_no_business_of_the_model():
     """New names, the model's own values, what any module or the wrapper itself has: silent."""
 

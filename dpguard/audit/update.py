@@ -57,6 +57,7 @@ _NOTHING = 1e-9
 _CANDIDATES = 2
 """The gradient and its signs."""
 MOVES_WITHIN = 10
+_BETWEEN = 7
 
 
 class _Watched:
@@ -66,6 +67,8 @@ class _Watched:
         self.optimizer = weakref.ref(optimizer)
         self.steps = 0
         self.moving: tuple[list[weakref.ref[Any]], list[torch.Tensor], int] | None = None
+        self.between: list[torch.Tensor] | None = None
+        """Samples of the same, some updates later."""
         self.moves_done = False
 
 
@@ -324,6 +327,8 @@ class Update(Check):
         """Compare some elements of each parameter before the first update and ten updates later.
 
         Only with noise, which moves every element of a parameter that has a learning rate at all.
+        Those that have not moved by then are compared with what they were in between as well: some
+        are put back to where they began every so often.
         """
         learning = _learning(optimizer)
         if not _compat.plain_number(optimizer.noise_multiplier) or not learning:
@@ -334,24 +339,31 @@ class Update(Check):
             watched.moving = (references, samples, watched.steps)
             return
         references, samples, begun = watched.moving
+        if watched.steps - begun == _BETWEEN:
+            alive = [reference() for reference in references]
+            watched.between = [
+                sample if p is None else sample_of(p.detach())
+                for p, sample in zip(alive, samples, strict=True)
+            ]
         if watched.steps - begun < MOVES_WITHIN:
             return
-        watched.moves_done, watched.moving = True, None
+        between = watched.between or samples
+        watched.moves_done, watched.moving, watched.between = True, None, None
         parameters = [reference() for reference in references]
         pairs = [
-            (self._ledger.name_of(p), sample_of(p.detach()), before)
-            for p, before in zip(parameters, samples, strict=True)
+            (self._ledger.name_of(p), sample_of(p.detach()), before, former)
+            for p, before, former in zip(parameters, samples, between, strict=True)
             if p is not None
             and id(p) in learning
             and p.requires_grad
             and before.numel()
-            and sample_of(p.detach()).shape == before.shape
+            and sample_of(p.detach()).shape == before.shape == former.shape
         ]
         if not pairs:
             return
         step.run(MOVES, count=len(pairs))
-        moved = [(now != before).any() for _, now, before in pairs]
-        names = tuple(name for name, _, _ in pairs)
+        moved = [((now != before) | (former != before)).any() for _, now, before, former in pairs]
+        names = tuple(name for name, *_ in pairs)
 
         def receive(values: list[float]) -> Failures:
             still = tuple(name for name, value in zip(names, values, strict=True) if not value)

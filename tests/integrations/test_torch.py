@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -123,6 +124,20 @@ def test_schedulers(guard, name):
         whole.sigmas += parts[1].sigmas
         whole.assert_intended(training.accountant, expected, [1.0] * 3 + [0.5] * 3)
     assert guard.violations == ()
+
+
+@pytest.mark.usefixtures("guard")
+def test_a_compiled_step_of_a_plain_optimizer():
+    """Dynamo is not shown our code, and warns of nothing in it."""
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.1))
+    model(torch.ones(2, 4)).sum().backward()
+    before = model.weight.detach().clone()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.compile(optimizer.step, backend="eager")()
+    assert not [str(w.message) for w in caught if "_compat.py" in str(w.message)]
+    assert not torch.equal(before, model.weight)
 
 
 @pytest.mark.parametrize("variant", ["foreach", "fused", "capturable"])

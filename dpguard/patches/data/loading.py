@@ -146,7 +146,8 @@ class LoadingPatch:
         sampler = getattr(loader, "batch_sampler", None)
         if sampler is not None and _is_key(sampler):
             self._ties.setdefault(sampler, IdentitySet()).add(optimizer)
-        dataset, reader = getattr(loader, "dataset", None), self._deliveries.reader(optimizer)
+        dataset: Any = getattr(loader, "dataset", None)
+        reader = self._deliveries.reader(optimizer)
         if hasattr(dataset, "__len__"):
             reader.size = len(dataset)
         is_poisson = isinstance(sampler, _compat.poisson_samplers())

@@ -13,7 +13,7 @@ import torch
 
 from dpguard import _callsite, _compat, diagnosis
 from dpguard.parts import Part
-from dpguard.patching import ABSENT, Transaction
+from dpguard.patching import ABSENT, Transaction, is_instance
 from dpguard.verdicts import Verdicts
 
 __all__ = ["install"]
@@ -54,6 +54,8 @@ def _is_of_the_model(wrapper: Any, name: str, value: Any) -> bool:
     model = vars(wrapper).get("_modules", {}).get("_module")
     if model is None or hasattr(type(wrapper), name) or _own(wrapper, name) is not ABSENT:
         return False
+    if is_instance(value, _compat.torch_optimizer_class()):
+        return False  # of the loop's own, which no forward reads
     inside = _own(model, name)
     if inside is ABSENT:
         return hasattr(type(model), name)

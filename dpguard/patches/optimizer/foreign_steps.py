@@ -102,12 +102,14 @@ class ForeignSteps:
         self._granted.pop(id(instance.original_optimizer), None)
         self._under_way.pop(id(instance.original_optimizer), None)
 
+    @_compat.eager
     def _after(self, optimizer: Any, _args: Any, _kwargs: Any) -> None:
         reference = self._under_way.pop(id(optimizer), None)
         instance = None if reference is None else reference()
         if instance is not None and getattr(instance, "original_optimizer", None) is optimizer:
             self._applied(instance)
 
+    @_compat.eager
     def _before(self, optimizer: Any, _args: Any, _kwargs: Any) -> None:
         granted = self._granted.pop(id(optimizer), None)
         if granted is not None and granted() is optimizer:
