@@ -63,7 +63,7 @@ from dpguard.patches.expanded.models import ExpandedModels
 from dpguard.patches.expanded.outputs import ExpandedOutputs
 from dpguard.patches.ghost import gradient as ghost_gradient
 from dpguard.patches.ghost.pairing import GhostPairing
-from dpguard.patches.model import detach, wrapper_writes
+from dpguard.patches.model import detach, pickles, wrapper_writes
 from dpguard.patches.model.grad_sample import GradSamplePatch
 from dpguard.patches.model.pairing import Pairing
 from dpguard.patches.optimizer import empty_batches
@@ -232,6 +232,7 @@ class Runtime:
 
     def _apply(self) -> list[str]:
         detach.install(self._transaction, self.ledger, _weakly(self.report_internal))
+        pickles.install(self._transaction, self._verdicts, _weakly(self.report_internal))
         if self._losses is not None:
             self._losses.install(self._transaction)
         return self.patch_opacus()

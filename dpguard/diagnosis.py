@@ -143,6 +143,7 @@ CLIP_BOUNDS_CONTRADICT = "clip_bounds_contradict"
 CLIP_BOUNDS_UNKNOWN = "clip_bounds_unknown"
 NOISE_DRAWN_BEFORE = "noise_drawn_before"
 LOSS_SCALE = "loss_scale"
+ROWS_SAVED = "rows_saved"
 SCHEDULE = "schedule_in_batch"
 SET_ON_WRAPPER = "set_on_wrapper"
 SKIPPED_BATCH = "skipped_batch"
@@ -1036,6 +1037,12 @@ _DIAGNOSES = {
         "what is set on the wrapper that Opacus has put round a model does not reach the model, "
         "which trains with what it had",
         "set it on the model inside, model._module, and replace layers before the model is wrapped",
+        Severity.WARNING,
+    ),
+    ROWS_SAVED: Diagnosis(
+        "what is pickled of a model (torch.save(model), joblib, cloudpickle) holds the gradients "
+        "of people one by one, or their sum without noise, which are not private",
+        "call optimizer.zero_grad() before, or save model.state_dict()",
         Severity.WARNING,
     ),
     SCHEDULE: Diagnosis(

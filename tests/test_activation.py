@@ -106,7 +106,14 @@ def owners():
     found += _compat.classes_with_epsilon()
     found += filter(None, [_compat.expanded_class()])
     found += [_compat.expanded_weight_class()]
-    found += [torch, torch.Tensor, torch.autograd, torch.amp.GradScaler, AbstractGradSampleModule]
+    found += [
+        torch,
+        torch.Tensor,
+        torch.nn.Parameter,
+        torch.autograd,
+        torch.amp.GradScaler,
+        AbstractGradSampleModule,
+    ]
     found += [_compat.loader_iterator_class(), _compat.engine_class()]
     return [*dict.fromkeys(found)]
 
