@@ -144,6 +144,7 @@ CLIP_BOUNDS_UNKNOWN = "clip_bounds_unknown"
 NOISE_DRAWN_BEFORE = "noise_drawn_before"
 LOSS_SCALE = "loss_scale"
 ROWS_SAVED = "rows_saved"
+RECORDS_DRAWN = "records_drawn_for_people"
 SCHEDULE = "schedule_in_batch"
 SET_ON_WRAPPER = "set_on_wrapper"
 SKIPPED_BATCH = "skipped_batch"
@@ -1037,6 +1038,14 @@ _DIAGNOSES = {
         "what is set on the wrapper that Opacus has put round a model does not reach the model, "
         "which trains with what it had",
         "set it on the model inside, model._module, and replace layers before the model is wrapped",
+        Severity.WARNING,
+    ),
+    RECORDS_DRAWN: Diagnosis(
+        "rows are declared to be of people who have several records each, but what is drawn are "
+        "records: who has M of them is in a step with probability 1 - (1 - q)^M and not q, so "
+        "epsilon is that of a record and not that of a person",
+        "draw people: a data set whose items are all records of one person each; or account for "
+        "the larger rate",
         Severity.WARNING,
     ),
     ROWS_SAVED: Diagnosis(

@@ -1093,6 +1093,23 @@ def test_a_break_between_logical_batches(guard, workers):
 # -- what is declared ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("records", [1, 4])
+def test_people_of_several_records_that_are_drawn_one_by_one(guard, records):
+    """Who has four is in more steps than the rate says; views of what is drawn are another thing."""
+    people = torch.arange(16).repeat_interleave(records)
+    x, y = samples(len(people)).tensors
+    private, views = Private(TensorDataset(x, y, people), batch=16), 2 if records == 1 else 1
+    for _ in range(3):
+        for batch in private.loader:
+            x, y, whose = (one.repeat_interleave(views, dim=0) for one in batch)
+            private.optimizer.zero_grad()
+            dpguard.batch_size(len(whose.unique()))
+            with dpguard.rows(ids=whose):
+                plain(private, x, y).backward()
+            private.optimizer.step()
+    assert causes(guard) == ([diagnosis.RECORDS_DRAWN] if records > 1 else [])
+
+
 def test_a_declared_batch_size(guard):
     """Where no loader is seen, and instead of one; for each accumulated batch."""
     called, optimizer = by_hand()

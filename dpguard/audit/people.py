@@ -203,7 +203,10 @@ class People(Check):
         if used is None and logical.reader.passed:
             used = _in_any_order(rows, waiting)
         if used is not None:
-            return self._explained(step, logical, rows, used, private, declared=bool(declared))
+            by_user = bool(declared)
+            return self._explained(
+                step, logical, rows, used, private, notes=notes, declared=by_user
+            )
         if declared:
             return _failure(diagnosis.NOT_AS_DECLARED, sizes, declared)
         if private and not self._deliveries.lost(logical.reader):
@@ -221,6 +224,7 @@ class People(Check):
         used: Sequence[Delivery],
         private: Sequence[Delivery],
         *,
+        notes: Sequence[Note],
         declared: bool,
     ) -> Failure | None:
         """The rows of a step are those of batches that were delivered, or ``declared``."""
@@ -236,6 +240,9 @@ class People(Check):
             self._note_rates(step, logical, [*used, *like])
         elif private:
             self._note_declared(logical, used, private)
+            if _are_of_records(sum(rows), private, notes):
+                found = Failure(RATE, diagnosis.RECORDS_DRAWN)
+                logical.found += [found] if _is_new(found, logical) else []
         return None
 
     def _believed(
@@ -582,6 +589,12 @@ def _is_part(rows: Sequence[int], private: Sequence[Delivery]) -> bool:
     if any(delivery.skip is not None for delivery in private):
         return False
     return sum(rows) < max((delivery.rows or 0 for delivery in private), default=0)
+
+
+def _are_of_records(people: int, private: Sequence[Delivery], notes: Sequence[Note]) -> bool:
+    """Whether rows of people who were declared are sums over records, which were drawn."""
+    records = {note.rows for note in notes if note.people is not None and note.rows > people}
+    return any(batch.rate is not None and batch.rows in records for batch in private)
 
 
 def _are_several(sizes: Sequence[int], private: Sequence[Delivery]) -> bool:
