@@ -144,6 +144,7 @@ CLIP_BOUNDS_UNKNOWN = "clip_bounds_unknown"
 NOISE_DRAWN_BEFORE = "noise_drawn_before"
 LOSS_SCALE = "loss_scale"
 ROWS_SAVED = "rows_saved"
+CHOSEN_BY_SIZE = "batches_chosen_by_size"
 RECORDS_DRAWN = "records_drawn_for_people"
 SCHEDULE = "schedule_in_batch"
 SET_ON_WRAPPER = "set_on_wrapper"
@@ -1047,6 +1048,13 @@ _DIAGNOSES = {
         "draw people: a data set whose items are all records of one person each; or account for "
         "the larger rate",
         Severity.WARNING,
+    ),
+    CHOSEN_BY_SIZE: Diagnosis(
+        "batches are left out by how many people were drawn, so which steps are taken tells who is "
+        "in the data, and no noise hides it",
+        "take a step on each batch that the loader delivers, however many people are in it; an "
+        "empty one gives a step of noise",
+        Severity.ERROR,
     ),
     ROWS_SAVED: Diagnosis(
         "what is pickled of a model (torch.save(model), joblib, cloudpickle) holds the gradients "

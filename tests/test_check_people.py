@@ -197,6 +197,30 @@ def test_accumulation(mode):
         assert violations(guard) == ()
 
 
+@pytest.mark.parametrize(
+    ("batch", "leaves", "says"),
+    [
+        (8, lambda number, size: size < 7, True),
+        (8, lambda number, size: size > 9, True),
+        (8, lambda number, size: size != 8, True),
+        (3, lambda number, size: not size, True),
+        (8, lambda number, size: number % 3 == 1, False),
+        (8, lambda number, size: number in (0, 1, 2), False),
+        (8, lambda number, size: False, False),
+    ],
+    ids=["small", "large", "others", "empty", "each third", "the first", "none"],
+)
+def test_batches_that_are_left_out_by_their_size(guard, batch, leaves, says):
+    """Whether there is a step tells who was drawn."""
+    private, number = Private(samples(60), batch=batch), 0
+    for _ in range(30):
+        for x, y in private.loader:
+            number += 1
+            if not leaves(number, len(x)):
+                private.step(plain(private, x, y))
+    assert causes(guard) == ([diagnosis.CHOSEN_BY_SIZE] if says else [])
+
+
 def test_evaluation_and_batches_left_out(guard):
     """Other loaders, passes over the private one without a step, `continue`, `break`."""
     private = Private()

@@ -40,6 +40,7 @@ from dpguard.audit.multiples import factor
 from dpguard.events import Severity
 from dpguard.noted.deliveries import DECLARED, Deliveries, Delivery, Reader
 from dpguard.noted.ledger import Ledger
+from dpguard.noted.left_out import Sizes
 from dpguard.noted.poisson import Uses
 from dpguard.noted.row_state import pieces_of
 
@@ -110,6 +111,8 @@ class _Logical:
     said: set[str] = field(default_factory=set)
     fitting: int = 0
     uses: Uses = field(default_factory=Uses)
+    sizes: Sizes = field(default_factory=Sizes)
+    """Of the batches of Poisson sampling that its steps have used."""
     found: list[Failure] = field(default_factory=list)
 
     def restart(self) -> None:
@@ -233,7 +236,7 @@ class People(Check):
         self._use(logical, used)
         if len(used) > 1 and used[0].skip is not None:
             return _failure(diagnosis.BATCHES_IN_STEP, rows, used, check=BATCHES)
-        drawn = _drawn_wrong(logical.uses, used)
+        drawn = [*_drawn_wrong(logical.uses, used), *_left_by_size(logical, used)]
         logical.found += [failure for failure in drawn if _is_new(failure, logical)]
         if not declared:
             like = [d for d in private if d not in used and d.fits_any(rows)]
@@ -589,6 +592,16 @@ def _is_part(rows: Sequence[int], private: Sequence[Delivery]) -> bool:
     if any(delivery.skip is not None for delivery in private):
         return False
     return sum(rows) < max((delivery.rows or 0 for delivery in private), default=0)
+
+
+def _left_by_size(logical: _Logical, used: Sequence[Delivery]) -> list[Failure]:
+    """Whether batches are left out by how many people Poisson sampling has drawn."""
+    for batch in used:
+        if batch.rate is not None and batch.skip is None:
+            logical.sizes.use(_people(batch))
+    left = [_people(batch) for batch in logical.reader.passed if batch.rate is not None]
+    chosen = bool(left) and logical.sizes.choose(left)
+    return [Failure(BATCHES, diagnosis.CHOSEN_BY_SIZE)] if chosen else []
 
 
 def _are_of_records(people: int, private: Sequence[Delivery], notes: Sequence[Note]) -> bool:
