@@ -50,7 +50,6 @@ __all__ = [
     "has_no_values",
     "hook_before_others",
     "in_fake_mode",
-    "is_fake",
     "learn_layout",
     "nodes",
     "norm_sampler",
@@ -364,15 +363,12 @@ def in_fake_mode() -> bool:
     return modes._get_dispatch_mode(modes._TorchDispatchModeKey.FAKE) is not None
 
 
-def is_fake(tensor: Any) -> bool:
-    """Whether a tensor was made in that mode."""
-    module = sys.modules.get("torch._subclasses.fake_tensor")
-    return module is not None and isinstance(tensor, module.FakeTensor)
-
-
 def has_no_values(tensor: torch.Tensor) -> bool:
     """Whether a tensor has a shape only, or what is computed of it now would have."""
-    return tensor.is_meta or in_fake_mode() or is_fake(tensor)
+    if tensor.is_meta or in_fake_mode():
+        return True
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(tensor, module.FakeTensor)
 
 
 @functools.lru_cache(maxsize=1)

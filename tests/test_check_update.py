@@ -310,6 +310,30 @@ def test_what_is_made_of_the_gradient_and_of_what_was_there(make, begin, guard):
 # -- changes that are fine ---------------------------------------------------------------------------------
 
 
+def test_many_small_parameters_prove_nothing():
+    """Of five elements one direction is left when four are taken off."""
+    with dpguard.install(mode="strict") as guard:
+
+        def narrow():
+            layers = [nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(60)]
+            for layer in layers:
+                layer[0].weight.requires_grad_(False)
+            return nn.Sequential(*layers)
+
+        training = Training(narrow, shape=(5,))
+        model = training.model
+        first = [p.detach().clone() for p in model.parameters()]
+        for _ in range(10):
+            training.backward()
+            with torch.no_grad():
+                for p, f in zip(model.parameters(), first, strict=True):
+                    if p.requires_grad:
+                        p.lerp_(f + 0.01 * torch.randn_like(f), 0.1)
+            training.optimizer.step()
+        guard.flush()
+        assert guard.violations == ()
+
+
 def decayed(training):
     def before_step(_):
         for p in training.model.parameters():

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from dpguard import _compat
 from dpguard._errors import DPGuardError
 
 __all__ = ["Collector", "finite_flags"]
@@ -70,10 +69,10 @@ class Collector:
             receive: is given all their elements, in their order.
 
         Returns:
-            ``False`` if a device cannot copy without waiting, or too much is on its way, or
-            figures have no values; nothing is collected then.
+            ``False`` if a device cannot copy without waiting, or too much is on its way;
+            nothing is collected then.
         """
-        if len(self._pending) >= _PENDING_AT_MOST or any(map(_compat.is_fake, figures)):
+        if len(self._pending) >= _PENDING_AT_MOST:
             return False
         if all(map(_is_cpu, figures)):
             self._pending.append((figures, None, receive))

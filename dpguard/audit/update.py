@@ -52,6 +52,8 @@ _PENDING_AT_MOST = 64
 """Gradients may be cleared for ever where no step of a DP optimizer comes."""
 _ENOUGH = 200
 """Elements that have to have changed so."""
+_FEW = 16
+"""Of fewer elements little is left once what was there before is taken off: they prove nothing."""
 _NOTHING = 1e-9
 """What is left of the square of a length when nothing but rounding is."""
 _CANDIDATES = 2
@@ -393,7 +395,7 @@ def _judge(
         products = [[list(islice(rest, count)) for _ in range(count)] for count in counts]
         cosines = list(map(_along, products))
         moved = [i for i, cosine in enumerate(cosines) if cosine > ALONG]
-        if sum(sizes[i] for i in moved) < _ENOUGH:
+        if sum(sizes[i] for i in moved if sizes[i] >= _FEW) < _ENOUGH:
             return ()
         who, figure = tuple(names[i] for i in moved), min(cosines[i] for i in moved)
         return [Failure(PRIVATE, diagnosis.RAW_UPDATE, who, figure=figure, bound=ALONG)]
