@@ -33,7 +33,8 @@ What measures partial sums:
 
 * Rows that functorch computes, with all that is within a layer, are as wrong as what comes by on
   the way, of which nothing is known: in a ViT that has parameters of its own the bias of attention
-  keys is within. ``S`` is at least the norm of the gradients of all parameters there.
+  keys is within. Where ``S`` is no more than the rounding of the gradients of all parameters, that
+  is the bound.
 
 * Rows of a weight that scales normalised inputs are as wrong as these are, relative to the
   backprops (:mod:`dpguard.noted.conditioning`). The norm of these, over all people, times the
@@ -442,11 +443,6 @@ def _verdict(
         max(scale, strength) if composed else scale
         for scale, strength, composed in zip(scales, known, limits.composed, strict=True)
     ]
-    if any(replayed):
-        scales = [
-            max(scale, total) if mine else scale
-            for scale, mine in zip(scales, replayed, strict=True)
-        ]
     for k, more in zip(conditioned, rounded, strict=True):
         scales[k] += more * share
     times = [
@@ -459,11 +455,20 @@ def _verdict(
             times, limits.plain, limits.low, scales, limits.floors, strict=True
         )
     ]
+    for k in [k for k, mine in enumerate(replayed) if mine]:
+        bounds[k] = max(
+            bounds[k], _within(limits.plain[k] * root + limits.low[k], scales[k], total)
+        )
     if not all(map(le, residuals, bounds)):
         for k, strength in enumerate(known):
             if strength == total and own[k] <= FAINT * total:
                 _defer(step.states[compared[k]], k, residuals, bounds)
     return _judge(step, compared, residuals, bounds, unhooked)
+
+
+def _within(relative: float, scale: float, total: float) -> float:
+    """The rounding of all gradients together, if those of one parameter are no more than that."""
+    return relative * total if scale <= relative * total else 0.0
 
 
 def _defer(state: ParameterState, k: int, residuals: Sequence[float], bounds: list[float]) -> None:

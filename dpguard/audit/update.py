@@ -168,7 +168,7 @@ class Update(Check):
                 continue
             if state.kept is not None:
                 kept.append((parameter, state))
-            elif state.version != version_of(parameter):
+            elif _has_changed(parameter, state):
                 changed.append(state)
         for state in changed:
             state.suspect = state.keeps = True
@@ -191,24 +191,40 @@ class Update(Check):
                 value = sample_of(parameter)
                 if value.shape == held.shape:
                     names.append(state.name)
-                    figures.append(self._products(parameter, held, value - held, sample_of(grad)))
+                    change, suspect = value - held, state.suspect or _has_changed(parameter, state)
+                    figures.append(
+                        self._products(parameter, held, change, sample_of(grad), suspect=suspect)
+                    )
                     sizes.append(value.numel())
         if names:
             self._mine.pending.append((_judge(tuple(names), sizes, figures), figures))
 
     def _products(
-        self, parameter: torch.Tensor, held: torch.Tensor, change: torch.Tensor, grad: torch.Tensor
+        self,
+        parameter: torch.Tensor,
+        held: torch.Tensor,
+        change: torch.Tensor,
+        grad: torch.Tensor,
+        *,
+        suspect: bool,
     ) -> torch.Tensor:
-        """Of a change, what it may be, and what else may explain it: each with each."""
+        """Of a change, what it may be, and what else may explain it: each with each.
+
+        Of a parameter that nobody was seen to change nothing is kept.
+        """
         way = self._ways.get(parameter)
-        if way is None or way.last.shape != held.shape or way.last.device != held.device:
+        if not suspect:
+            before = [held]
+        elif way is None or way.last.shape != held.shape or way.last.device != held.device:
             self._ways[parameter] = _Way(held, held, change)
             before = [held]
         else:
             self._ways[parameter] = _Way(way.first, held, change)
             before = [held, held - way.first, held - way.last, way.change]
-        vectors = torch.stack([v.double() for v in (change, grad, grad.sign(), *before)])
-        return vectors @ vectors.T
+        kind = torch.promote_types(_compat.at_least_single(change.dtype), grad.dtype)
+        vectors = [v.to(kind) for v in (change, grad, grad.sign(), *before)]
+        # One by one: for many at once they are copied side by side.
+        return torch.stack([one @ other for one in vectors for other in vectors])
 
     def _tell(self, step: Step) -> None:
         pending = self._mine.pending
@@ -222,7 +238,7 @@ class Update(Check):
         found: list[Failure] = []
         while pending:
             receive, figures = pending.popleft()
-            found += receive([figure.item() for figure in figures])
+            found += receive([value for figure in figures for value in figure.tolist()])
         known = list(self._optimizers.values())
         last = max((watched.steps for watched in known), default=0)
         return [(last, f) for f in found] + [(w.steps, f) for w in known for f in self._rest(w)]
@@ -384,11 +400,16 @@ def _trained_with(parameters: Iterable[torch.Tensor]) -> Callable[[torch.nn.Modu
     return lambda model: any(id(p) in mine for p in model.parameters())
 
 
+def _has_changed(parameter: torch.Tensor, state: ParameterState) -> bool:
+    """Whether it was changed in place since its backward."""
+    return state.version != version_of(parameter)
+
+
 def _judge(
     names: tuple[str, ...], sizes: Sequence[int], figures: Sequence[torch.Tensor]
 ) -> Receiver:
     """What to make of the products of each parameter, see :meth:`Update._products`."""
-    counts = [len(found) for found in figures]
+    counts = [math.isqrt(len(found)) for found in figures]
 
     def receive(values: list[float]) -> Failures:
         rest = iter(values)
