@@ -232,7 +232,12 @@ class Runtime:
 
     def _apply(self) -> list[str]:
         detach.install(self._transaction, self.ledger, _weakly(self.report_internal))
-        pickles.install(self._transaction, self._verdicts, _weakly(self.report_internal))
+        pickles.install(
+            self._transaction,
+            self.ledger.name_of,
+            self._verdicts,
+            _weakly(self.report_internal),
+        )
         if self._losses is not None:
             self._losses.install(self._transaction)
         return self.patch_opacus()

@@ -54,6 +54,8 @@ def test_rows_in_a_file_are_said_once(setting, mode, what):
         (violation,) = [v for v in guard.violations if v.cause == diagnosis.ROWS_SAVED]
         assert violation.severity.value == "WARNING"
         assert "test_pickles.py:" in violation.site
+        assert violation.parameters == ("0.weight",)
+        assert violation.body.startswith("0.weight was pickled")
         found = pickle.loads(pickle.dumps(model))
         held = "grad_sample" if mode == "hooks" else "_norm_sample"
         mine, theirs = (getattr(m[0].weight, held) for m in (model, found))

@@ -389,7 +389,7 @@ class People(Check):
     ) -> Failure:
         """What it means that the rows are not the people of private batches."""
         people = list(map(_people, private))
-        if len(sizes) > 1 and any(all(map(batch.fits, sizes)) for batch in private):
+        if _are_rounds(sizes, private):
             rounds = diagnosis.PEOPLE_IN_ROUNDS
             cause = rounds if logical.clips_rows else diagnosis.ROUNDS_IN_GHOST
             return _failure(cause, sizes, private)
@@ -614,9 +614,13 @@ def _are_several(sizes: Sequence[int], private: Sequence[Delivery]) -> bool:
     """Whether rows were left out of several batches that ``BatchMemoryManager`` has divided."""
     if len(sizes) == 1 or any(delivery.skip is None for delivery in private):
         return False
-    rows = [delivery.rows or 0 for delivery in private]
-    in_rounds = len(set(sizes)) == 1 and sizes[0] in rows
-    return sum(sizes) > max(rows) and not in_rounds
+    most = max(delivery.rows or 0 for delivery in private)
+    return sum(sizes) > most and not _are_rounds(sizes, private)
+
+
+def _are_rounds(sizes: Sequence[int], private: Sequence[Delivery]) -> bool:
+    """Whether several backwards have each as many rows as one batch has people."""
+    return len(sizes) > 1 and any(all(map(batch.fits, sizes)) for batch in private)
 
 
 def _people(batch: Delivery) -> int:

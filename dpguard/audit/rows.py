@@ -97,6 +97,7 @@ class _Limits(NamedTuple):
         plain: of the roundings of one sample's row; that of the batch grows with its root.
         low: of operands in lower precision.
         composed: whether rows are sums of several products.
+        replayed: whether they come of a replay of more than a layer that is known.
         floors: of what is below the range of their precision; grow with the root as well.
         tiny: the smallest bound.
     """
@@ -104,6 +105,7 @@ class _Limits(NamedTuple):
     plain: tuple[float, ...]
     low: tuple[float, ...]
     composed: tuple[bool, ...]
+    replayed: tuple[bool, ...]
     floors: tuple[float, ...]
     tiny: float
 
@@ -266,8 +268,7 @@ class RowValues(Check):
         conditioned = [k for k, i in enumerate(compared) for _ in step.states[i].moments]
         if conditioned:
             figures += roundings([m for i in compared for m in step.states[i].moments])
-        replayed = tuple([step.states[i].replayed for i in compared])
-        if any(limits.composed) or any(replayed):
+        if any(limits.composed) or any(limits.replayed):
             total = found.shares @ found.totals
             figures += [total, *self._strengths(step, found, compared, total)]
         sizes = found.rows.sizes
@@ -277,14 +278,7 @@ class RowValues(Check):
         off = self._ledger.unhooked
         unhooked = {i for i in compared if id(step.parameters[i]) in off} if off else ()
         receive = functools.partial(
-            _verdict,
-            step,
-            compared,
-            limits,
-            root,
-            scaling=scaling,
-            replayed=replayed,
-            unhooked=unhooked,
+            _verdict, step, compared, limits, root, scaling=scaling, unhooked=unhooked
         )
         step.collect((FINITE, CONSERVATION), figures, receive)
 
@@ -317,7 +311,8 @@ class RowValues(Check):
         kinds = [state.coarse or computed_in(mine[0]) for state, mine in pairs]
         own = [parameter.dtype for parameter in step.parameters]
         narrow = [state.narrow for state in step.states]
-        key = (terms, kinds, own, narrow, compared, step.parameters[0].device)
+        replayed = tuple([step.states[i].replayed for i in compared])
+        key = (terms, kinds, own, narrow, replayed, compared, step.parameters[0].device)
         known = self._limits.get(step.parameters[0])
         if known is None or known[0] != key:
             tiny = float(torch.finfo(dtype).tiny)
@@ -327,7 +322,7 @@ class RowValues(Check):
             ]
             plain, low, composed = zip(*made, strict=True)
             floors = tuple([floor(step.parameters[i], kinds[i], terms[i]) for i in compared])
-            known = key, _Limits(plain, low, composed, floors, tiny)
+            known = key, _Limits(plain, low, composed, replayed, floors, tiny)
             self._limits[step.parameters[0]] = known
         return known[1]
 
@@ -403,7 +398,6 @@ def _verdict(
     values: list[float],
     *,
     scaling: tuple[Sequence[int], float],
-    replayed: Sequence[bool],
     unhooked: Container[int],
 ) -> Failures:
     """What to make of the figures.
@@ -419,7 +413,6 @@ def _verdict(
             together, and where they were probed the strengths of the rows.
         scaling: for each such call which of those that were compared has scaled its values; and the
             largest weight of a row.
-        replayed: for each that was compared whether its rows come of a replay.
         unhooked: places of parameters that were used while Opacus's hooks were disabled.
     """
     scales, values = values[: len(step.names)], values[len(step.names) :]
@@ -455,7 +448,7 @@ def _verdict(
             times, limits.plain, limits.low, scales, limits.floors, strict=True
         )
     ]
-    for k in [k for k, mine in enumerate(replayed) if mine]:
+    for k in [k for k, mine in enumerate(limits.replayed) if mine]:
         bounds[k] = max(
             bounds[k], _within(limits.plain[k] * root + limits.low[k], scales[k], total)
         )

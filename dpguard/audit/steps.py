@@ -234,7 +234,7 @@ class StepAuditor:
         if stepped:
             self.steps += 1
             step = self._current(optimizer)
-            self._begin(optimizer, step.number + 1)
+            self._begin(optimizer, step.number + 1, is_dry=step.is_dry)
             if step.audited:
                 self._cover(step)
                 step.awaited -= 1
@@ -259,7 +259,7 @@ class StepAuditor:
         """The step raised: forget what was gathered for it, keep its number."""
         step = self._steps.get(optimizer)
         if step is not None:
-            self._begin(optimizer, step.number)
+            self._begin(optimizer, step.number, is_dry=step.is_dry)
             for check, forget in self._hooks["forget"]:
                 try:
                     forget(optimizer)
@@ -306,11 +306,10 @@ class StepAuditor:
 
     # -- inside --------------------------------------------------------------------------------
 
-    def _begin(self, optimizer: Any, number: int) -> Step:
-        former = self._steps.get(optimizer)
+    def _begin(self, optimizer: Any, number: int, *, is_dry: bool) -> None:
+        """The next step; until its batch is there, it is as dry as the one before."""
         step = self._steps[optimizer] = self._step(optimizer, number)
-        step.is_dry = former is not None and former.is_dry  # until it begins
-        return step
+        step.is_dry = is_dry
 
     def _step(self, optimizer: Any, number: int = 0) -> Step:
         audited = number % self._settings.audit_every == 0

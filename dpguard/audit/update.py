@@ -22,8 +22,8 @@ import math
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import combinations_with_replacement as pairs_of
 from typing import Any, NamedTuple
 
 import torch
@@ -224,7 +224,7 @@ class Update(Check):
         kind = torch.promote_types(_compat.at_least_single(change.dtype), grad.dtype)
         vectors = [v.to(kind) for v in (change, grad, grad.sign(), *before)]
         # One by one: for many at once they are copied side by side.
-        return torch.stack([one @ other for one in vectors for other in vectors])
+        return torch.stack([one @ other for one, other in pairs_of(vectors, 2)])
 
     def _tell(self, step: Step) -> None:
         pending = self._mine.pending
@@ -409,12 +409,11 @@ def _judge(
     names: tuple[str, ...], sizes: Sequence[int], figures: Sequence[torch.Tensor]
 ) -> Receiver:
     """What to make of the products of each parameter, see :meth:`Update._products`."""
-    counts = [math.isqrt(len(found)) for found in figures]
+    counts = [math.isqrt(2 * len(found)) for found in figures]  # k (k + 1) / 2 pairs of k
 
     def receive(values: list[float]) -> Failures:
         rest = iter(values)
-        products = [[list(islice(rest, count)) for _ in range(count)] for count in counts]
-        cosines = list(map(_along, products))
+        cosines = [_along(_square(rest, count)) for count in counts]
         moved = [i for i, cosine in enumerate(cosines) if cosine > ALONG]
         if sum(sizes[i] for i in moved if sizes[i] >= _FEW) < _ENOUGH:
             return ()
@@ -422,6 +421,14 @@ def _judge(
         return [Failure(PRIVATE, diagnosis.RAW_UPDATE, who, figure=figure, bound=ALONG)]
 
     return receive
+
+
+def _square(values: Iterator[float], count: int) -> list[list[float]]:
+    """The products of each of so many vectors with each, of which the next values are half."""
+    products = [[0.0] * count for _ in range(count)]
+    for i, k in pairs_of(range(count), 2):
+        products[i][k] = products[k][i] = next(values)
+    return products
 
 
 def _along(products: list[list[float]]) -> float:

@@ -282,9 +282,14 @@ class GhostPairing(Pairing):
             self.ledger.note_pass(self._attempt(both.compare))
 
     def _attempt(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run what compares both backwards, without which the host can go on."""
+        """Run what compares both backwards, without which the host can go on.
+
+        Not where tensors have no values, as where shapes or memory are only estimated.
+        """
         part: Part | None = self.ledger.pass_rows
-        return part.run(function, *args) if part is not None else None
+        if part is None or any(map(_compat.has_no_values, self._parameters[:1])):
+            return None
+        return part.run(function, *args)
 
     def _keep(self, draw: NormDraw | None) -> None:
         if draw is not None:

@@ -77,7 +77,7 @@ class PassRows:
     def of(cls, pairing: GhostPairing, losses: torch.Tensor) -> PassRows | None:
         """``None`` if the backwards of these losses cannot be compared."""
         plain = type(losses) is torch.Tensor and losses.dim() == 1 and losses.is_floating_point()
-        if not (plain and pairing.computes and len(losses)) or _compat.has_no_values(losses):
+        if not (plain and pairing.computes and len(losses)):
             return None
         if losses.grad_fn is None:
             return None

@@ -17,7 +17,6 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
-from dpguard import _compat
 from dpguard.noted.conditioning import Moments, conditions
 from dpguard.noted.precision import computed_in, full_precision, precision_of
 from dpguard.numerics.probes import Probes
@@ -134,7 +133,7 @@ class PassSums:
         ``moments`` are those of inputs that the parameter has scaled.
         """
         inputs, backprops = arranged
-        if rows.is_complex() or backprops.is_complex() or _compat.has_no_values(rows):
+        if rows.is_complex() or backprops.is_complex():
             self._spoiled.add(id(parameter))
             return
         self._of(parameter, precision_of(backprops))  # that in which autograd makes the gradient
@@ -161,7 +160,7 @@ class PassSums:
     ) -> None:
         """A call of which only norms are wanted."""
         add, backprops = _ADDERS.get(type(module)), arranged[1]
-        if add is None or backprops.is_complex() or _compat.has_no_values(backprops):
+        if add is None or backprops.is_complex():
             self._spoiled.update(id(p) for p in wanted)
             return
         first = arranged[0][0]
@@ -202,9 +201,7 @@ class PassSums:
 
 
 def _is_plain(grad: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
-    if type(grad) is not torch.Tensor or grad.layout is not torch.strided:
-        return False
-    return grad.is_floating_point() and not _compat.has_no_values(grad)
+    return type(grad) is torch.Tensor and grad.layout is torch.strided and grad.is_floating_point()
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:

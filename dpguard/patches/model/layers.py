@@ -26,7 +26,6 @@ class LayerKind:
 
     Attributes:
         registered: what Opacus has registered for the class; another is another kind.
-        is_opaque: it is no layer that a sampler is known for, so more may be within.
         is_replayed: functorch computes the rows, for want of a registered sampler.
         sampler: computes the rows, ``sampler(module, activations, backprops)``.
         is_fresh: the sampler keeps no reference to the rows that it returns.
@@ -44,7 +43,6 @@ class LayerKind:
         "_dimension",
         "is_cell_layer",
         "is_fresh",
-        "is_opaque",
         "is_replayed",
         "likely",
         "measure",
@@ -57,7 +55,6 @@ class LayerKind:
     def __init__(self, hooks: Any, module: torch.nn.Module, *, batch_first: bool) -> None:
         self.registered: Callable[..., Any] | None = hooks.GRAD_SAMPLERS.get(type(module))
         self.is_replayed = not _compat.has_grad_sampler(hooks, module)
-        self.is_opaque = self.registered is None
         self.sampler: Callable[..., Any] = _compat.grad_sampler(hooks, module)
         self.is_fresh = _compat.rows_are_fresh(hooks, module)
         self.is_cell_layer = _compat.is_rnn_linear(module)

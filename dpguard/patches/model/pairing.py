@@ -350,7 +350,7 @@ class Pairing(Hooked):
         if block:
             ledger.blocks.add(opened)
             now = opened  # rows of a block are of no other segment, whenever they come
-        if record.kind.is_opaque:
+        if record.kind.registered is None:  # more may be within than a layer that is known
             for parameter in wanted:
                 ledger.state(parameter).replayed = True
         strengths = {}

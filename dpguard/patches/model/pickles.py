@@ -26,12 +26,16 @@ _PRIVATE = ("grad_sample", "summed_grad", "_norm_sample")
 
 
 def install(
-    transaction: Transaction, verdicts: Verdicts, report: Callable[[str, Exception], None]
+    transaction: Transaction,
+    name_of: Callable[[torch.Tensor], str],
+    verdicts: Verdicts,
+    report: Callable[[str, Exception], None],
 ) -> None:
     """Watch how parameters are pickled; what is pickled stays as it is.
 
     Args:
         transaction: remembers how to undo it.
+        name_of: the name of a parameter in its model.
         verdicts: where it is said, once for each line.
         report: is given the name of this part and the error of ours that has switched it off.
     """
@@ -46,8 +50,9 @@ def install(
                 verdicts.warn(
                     "model.saved",
                     diagnosis.ROWS_SAVED,
-                    "A parameter was pickled together with what Opacus has computed of people.",
+                    f"{name_of(parameter)} was pickled with what Opacus has computed of people.",
                     site=site,
+                    parameters=(name_of(parameter),),
                 )
 
     def reduce(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
