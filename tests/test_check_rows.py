@@ -250,23 +250,21 @@ class Learned(nn.Module):
         return self.head(self.norms[1](h)[:, 0])
 
 
+def learned(batch, seed=0):
+    def make():
+        torch.manual_seed(seed)
+        return Learned()
+
+    return Training(make, lambda count: torch.randn(count, 5, 4), batch=batch)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_what_cancels_within_a_layer_that_is_replayed(seed):
     """Nobody knows how large it was: the rows of the key bias are nothing but rounding."""
     with dpguard.install(mode="strict") as guard:
-        torch.manual_seed(seed)
-        model = GradSampleModule(Learned())
-        optimizer = DPOptimizer(
-            torch.optim.SGD(model.parameters(), lr=0.1),
-            noise_multiplier=1.0,
-            max_grad_norm=1.0,
-            expected_batch_size=32,
-        )
+        training = learned(32, seed)
         for _ in range(12):
-            optimizer.zero_grad()
-            x, y = torch.randn(32, 5, 4), torch.randint(0, 3, (32,))
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
+            training.step()
         guard.flush()
         assert guard.violations == ()
         assert guard.last_step.checks[CONSERVATION].passed
@@ -274,20 +272,15 @@ def test_what_cancels_within_a_layer_that_is_replayed(seed):
 
 def test_a_wrong_row_within_a_layer_that_is_replayed():
     """One percent of one person's rows is found all the same."""
+
+    def spoil(parameters):
+        parameters["attention.vlinear.weight"].grad_sample[7] *= 1.01
+
     with dpguard.install(mode="strict"):
-        torch.manual_seed(0)
-        model = GradSampleModule(Learned())
-        optimizer = DPOptimizer(
-            torch.optim.SGD(model.parameters(), lr=0.1),
-            noise_multiplier=1.0,
-            max_grad_norm=1.0,
-            expected_batch_size=64,
-        )
-        x, y = torch.randn(64, 5, 4), torch.randint(0, 3, (64,))
-        nn.functional.cross_entropy(model(x), y).backward()
-        model._module.attention.vlinear.weight.grad_sample[7] *= 1.01
+        training = learned(64)
+        training.tamper = spoil
         with pytest.raises(dpguard.PerSampleGradientError, match=r"vlinear\.weight"):
-            optimizer.step()
+            training.step()
 
 
 class Attention(nn.Module):
