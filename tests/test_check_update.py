@@ -289,6 +289,25 @@ def sharpened(model):
     return update
 
 
+@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize("begin", [0, 1, 5])
+def test_the_gradient_of_the_batch_before(begin, both, guard):
+    """It was kept, and is applied by itself or with the one of this batch."""
+    training, done, kept = Classified(), [], []
+
+    def before_step(number):
+        done.append(number)
+        parameters = list(training.model.parameters())
+        if kept and number >= begin:
+            for p, former in zip(parameters, kept, strict=True):
+                p.sub_(0.05 * (former + p.grad if both else former))
+        kept[:] = [p.grad.clone() for p in parameters]
+
+    with pytest.raises(dpguard.PrivacyViolation, match="between backward and step"):
+        training.steps(begin + 5, before_step)
+    assert done[-1] <= max(begin, 1) + 2
+
+
 @pytest.mark.parametrize("begin", [0, 1, 5, 12])
 @pytest.mark.parametrize("make", [with_momentum, at_rates, with_decay, sharpened])
 def test_what_is_made_of_the_gradient_and_of_what_was_there(make, begin, guard):

@@ -8,11 +8,11 @@ kept in the first and in one of each ``KEEP_EVERY``. A change alone proves nothi
 disturb weights before the forward and put them back before the step. Nor does one that is roughly
 in the direction of the gradient of this batch: so are weights that began at zero, what they have
 moved by, the last update, a gradient of public data. One that *is* that gradient, or its signs, to
-a factor does, once all that may be made of what was there before is taken off both: the weights,
-what they have moved by since they were seen first and last, the last change of this kind. The
-cosine of unrelated vectors of ``n`` elements exceeds ``ALONG`` with a probability below
-``exp(-n ALONG**2 / 2)``, and updates that were released have noise in them. So from a change on
-values are kept, and the step is refused once it is proved.
+a factor does, or that of the batch before, once all that may be made of what was there before is
+taken off both: the weights, what they have moved by since they were seen first and last, the last
+change of this kind. The cosine of unrelated vectors of ``n`` elements exceeds ``ALONG`` with a
+probability below ``exp(-n ALONG**2 / 2)``, and updates that were released have noise in them. So
+from a change on values are kept, and the step is refused once it is proved.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ _FEW = 16
 """Of fewer elements little is left once what was there before is taken off: they prove nothing."""
 _NOTHING = 1e-9
 """What is left of the square of a length when nothing but rounding is."""
-_CANDIDATES = 2
-"""The gradient and its signs."""
+_FORMER = 3
+"""Among the vectors the place of the gradient before, or of this one again if none is kept."""
 MOVES_WITHIN = 10
 _BETWEEN = 7
 
@@ -81,6 +81,8 @@ class _Way(NamedTuple):
     last: torch.Tensor
     change: torch.Tensor
     """Between a backward and what came next."""
+    grad: torch.Tensor
+    """Of the batch."""
 
 
 class _Mine(threading.local):
@@ -213,16 +215,16 @@ class Update(Check):
         Of a parameter that nobody was seen to change nothing is kept.
         """
         way = self._ways.get(parameter)
-        if not suspect:
-            before = [held]
-        elif way is None or way.last.shape != held.shape or way.last.device != held.device:
-            self._ways[parameter] = _Way(held, held, change)
-            before = [held]
-        else:
-            self._ways[parameter] = _Way(way.first, held, change)
-            before = [held, held - way.first, held - way.last, way.change]
+        before, former = [held], grad
+        if suspect:
+            if way is None or way.last.shape != held.shape or way.last.device != held.device:
+                way = _Way(held, held, change, grad)
+            else:
+                before += [held - way.first, held - way.last, way.change]
+                former = way.grad
+            self._ways[parameter] = _Way(way.first, held, change, grad)
         kind = torch.promote_types(_compat.at_least_single(change.dtype), grad.dtype)
-        vectors = [v.to(kind) for v in (change, grad, grad.sign(), *before)]
+        vectors = [v.to(kind) for v in (change, grad, grad.sign(), former, *before)]
         # One by one: for many at once they are copied side by side.
         return torch.stack([one @ other for one, other in pairs_of(vectors, 2)])
 
@@ -432,22 +434,35 @@ def _square(values: Iterator[float], count: int) -> list[list[float]]:
 
 
 def _along(products: list[list[float]]) -> float:
-    """The cosine of a change with the gradient, or its signs, less what was there before."""
+    """The cosine of a change with a gradient, or its signs, less what was there before.
+
+    That is with this one and the one before, then with this one less the one before.
+    """
     lengths = [products[i][i] for i in range(len(products))]
-    for k in range(_CANDIDATES + 1, len(products)):
-        if products[k][k] > _NOTHING * lengths[k]:
+
+    def is_left(i: int) -> bool:
+        return products[i][i] > _NOTHING * lengths[i]
+
+    def take_off(k: int) -> None:
+        if is_left(k):
             taken = list(products[k])
             for row in products:
                 share = row[k] / taken[k]
                 row[:] = [value - share * by for value, by in zip(row, taken, strict=True)]
-    if not products[0][0] > _NOTHING * lengths[0]:
-        return 0.0
-    return max(
-        abs(products[0][i]) / math.sqrt(products[0][0] * products[i][i])
-        if products[i][i] > _NOTHING * lengths[i]
-        else 0.0
-        for i in range(1, _CANDIDATES + 1)
-    )
+
+    def largest() -> float:
+        cosines = [
+            abs(products[0][i]) / math.sqrt(products[0][0] * products[i][i])
+            for i in range(1, _FORMER + 1)
+            if is_left(0) and is_left(i)
+        ]
+        return max(cosines, default=0.0)
+
+    for k in range(_FORMER + 1, len(products)):
+        take_off(k)
+    whole = largest()
+    take_off(_FORMER)
+    return max(whole, largest())
 
 
 def _learning(optimizer: Any) -> set[int]:
