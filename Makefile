@@ -22,7 +22,7 @@ ALIASING = 1.5.1
 OLDEST = 1.0.2
 OLDER = $(VENV)/opacus-$(OLDEST)/.complete $(VENV)/opacus-$(ALIASING)/.complete
 # Releases on which exactness is tested, besides the pinned one.
-RELEASES = 1.0.2 1.4.1 1.5.1 1.5.4
+RELEASES = 1.0.2 1.4.1 1.5.1 1.5.3 1.5.4
 # What these depend on is the release; the other tests are the same on each.
 RELEASE_TESTS = grad_sample ghost ghost_gradient ghost_models ghost_by_hand late_layers replay \
 	one_batch regressions control_flow right_today random_programs other_modes audit attributes \

@@ -564,11 +564,32 @@ def ghost_optimizer_class() -> Any:
 
 
 def norm_sampler(hooks: Any, module: torch.nn.Module) -> Callable[..., Any] | None:
-    """The function with which ghost clipping computes norms without rows, if there is one."""
+    """The function with which ghost clipping computes norms without rows, if there is one.
+
+    That of Opacus for linear layers, from 1.5.2 to 1.5.3, is wrong for the bias where inputs have
+    three dimensions: it takes the root of the sum of ``(b_t . b_s)^2`` over all pairs of positions,
+    where the norm is that of ``b_t . b_s``. What stands in its place is right.
+    """
     if not hooks.use_ghost_clipping:
         return None
     sampler: Callable[..., Any] | None = hooks.NORM_SAMPLERS.get(type(module))
+    if sampler is not None and sampler is _wrong_norm_sampler():
+        return _norms_of_linear
     return sampler
+
+
+@functools.lru_cache(maxsize=1)
+def _wrong_norm_sampler() -> Any:
+    if _release(opacus_version()) >= (1, 5, 4):
+        return None
+    return _attribute_of("opacus.grad_sample.linear", "compute_linear_norm_sample")
+
+
+def _norms_of_linear(module: Any, activations: list[Any], backprops: Any) -> dict[Any, Any]:
+    norms: dict[Any, Any] = _wrong_norm_sampler()(module, activations, backprops)
+    if module.bias in norms and backprops.dim() > 2:  # noqa: PLR2004
+        norms[module.bias] = backprops.sum(1).norm(dim=1)
+    return norms
 
 
 def batch_dimension(module: torch.nn.Module, *, batch_first: bool) -> int:

@@ -9,11 +9,12 @@ from collections.abc import Callable
 import opacus.grad_sample
 import torch
 from opacus import PrivacyEngine
-from releases import GHOST
+from releases import GHOST, MISJUDGES_BIASES
 from torch import nn
 from truth import TOLERANCE, flat_rows, relative_error, rows_of
 
 import dpguard
+from dpguard import _compat
 
 HOOKS = hasattr(opacus.grad_sample, "GradSampleHooks")
 """Whether a model can be hooked without a wrapper: from 1.6 on."""
@@ -88,6 +89,21 @@ def trained(case, how, *, steps=3, batches=(4, 4, 3), wrap=lambda model: model, 
 
 
 @contextlib.contextmanager
+def right_norms():
+    """Opacus has the norms of later releases, if its own are wrong for biases."""
+    if not MISJUDGES_BIASES:
+        yield
+        return
+    samplers = opacus.grad_sample.GradSampleModuleFastGradientClipping.NORM_SAMPLERS
+    wrong = samplers[nn.Linear]
+    samplers[nn.Linear] = _compat._norms_of_linear
+    try:
+        yield
+    finally:
+        samplers[nn.Linear] = wrong
+
+
+@contextlib.contextmanager
 def untouched(mode="repair"):
     """What runs in here needs no guard: nothing is repaired, refused or said."""
     with dpguard.install(mode=mode) as guard:
@@ -105,7 +121,7 @@ def assert_untouched(run, equal=torch.equal):
 
     ``equal_to_rounding`` takes the place of ``equal`` where a recurrent layer takes part.
     """
-    with dpguard.install(mode="off"):
+    with dpguard.install(mode="off"), right_norms():
         plain = run()
     with untouched():
         guarded = run()

@@ -11,6 +11,7 @@ import types
 import pytest
 import torch
 import wrapt
+from healthy import right_norms
 from models import CNN, MLP, Functorch, InPlaceCNN, Recurrent
 from opacus import PrivacyEngine
 from opacus.utils.batch_memory_manager import BatchMemoryManager
@@ -481,12 +482,14 @@ def _plain(model):
 def sampler(cls, make):
     """Another norm sampler for a class of layers, made from Opacus's."""
     samplers = ghost_module.GradSampleModuleFastGradientClipping.NORM_SAMPLERS
-    right = samplers[cls]
-    samplers[cls] = make(right)
+    own = samplers[cls]
+    with right_norms():
+        changed = make(samplers[cls])
+    samplers[cls] = changed
     try:
         yield
     finally:
-        samplers[cls] = right
+        samplers[cls] = own
 
 
 def of_layer(layer, change):

@@ -14,7 +14,7 @@ import torch
 from models import MLP, Recurrent
 from opacus import PrivacyEngine
 from opacus.utils.batch_memory_manager import BatchMemoryManager
-from releases import needs_functorch
+from releases import MISJUDGES_BIASES, needs_functorch
 from shuffled import is_ok, violations
 from torch import nn
 from truth import assert_rows_equal, plain_copy, rows_of
@@ -713,6 +713,9 @@ class Each(nn.Module):
         return losses if self.reduction == "none" else losses.mean()
 
 
+@pytest.mark.skipif(
+    MISJUDGES_BIASES, reason="plain Opacus raises: it deletes an attribute it reads"
+)
 @pytest.mark.parametrize("program", [plain, without_hooks])
 def test_observe_says_so_and_changes_nothing(program):
     """The same bits as without a guard, and a violation."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from healthy import right_norms
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from programs.comparison import check, check_same
@@ -100,7 +101,8 @@ def test_right_programs_stay_untouched(mode):
     @_settings(0.2 * _SHARES[mode])
     @given(tidy_designs(mode).flatmap(lambda made: st.tuples(st.just(made), tidy_programs(made))))
     def run(made):
-        alone = guarded(*made).run()
+        with right_norms():
+            alone = guarded(*made).run()
         with dpguard.install(mode="repair") as guard:
             check_same(made[0], alone, guarded(*made).run())
         assert guard.interventions == ()
