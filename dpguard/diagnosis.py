@@ -853,8 +853,9 @@ _DIAGNOSES = {
         Severity.ERROR,
     ),
     LOSS_IGNORES: Diagnosis(
-        "the loss is divided by the number of targets of the batch that are not ignored, which "
-        "depends on the data of all people, so whoever is removed changes the rows of others",
+        "the loss is divided by the number of elements of the batch that count (targets that are "
+        "not ignored, the sum of a mask), which depends on the data of all people, so whoever is "
+        "removed changes the rows of others",
         "take losses with reduction='none', add up each person's, divide by what is fixed (the "
         "length of a sequence) and take the mean over people",
         Severity.WARNING,

@@ -85,6 +85,18 @@ def prompted(y):
     return torch.stack([torch.full_like(y, -100), y, y], 1)
 
 
+def first_ones(y):
+    """A mask of as many elements as the number of the class."""
+    return torch.arange(CLASSES) < y[:, None]
+
+
+def two_of_each(y):
+    return (torch.arange(CLASSES) - y[:, None]) % CLASSES < 2
+
+
+SOME_FEATURES = torch.tensor([True, True, False, True, False])
+
+
 SEPARATE = {
     "cross entropy": F.cross_entropy,
     "sum": lambda o, y: F.cross_entropy(o, y, reduction="sum") / BATCH,
@@ -152,6 +164,28 @@ SEPARATE = {
         F.cross_entropy(o, y, reduction="none").sort().values.mean() + o.topk(len(o), 0)[0].mean()
     ),
     "in bfloat16": lambda o, y: F.cross_entropy(o.bfloat16().float(), y),
+    "masked": lambda o, y: (o.pow(2) * first_ones(y)).sum() / o.numel(),
+    "masked, a fixed number of each": lambda o, y: (
+        (o.pow(2) * two_of_each(y)).sum() / two_of_each(y).sum()
+    ),
+    "chosen, a fixed number of each": lambda o, y: o[two_of_each(y)].pow(2).mean(),
+    "masked for all alike": lambda o, y: (
+        (o.pow(2) * SOME_FEATURES).sum() / SOME_FEATURES.sum() / len(o)
+    ),
+    "chosen for all alike": lambda o, y: o[:, SOME_FEATURES].pow(2).mean(),
+    "masked, a mean of each": lambda o, y: (
+        (o.pow(2) * first_ones(y)).sum(1) / first_ones(y).sum(1).clamp(min=1)
+    ).mean(),
+    "masked, one after the other": lambda o, y: (
+        sum((a.pow(2) * m).sum() / m.sum() for a, m in zip(o, first_ones(y + 1), strict=True))
+        / len(o)
+    ),
+    "weights of which the sum is fixed": lambda o, y: (
+        (F.cross_entropy(o, y, reduction="none") * 0.5).sum() / torch.full((len(o),), 0.5).sum()
+    ),
+    "no logits where nothing is": lambda o, y: F.cross_entropy(
+        o.masked_fill(torch.arange(CLASSES) > y[:, None] + 1, -1e9), y
+    ),
 }
 COUPLED = {
     "class weights": (diagnosis.LOSS_WEIGHTED, lambda o, y: F.cross_entropy(o, y, weight=WEIGHTS)),
@@ -162,6 +196,51 @@ COUPLED = {
     "ignored": (
         diagnosis.LOSS_IGNORES,
         lambda o, y: F.cross_entropy(o, torch.where(y < 2, -100, y)),
+    ),
+    "a sum over what counts": (
+        diagnosis.LOSS_IGNORES,
+        lambda o, y: (
+            F.cross_entropy(o, torch.where(y < 2, -100, y), reduction="sum") / (y >= 2).sum().item()
+        ),
+    ),
+    "masked": (
+        diagnosis.LOSS_IGNORES,
+        lambda o, y: (o.pow(2) * first_ones(y)).sum() / first_ones(y).float().sum(),
+    ),
+    "mask first": (
+        diagnosis.LOSS_IGNORES,
+        lambda o, y: (first_ones(y) * o.pow(2)).sum() * (1 / first_ones(y).sum().clamp(min=1)),
+    ),
+    "filled": (
+        diagnosis.LOSS_IGNORES,
+        lambda o, y: o.pow(2).masked_fill(~first_ones(y), 0).sum() / (first_ones(y).sum() + 1e-8),
+    ),
+    "where": (
+        diagnosis.LOSS_IGNORES,
+        lambda o, y: (
+            torch.where(first_ones(y), o.pow(2), torch.zeros(())).sum() / first_ones(y).sum()
+        ),
+    ),
+    "chosen": (diagnosis.LOSS_IGNORES, lambda o, y: o[first_ones(y)].pow(2).mean()),
+    "chosen, flat": (
+        diagnosis.LOSS_IGNORES,
+        lambda o, y: o.flatten()[first_ones(y).flatten()].pow(2).mean(),
+    ),
+    "selected": (
+        diagnosis.LOSS_IGNORES,
+        lambda o, y: o.masked_select(first_ones(y)).pow(2).sum() / first_ones(y).sum(),
+    ),
+    "compared where it counts": (
+        diagnosis.LOSS_IGNORES,
+        lambda o, y: F.mse_loss(o[first_ones(y)], one_hot(y)[first_ones(y)]),
+    ),
+    "weights": (
+        diagnosis.LOSS_IGNORES,
+        lambda o, y: (F.cross_entropy(o, y, reduction="none") * (y + 1.5)).sum() / (y + 1.5).sum(),
+    ),
+    "two classes": (
+        diagnosis.LOSS_IGNORES,
+        lambda o, y: o[y > 1].pow(2).mean() + F.cross_entropy(o[y <= 1], y[y <= 1]),
     ),
     "dice": (diagnosis.LOSS_COUPLES, dice),
     "contrastive": (diagnosis.LOSS_COUPLES, info_nce),

@@ -17,7 +17,8 @@ four ways:
   (:mod:`dpguard.patches.oracle.decisions`). So is what ``cdist`` compares, whose second derivative
   torch does not have.
 * A negative log-likelihood whose mean is over the weights of the classes of the batch, or over the
-  targets that are not ignored, has a divisor that depends on everybody's targets.
+  targets that are not ignored, has a divisor that depends on everybody's targets; so has what is
+  divided by the sum of a mask (:mod:`dpguard.patches.oracle.masks`).
 * Outputs that were broadcast meet everybody's targets (:mod:`dpguard.patches.oracle.broadcasts`).
 
 A part of the loss that reaches layers of the model by another way than its outputs (a penalty that
@@ -58,6 +59,7 @@ from dpguard.patches.oracle.broadcasts import (
     square_at,
 )
 from dpguard.patches.oracle.decisions import DECISIONS, Decision
+from dpguard.patches.oracle.masks import Masks
 from dpguard.patches.oracle.outputs import Draw, Expected, OutputHook, Outputs, mark_of
 from dpguard.patches.oracle.vjp import Parts, Unfit, propagate
 from dpguard.patches.wrapping import EagerWrapper, patch_function
@@ -95,7 +97,9 @@ class Coupling:
             of the derivative of the gradient, and of what each decision compares.
         whole: whether there is such a derivative, and no other way to the layers of the model.
         weights: by how much class weights differ that a mean is taken over.
-        ignored: how many targets were left out of a mean.
+        ignored: how many targets were left out of a mean, or by how much the numbers of what counts
+            differ between people, if that is what the loss is divided by.
+        counted: how many elements count, if the loss is divided by a number that is that one.
         broadcast: squares of what is at outputs next to their person, and next to others, where
             outputs were broadcast to as many as there are people.
         further: likewise of all outputs, if the loss is of more than the first: one that is as long
@@ -114,6 +118,7 @@ class Coupling:
     whole: bool
     weights: torch.Tensor
     ignored: torch.Tensor
+    counted: torch.Tensor
     broadcast: tuple[torch.Tensor, torch.Tensor] | None
     reductions: tuple[str | None, str]
     roundoff: float
@@ -222,6 +227,8 @@ class _Examination:
         self._likelihoods: list[tuple[Any, list[torch.Tensor | None]]] = []
         self._square: Square | None = None
         self._with_targets: list[Any] = []
+        # Rows of one person that are declared may differ as they like.
+        self._masks = Masks(draw.rows) if draw.people is None else None
         self._kinds: set[torch.dtype] = set()
         self._arrivals: list[_Pair] = []
 
@@ -259,7 +266,7 @@ class _Examination:
             whole = not self._goes_round(seeds)
         except (Unfit, RuntimeError):
             whole = False  # torch knows no such derivative
-        weights, ignored = self._divisors(whose)
+        weights, ignored, counted = self._divisors(whose)
         square = self._square
         return Coupling(
             weakref.ref(self._hook),
@@ -267,6 +274,7 @@ class _Examination:
             whole,
             weights,
             ignored,
+            counted,
             None if square is None else square.parted(whose),
             (_reduction_of(seeds), self._hook.pairing.loss_reduction),
             self._roundoff(),
@@ -320,6 +328,8 @@ class _Examination:
                 size = one.abs().sum(dtype=torch.float64)
                 self._kinds.add(one.dtype)
                 self._largest = size.maximum(self._largest)
+        if self._masks is not None:
+            self._masks.meet(node, given)
         name = type(node).__name__
         if name in _LIKELIHOODS:
             self._likelihoods.append((node, given))
@@ -399,9 +409,9 @@ class _Examination:
         compared, effect = decision.compared(self._probes.generator(device))
         return self._propagate(decision.node, decision.arrived, instead=compared), effect
 
-    def _divisors(self, whose: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Class weights and targets that means of likelihoods of several people are divided by."""
-        weights = ignored = whose.new_zeros((), dtype=torch.float64)
+    def _divisors(self, whose: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Class weights and numbers of targets that losses of several people are divided by."""
+        weights = ignored = counted = whose.new_zeros((), dtype=torch.float64)
         means = [found for found in self._likelihoods if found[0]._saved_reduction == _MEAN]
         for node, arrived in means[:_DECISIONS_AT_MOST]:
             target, given = node._saved_target, node._saved_weight
@@ -411,11 +421,22 @@ class _Examination:
                 chosen = given[target.clamp(0, len(given) - 1)].double()
                 most = chosen.masked_fill(left_out, -math.inf).amax()
                 differ = (most - chosen.masked_fill(left_out, math.inf).amin()).clamp(min=0)
-            people = (_sizes(_firsts(self._propagate(node, arrived)), whose) > 0).sum()
-            weights = torch.maximum(weights, differ * (people > 1))
+            several = self._is_of_several(node, arrived, whose)
+            weights = torch.maximum(weights, differ * several)
             uneven = _are_uneven(left_out, self._draw.rows)
-            ignored = torch.maximum(ignored, left_out.sum() * (people > 1) * uneven)
-        return weights, ignored
+            ignored = torch.maximum(ignored, left_out.sum() * several * uneven)
+        for masked in self._masks.found() if self._masks is not None else ():
+            several = self._is_of_several(masked.node, masked.arrived, whose)
+            ignored = torch.maximum(ignored, masked.uneven.to(ignored.device) * several)
+            counted = torch.maximum(counted, masked.total.to(ignored.device) * several)
+        return weights, ignored, counted
+
+    def _is_of_several(
+        self, node: Any, arrived: list[torch.Tensor | None], whose: torch.Tensor
+    ) -> torch.Tensor:
+        """Whether what a node was given in the forward is of more than one person."""
+        people = (_sizes(_firsts(self._propagate(node, arrived)), whose) > 0).sum()
+        return people > 1
 
 
 def _are_uneven(left_out: torch.Tensor, rows: int) -> torch.Tensor | bool:
