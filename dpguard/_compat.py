@@ -620,8 +620,8 @@ def learn_layout(module: torch.nn.Module) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _transposing_attention() -> Any:
-    """Opacus's attention of 1.4, which transposes before its layers and not after them."""
-    if not (1, 4) <= _release(opacus_version()) < (1, 5):
+    """Opacus's attention of 1.4.1, which transposes before its layers and not after them."""
+    if not (1, 4, 1) <= _release(opacus_version()) < (1, 5):
         return None
     return _attribute_of("opacus.layers.dp_multihead_attention", "DPMultiheadAttention")
 

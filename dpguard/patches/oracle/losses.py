@@ -328,7 +328,7 @@ class _Examination:
                 size = one.abs().sum(dtype=torch.float64)
                 self._kinds.add(one.dtype)
                 self._largest = size.maximum(self._largest)
-        if self._masks is not None and self._nodes.is_plain(node):  # else saved tensors are not ours
+        if self._masks is not None and self._nodes.is_plain(node):
             self._masks.meet(node, given)
         name = type(node).__name__
         if name in _LIKELIHOODS:
