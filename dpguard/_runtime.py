@@ -157,7 +157,7 @@ class Runtime:
             Untouched(),
             Accumulated(),
             GhostGradients(self.ledger),
-            Clip(self.ledger),
+            Clip(self.ledger, blanks=self.settings.mode.changes_the_host),
             Following(),
             Noise(self.ledger),
             Scaling(),

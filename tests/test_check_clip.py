@@ -363,8 +363,8 @@ def test_what_rounding_may_do_depends_on_the_model_and_not_on_the_one_before():
         return Rows.of([p])
 
     small, large = rows(10), rows(10_000_000)
-    alone = [Clip(Ledger())._slack(1, one) for one in (small, large)]
-    check = Clip(Ledger())
+    alone = [Clip(Ledger(), blanks=True)._slack(1, one) for one in (small, large)]
+    check = Clip(Ledger(), blanks=True)
     assert [check._slack(1, small), check._slack(1, large)] == alone
     assert alone[0] < alone[1] / 100
 
@@ -815,6 +815,35 @@ def test_rows_that_are_not_finite_become_zero(cls, broken):
             assert (diagnosis.ROWS_NOT_FINITE in found) == (kind == "broken")
     assert all(map(torch.equal, *ends))
     assert all(torch.isfinite(p).all() for p in ends[0])
+
+
+@pytest.mark.parametrize("cls", [DPOptimizer, per_layer], ids=["flat", "per_layer"])
+@pytest.mark.parametrize("broken", [math.nan, 1e25])
+def test_a_row_that_is_not_finite_in_one_parameter_is_zero_in_all(cls, broken):
+    """Also where its norm overflows only; what is added is what is left, and nothing else is said."""
+    ends = []
+    for kind in ("broken", "zero"):
+        with dpguard.install(mode="strict" if kind == "zero" else "repair") as guard:
+            training = Training(cls, noise_multiplier=0.1)
+            training.backward()
+            weight, *others = training.model.parameters()
+            with torch.no_grad():
+                weight.grad -= weight.grad_sample[2] / 8
+                weight.grad_sample[2] = 0.0
+                if kind == "broken":
+                    weight.grad_sample[2] = broken
+                    weight.grad[:] = math.nan
+                else:
+                    for p in others:
+                        p.grad -= p.grad_sample[2] / 8
+                        p.grad_sample[2] = 0.0
+            torch.manual_seed(4)
+            training.optimizer.step()
+            ends.append(list(map(torch.clone, training.model.parameters())))
+            found = [v.cause for v in guard.violations]
+            assert found == ([diagnosis.ROWS_NOT_FINITE] if kind == "broken" else [])
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_in_observe_rows_stay_as_they_are():

@@ -849,3 +849,28 @@ def test_blank_images_before_a_normalisation(mode):
             training.step()
         guard.flush()
         assert [(v.check, v.cause, v.step) for v in guard.violations] == []
+
+
+def test_somebody_in_a_physical_batch_before_is_not_finite():
+    """Of her is said that rows are not finite, and of the batches after hers nothing."""
+    causes = []
+    for broken in (False, True):
+        with dpguard.install(mode="repair") as guard:
+            torch.manual_seed(0)
+            model = GradSampleModule(nn.Sequential(nn.Linear(4, 6), nn.GroupNorm(2, 6)))
+            optimizer = DPOptimizer(
+                torch.optim.SGD(model.parameters(), lr=0.1),
+                noise_multiplier=1.0,
+                max_grad_norm=1.0,
+                expected_batch_size=8,
+            )
+            for last in (False, True):
+                x = torch.randn(4, 4)
+                x[1] = math.nan if broken and not last else x[1]
+                optimizer.signal_skip_step(not last)
+                optimizer.zero_grad()
+                model(x).square().mean(1).mean().backward()
+                optimizer.step()
+            assert guard.last_step.checks["conservation"].failed == 0
+            causes.append({v.cause for v in guard.violations})
+    assert causes == [set(), {diagnosis.ROWS_NOT_FINITE}]

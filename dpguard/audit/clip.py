@@ -100,12 +100,14 @@ class Clip(Check):
 
     Args:
         ledger: has what is known of clip factors of ghost clipping.
+        blanks: whether rows that are not finite become zero before others' code clips them.
     """
 
     names = (BOUND, SUM)
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, *, blanks: bool) -> None:
         self._ledger = ledger
+        self._blanks = blanks
         ledger.tries_clipping = self._trial
         self._mine = _Mine()
         self._turns: IdentityMap[int] = IdentityMap()
@@ -375,6 +377,10 @@ class Clip(Check):
             return
         found, lengths = self._of_sums(rows.parameters, sums)
         self._bound_of(step, optimizer, before, lengths, count)
+        sketches = before.row_sketches
+        if self._blanks:  # who is not finite in one parameter is zero in all by now
+            whole = torch.isfinite(torch.linalg.vector_norm(norms, dim=0))
+            norms, sketches = norms.where(whole, 0), sketches.where(whole, 0)
         if before.rule == "per_layer":
             clips = torch.tensor(
                 [float(c) for c in optimizer.max_grad_norms], dtype=norms.dtype, device="cpu"
@@ -385,9 +391,9 @@ class Clip(Check):
         else:
             clips, against = optimizer.max_grad_norm, torch.linalg.vector_norm(norms, dim=0)
         factors = (clips / (against + _compat.CLIP_SHIFT)).clamp(max=1.0)
-        deviations = found - before.sum_sketches - (factors * before.row_sketches).sum(1)
+        deviations = found - before.sum_sketches - (factors * sketches).sum(1)
         both = before.sums + lengths
-        allowed = self._allowed(rows, norms, factors, before.row_sketches, both)
+        allowed = self._allowed(rows, norms, factors, sketches, both)
         self._mine.probes.forget()
         self._judge(step, deviations, allowed)
 

@@ -50,7 +50,7 @@ import math
 import threading
 import weakref
 from collections.abc import Container, Iterable, Sequence
-from math import isfinite
+from math import inf, isfinite
 from operator import is_, le
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -437,7 +437,8 @@ def _verdict(
         for scale, strength, composed in zip(scales, known, limits.composed, strict=True)
     ]
     for k, more in zip(conditioned, rounded, strict=True):
-        scales[k] += more * share
+        # Of a physical batch before, in which somebody was not finite, nothing is known.
+        scales[k] += more * share if isfinite(more) else 0.0
     times = [
         UNPROBED if composed and strength == total else 1.0
         for strength, composed in zip(known, limits.composed, strict=True)
@@ -487,7 +488,7 @@ def _judge(
         return ()
     by_cause: dict[str, dict[str, float]] = {}
     for i, residual, bound in zip(compared, residuals, bounds, strict=True):
-        if not residual <= bound:
+        if bound < residual < inf:  # what is not finite is another check's
             cause = diagnosis.NOT_CONSERVED
             if i in unhooked:
                 cause = diagnosis.HOOKS_DISABLED
