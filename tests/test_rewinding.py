@@ -128,6 +128,44 @@ def test_whether_numbers_were_drawn_is_known(draw, monkeypatch):
         assert not rewind.has_drawn()
 
 
+GENERATORS = {
+    "torch": (
+        lambda: torch.Generator().manual_seed(3),
+        lambda g: float(torch.rand(1, generator=g)),
+    ),
+    "python": (lambda: random.Random(3), lambda g: g.random()),
+    "numpy": (lambda: np.random.default_rng(3), lambda g: g.random()),
+    "twister": (lambda: np.random.Generator(np.random.MT19937(3)), lambda g: g.random()),
+    "bits": (lambda: np.random.PCG64(3), lambda g: int(g.random_raw())),
+    "old numpy": (lambda: np.random.RandomState(3), lambda g: g.rand()),
+}
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_generators_that_are_held_go_on_where_they_were(kind, monkeypatch):
+    """Under whatever name, and in what the owner holds."""
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
+    make, draw = GENERATORS[kind]
+    owner = Owner()
+    owner.dice = {"mine": make()}
+    with as_it_was(owner, (), CPU) as rewind:
+        assert not rewind.has_drawn()
+        first = draw(owner.dice["mine"])
+        assert rewind.has_drawn()
+        rewind()
+        assert not rewind.has_drawn()
+        assert draw(owner.dice["mine"]) == first
+    assert draw(owner.dice["mine"]) == first
+
+
+def test_what_has_no_state_is_left_alone():
+    """Random numbers of the system cannot be drawn again."""
+    owner = Owner()
+    owner.dice = random.SystemRandom()
+    with as_it_was(owner, (), CPU):
+        owner.dice.random()
+
+
 @pytest.fixture
 def _another_thread():
     done = threading.Event()
@@ -226,3 +264,20 @@ def test_a_rule_that_draws_beside_other_threads_is_not_tried(monkeypatch):
         ends.append(torch.get_rng_state())
     assert torch.equal(*ends)
     assert causes == [diagnosis.CLIP_UNPROVED]
+
+
+@pytest.mark.usefixtures("_another_thread")
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_with_other_threads_no_generator_is_turned_back(kind):
+    """They may draw from it as well."""
+    make, draw = GENERATORS[kind]
+    owner = Owner()
+    owner.dice = make()
+
+    def attempt():
+        with as_it_was(owner, (), CPU):
+            draw(owner.dice)
+
+    with pytest.raises(DrawsFromSharedStream):
+        attempt()
+    assert draw(owner.dice) == draw(make())

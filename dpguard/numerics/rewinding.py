@@ -2,8 +2,8 @@
 
 Put back are the attributes of an object and what they hold, in tensors, arrays, dictionaries,
 lists, sets and deques, one in the other, and in objects of classes from the same package; fields of
-Opacus on parameters; random streams. Not models, parameters and optimizers, objects of other
-packages, nor what is held elsewhere (files, closures).
+Opacus on parameters; random streams, also those of generators that are held. Not models, parameters
+and optimizers, objects of other packages, nor what is held elsewhere (files, closures).
 
 A random stream that other threads draw from must not be turned back: they would draw the same
 numbers again, noise included. Where there are other threads, code that draws by torch is stopped
@@ -13,6 +13,7 @@ before it does, and no stream is touched.
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 import sys
 import threading
@@ -32,7 +33,7 @@ __all__ = ["DrawsFromSharedStream", "Rewind", "as_it_was"]
 _FIELDS = ("grad_sample", "summed_grad", "grad")
 _KEPT_AT_MOST = 10_000
 _OF_OTHERS = frozenset(("abc", "builtins", "opacus", "torch", "typing"))
-_PARTS_OF_TORCH = (torch.nn.Module, torch.nn.Parameter, torch.optim.Optimizer, torch.Generator)
+_PARTS_OF_TORCH = (torch.nn.Module, torch.nn.Parameter, torch.optim.Optimizer)
 
 
 class DrawsFromSharedStream(Exception):
@@ -51,13 +52,10 @@ def as_it_was(owner: Any, parameters: Any, device: torch.device) -> Iterator[Rew
     Raises:
         DrawsFromSharedStream: out of what draws while there are other threads.
     """
-    held = _Held(owner)
-    rewind = Rewind(held, parameters)
     alone = threading.active_count() == 1
+    held = _Held(owner, alone=alone)
+    rewind = Rewind(held, parameters)
     if alone:
-        own_generator = owner.__dict__.get("generator")
-        if isinstance(own_generator, torch.Generator):
-            held.keep_state(own_generator.get_state, own_generator.set_state)
         held.keep_state(torch.get_rng_state, torch.set_rng_state)
         held.keep_state(random.getstate, random.setstate)
         held.keep_state(
@@ -108,7 +106,8 @@ class _DrawsNothing(TorchDispatchMode):
 class _Held:
     """What an object held, and how to put it back."""
 
-    def __init__(self, owner: Any) -> None:
+    def __init__(self, owner: Any, *, alone: bool) -> None:
+        self._alone = alone
         self._undo: list[Callable[[], object]] = []
         self._streams: list[tuple[Callable[[], Any], Any]] = []
         self._seen: dict[int, Any] = {id(owner): owner}
@@ -136,7 +135,9 @@ class _Held:
         if isinstance(value, (*_PARTS_OF_TORCH, type)):
             return
         self._seen[id(value)] = value  # held, so that its identity stays its own
-        if isinstance(value, torch.Tensor):
+        if (stream := _stream_of(value)) is not None:
+            self._keep_stream(value, *stream)
+        elif isinstance(value, torch.Tensor):
             self._keep_tensor(value)
         elif isinstance(value, dict):
             self._keep_dict(value)
@@ -149,6 +150,14 @@ class _Held:
             self._undo.append(lambda: value.__setitem__(..., was))
         elif _package(type(value)) in self._packages and hasattr(value, "__dict__"):
             self._keep_dict(value.__dict__)
+
+    def _keep_stream(
+        self, value: Any, get: Callable[[], Any], put: Callable[[Any], object]
+    ) -> None:
+        if self._alone:
+            self.keep_state(get, put)
+        elif not isinstance(value, torch.Generator):  # that of torch is not drawn from then
+            raise DrawsFromSharedStream(type(value).__qualname__)
 
     def _keep_all(self, values: Any) -> None:
         for value in values:
@@ -188,12 +197,31 @@ class _Held:
         self._undo.append(undo)
 
 
+def _stream_of(value: Any) -> tuple[Callable[[], Any], Callable[[Any], object]] | None:
+    """How to get and set the state of a generator of random numbers, if it has one."""
+    if isinstance(value, torch.Generator):
+        return value.get_state, value.set_state
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
+        return value.getstate, value.setstate
+    numpys = getattr(sys.modules.get("numpy"), "random", None)
+    if numpys is None:
+        return None
+    if isinstance(value, numpys.RandomState):
+        return value.get_state, value.set_state
+    source = value.bit_generator if isinstance(value, numpys.Generator) else value
+    if isinstance(source, numpys.BitGenerator):
+        return lambda: copy.deepcopy(source.state), lambda state: setattr(source, "state", state)
+    return None
+
+
 def _is_same(one: Any, other: Any) -> bool:
     """Whether two states of a random stream are the same."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, tuple):
         return all(map(_is_same, one, other))
+    if isinstance(one, dict):
+        return all(_is_same(value, other[key]) for key, value in one.items())
     return one.tobytes() == other.tobytes() if _is_array(one) else bool(one == other)
 
 
