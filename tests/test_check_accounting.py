@@ -6,6 +6,7 @@ import argparse
 import copy
 import functools
 import gc
+import itertools
 import json
 import math
 import warnings
@@ -158,6 +159,26 @@ def test_rates_that_opacus_rounds(guard, size):
     training.epoch()
     assert guard.violations == ()
     assert guard.last_step.checks[RATE].passed == 1
+
+
+@pytest.mark.parametrize("size", [7, 12, 25])
+@pytest.mark.parametrize("taken", [None, 2])
+def test_the_rate_of_shuffled_batches(guard, size, taken):
+    """One over the number of batches of a pass, whether passes are whole or broken off."""
+    training = Training(batch_size=size, poisson_sampling=False)
+    for _ in range(12):
+        training.epoch(itertools.islice(training.loader, taken))
+    assert causes(guard) == {diagnosis.NOT_POISSON}
+
+
+@pytest.mark.parametrize("taken", [None, 3])
+def test_a_wrong_rate_of_shuffled_batches(guard, taken):
+    """The loader draws more people than the accountant was told."""
+    training = Training(poisson_sampling=False)
+    training.replace_hook(training.hook(0.02))
+    for _ in range(6):
+        training.epoch(itertools.islice(training.loader, taken))
+    assert causes(guard) == {diagnosis.NOT_POISSON, diagnosis.RATE_EXCEEDED}
 
 
 def test_what_is_right(guard):

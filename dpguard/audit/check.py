@@ -102,8 +102,8 @@ class Step:
             as it is known.
         bypasses: a batch in it is of the data set, but not from the loader, that ``make_private``
             was given for the training.
-        passes: how the batches are drawn of a loader of which some steps have had one each, and
-            none that was drawn by Opacus's Poisson sampling.
+        passes: how the batches are drawn of a private loader, or one of which some steps have had
+            one each, that does not draw by Opacus's Poisson sampling.
         ran: for each check that was run, on how many parameters (or other things) it was.
         failed: for each check that failed, on which.
         left: for each check that could not judge all that it was run on, how many it did not.

@@ -333,6 +333,7 @@ class People(Check):
         if rates == {None}:
             dataset = logical.reader.dataset()
             step.bypasses |= {d.iteration.dataset for d in candidates} == {id(dataset)}
+            step.passes = candidates[-1].iteration.passes
         elif None not in rates:
             step.rates.update(rate for rate in rates if rate is not None)
 

@@ -84,7 +84,7 @@ class Iteration:
         logical: how many logical batches were drawn before the one at hand.
         parts: the indices of the logical batch at hand, if it is split.
         divided: the batch of its sampler at hand, which another one may divide.
-        passes: how a sampler of nobody knows what purpose draws.
+        passes: how a sampler draws that is not known to do Poisson sampling.
         finished: whether it has delivered its last batch.
         count: how many batches it has delivered.
         lag: how many batches are delivered ahead of the one that is used; ``None``: not known yet.

@@ -63,7 +63,7 @@ class Passes:
         is_new = in_pass != self._pass
         self._pass = in_pass
         if is_new:
-            self._close()
+            self._close(is_whole=planned is None)
         if not self.are_orderly and all(type(n) is int and 0 <= n < PLACES for n in batch):
             self._look(batch, is_new=is_new)
         self._drawn.append(len(batch))
@@ -78,9 +78,11 @@ class Passes:
             return None
         return self._people / (self._batches * self._count)
 
-    def _close(self) -> None:
+    def _close(self, *, is_whole: bool = True) -> None:
         self._batches += len(self._drawn)
         self._people += sum(self._drawn)
+        if not is_whole:  # the last batches of a pass have fewer, by up to one batch
+            self._people -= max(self._drawn, default=0)
         self._drawn = []
 
     def _look(self, batch: Sequence[int], *, is_new: bool) -> None:

@@ -187,9 +187,9 @@ class LoadingPatch:
                     self._note(delivery, drawn_by, iteration.parts, iterator._dataset)
                     iteration.parts = []
                 self.tags.setdefault(splitter, []).append(delivery)
-        if not iteration.readers:
+        if not rate and splitter is None:
             self._note_order(iteration, iterator, index)
-        else:
+        if iteration.readers:
             self._collating.run(self._collating.begin, iterator, people)
 
     def _note(self, delivery: Delivery, sampler: Any, indices: Any, dataset: Any) -> None:
@@ -206,7 +206,7 @@ class LoadingPatch:
         delivery.drawn = rate.draw(indices, count, delivery.rate, number)
 
     def _note_order(self, iteration: Iteration, iterator: Any, index: Any) -> None:
-        """What a batch of a loader of unknown purpose tells of how it was drawn."""
+        """What a batch tells of how it was drawn that is not known to be of Poisson sampling."""
         sampler, dataset = iterator._index_sampler, iterator._dataset
         if not iteration.counts or not _is_key(sampler):
             return
