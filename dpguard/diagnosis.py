@@ -84,6 +84,7 @@ NOISE_NOT_DUE = "noise_not_due"
 NOISE_UNKNOWN = "noise_unknown"
 NOISE_UNSEEN = "noise_unseen"
 SCALED_BY_PEOPLE = "scaled_by_people"
+DIVIDED_BY_ZERO = "divided_by_zero"
 RATE_BY_PEOPLE = "rate_by_people"
 NOT_ACCOUNTED = "step_not_accounted"
 NOT_AUDITED = "step_not_audited"
@@ -787,6 +788,13 @@ _DIAGNOSES = {
         "does not cover",
         "divide by what make_private has set expected_batch_size to, sample_rate * len(dataset)",
         Severity.CRITICAL,
+    ),
+    DIVIDED_BY_ZERO: Diagnosis(
+        "expected_batch_size is zero and the noised sum is divided by it, so no parameter is "
+        "finite after this step",
+        "use larger batches: Opacus rounds sample_rate * len(dataset) down, which can make zero of "
+        "a batch of one",
+        Severity.ERROR,
     ),
     RATE_BY_PEOPLE: Diagnosis(
         "the learning rate follows the number of people that were drawn, so the size of the "

@@ -232,3 +232,15 @@ def test_a_learning_rate_on_a_device_is_not_waited_for():
         step = Step(0, audited=True, optimizer="OnADevice", people=people, rates={0.1})
         assert list(check.before_update(step, optimizer)) == []
         optimizer.param_groups[0]["lr"] = torch.tensor(0.1 * people, device="meta")
+
+
+@pytest.mark.parametrize("kind", ["flat", pytest.param("ghost", marks=needs_ghost)])
+def test_dividing_by_zero_is_said_in_the_step_that_does_it(kind):
+    """Opacus makes zero of a batch of one where 1 / n * n is rounded down."""
+    with dpguard.install(mode="repair") as guard:
+        training = Training(kind)
+        training.optimizer.expected_batch_size = 0
+        training.run(1)
+        (found,) = [v for v in guard.violations if v.check == SCALE]
+        assert (found.cause, found.step) == (diagnosis.DIVIDED_BY_ZERO, 0)
+        assert "larger batches" in found.remedy

@@ -90,6 +90,8 @@ class Scaling(Check):
         """What the sum was divided by is what it is divided by in this step."""
         state = self._divided.of(optimizer)
         failures = []
+        if optimizer.loss_reduction == "mean" and _is_zero(optimizer):
+            failures.append(Failure(SCALE, diagnosis.DIVIDED_BY_ZERO))
         if self._divides_by_people(state, step, optimizer):
             failures.append(Failure(SCALE, diagnosis.SCALED_BY_PEOPLE))
         if self._learns_by_people(state, step, optimizer):
@@ -117,6 +119,11 @@ class Scaling(Check):
             for ratios, rate in zip(state.rates, rates, strict=True)
         ]
         return any(found)
+
+
+def _is_zero(optimizer: Any) -> bool:
+    """Whether the step is divided by an expected batch size of zero."""
+    return _compat.plain_number(getattr(optimizer, "expected_batch_size", None)) == 0
 
 
 def _counted(matches: int, divisor: float, people: int, step: Step, *, changes: bool) -> int:
