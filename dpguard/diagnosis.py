@@ -137,6 +137,7 @@ CLIP_SENSITIVITY = "clip_sensitivity"
 CLIP_UNPROVED = "clip_unproved"
 SUM_TOUCHED = "sum_touched"
 GRADIENT_LONGER = "gradient_longer"
+GRADIENT_SHORTER = "gradient_shorter"
 GRADIENT_CHANGED = "gradient_changed"
 CLIP_BOUND = "clip_bound"
 DUE_SIGMA = "due_sigma"
@@ -997,6 +998,16 @@ _DIAGNOSES = {
         "scale the learning rate instead, or the gradient when it has its noise, in a step hook "
         "(optimizer.register_step_pre_hook)",
         Severity.CRITICAL,
+    ),
+    GRADIENT_SHORTER: Diagnosis(
+        "p.grad, where ghost clipping has left the clipped sum, was multiplied between backward() "
+        "and step(), before its noise, by a number that differs from step to step: where that "
+        "hangs on the data (a gradient that is dropped because it is large), one person decides "
+        "about the sum of all",
+        "clip_grad_norm_ keeps what one person moves within the clip bound, but makes it small "
+        "beside the noise: leave it to max_grad_norm; to skip steps, decide by the gradient with "
+        "its noise, in a step hook (optimizer.register_step_pre_hook)",
+        Severity.WARNING,
     ),
     GRADIENT_CHANGED: Diagnosis(
         "p.grad, where ghost clipping has left the clipped sum, was changed between backward() "
