@@ -347,6 +347,23 @@ def test_several_steps_on_one_batch_are_refused(guard, mode):
     assert causes(guard) == [diagnosis.BATCH_REUSED] * 2
 
 
+@pytest.mark.parametrize("which", [slice(2), slice(None, None, 2), slice(-2, None)])
+def test_batches_that_are_kept_and_used_again_are_refused(guard, which):
+    """Whatever other batches were delivered meanwhile, and never used."""
+    private = Private()
+    kept = list(private.loader)[which]
+    sizes = [len(x) for x, _ in kept]
+    assert len(set(sizes)) > 1
+
+    def train():
+        for x, y in kept * 3:
+            private.step(plain(private, x, y))
+
+    with pytest.raises(dpguard.PrivacyViolation, match="used again"):
+        train()
+    assert causes(guard)[-1] == diagnosis.BATCH_REUSED
+
+
 def test_two_steps_on_each_batch_are_refused(guard):
     """At the second time: from the first on it is asked where all batches come from."""
     private = Private()

@@ -106,8 +106,8 @@ class _Logical:
     """which of these;"""
     matched: int | None = None
     """this was the last one."""
-    met: bool = False
-    """Whether a step before had calls of the batches of this one, as far as calls were noted."""
+    met: Sequence[Delivery] = ()
+    """The batches of this step of which one before had calls, as far as calls were noted."""
     said: set[str] = field(default_factory=set)
     fitting: int = 0
     uses: Uses = field(default_factory=Uses)
@@ -154,7 +154,7 @@ class People(Check):
             step.rows_per_person = _rows_per_person(notes)
         signals = _compat.skip_signals(optimizer)
         follows = bool(signals and signals[0])
-        logical.met = False
+        logical.met = ()
         if notes:
             logical.met = self._deliveries.meet({note.origin for note in notes})
         found = self._compare(step, logical, sizes, notes, follows=follows)
@@ -357,7 +357,8 @@ class People(Check):
                     return _failure(diagnosis.BATCHES_OF_TWO, sizes, mixed[0], check=BATCHES)
             if _are_several(sizes, private):
                 return _failure(diagnosis.BATCHES_IN_STEP, sizes, private, check=BATCHES)
-            return self._deviation(logical, sizes, private, notes)
+            again = self._used_again(logical, sizes)
+            return again or self._deviation(logical, sizes, private, notes)
         if len({part.iteration.dataset for part in parts}) < len(parts):
             return _failure(diagnosis.BATCHES_JOINED, sizes, parts, check=BATCHES)
         if not blocks:
@@ -367,6 +368,12 @@ class People(Check):
         if logical.draws is not None:
             logical.draws += 1
         return None
+
+    def _used_again(self, logical: _Logical, sizes: Sequence[int]) -> Failure | None:
+        """The rows are all of a batch that a step before has used, while others wait."""
+        again = [d for d in logical.met if d.rate and d.rate < 1 and d.fits(sum(sizes))]
+        logical.reused = bool(again)
+        return _failure(diagnosis.BATCH_REUSED, sizes, again, check=BATCHES) if again else None
 
     def _use(self, logical: _Logical, used: Sequence[Delivery]) -> None:
         logical.waits = logical.reused = False
@@ -438,7 +445,7 @@ class People(Check):
             return None
         logical.waits = True
         logical.undelivered += 1
-        logical.reused = logical.met
+        logical.reused = bool(logical.met)
         if logical.reused:
             return _failure(diagnosis.BATCH_REUSED, sizes, [last], check=BATCHES)
         if logical.undelivered < _WEAK_STEPS:

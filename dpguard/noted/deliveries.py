@@ -391,14 +391,14 @@ class Deliveries:
         readers = (self.untied, *self._readers.values())
         self.unclear = any(reader.pending for reader in readers)
 
-    def meet(self, serials: Collection[int | None]) -> bool:
-        """A step has had calls of these private batches; whether one before it had of any.
+    def meet(self, serials: Collection[int | None]) -> list[Delivery]:
+        """A step has had calls of these private batches; of which of them one before it had.
 
         Of the last few batches. That a step had as many rows says less: it may have been of other
         samples, which are nobody's.
         """
         met = [delivery for delivery in tuple(self._recent) if delivery.serial in serials]
-        before = any(delivery.met for delivery in met)
+        before = [delivery for delivery in met if delivery.met]
         for delivery in met:
             delivery.met = True
         return before
