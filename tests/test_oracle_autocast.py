@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from opacus import PrivacyEngine
-from releases import GHOST, MIXED
+from releases import GHOST, MIXED, needs_functorch
 from torch import nn
 from torch.nn import functional as F
 
@@ -125,3 +125,34 @@ def test_people_who_do_not(mix, kind):
         train(APART[mix], kind, 60)
         guard.flush()
     assert guard.violations == ()
+
+
+@pytest.mark.skipif(not MIXED, reason="no autocast with hooks")
+@needs_functorch
+@pytest.mark.parametrize("mode", ["observe", "strict"])
+def test_rows_that_opacus_replays_in_single_precision(mode):
+    """They are made of backprops in low precision all the same, and rounded as these are."""
+    with dpguard.install(mode=mode, oracle_every=1) as guard:
+        for seed in range(3):
+            torch.manual_seed(seed)
+            model = nn.Sequential(
+                nn.Conv1d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(),
+                nn.Conv1d(8, 6, 3, stride=2, groups=2), nn.GELU(), nn.Flatten(), nn.Linear(42, 5),
+            )  # fmt: skip
+            data = torch.utils.data.TensorDataset(torch.randn(64, 3, 16), torch.arange(64) % 5)
+            called, optimizer, loader = PrivacyEngine().make_private(
+                module=model,
+                optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+                data_loader=torch.utils.data.DataLoader(data, batch_size=16),
+                noise_multiplier=1.0,
+                max_grad_norm=1.0,
+                grad_sample_mode="functorch",
+            )
+            for x, y in loader:
+                optimizer.zero_grad()
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    loss = nn.functional.cross_entropy(called(x), y)
+                loss.backward()
+                optimizer.step()
+        guard.flush()
+        assert guard.violations == ()

@@ -157,7 +157,7 @@ class RowOracle(Check):
                 _Compared(
                     name,
                     parameter,
-                    dtype=computed_in(piece),
+                    dtype=state.coarse or computed_in(piece),
                     narrow=state.narrow,
                     rows=flat(piece).to(wide),
                     mine=mine,
