@@ -83,6 +83,8 @@ class Masks:
 
     def _add(self, node: Any, arrived: _Arrived, mask: torch.Tensor, shape: torch.Size) -> None:
         """A mask of what has this shape, if it is not the same for all people."""
+        if mask.dim() > len(shape):
+            return  # what it is laid on is
         shared = (1,) * (len(shape) - mask.dim()) + tuple(mask.shape)
         broadcast = {size for size, own in zip(shape, shared, strict=True) if size != own}
         if self._rows not in broadcast and mask.numel() % self._rows == 0:
@@ -169,7 +171,7 @@ def _masks_of(node: Any, name: str) -> Iterator[tuple[torch.Tensor, torch.Size]]
         yield node._saved_target != node._saved_ignore_index, node._saved_target.shape
     elif name == "BinaryCrossEntropyWithLogitsBackward0" and _is_constant(node._saved_weight):
         yield node._saved_weight, node._saved_self.shape
-    elif name == "MaskedFillBackward0":
+    elif name.startswith("MaskedFillBackward"):
         yield ~node._saved_mask, _shape_at(node)
     elif name == "WhereBackward0":
         yield node._saved_condition, _shape_at(node)
