@@ -1179,6 +1179,29 @@ def rank_in_group() -> int:
     return place_in_group()[0]
 
 
+def has_sums(optimizer: Any) -> bool:
+    """Whether there is a clipped sum of a logical batch that goes on."""
+    if (own := _own_sums(optimizer)) is not None:
+        return any(state.get("summed_grad") is not None for state in own)
+    return any(getattr(p, "summed_grad", None) is not None for p in optimizer.params)
+
+
+def clear_sums(optimizer: Any) -> None:
+    """Forget the clipped sums."""
+    for state in _own_sums(optimizer) or ():
+        state["summed_grad"] = None
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if getattr(parameter, "summed_grad", None) is not None:
+                parameter.summed_grad = None
+
+
+def _own_sums(optimizer: Any) -> list[dict[str, Any]] | None:
+    """Where the optimizer of Opacus for FSDP has its sums; those of others are on parameters."""
+    states = getattr(optimizer, "grad_state", None)
+    return list(states.values()) if isinstance(states, dict) else None
+
+
 def sums_over_ranks(optimizer: Any) -> bool:
     """Whether clipped sums of all processes of a group are added, and the noise of the first."""
     cls: Any = type(optimizer)

@@ -249,6 +249,15 @@ def unreduced():
 
 def sharded():
     """FSDP: each rank has a piece of each parameter. More steps than anything waits for."""
+    return _sharded()
+
+
+def sharded_in_parts():
+    """Each rank has as many physical batches: layers are gathered from both."""
+    return _sharded(most=5)
+
+
+def _sharded(most=None):
     try:
         from opacus.utils.fsdp_utils import FSDP2Wrapper
     except ImportError:
@@ -264,10 +273,16 @@ def sharded():
         criterion=nn.CrossEntropyLoss(),
         noise_multiplier=1.0,
         max_grad_norm=1.0,
+        poisson_sampling=most is None,
         grad_sample_mode="ghost_fsdp",
     )
-    for _ in range(4):
-        for x, y in loader:
+    parts = contextlib.nullcontext(loader)
+    if most is not None:
+        parts = BatchMemoryManager(
+            data_loader=loader, max_physical_batch_size=most, optimizer=optimizer
+        )
+    with parts as batches:
+        for x, y in (batch for _ in range(4) for batch in batches):
             optimizer.zero_grad()
             criterion(model(x), y).backward()
             optimizer.step()
@@ -352,6 +367,7 @@ def _main():
     found = {scenario.__name__: scenario() for scenario in scenarios}
     found["violations"] = [v.cause for v in guard.violations]
     found["sharded"] = sharded()
+    found["sharded in parts"] = sharded_in_parts()
     found["loaded"] = loaded()
     found["internal"] = [str(error) for _, error in guard.internal_errors]
     Path(result).write_text(json.dumps(found))

@@ -197,3 +197,9 @@ def test_ranks_are_compared(ranks):
 def test_of_sharded_parameters_the_accounting_is_audited_and_the_rest_is_said(ranks):
     for rank in seen(ranks, "sharded"):
         assert rank == {"causes": ["sharded"], "accounted": 1, "off": []}
+
+
+def test_sharded_sums_of_physical_batches_are_found_where_opacus_has_them(ranks):
+    for rank in seen(ranks, "sharded in parts"):
+        assert sorted(rank["causes"]) == ["not_poisson", "sharded"]
+        assert rank["off"] == []

@@ -5,6 +5,9 @@ Here both are in one process; ``test_distributed.py`` has a group of processes.
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from releases import needs_reshaping
@@ -77,6 +80,19 @@ def run(step, steps=80):
             known.update(new)
         first = number if first is None and any(causes) else first
     return first, *found
+
+
+def test_a_group_that_is_destroyed_leaves_nothing_behind(monkeypatch):
+    """Its store holds a port, which the next group may want; what goes on is not compared."""
+    stores = [torch.distributed.HashStore()]
+    monkeypatch.setattr(_compat, "store_of_group", lambda: stores[0])
+    monkeypatch.setattr(_compat, "place_in_group", lambda: (0, 2))
+    rank, store = Rank(DistributedOptimizer()), weakref.ref(stores[0])
+    rank.step()
+    stores.clear()
+    gc.collect()
+    assert store() is None
+    assert rank.step() == []
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -58,7 +60,7 @@ class _State:
     """What one optimizer has left and read.
 
     Attributes:
-        store: of the group; ``None`` if nothing is compared.
+        where: the store of the group, as long as that lives; its port is free again afterwards.
         prefix: of its keys.
         rank: of this process.
         others: ranks that it reads of.
@@ -68,7 +70,7 @@ class _State:
         records: of each of the others, as in :class:`dpguard.noted.places.Places`.
     """
 
-    store: Store | None = None
+    where: Callable[[], Store | None] = lambda: None
     prefix: str = ""
     rank: int = 0
     others: tuple[int, ...] = ()
@@ -101,24 +103,26 @@ class Ranks(Check):
         prefix = f"dpguard/{hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]}"
         prefix += f"/{store.add(f'{prefix}/{rank}', 1)}"  # of several that are alike
         others = tuple({0, (rank + 1) % world} - {rank})
-        return _State(store, prefix, rank, others)
+        return _State(weakref.ref(store), prefix, rank, others)
 
     def begin(self, step: Step, optimizer: Any) -> Failures:
         """A physical batch has come, the first one of a step."""
         state = self._states.of(optimizer)
-        if state.store is None or step.physical > 1:
+        store = state.where()
+        if store is None or step.physical > 1:
             return ()
-        failures = self._read(state, state.store, optimizer)
+        failures = self._read(state, store, optimizer)
         is_done = step.number >= BATCHES and not state.awaited
         if failures or is_done or step.number > _PATIENCE:
-            state.store = None  # once is enough
+            state.where = lambda: None  # once is enough
         return failures
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
         """The step is taken: one that is refused may come again with another bound."""
         state = self._states.of(optimizer)
-        if state.store is not None and step.number < BATCHES:
-            self._leave(state, state.store, step, optimizer)
+        store = state.where()
+        if store is not None and step.number < BATCHES:
+            self._leave(state, store, step, optimizer)
         return ()
 
     def _leave(self, state: _State, store: Store, step: Step, optimizer: Any) -> None:

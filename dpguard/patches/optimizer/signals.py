@@ -163,7 +163,7 @@ class Signals:
         summed = self._summed.get(optimizer)
         if summed is None or summed == in_hand.batch:
             return
-        if all(getattr(p, "summed_grad", None) is None for p in optimizer.params):
+        if not _compat.has_sums(optimizer):
             return
         if not self._rows_of(optimizer):
             return  # nothing to add: Opacus will say why
@@ -172,7 +172,7 @@ class Signals:
     def _keep_together(self, optimizer: Any, in_hand: Delivery) -> None:
         if self._open.get(optimizer) != in_hand.batch:
             return
-        if all(getattr(p, "summed_grad", None) is None for p in optimizer.params):
+        if not _compat.has_sums(optimizer):
             self._refuse(optimizer, diagnosis.SUMS_LOST)
 
     def _refuse(self, optimizer: Any, cause: str) -> None:

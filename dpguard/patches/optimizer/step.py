@@ -365,10 +365,7 @@ def _void(instance: Any) -> None:
     batches, or rows that were found to be wrong, had the noise of one.
     """
     instance._is_last_step_skipped = False
-    for group in instance.param_groups:
-        for parameter in group["params"]:
-            if getattr(parameter, "summed_grad", None) is not None:
-                parameter.summed_grad = None
+    _compat.clear_sums(instance)
 
 
 class _Guarded:
