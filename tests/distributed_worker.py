@@ -32,6 +32,7 @@ from opacus.distributed import DifferentiallyPrivateDistributedDataParallel  # n
 from opacus.optimizers import DistributedDPOptimizer  # noqa: E402
 from opacus.optimizers import ddp_perlayeroptimizer as per_layer_module  # noqa: E402
 from opacus.utils.batch_memory_manager import BatchMemoryManager  # noqa: E402
+from releases import GHOST  # noqa: E402
 
 BATCH, SIZE, RATE = 2, 40, 0.25
 
@@ -247,6 +248,34 @@ def unreduced():
     return {"refused": _refusal(training.step) or _refusal(training.step)}
 
 
+def averaged_at_once():
+    """Ghost clipping where ``p.grad`` is of all processes when the first backward ends."""
+    if not GHOST:
+        return None
+    before = len(guard.violations)
+    for options in ({"gradient_as_bucket_view": True}, {"static_graph": True}):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(SIZE, 6), nn.ReLU(), nn.LayerNorm(6), nn.Linear(6, 4))
+        data = torch.utils.data.TensorDataset(torch.randn(48, SIZE), torch.arange(48) % 4)
+        model = DistributedDataParallel(model, **options)
+        torch.manual_seed(5 + distributed.get_rank())
+        model, optimizer, criterion, loader = PrivacyEngine().make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=torch.utils.data.DataLoader(data, batch_size=24),
+            criterion=nn.CrossEntropyLoss(),
+            noise_multiplier=1.0,
+            max_grad_norm=0.1,
+            grad_sample_mode="ghost",
+        )
+        for x, y in (batch for _ in range(2) for batch in loader):
+            optimizer.zero_grad()
+            criterion(model(x), y).backward()
+            optimizer.step()
+    guard.flush()
+    return {"causes": [v.cause for v in list(guard.violations)[before:]]}
+
+
 def sharded():
     """FSDP: each rank has a piece of each parameter. More steps than anything waits for."""
     return _sharded()
@@ -366,6 +395,7 @@ def _main():
     ]
     found = {scenario.__name__: scenario() for scenario in scenarios}
     found["violations"] = [v.cause for v in guard.violations]
+    found["averaged at once"] = averaged_at_once()
     found["sharded"] = sharded()
     found["sharded in parts"] = sharded_in_parts()
     found["loaded"] = loaded()

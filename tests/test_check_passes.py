@@ -207,7 +207,7 @@ def test_the_sketch_sees_what_adds_up_to_zero():
         layer.weight.grad, layer.bias.grad = torch.zeros(2, 3), torch.zeros(2)
         sums = pass_sums.PassSums()
         sums.add_call(layer, ([x], torch.cat((p, -p), dim=1)), list(layer.parameters()), 1.0)
-        differences, scales, _ = sums.compare().figures
+        differences, scales, _ = sums.compare(()).figures
         assert (differences > 1e-6 * scales).all()
 
 
@@ -241,7 +241,7 @@ def test_one_person_and_wide_layers(monkeypatch, dtype, width):
         layer(x).backward(b)
         sums = pass_sums.PassSums()
         sums.add_call(layer, ([x], b), parameters, 1.0)
-        found = sums.compare()
+        found = sums.compare(())
         for p, kind, count, (difference, scale, _) in zip(
             parameters, found.dtypes, found.summands, found.figures.t().tolist(), strict=True
         ):
@@ -261,6 +261,6 @@ def test_the_sketch_sees_each_error():
             layer.weight.grad[i, j] += 1e-3
             sums = pass_sums.PassSums()
             sums.add_call(layer, ([x], b), [layer.weight], 1.0)
-            difference, scale, _ = sums.compare().figures.flatten().tolist()
+            difference, scale, _ = sums.compare(()).figures.flatten().tolist()
             assert 0.25e-3 <= difference * (1 + 1e-6) <= 1.001e-3  # two weights of 1/2 to 1
             assert scale >= right.norm().item()

@@ -199,6 +199,11 @@ def test_of_sharded_parameters_the_accounting_is_audited_and_the_rest_is_said(ra
         assert rank == {"causes": ["sharded"], "accounted": 1, "off": []}
 
 
+def test_ghost_clipping_of_gradients_that_are_averaged_in_the_first_backward(ranks):
+    for rank in seen(ranks, "averaged at once"):
+        assert rank == {"causes": []}
+
+
 def test_sharded_sums_of_physical_batches_are_found_where_opacus_has_them(ranks):
     for rank in seen(ranks, "sharded in parts"):
         assert sorted(rank["causes"]) == ["not_poisson", "sharded"]

@@ -552,8 +552,10 @@ class GhostPairing(Pairing):
         self.ledger.end_task(task)
         self._condemn_bypassed(task)
         if self._stage is Stage.NORMS and not self.ledger.is_running(self):
+            states = zip(self._parameters, self._states, strict=True)
+            averaged = {id(parameter) for parameter, state in states if state.averaged}
             with torch.no_grad():
-                self._compared.append(self._attempt(self._sums.compare))
+                self._compared.append(self._attempt(self._sums.compare, averaged))
         if self._stage is Stage.OUTSIDE:
             self._show_norms()
 

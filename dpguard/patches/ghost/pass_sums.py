@@ -10,7 +10,7 @@ random matrix, and differs from that of ``p.grad`` if anything is missing or wro
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -170,13 +170,17 @@ class PassSums:
                 sketch, scale = add(module, parameter, first, backprops)
             mine.add(sketch * share, scale * share, max(1, _positions(backprops)))
 
-    def compare(self) -> Sketched | None:
-        """All calls are in, and so is what autograd has added to each ``p.grad``."""
+    def compare(self, averaged: Container[int]) -> Sketched | None:
+        """All calls are in, and so is what autograd has added to each ``p.grad``.
+
+        Args:
+            averaged: identities of parameters of which that may be of all processes by now.
+        """
         found: list[_Sum] = []
         figures: list[torch.Tensor] = []
         for key, mine in self._sums.items():
             grad = mine.parameter.grad
-            if key not in self._spoiled and _is_plain(grad):
+            if key not in self._spoiled and key not in averaged and _is_plain(grad):
                 with full_precision(grad):
                     difference = (mine.sketch - _sketch_of(mine.parameter, grad)).abs()
                 found.append(mine)
