@@ -169,6 +169,7 @@ BATCH_DRAWN_AGAIN = "batch_drawn_again"
 RECORDS_REPEATED = "records_repeated"
 DRAWN_TWICE = "drawn_twice"
 RANKS_SHARE_PEOPLE = "ranks_share_people"
+RANKS_APART = "ranks_apart"
 RANKS_BOUNDS_DIFFER = "ranks_bounds_differ"
 DRAWN_TOO_MANY = "drawn_too_many"
 DRAWN_DEPENDENTLY = "drawn_dependently"
@@ -1248,6 +1249,15 @@ _DIAGNOSES = {
         "the model is wrapped for the group, or use DPDataLoader.from_data_loader(..., "
         "distributed=True)",
         Severity.CRITICAL,
+    ),
+    RANKS_APART: Diagnosis(
+        "DistributedDataParallel averages p.grad over the processes, from which this DP optimizer, "
+        "which is not a distributed one, does not make its update: each process trains a model of "
+        "its own",
+        "wrap the model in DifferentiallyPrivateDistributedDataParallel (or in "
+        "DistributedDataParallel) first and give it to make_private() then, which makes a "
+        "distributed optimizer of it",
+        Severity.WARNING,
     ),
     RANKS_BOUNDS_DIFFER: Diagnosis(
         "a process of a group clips to more than rank 0, which makes the noise for all of them "

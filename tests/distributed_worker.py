@@ -248,6 +248,29 @@ def unreduced():
     return {"refused": _refusal(training.step) or _refusal(training.step)}
 
 
+def apart():
+    """The group comes to a model that was made private without it."""
+    before = len(guard.violations)
+    torch.manual_seed(0)
+    data = torch.utils.data.TensorDataset(torch.randn(48, SIZE), torch.arange(48) % 4)
+    model = nn.Linear(SIZE, 4)
+    model, optimizer, *_ = PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=torch.utils.data.DataLoader(data, batch_size=24),
+        noise_multiplier=1.0,
+        max_grad_norm=0.1,
+    )
+    called = DistributedDataParallel(model)
+    torch.manual_seed(5 + distributed.get_rank())
+    for _ in range(2):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(called(torch.randn(6, SIZE)), torch.arange(6) % 4).backward()
+        optimizer.step()
+    guard.flush()
+    return {"causes": [v.cause for v in list(guard.violations)[before:]]}
+
+
 def averaged_at_once():
     """Ghost clipping where ``p.grad`` is of all processes when the first backward ends."""
     if not GHOST:
@@ -395,6 +418,7 @@ def _main():
     ]
     found = {scenario.__name__: scenario() for scenario in scenarios}
     found["violations"] = [v.cause for v in guard.violations]
+    found["apart"] = apart()
     found["averaged at once"] = averaged_at_once()
     found["sharded"] = sharded()
     found["sharded in parts"] = sharded_in_parts()

@@ -199,6 +199,11 @@ def test_of_sharded_parameters_the_accounting_is_audited_and_the_rest_is_said(ra
         assert rank == {"causes": ["sharded"], "accounted": 1, "off": []}
 
 
+def test_processes_that_train_models_of_their_own_are_told(ranks):
+    for rank in seen(ranks, "apart"):
+        assert rank == {"causes": ["ranks_apart"] if len(ranks) > 1 else []}
+
+
 def test_ghost_clipping_of_gradients_that_are_averaged_in_the_first_backward(ranks):
     for rank in seen(ranks, "averaged at once"):
         assert rank == {"causes": []}

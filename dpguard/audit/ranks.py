@@ -28,6 +28,7 @@ from dpguard import _compat, diagnosis
 from dpguard.audit.accounting import SAMPLING
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.clip import BOUND
+from dpguard.audit.update import OWNED
 from dpguard.noted.deliveries import Deliveries
 from dpguard.noted.places import BATCHES
 
@@ -68,6 +69,7 @@ class _State:
         noted: how many records were left already, of each batch.
         awaited: ranks and steps of which nothing was read yet.
         records: of each of the others, as in :class:`dpguard.noted.places.Places`.
+        is_apart: it was said that each process trains a model of its own.
     """
 
     where: Callable[[], Store | None] = lambda: None
@@ -78,6 +80,7 @@ class _State:
     noted: dict[int, int] = field(default_factory=dict)
     awaited: list[tuple[int, int]] = field(default_factory=list)
     records: dict[int, dict[int, dict[str, str]]] = field(default_factory=dict)
+    is_apart: bool = False
 
     def key(self, rank: int, step: int) -> str:
         return f"{self.prefix}/{rank}/{step}"
@@ -108,6 +111,9 @@ class Ranks(Check):
     def begin(self, step: Step, optimizer: Any) -> Failures:
         """A physical batch has come, the first one of a step."""
         state = self._states.of(optimizer)
+        if not state.is_apart and _are_apart(step, optimizer):
+            state.is_apart = True
+            return [Failure(OWNED, diagnosis.RANKS_APART, step.names, only_said=True)]
         store = state.where()
         if store is None or step.physical > 1:
             return ()
@@ -158,6 +164,13 @@ class Ranks(Check):
         if any(_are_shared(mine, theirs) for theirs in state.records.values()):
             failures.append(Failure(SAMPLING, diagnosis.RANKS_SHARE_PEOPLE))
         return failures
+
+
+def _are_apart(step: Step, optimizer: Any) -> bool:
+    """Whether gradients are averaged over processes and updates are made by each for itself."""
+    if _compat.sums_over_ranks(optimizer) or not _compat.is_opacus_method(optimizer, "pre_step"):
+        return False
+    return any(state.averaged for state in step.states)
 
 
 def _bound(optimizer: Any) -> float | None:
