@@ -111,7 +111,7 @@ class Ranks(Check):
     def begin(self, step: Step, optimizer: Any) -> Failures:
         """A physical batch has come, the first one of a step."""
         state = self._states.of(optimizer)
-        if not state.is_apart and _are_apart(step, optimizer):
+        if step.number == 0 and not state.is_apart and _are_apart(step, optimizer):
             state.is_apart = True
             return [Failure(OWNED, diagnosis.RANKS_APART, step.names, only_said=True)]
         store = state.where()
