@@ -214,6 +214,14 @@ COUPLED = {
         diagnosis.LOSS_IGNORES,
         lambda o, y: (first_ones(y) * o.pow(2)).sum() * (1 / first_ones(y).sum().clamp(min=1)),
     ),
+    "a mask of whole numbers": (
+        diagnosis.LOSS_IGNORES,
+        lambda o, y: (o.pow(2) * first_ones(y).long()).sum() / first_ones(y).long().sum(),
+    ),
+    "weights of whole numbers": (
+        diagnosis.LOSS_IGNORES,
+        lambda o, y: (F.cross_entropy(o, y, reduction="none") * (y + 1)).sum() / (y + 1).sum(),
+    ),
     "filled": (
         diagnosis.LOSS_IGNORES,
         lambda o, y: o.pow(2).masked_fill(~first_ones(y), 0).sum() / (first_ones(y).sum() + 1e-8),

@@ -102,8 +102,7 @@ class Masks:
             divided, sure, undone = [never], [never | is_mean], [never]
             for number, times in scales:
                 factor = _factor(number, total.device, times=times)
-                known = torch.finfo(number.dtype if number.is_floating_point() else factor.dtype)
-                least = 4 * known.eps * total.abs() + _LEAST
+                least = 8 * _roundoff(number) * total.abs() + _LEAST
                 is_divided = (1 / factor - total).abs() <= least
                 divided.append(is_divided)
                 sure.append(is_divided & _is_computed(number))
@@ -135,12 +134,17 @@ class Masks:
             )
         ]
         by_sums = torch.stack(apart).amin() if apart else torch.zeros_like(total)
-        visible = by_sums > self._rows * _compat.unit_roundoff(mask.dtype) * wide.abs().sum()
+        visible = by_sums > self._rows * _roundoff(mask) * wide.abs().sum()
         return torch.where(is_mask, by_number, by_sums * visible)
 
 
 def _is_constant(value: Any) -> bool:
     return type(value) is torch.Tensor and not value.requires_grad and not value.is_complex()
+
+
+def _roundoff(value: torch.Tensor) -> float:
+    """Of the precision of a value; whole numbers are looked at in double precision."""
+    return _compat.unit_roundoff(value.dtype if value.is_floating_point() else torch.float64)
 
 
 def _factor(number: torch.Tensor, device: torch.device, *, times: bool) -> torch.Tensor:
