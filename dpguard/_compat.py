@@ -566,7 +566,7 @@ def ghost_optimizer_class() -> Any:
 def norm_sampler(hooks: Any, module: torch.nn.Module) -> Callable[..., Any] | None:
     """The function with which ghost clipping computes norms without rows, if there is one.
 
-    That of Opacus for linear layers, from 1.5.2 to 1.5.3, is wrong for the bias where inputs have
+    That of Opacus for linear layers, before 1.5.4, is wrong for the bias where inputs have
     three dimensions: it takes the root of the sum of ``(b_t . b_s)^2`` over all pairs of positions,
     where the norm is that of ``b_t . b_s``. What stands in its place is right.
     """
@@ -1198,8 +1198,10 @@ def clear_sums(optimizer: Any) -> None:
 
 def _own_sums(optimizer: Any) -> list[dict[str, Any]] | None:
     """Where the optimizer of Opacus for FSDP has its sums; those of others are on parameters."""
-    states = getattr(optimizer, "grad_state", None)
-    return list(states.values()) if isinstance(states, dict) else None
+    cls: Any = type(optimizer)
+    if _noise_of(cls)[0] != "parts":
+        return None
+    return list(optimizer.grad_state.values())
 
 
 def sums_over_ranks(optimizer: Any) -> bool:

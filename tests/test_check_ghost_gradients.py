@@ -159,6 +159,20 @@ def test_what_makes_it_shorter_by_another_number_each_time_is_said_once(change):
     assert "clip_grad_norm_" in guard.violations[0].remedy
 
 
+def test_that_it_is_made_shorter_hides_no_other_change():
+    done = []
+
+    def change(parameters):
+        done.append(None)
+        (VARYING["clipped"] if len(done) < 8 else CHANGED["weight decay"])(parameters)
+
+    with dpguard.install(mode="repair") as guard:
+        train(change)
+        guard.flush()
+    causes = [diagnosis.GRADIENT_SHORTER, diagnosis.GRADIENT_CHANGED]
+    assert [v.cause for v in guard.violations] == causes
+
+
 @pytest.mark.parametrize("change", ["in place", "another tensor"])
 def test_sums_of_several_batches(change):
     with (

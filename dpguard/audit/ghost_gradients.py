@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import weakref
-from math import isclose
 from typing import Any
 
 import torch
@@ -46,6 +45,8 @@ class GhostGradients(Check):
         self._said = IdentitySet()
         self._shares: IdentityMap[dict[str, float]] = IdentityMap()
         """By what the sums of each optimizer were multiplied last, if they were."""
+        self._varied = IdentitySet()
+        """Of which it was said that these differ."""
 
     @torch.no_grad()
     def begin(self, step: Step, optimizer: Any) -> Failures:
@@ -104,12 +105,13 @@ class GhostGradients(Check):
 
     def _varies(self, shares: dict[str, float], owner: Any) -> list[Failure]:
         """Whether sums are multiplied by other numbers than in the step before, said once."""
-        if owner is None or owner in self._said:
+        if owner is None or owner in self._varied:
             return []
         before = self._shares.get(owner, {})
         self._shares[owner] = before | shares
-        other = [n for n, s in shares.items() if not isclose(s, before.get(n, s), rel_tol=_OFF)]
+        pairs = ((name, share, before.get(name, share)) for name, share in shares.items())
+        other = [name for name, now, then in pairs if not math.isclose(now, then, rel_tol=_OFF)]
         if not other:
             return []
-        self._said.add(owner)
+        self._varied.add(owner)
         return [Failure(SUM, diagnosis.GRADIENT_SHORTER, tuple(other), only_said=True)]

@@ -89,19 +89,21 @@ class Scaling(Check):
     def before_update(self, step: Step, optimizer: Any) -> Failures:
         """What the sum was divided by is what it is divided by in this step."""
         state = self._divided.of(optimizer)
+        divisor = getattr(optimizer, "expected_batch_size", None)
+        if optimizer.loss_reduction != "mean" or not isinstance(divisor, (int, float)):
+            divisor = None
         failures = []
-        if optimizer.loss_reduction == "mean" and _is_zero(optimizer):
+        if divisor == 0:
             failures.append(Failure(SCALE, diagnosis.DIVIDED_BY_ZERO))
-        if self._divides_by_people(state, step, optimizer):
+        if self._divides_by_people(state, step, divisor):
             failures.append(Failure(SCALE, diagnosis.SCALED_BY_PEOPLE))
         if self._learns_by_people(state, step, optimizer):
             failures.append(Failure(SCALE, diagnosis.RATE_BY_PEOPLE))
         return failures
 
-    def _divides_by_people(self, state: _Divided, step: Step, optimizer: Any) -> bool:
-        divisor = getattr(optimizer, "expected_batch_size", None)
+    def _divides_by_people(self, state: _Divided, step: Step, divisor: float | None) -> bool:
         people, state.people = state.people, step.people
-        if optimizer.loss_reduction != "mean" or not isinstance(divisor, (int, float)):
+        if divisor is None:
             return False
         last, state.last = state.last, divisor
         changes = last not in (None, divisor)
@@ -119,11 +121,6 @@ class Scaling(Check):
             for ratios, rate in zip(state.rates, rates, strict=True)
         ]
         return any(found)
-
-
-def _is_zero(optimizer: Any) -> bool:
-    """Whether the step is divided by an expected batch size of zero."""
-    return _compat.plain_number(getattr(optimizer, "expected_batch_size", None)) == 0
 
 
 def _counted(matches: int, divisor: float, people: int, step: Step, *, changes: bool) -> int:

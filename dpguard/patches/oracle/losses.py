@@ -59,7 +59,7 @@ from dpguard.patches.oracle.broadcasts import (
     square_at,
 )
 from dpguard.patches.oracle.decisions import DECISIONS, Decision
-from dpguard.patches.oracle.masks import Masks
+from dpguard.patches.oracle.masks import LIKELIHOODS, MEAN, NONE, Masks
 from dpguard.patches.oracle.outputs import Draw, Expected, OutputHook, Outputs, mark_of
 from dpguard.patches.oracle.vjp import Parts, Unfit, propagate
 from dpguard.patches.wrapping import EagerWrapper, patch_function
@@ -69,15 +69,13 @@ __all__ = ["Coupling", "Losses"]
 
 _KEPT = 16
 _DECISIONS_AT_MOST = 8
-_NONE, _MEAN = 0, 1
-_REDUCTIONS = {_MEAN: "mean", 2: "sum"}
+_REDUCTIONS = {MEAN: "mean", 2: "sum"}
 """Reductions, as the nodes of losses have them,"""
 _OF_EACH = {"MeanBackward0": "mean", "SumBackward0": "sum"}
 """and of losses of one person each."""
 _EXPANDED = "PerSampleGradBackward"
 """Names of calls of layers with expanded weights end so."""
 _SCALES = frozenset(("DivBackward0", "MulBackward0"))
-_LIKELIHOODS = frozenset(("NllLossBackward0", "NllLoss2DBackward0"))
 _SELECT = frozenset(("IndexBackward0", "IndexSelectBackward0", "SliceBackward0", "SplitBackward0"))
 """Nodes that take a part of the rows."""
 _End: TypeAlias = "tuple[Any, int, torch.Tensor]"
@@ -331,7 +329,7 @@ class _Examination:
         if self._masks is not None and self._nodes.is_plain(node):
             self._masks.meet(node, given)
         name = type(node).__name__
-        if name in _LIKELIHOODS:
+        if name in LIKELIHOODS:
             self._likelihoods.append((node, given))
         elif name in WITH_TARGETS:
             self._with_targets.append(node)
@@ -371,7 +369,7 @@ class _Examination:
         are declared may be for this very purpose.
         """
         root: Any = seeds[0][0].grad_fn
-        is_mean = _REDUCTIONS.get(getattr(root, "_saved_reduction", _NONE)) == "mean"
+        is_mean = _REDUCTIONS.get(getattr(root, "_saved_reduction", NONE)) == "mean"
         if len(seeds) != 1 or seeds[0][0].numel() != 1 or self._draw.people is not None:
             return False
         if not is_mean and type(root).__name__ != "MeanBackward0":
@@ -412,7 +410,7 @@ class _Examination:
     def _divisors(self, whose: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Class weights and numbers of targets that losses of several people are divided by."""
         weights = ignored = counted = whose.new_zeros((), dtype=torch.float64)
-        means = [found for found in self._likelihoods if found[0]._saved_reduction == _MEAN]
+        means = [found for found in self._likelihoods if found[0]._saved_reduction == MEAN]
         for node, arrived in means[:_DECISIONS_AT_MOST]:
             target, given = node._saved_target, node._saved_weight
             left_out = target == node._saved_ignore_index
@@ -455,7 +453,7 @@ def _reduction_of(seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> str | None:
 
 
 def _reduction_at(node: Any) -> str | None:
-    own = _REDUCTIONS.get(getattr(node, "_saved_reduction", _NONE))
+    own = _REDUCTIONS.get(getattr(node, "_saved_reduction", NONE))
     if own is not None:
         return own
     ((above, _),) = getattr(node, "next_functions", ())[:1] or ((None, 0),)
@@ -482,7 +480,7 @@ def _divisors_of(seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float,
 
 
 def _is_of_each(node: Any) -> bool:
-    return getattr(node, "_saved_reduction", None) == _NONE
+    return getattr(node, "_saved_reduction", None) == NONE
 
 
 def _firsts(ends: list[_End]) -> list[torch.Tensor]:

@@ -21,14 +21,15 @@ import torch
 
 from dpguard import _compat
 
-__all__ = ["Masked", "Masks"]
+__all__ = ["LIKELIHOODS", "MEAN", "NONE", "Masked", "Masks"]
 
 _AT_MOST = 8
 _LEAST = 1e-6
-_NONE, _MEAN = 0, 1
+NONE, MEAN = 0, 1
+"""Reductions, as the nodes of losses have them."""
 _SCALES = {"DivBackward0": False, "MulBackward0": True}
 """Nodes of quotients and products, and whether they multiply."""
-_LIKELIHOODS = frozenset(("NllLossBackward0", "NllLoss2DBackward0"))
+LIKELIHOODS = frozenset(("NllLossBackward0", "NllLoss2DBackward0"))
 _CHOOSE = frozenset(("IndexBackward0", "MaskedSelectBackward0"))
 """Nodes that pick elements by a mask."""
 
@@ -62,6 +63,7 @@ class Masks:
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
+        self._nodes: Any = _compat.nodes()
         self._scales: list[tuple[Any, torch.Tensor, bool]] = []
         self._means: list[tuple[Any, int]] = []
         self._masked: list[tuple[Any, _Arrived, torch.Tensor]] = []
@@ -74,12 +76,12 @@ class Masks:
                 if other.numel() == 1:
                     self._scales.append((node, other, _SCALES[name]))
                 elif name == "MulBackward0":
-                    self._add(node, arrived, other, _shape_at(node))
+                    self._add(node, arrived, other, self._shape_at(node))
         elif (count := _mean_of(node, name)) is not None:
             self._means.append((node, count))
         else:
             for mask, shape in _masks_of(node, name):
-                self._add(node, arrived, mask, shape)
+                self._add(node, arrived, mask, self._shape_at(node) if shape is None else shape)
 
     def _add(self, node: Any, arrived: _Arrived, mask: torch.Tensor, shape: torch.Size) -> None:
         """A mask of what has this shape, if it is not the same for all people."""
@@ -89,6 +91,10 @@ class Masks:
         broadcast = {size for size, own in zip(shape, shared, strict=True) if size != own}
         if self._rows not in broadcast and mask.numel() % self._rows == 0:
             self._masked.append((node, arrived, mask))
+
+    def _shape_at(self, node: Any) -> torch.Size:
+        """Of the output that a node has made."""
+        return torch.Size(self._nodes.inputs(node)[0].shape)
 
     def found(self) -> Iterator[Masked]:
         """Masked losses that are, or may be, divided by how many count."""
@@ -162,35 +168,33 @@ def _mean_of(node: Any, name: str) -> int | None:
     """Over how many elements the mean is taken that a node stands for."""
     if name == "MeanBackward0":
         return int(node._saved_self_sym_numel)
-    if getattr(node, "_saved_reduction", _NONE) != _MEAN:
+    if getattr(node, "_saved_reduction", NONE) != MEAN:
         return None
     target = getattr(node, "_saved_target", None)
     return target.numel() if isinstance(target, torch.Tensor) else None
 
 
-def _masks_of(node: Any, name: str) -> Iterator[tuple[torch.Tensor, torch.Size]]:
-    """Masks of a node, with ones where something counts, and the shape of what they are laid on."""
+def _masks_of(node: Any, name: str) -> Iterator[tuple[torch.Tensor, torch.Size | None]]:
+    """Masks of a node, with ones where something counts, and the shape of what they are laid on.
+
+    ``None`` stands for that of the output that the node has made.
+    """
     shape = torch.Size(getattr(node, "_saved_self_sym_sizes", ()))
-    if name in _LIKELIHOODS and node._saved_reduction != _MEAN:
+    if name in LIKELIHOODS and node._saved_reduction != MEAN:
         yield node._saved_target != node._saved_ignore_index, node._saved_target.shape
     elif name == "BinaryCrossEntropyWithLogitsBackward0" and _is_constant(node._saved_weight):
         yield node._saved_weight, node._saved_self.shape
     elif name.startswith("MaskedFillBackward"):
-        yield ~node._saved_mask, _shape_at(node)
+        yield ~node._saved_mask, None
     elif name == "WhereBackward0":
-        yield node._saved_condition, _shape_at(node)
-        yield ~node._saved_condition, _shape_at(node)
+        yield node._saved_condition, None
+        yield ~node._saved_condition, None
     elif name == "MaskedSelectBackward0":
         yield node._saved_mask, node._saved_self.shape
     elif name == "IndexBackward0":
         mask, *further = node._saved_indices
         if mask is not None and mask.dtype is torch.bool and not further:
             yield mask.reshape(*mask.shape, *[1] * (len(shape) - mask.dim())), shape
-
-
-def _shape_at(node: Any) -> torch.Size:
-    """Of the output that a node has made."""
-    return torch.Size(node._input_metadata[0].shape)
 
 
 def _leads(start: Any, end: Any) -> bool:
