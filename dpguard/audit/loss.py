@@ -52,7 +52,7 @@ class Loss(Check):
                 step.run(LOSS, count=1)
             pairs = [*found.pairs, *found.further, *found.arrivals]
             figures = [figure for pair in pairs for figure in pair]
-            figures += [found.weights, found.ignored, found.counted, *(found.broadcast or ())]
+            figures += [*found.divided, *(found.broadcast or ())]
             hook = found.hook()
             if found.broadcast is not None and not found.is_broadcast and hook is not None:
                 hook.look_again()
@@ -100,7 +100,7 @@ def _verdict(step: Step, found: Coupling, agree: bool, values: list[float]) -> l
         failures.append(Failure(LOSS, diagnosis.LOSS_WEIGHTED, modules=model))
     elif found.of_some and declared == "mean" and agree and not failures:
         failures.append(Failure(LOSS, diagnosis.LOSS_OF_SOME, modules=model))
-    elif ignored > 0 or (hook is not None and hook.counts(counted)):
+    elif ignored > 0 or (hook is not None and hook.counts.are_divisors(counted, hook.look_again)):
         failures.append(Failure(LOSS, diagnosis.LOSS_IGNORES, modules=model))
     if reduction is not None and reduction != declared and agree:
         cause = diagnosis.LOSS_IS_SUM if reduction == "sum" else diagnosis.LOSS_IS_MEAN

@@ -11,6 +11,8 @@ Only where all losses together have the gradient that autograd has put into ``p.
 have, a hook that changes gradients, or a part that came another way, is at work, and nothing is
 said of that parameter. In low precision as in :mod:`dpguard.audit.oracle`.
 
+What the losses are divided by is judged as in :mod:`dpguard.audit.loss`.
+
 The bound is that of :mod:`dpguard.audit.oracle`: norms differ by no more than the rows do that they
 are of. Where the products of a row cancel, that is relative to what is multiplied, inputs ``a`` and
 backprops ``b`` of ``T`` positions: ``scale**2 = (|a|**2 + T) * |b|**2`` of that person. A norm that
@@ -27,6 +29,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,12 +37,14 @@ import torch
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
+from dpguard.audit.loss import LOSS
 from dpguard.audit.oracle import CERTAIN, ORACLE, SCATTERED, TIMES, Looks, failure, judged
 from dpguard.noted.ledger import Ledger
 from dpguard.numerics.rounding import LAMBDA
 
 if TYPE_CHECKING:
-    from dpguard.patches.oracle.norm_draws import NormDraw, Part
+    from dpguard.patches.ghost.pairing import GhostPairing
+    from dpguard.patches.oracle.norm_draws import NormDraw, NormDraws, Part
 
 __all__ = ["NormOracle"]
 
@@ -82,6 +87,9 @@ class NormOracle(Check):
             for part in draw.parts
             if (p := part.parameter()) is not None
         ]
+        if draw.divided is not None:
+            receive = functools.partial(_divided, self._ledger.norm_draws, draw.model)
+            step.collect((LOSS,), draw.divided, receive)
         if compared and draw.total is not None and draw.mixing is not None:
             step.run(ORACLE, count=len(compared))
             figures = [*(_figures(found.part) for found in compared), draw.total, draw.mixing]
@@ -213,6 +221,22 @@ def _cause(wrong: float, own: float, bound: float, *, mixed: float, scattered: f
     if scattered:
         return diagnosis.ROW_OF_ANOTHER
     return diagnosis.NORMS_REORDERED if mixed else diagnosis.NORM_OF_ANOTHER
+
+
+def _divided(
+    draws: NormDraws, model: weakref.ref[GhostPairing], values: list[float]
+) -> Sequence[Failure]:
+    """What the losses are divided by; where it is nothing, they are not known to be right."""
+    weights, ignored, counted = values
+    pairing = model()
+    if pairing is None:
+        return []
+    modules = (type(pairing.hooks._module).__qualname__,)
+    if weights > 0:
+        return [Failure(LOSS, diagnosis.LOSS_WEIGHTED, modules=modules)]
+    if ignored > 0 or draws.are_divisors(pairing, counted):
+        return [Failure(LOSS, diagnosis.LOSS_IGNORES, modules=modules)]
+    return []
 
 
 def _left_out(

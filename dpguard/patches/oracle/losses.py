@@ -18,7 +18,7 @@ four ways:
   torch does not have.
 * A negative log-likelihood whose mean is over the weights of the classes of the batch, or over the
   targets that are not ignored, has a divisor that depends on everybody's targets; so has what is
-  divided by the sum of a mask (:mod:`dpguard.patches.oracle.masks`).
+  divided by the sum of a mask (:mod:`dpguard.patches.oracle.divisors`).
 * Outputs that were broadcast meet everybody's targets (:mod:`dpguard.patches.oracle.broadcasts`).
 
 A part of the loss that reaches layers of the model by another way than its outputs (a penalty that
@@ -59,7 +59,8 @@ from dpguard.patches.oracle.broadcasts import (
     square_at,
 )
 from dpguard.patches.oracle.decisions import DECISIONS, Decision
-from dpguard.patches.oracle.masks import LIKELIHOODS, MEAN, NONE, Masks
+from dpguard.patches.oracle.divisors import Divided, Divisors
+from dpguard.patches.oracle.masks import MEAN, NONE
 from dpguard.patches.oracle.outputs import Draw, Expected, OutputHook, Outputs, mark_of
 from dpguard.patches.oracle.vjp import Parts, Unfit, propagate
 from dpguard.patches.wrapping import EagerWrapper, patch_function
@@ -94,10 +95,7 @@ class Coupling:
         pairs: squares of what was the person's, and of what was other people's and should be zero:
             of the derivative of the gradient, and of what each decision compares.
         whole: whether there is such a derivative, and no other way to the layers of the model.
-        weights: by how much class weights differ that a mean is taken over.
-        ignored: how many targets were left out of a mean, or by how much the numbers of what counts
-            differ between people, if that is what the loss is divided by.
-        counted: how many elements count, if the loss is divided by a number that is that one.
+        divided: what it is divided by.
         broadcast: squares of what is at outputs next to their person, and next to others, where
             outputs were broadcast to as many as there are people.
         further: likewise of all outputs, if the loss is of more than the first: one that is as long
@@ -114,9 +112,7 @@ class Coupling:
     hook: weakref.ref[OutputHook]
     pairs: list[_Pair]
     whole: bool
-    weights: torch.Tensor
-    ignored: torch.Tensor
-    counted: torch.Tensor
+    divided: Divided
     broadcast: tuple[torch.Tensor, torch.Tensor] | None
     reductions: tuple[str | None, str]
     roundoff: float
@@ -222,11 +218,9 @@ class _Examination:
         self._nodes: Any = _compat.nodes()
         self._decisions: list[Decision] = []
         self._largest: torch.Tensor
-        self._likelihoods: list[tuple[Any, list[torch.Tensor | None]]] = []
         self._square: Square | None = None
         self._with_targets: list[Any] = []
-        # Rows of one person that are declared may differ as they like.
-        self._masks = Masks(draw.rows) if draw.people is None else None
+        self._divisors = Divisors(draw.rows, are_people=draw.people is None)
         self._kinds: set[torch.dtype] = set()
         self._arrivals: list[_Pair] = []
 
@@ -264,15 +258,16 @@ class _Examination:
             whole = not self._goes_round(seeds)
         except (Unfit, RuntimeError):
             whole = False  # torch knows no such derivative
-        weights, ignored, counted = self._divisors(whose)
+        divided = self._divisors.found(
+            lambda node, arrived: _sizes(_firsts(self._propagate(node, arrived)), whose),
+            whose.device,
+        )
         square = self._square
         return Coupling(
             weakref.ref(self._hook),
             pairs,
             whole,
-            weights,
-            ignored,
-            counted,
+            divided,
             None if square is None else square.parted(whose),
             (_reduction_of(seeds), self._hook.pairing.loss_reduction),
             self._roundoff(),
@@ -326,12 +321,9 @@ class _Examination:
                 size = one.abs().sum(dtype=torch.float64)
                 self._kinds.add(one.dtype)
                 self._largest = size.maximum(self._largest)
-        if self._masks is not None and self._nodes.is_plain(node):
-            self._masks.meet(node, given)
+        self._divisors.meet(node, given)
         name = type(node).__name__
-        if name in LIKELIHOODS:
-            self._likelihoods.append((node, given))
-        elif name in WITH_TARGETS:
+        if name in WITH_TARGETS:
             self._with_targets.append(node)
         elif name in DECISIONS and len(self._decisions) < _DECISIONS_AT_MOST:
             self._decisions.append(Decision(node, given, self._largest, self._roundoff()))
@@ -406,43 +398,6 @@ class _Examination:
         """The outputs that are compared, and whether that has an effect."""
         compared, effect = decision.compared(self._probes.generator(device))
         return self._propagate(decision.node, decision.arrived, instead=compared), effect
-
-    def _divisors(self, whose: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Class weights and numbers of targets that losses of several people are divided by."""
-        weights = ignored = counted = whose.new_zeros((), dtype=torch.float64)
-        means = [found for found in self._likelihoods if found[0]._saved_reduction == MEAN]
-        for node, arrived in means[:_DECISIONS_AT_MOST]:
-            target, given = node._saved_target, node._saved_weight
-            left_out = target == node._saved_ignore_index
-            differ = torch.zeros_like(weights)
-            if given is not None:
-                chosen = given[target.clamp(0, len(given) - 1)].double()
-                most = chosen.masked_fill(left_out, -math.inf).amax()
-                differ = (most - chosen.masked_fill(left_out, math.inf).amin()).clamp(min=0)
-            several = self._is_of_several(node, arrived, whose)
-            weights = torch.maximum(weights, differ * several)
-            uneven = _are_uneven(left_out, self._draw.rows)
-            ignored = torch.maximum(ignored, left_out.sum() * several * uneven)
-        for masked in self._masks.found() if self._masks is not None else ():
-            several = self._is_of_several(masked.node, masked.arrived, whose)
-            ignored = torch.maximum(ignored, masked.uneven.to(ignored.device) * several)
-            counted = torch.maximum(counted, masked.total.to(ignored.device) * several)
-        return weights, ignored, counted
-
-    def _is_of_several(
-        self, node: Any, arrived: list[torch.Tensor | None], whose: torch.Tensor
-    ) -> torch.Tensor:
-        """Whether what a node was given in the forward is of more than one person."""
-        people = (_sizes(_firsts(self._propagate(node, arrived)), whose) > 0).sum()
-        return people > 1
-
-
-def _are_uneven(left_out: torch.Tensor, rows: int) -> torch.Tensor | bool:
-    """Whether people have different numbers of targets that do not count, as far as is known."""
-    if left_out.numel() % rows:
-        return True
-    counts = left_out.reshape(rows, -1).sum(1)
-    return counts.amax() != counts.amin()
 
 
 def _reduction_of(seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> str | None:

@@ -8,30 +8,33 @@ samplers and the order of rows have made of it.
 
 The gradient of all losses is propagated as well, to see whether it is the one in ``p.grad``: where
 hooks on tensors have changed it, or a part came another way, nothing is known of the person's.
-On the way it is seen whether the person's loss depends on rows of other people.
+On the way it is seen whether the person's loss depends on rows of other people, and whether losses
+are divided by what depends on the data of all (:mod:`dpguard.patches.oracle.divisors`).
 
 Only numbers are kept, on the device.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from dpguard import _compat
 from dpguard._errors import DPGuardError
 from dpguard.noted.conditioning import conditions
-from dpguard.noted.grouping import Grouping, owners
+from dpguard.noted.grouping import Grouping, owners, squares_of_people
 from dpguard.noted.precision import precision_of
 from dpguard.numerics.rounding import LAMBDA
+from dpguard.patches.oracle.divisors import Counts, Divided, Divisors
 from dpguard.patches.oracle.draws import Draws, scattered
-from dpguard.patches.oracle.vjp import Parts, Unfit, propagate
+from dpguard.patches.oracle.vjp import Parts, Shares, Unfit, propagate
 
 if TYPE_CHECKING:
     from dpguard.patches.ghost.pairing import GhostPairing
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["NormDraw", "NormDraws", "Part"]
 
 _KEPT = 16
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -106,6 +110,8 @@ class NormDraw:
     Attributes:
         rows: how many losses there are.
         parts: what was found of each parameter.
+        model: weakly, what it is a batch of.
+        divided: what the losses are divided by; ``None`` if that is not known.
         mixing: two numbers, not zero if the person's loss depends on rows of others, and if these
             are not one other person's in the place of the person's own. The second is how large
             the gradient at them is, as a part of that at all rows.
@@ -129,7 +135,9 @@ class NormDraw:
         self.attempt = draws.run
         self.rows = len(losses)
         self.parts: list[Part] = []
+        self.model = weakref.ref(pairing)
         self.mixing: torch.Tensor | None = None
+        self.divided: Divided | None = None
         self.total: torch.Tensor | None = None
         self.counted: frozenset[int] = frozenset()
         self.widest = 1
@@ -273,8 +281,7 @@ class NormDraw:
         person = whose.narrow(0, self._row, 1)
         whole = torch.full_like(losses, self._weight)
         mine = whole * (whose == person)
-        gradients: list[Parts | None] = [None] * len(_compat.nodes().inputs(node))  # type: ignore[union-attr]
-        gradients[losses.output_nr] = mine, whole
+        gradients: list[Parts | None] = _at(losses, (mine, whole))
         wanted = {id(p) for p in pairing.hooks._module.parameters() if p.requires_grad}
         try:
             shares = propagate(
@@ -296,18 +303,54 @@ class NormDraw:
             self.mixing = torch.stack(self._mixed).amax(0)
         else:
             self.mixing = torch.zeros(2, dtype=torch.float64, device=losses.device)
+        with contextlib.suppress(Unfit, RuntimeError):
+            self.divided = self._divisors_of(losses, whole, whose)
         self._close()
+
+    def _divisors_of(
+        self, losses: torch.Tensor, whole: torch.Tensor, whose: torch.Tensor
+    ) -> Divided:
+        """By what the losses are divided, on the way from the last layers."""
+        divisors = Divisors(self.rows, are_people=self._people is None)
+
+        def propagated(node: Any, arrived: list[torch.Tensor | None], watch: Any = None) -> Shares:
+            parts: list[Parts | None] = [None if one is None else (one,) for one in arrived]
+            return propagate(
+                node,
+                parts,
+                wanted=lambda _: False,
+                is_end=lambda node: id(node) in self._calls,
+                watch=watch,
+            )
+
+        def meet(node: Any, arrived: list[Parts | None]) -> None:
+            divisors.meet(node, [None if parts is None else parts[0] for parts in arrived])
+
+        def people(node: Any, arrived: list[torch.Tensor | None]) -> torch.Tensor:
+            sizes = torch.zeros(self.rows, dtype=torch.float64, device=losses.device)
+            for end, index, parts in propagated(node, arrived).ends:
+                rows = self._rows_at(end, index, parts[0])
+                if rows is not None:
+                    sizes += squares_of_people(rows, whose)
+            return sizes
+
+        propagated(losses.grad_fn, _at(losses, whole), meet)
+        return divisors.found(people, losses.device)
+
+    def _rows_at(self, node: Any, index: int, gradient: torch.Tensor) -> torch.Tensor | None:
+        """The gradient of a call's output, with its rows first."""
+        call = self._calls.get(id(node))
+        if call is None or call.index != index or gradient.dim() <= call.dimension:
+            return None
+        rows = gradient.movedim(call.dimension, 0)
+        return rows if len(rows) == self.rows else None
 
     def _watch(self, node: Any, arrived: list[Parts | None], whose: torch.Tensor) -> None:
         """See at the output of a layer whose rows the person's loss depends on."""
-        call = self._calls.get(id(node))
-        pair = arrived[call.index] if call is not None else None
-        if call is None or pair is None or pair[0].dim() <= call.dimension:
-            return
-        rows = pair[0].movedim(call.dimension, 0)
-        if len(rows) != self.rows:
-            return
-        self._mixed.append(scattered(rows, whose, self._row))
+        for index, pair in enumerate(arrived):
+            rows = None if pair is None else self._rows_at(node, index, pair[0])
+            if rows is not None:
+                self._mixed.append(scattered(rows, whose, self._row))
 
     def _part(self, parameter: Any, pair: Parts) -> Part | None:
         grad, layer = parameter.grad, self._layers.get(id(parameter))
@@ -370,6 +413,12 @@ class NormDraws(Draws):
         self._later: weakref.WeakKeyDictionary[GhostPairing, int] = weakref.WeakKeyDictionary()
         """How many batches of a model are left out before."""
         self._found: deque[NormDraw] = deque(maxlen=_KEPT)
+        self._counts: weakref.WeakKeyDictionary[GhostPairing, Counts] = weakref.WeakKeyDictionary()
+
+    def are_divisors(self, pairing: GhostPairing, number: float) -> bool:
+        """Whether the losses of a model are divided by how many elements count, now so many."""
+        counts = self._counts.setdefault(pairing, Counts())
+        return counts.are_divisors(number, lambda: self._idle.discard(pairing))
 
     def is_due(self, pairing: GhostPairing) -> bool:
         """Whether it is time to draw somebody of a batch of this model."""
@@ -407,7 +456,7 @@ class NormDraws(Draws):
     def keep(self, pairing: GhostPairing, draw: NormDraw) -> None:
         """A batch is clipped: the step will ask for what was found."""
         self._idle.add(pairing)
-        if draw.total is not None and draw.parts:
+        if (draw.total is not None and draw.parts) or draw.divided is not None:
             self._found.append(draw)
 
     def take(self, parameters: Iterable[torch.Tensor]) -> list[NormDraw]:
@@ -415,7 +464,10 @@ class NormDraws(Draws):
         wanted = {id(p) for p in parameters}
         taken = []
         for draw in list(self._found):
-            if any(id(part.parameter()) in wanted for part in draw.parts):
+            pairing = draw.model()
+            if pairing is None:
+                self._found.remove(draw)
+            elif any(id(p) in wanted for p in pairing.hooks._module.parameters()):
                 self._found.remove(draw)
                 taken.append(draw)
         return taken
@@ -431,6 +483,13 @@ class NormDraws(Draws):
     def give_up(self) -> None:
         """What was found is not told."""
         self._found.clear()
+
+
+def _at(tensor: torch.Tensor, gradient: _T) -> list[_T | None]:
+    """What is given to the node of a tensor: a gradient of this one, and none of its others."""
+    gradients: list[_T | None] = [None] * len(_compat.nodes().inputs(tensor.grad_fn))  # type: ignore[union-attr]
+    gradients[tensor.output_nr] = gradient
+    return gradients
 
 
 def _condition(record: Record, parameter: torch.nn.Parameter) -> torch.Tensor | float:

@@ -26,6 +26,7 @@ from dpguard.patches.model.detach import TALLY
 from dpguard.patches.model.hooked import is_whole
 from dpguard.patches.model.pairing import Pairing
 from dpguard.patches.model.records import differentiable, no_hook
+from dpguard.patches.oracle.divisors import Counts
 from dpguard.patches.oracle.draws import Draws, scattered
 from dpguard.patches.oracle.vjp import Parts, Shares, Unfit, added, propagate
 
@@ -230,7 +231,7 @@ class OutputHook:
     """The forward hook on a model that Opacus hooked."""
 
     __slots__ = (
-        "__weakref__", "_counted", "_drawn", "_later", "_left_out", "_repeats", "draws", "losses",
+        "__weakref__", "_drawn", "_later", "_left_out", "_repeats", "counts", "draws", "losses",
         "outputs", "pairing", "squares",
     )  # fmt: skip
 
@@ -243,8 +244,8 @@ class OutputHook:
         """How many more people may be drawn, until a step takes what was found of one."""
         self.squares: set[int] = set()
         """Sizes of batches in which outputs were broadcast to as many as there are people."""
-        self._counted: set[float] = set()
-        """Numbers of what counts by which a loss was divided."""
+        self.counts = Counts()
+        """What counts, by which losses were divided."""
         self._repeats = _REPEATS_AT_MOST
         self._later, self._left_out = 0, -1
         """How many batches are left out before one is looked at, and the last that was."""
@@ -300,17 +301,6 @@ class OutputHook:
         if self._repeats:
             self._repeats -= 1
             self.arm()
-
-    def counts(self, number: float) -> bool:
-        """Whether a loss is divided by how many elements count, of which there are so many now.
-
-        It is if it is divided by another number than in a batch before. Zero says nothing.
-        """
-        if number > 0 and len(self._counted) < 2:  # noqa: PLR2004 - that differ
-            self._counted.add(number)
-            if len(self._counted) == 1:
-                self.look_again()
-        return number > 0 and len(self._counted) > 1
 
     def give_up(self, draw: Draw | None) -> None:
         """Nothing can be said of this batch; not before the next time."""
