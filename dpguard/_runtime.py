@@ -131,6 +131,7 @@ class Runtime:
             report,
             signals=Signals(self._loading.tags, self._deliveries, self._rows_at_hand, verdicts),
             meet=self.grad_sample.meet,
+            made=self._deliveries.made,
             attached=_weakly(self._attached),
             is_missing=self.accounting.is_missing,
         )

@@ -541,6 +541,27 @@ def test_a_row_of_random_numbers_for_an_empty_batch(guard):
     assert violations(guard) == ()
 
 
+@pytest.mark.skipif(not POISSON, reason="this Opacus gives empty batches without their types")
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_batches_that_were_drawn_before_there_was_an_optimizer(guard, when):
+    """Nothing ties them to it: it may train on others. What is drawn after that, it should."""
+    if when == "after":
+        called, optimizer = by_hand()
+    loader = DPDataLoader(samples(), sample_rate=0.1)
+    assert len(list(loader)) == 10
+    if when == "before":
+        called, optimizer = by_hand()
+    x, y = samples(seed=6)[:]
+    expected = contextlib.nullcontext() if when == "before" else pytest.raises(dpguard.DPGuardError)
+    with expected:
+        by_hand_step(called, optimizer, x, y)
+    assert causes(guard) == ([] if when == "before" else [diagnosis.ROWS_NOT_PEOPLE])
+    if when == "before":
+        x, y = next(batch for batch in loader if len(batch[0]))
+        with pytest.raises(dpguard.DPGuardError):
+            by_hand_step(called, optimizer, torch.cat([x, x]), torch.cat([y, y]))
+
+
 # -- faults --------------------------------------------------------------------------------------
 
 S09 = {

@@ -212,6 +212,8 @@ class People(Check):
             )
         if declared:
             return _failure(diagnosis.NOT_AS_DECLARED, sizes, declared)
+        if private and not self._deliveries.are_due(logical.reader, private):
+            private = []
         if private and not self._deliveries.lost(logical.reader):
             if rows is not sizes and sum(rows) > sum(map(_people, private)):
                 sizes = rows

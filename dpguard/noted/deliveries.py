@@ -209,6 +209,7 @@ class Reader:
         size: how many people are in it, however they are drawn; infinite if that is not known.
         places: the records that its first batches had, in a group of processes.
         optimizer: the optimizer, weakly.
+        born: serial of the last batch that was delivered before the optimizer was made.
     """
 
     def __init__(self) -> None:
@@ -223,6 +224,7 @@ class Reader:
         self.dataset: Callable[[], Any] = lambda: None
         self.places = Places()
         self.optimizer: Callable[[], Any] = lambda: None
+        self.born = 0
 
     def add(self, delivery: Delivery) -> None:
         """A batch was delivered."""
@@ -272,6 +274,10 @@ class Deliveries:
         return found
 
     # -- told by the patches -------------------------------------------------------------------
+
+    def made(self, optimizer: Any) -> None:
+        """A DP optimizer was made just now."""
+        self.reader(optimizer).born = self.serial
 
     def add(self, delivery: Delivery, data: Any) -> None:
         """A loader has delivered ``data``."""
@@ -335,6 +341,17 @@ class Deliveries:
             self.untied.forget()
             return list(reader.pending)
         return sorted((*reader.pending, *untied), key=lambda delivery: delivery.serial or 0)
+
+    def are_due(self, reader: Reader, waiting: Sequence[Delivery]) -> bool:
+        """Whether these batches, which the rows of a step are not, should have been used by it.
+
+        Not if nothing ties them to it and they were drawn before the optimizer was made: from then
+        on they are not waited for.
+        """
+        due = any((delivery.serial or 0) > reader.born for delivery in waiting)
+        if not due and not reader.pending:
+            self.untied.forget()
+        return due or bool(reader.pending)
 
     def lost(self, reader: Reader) -> bool:
         """Whether batches that may yet be used had to be forgotten."""

@@ -64,11 +64,13 @@ class OptimizerPatch:
         *,
         signals: Signals,
         meet: Callable[[], None],
+        made: Callable[[Any], None],
         attached: Callable[[Any, Any], None],
         is_missing: Callable[[Any], bool],
     ) -> None:
         self._signals = signals
         self._meet_models = meet
+        self._made = made
         self._repairs = verdicts.repairs
         self._ledger = ledger
         self._auditor = auditor
@@ -251,6 +253,7 @@ class OptimizerPatch:
         if outermost and completed:
             self._meet_models()
             if self._active and self._is_itself(instance):
+                self._auditing.run(self._made, instance)
                 given = (*args, *kwargs.values())
                 self._parts["attributes"].run(self._forwarding.discover, instance, given)
                 self._parts["bounds"].run(self._bounds.adopt, instance)
