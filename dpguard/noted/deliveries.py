@@ -2,8 +2,8 @@
 
 A batch of a loader that came out of ``make_private`` is *private* to the optimizer that came with
 it: the rows of its next steps must be these people. The same goes for any loader that draws with
-one of Opacus's samplers, as long as there is only one DP optimizer. What other loaders deliver is
-weak evidence: nobody knows what it is for.
+one of Opacus's samplers, as long as there is only one DP optimizer, which was there when it drew.
+What other loaders deliver is weak evidence: nobody knows what it is for.
 
 Kept are numbers of people, never indices, and weak references to the delivered tensors of the
 last few private batches, by which a call can be told to have seen one of them.
