@@ -20,10 +20,10 @@ BATCH, SIGMA, BOUND = 12, 1.1, 0.7
 class Training:
     """A model of ``make_private`` and, if it is asked for, another optimizer of its parameters."""
 
-    def __init__(self, kind="hooks", optimizer=None):
+    def __init__(self, kind="hooks", optimizer=None, model=MLP):
         torch.manual_seed(2)
         ghost = {"grad_sample_mode": "ghost", "criterion": nn.CrossEntropyLoss()}
-        self.raw = MLP()
+        self.raw = model()
         self.inner = torch.optim.SGD(self.raw.parameters(), lr=0.05)
         data = torch.utils.data.TensorDataset(torch.randn(60, 6), torch.arange(60) % 5)
         self.engine = PrivacyEngine()
@@ -122,13 +122,19 @@ class OwnStep(DPOptimizer):
         parts(self)
 
 
+def wide():
+    """With elements enough to tell what an update is along."""
+    return nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 5))
+
+
+@pytest.mark.parametrize("model", [MLP, wide])
 @pytest.mark.parametrize("how", ["by hand", "subclass"])
-def test_steps_from_parts(how):
+def test_steps_from_parts(how, model):
     """Nothing of them is audited, which is said once; they are taken as they are."""
     ends = []
     for mode in ("off", "repair"):
         with dpguard.install(mode=mode) as guard:
-            training = Training(optimizer=OwnStep if how == "subclass" else None)
+            training = Training(optimizer=OwnStep if how == "subclass" else None, model=model)
             step = None if how == "subclass" else lambda t=training: parts(t.optimizer)
             for _ in range(3):
                 training.epoch(step)

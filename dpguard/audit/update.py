@@ -284,7 +284,7 @@ class Update(Check):
         watched.steps += 1
         keeps = self._chosen.has(watched.steps, KEEP_EVERY, KEEP_FIRST)
         for state in step.states:
-            state.version = state.kept = None
+            state.unwatch()
             state.keeps = keeps or state.suspect
         if not watched.moves_done:
             self._moves(step, optimizer, watched)

@@ -289,7 +289,7 @@ class Ledger:
         for parameter in parameters:
             state = self._parameters.get(id(parameter))
             if state is not None:
-                state.version = state.kept = None
+                state.unwatch()
                 state.condemned = state.clipped = state.apart = None
 
     # -- cuts ------------------------------------------------------------------------------

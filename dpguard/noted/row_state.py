@@ -438,6 +438,10 @@ class ParameterState:
         if self.keeps and not _compat.has_no_values(parameter):
             self.kept = sample_of(_detach(parameter))
 
+    def unwatch(self) -> None:
+        """Its step comes, or its gradient is cleared: from here on it may change."""
+        self.version = self.kept = None
+
     def note_moments(self, moments: Moments) -> None:
         """Another call that has scaled normalised inputs was met."""
         if len(self.moments) >= _MOMENTS_KEPT:

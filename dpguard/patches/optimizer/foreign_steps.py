@@ -133,6 +133,9 @@ class ForeignSteps:
         """A DP optimizer was had clip and add noise, but not in its ``pre_step``."""
         for parameter in parameters:
             note_used(parameter)
+            state = self._ledger.known(parameter)
+            if state is not None:
+                state.unwatch()
         owner = self._owner(optimizer)
         if owner is None:
             return
