@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -137,6 +138,7 @@ class Delivery:
         rows: how many rows they have; more than people only where an empty batch is filled with
             random numbers.
         serial: number of the delivery in this process; ``None`` while it waits in a worker.
+        thread: which one it was delivered to.
         skip: the signal that ``BatchMemoryManager`` gave for it, if it did.
         logical: the logical batch of its iteration that it is a part of.
         whole: number of the batch of Poisson sampling that it is a part of, if that is known.
@@ -149,7 +151,7 @@ class Delivery:
 
     __slots__ = (
         "drawn", "indices", "iteration", "logical", "met", "people", "rate", "rows", "serial",
-        "skip", "tensors", "used", "whole",
+        "skip", "tensors", "thread", "used", "whole",
     )  # fmt: skip
 
     def __init__(
@@ -160,6 +162,7 @@ class Delivery:
         self.rate = rate
         self.rows = rows
         self.serial: int | None = None
+        self.thread = 0
         self.skip: bool | None = None
         self.logical = 0
         self.whole: int | None = None
@@ -288,7 +291,7 @@ class Deliveries:
             self._of_others += math.inf if delivery.people is None else delivery.people
             return
         self.serial += 1
-        delivery.serial = self.serial
+        delivery.serial, delivery.thread = self.serial, threading.get_ident()
         tensors = [t for t in _tensors(data, _DEPTH) if t.layout is torch.strided]
         delivery.tensors = [weakref.ref(tensor) for tensor in tensors]
         if delivery.indices:

@@ -13,7 +13,9 @@ one would merge two logical batches: that is refused.
 
 Which of several delivered batches is in hand? A loop takes each as it is delivered. A loader that
 is wrapped to fetch ahead delivers a constant number before the one that is used; it is learned in
-the first step of each pass, where the number of rows can tell, and else nothing is dropped.
+the first step of each pass, where the number of rows can tell, and else nothing is dropped. Nor is
+anything where another thread than that of the step has fetched it: that is ahead by as much as it
+likes, and hands on all that it fetches.
 
 A signal that somebody else gives (``signal_skip_step(True)`` for a batch whose loss is bad) is one
 too many for good. It cannot be known what was meant by it: that is refused.
@@ -21,6 +23,7 @@ too many for good. It cannot be known what was meant by it: that is refused.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -83,6 +86,9 @@ class Signals:
         if not delivered:
             return
         iteration: Iteration = delivered[-1].iteration
+        if any(tag.thread != threading.get_ident() for tag in delivered):
+            self._summed.pop(optimizer)
+            return
         mine = [tag for tag in delivered if tag.iteration is iteration]
         if self._has_several(optimizer, mine):
             return  # the audit refuses it, for it knows whose rows they are; nobody was left out
