@@ -7,7 +7,10 @@ import contextlib
 import copy
 import itertools
 import json
+import queue
 import random
+import threading
+import time
 import warnings
 
 import pytest
@@ -362,6 +365,34 @@ def test_batches_that_are_kept_and_used_again_are_refused(guard, which):
     with pytest.raises(dpguard.PrivacyViolation, match="used again"):
         train()
     assert causes(guard)[-1] == diagnosis.BATCH_REUSED
+
+
+def test_a_loader_that_is_cycled_is_refused(guard):
+    """In its second pass, however many batches are stored: once one is met that a step had."""
+    private = Private(batch=2)
+    steps = 0
+    with pytest.raises(dpguard.PrivacyViolation, match="used again"):  # noqa: PT012
+        for x, y in itertools.islice(itertools.cycle(private.loader), 50):
+            private.step(plain(private, x, y))
+            steps += 1
+    assert 20 <= steps < 24  # from the first on it is asked where batches come from
+    assert causes(guard)[-1] == diagnosis.BATCH_REUSED
+
+
+def test_batches_in_one_buffer(guard):
+    """Each is written over the one before: no batch is met again where there is another."""
+    buffer = torch.zeros(PEOPLE, 6)
+
+    def collate(people):
+        return torch.stack([x for x, _ in people], out=buffer[: len(people)]), torch.stack(
+            [y for _, y in people]
+        )
+
+    private = Private(poisson=False, collate_fn=collate)
+    for x, y in private.loader:
+        private.step(plain(private, x, y))
+        private.step(plain(private, torch.randn_like(x), y))  # nobody's
+    assert causes(guard) == []
 
 
 def test_two_steps_on_each_batch_are_refused(guard):
@@ -1774,6 +1805,51 @@ def test_declared_rows_raise_no_alarm_in_other_checks(name):
 
 
 # -- another thread draws ahead ----------------------------------------------------------------------
+
+
+def fetched(loader, ahead, pauses):
+    """What it delivers to another thread, up to so many batches ahead of the one that is used."""
+    waiting = queue.Queue(ahead)
+
+    def fetch():
+        for batch in loader:
+            time.sleep(pauses.choice([0, 0, 0.004]))
+            waiting.put(batch)
+        waiting.put(None)
+
+    threading.Thread(target=fetch, daemon=True).start()
+    return iter(waiting.get, None)
+
+
+@pytest.mark.parametrize("ahead", [1, 4])
+@pytest.mark.parametrize("split", [True, False])
+def test_a_thread_that_fetches_ahead(ahead, split):
+    """By as much as it happens to be; all batches are used, each with its own signal."""
+    ends = []
+    for mode in ("off", "repair"):
+        with dpguard.install(mode=mode) as guard:
+            private = Private(samples(120), batch=24)
+            if not hasattr(private.loader.batch_sampler, "generator"):
+                pytest.skip("this Opacus draws batches and noise from one stream")
+            drawn = torch.Generator().manual_seed(5)  # not from the stream of the noise
+            private.loader.batch_sampler.generator = drawn
+            pauses = random.Random(7)
+            for _ in range(4):
+                loader = contextlib.nullcontext(private.loader)
+                if split:
+                    loader = BatchMemoryManager(
+                        data_loader=private.loader,
+                        max_physical_batch_size=7,
+                        optimizer=private.optimizer,
+                    )
+                with loader as batches:
+                    for x, y in fetched(batches, ahead, pauses):
+                        time.sleep(pauses.choice([0, 0, 0.004]))
+                        private.step(plain(private, x, y))
+            ends.append([p.detach().clone() for p in private.model.parameters()])
+            assert violations(guard) == ()
+            assert not any(i.cause == diagnosis.SKIPPED_BATCH for i in guard.interventions)
+    assert all(map(torch.equal, *ends))
 
 
 class Owner:

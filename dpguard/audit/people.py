@@ -381,6 +381,7 @@ class People(Check):
         logical.waits = logical.reused = False
         for delivery in used:
             self._deliveries.use(logical.reader, delivery)
+            delivery.taken = True
         if not used or used[0].iteration is DECLARED:
             logical.draws = None
         elif used[0].skip is not None:
@@ -447,7 +448,10 @@ class People(Check):
             return None
         logical.waits = True
         logical.undelivered += 1
-        logical.reused = bool(logical.met)
+        known = self._deliveries.of({note.origin for note in notes})
+        # While one after the other was used: each step had rows of what was delivered last.
+        former = [d for d in known if d.taken and (d.serial or 0) < (last.serial or 0)]
+        logical.reused = bool(logical.met or former)
         if logical.reused:
             return _failure(diagnosis.BATCH_REUSED, sizes, [last], check=BATCHES)
         if logical.undelivered < _WEAK_STEPS:

@@ -5,8 +5,8 @@ it: the rows of its next steps must be these people. The same goes for any loade
 one of Opacus's samplers, as long as there is only one DP optimizer, which was there when it drew.
 What other loaders deliver is weak evidence: nobody knows what it is for.
 
-Kept are numbers of people, never indices, and weak references to the delivered tensors of the
-last few private batches, by which a call can be told to have seen one of them.
+Kept are numbers of people, never indices, and for as long as the delivered tensors of a private
+batch are alive, where they lie, by which a call can be told to have seen them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ DECLARED = "declared"
 """Stands for the iterator of a batch whose size the user has declared."""
 
 _PENDING_AT_MOST = 1024
-_TENSORS_KEPT_OF = 8
+_RECENT = 8
+_TENSORS_AT_MOST = 4096
 _DEPTH = 3
 
 
@@ -142,7 +143,8 @@ class Delivery:
         skip: the signal that ``BatchMemoryManager`` gave for it, if it did.
         logical: the logical batch of its iteration that it is a part of.
         whole: number of the batch of Poisson sampling that it is a part of, if that is known.
-        used: whether a step has taken it, by the number of its rows.
+        used: whether it is waited for no more.
+        taken: whether it is since a step had as many rows as it has, when it was its turn.
         met: whether a step had calls of it, by its memory.
         drawn: what is known of how it was drawn, if it was by Poisson sampling; of the last of
             several that were drawn as one.
@@ -151,7 +153,7 @@ class Delivery:
 
     __slots__ = (
         "drawn", "indices", "iteration", "logical", "met", "people", "rate", "rows", "serial",
-        "skip", "tensors", "thread", "used", "whole",
+        "skip", "taken", "thread", "used", "whole",
     )  # fmt: skip
 
     def __init__(
@@ -166,10 +168,9 @@ class Delivery:
         self.skip: bool | None = None
         self.logical = 0
         self.whole: int | None = None
-        self.used = self.met = False
+        self.used = self.taken = self.met = False
         self.drawn: Drawn | None = None
         self.indices: Sequence[int] = ()
-        self.tensors: Sequence[weakref.ref[torch.Tensor]] = ()
 
     def fits(self, rows: int) -> bool:
         """Whether so many rows can be its people."""
@@ -185,14 +186,6 @@ class Delivery:
         if self.skip is None:
             return -1, self.serial or 0
         return self.iteration.number, self.logical
-
-    def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether ``tensor`` lies in the memory of a delivered tensor that still is alive."""
-        if tensor.layout is not torch.strided:
-            return False
-        memory = tensor.untyped_storage().data_ptr()
-        alive = (reference() for reference in self.tensors)
-        return any(t is not None and t.untyped_storage().data_ptr() == memory for t in alive)
 
 
 class Reader:
@@ -266,7 +259,10 @@ class Deliveries:
         self.untied = Reader()
         """Is told of batches that Opacus's samplers draw, nobody knows for whom."""
         self._declared: deque[Delivery] = deque(maxlen=_PENDING_AT_MOST)
-        self._recent: deque[Delivery] = deque(maxlen=_TENSORS_KEPT_OF)
+        self._recent: deque[Delivery] = deque(maxlen=_RECENT)
+        self._memory: dict[int, tuple[weakref.ref[torch.Tensor], Delivery | None]] = {}
+        """By its address memory of a delivered tensor that is alive, and which private batch lies
+        there; ``None``: several do."""
 
     def reader(self, optimizer: Any) -> Reader:
         """What is kept for ``optimizer``."""
@@ -282,18 +278,18 @@ class Deliveries:
         """A DP optimizer was made just now."""
         self.reader(optimizer).born = self.serial
 
-    def add(self, delivery: Delivery, data: Any) -> None:
-        """A loader has delivered ``data``."""
+    def add(self, delivery: Delivery, data: Any) -> list[torch.Tensor]:
+        """A loader has delivered ``data``; the tensors in it, if it is a private batch."""
         iteration: Iteration = delivery.iteration
         if not iteration.readers:
             self.others += 1
             self.other = delivery
             self._of_others += math.inf if delivery.people is None else delivery.people
-            return
+            return []
         self.serial += 1
         delivery.serial, delivery.thread = self.serial, threading.get_ident()
         tensors = [t for t in _tensors(data, _DEPTH) if t.layout is torch.strided]
-        delivery.tensors = [weakref.ref(tensor) for tensor in tensors]
+        self._remember(delivery, tensors)
         if delivery.indices:
             batch = iteration.count if delivery.skip is None else delivery.logical
             for reader in iteration.readers:
@@ -301,12 +297,27 @@ class Deliveries:
                     reader.places.note(iteration.number, batch, delivery.indices, tensors)
             delivery.indices = ()
         iteration.count += 1
-        if len(self._recent) == _TENSORS_KEPT_OF:
-            self._recent[0].tensors = ()
         self._recent.append(delivery)
         for reader in iteration.readers:
             reader.add(delivery)
             self.unclear = self.unclear or reader.fresh or len(reader.pending) > 1
+        return tensors
+
+    def _remember(self, delivery: Delivery, tensors: Iterable[torch.Tensor]) -> None:
+        """Where a batch lies, for as long as its tensors are alive."""
+        memory = self._memory
+        for tensor in tensors:
+            address = _address(tensor)
+            if not address or len(memory) >= _TENSORS_AT_MOST:
+                continue
+
+            def forget(gone: Any, address: int = address) -> None:
+                if (held := memory.get(address)) is not None and held[0] is gone:
+                    memory.pop(address, None)
+
+            reference = weakref.ref(tensor, forget)
+            _, other = memory.get(address, (None, delivery))
+            memory[address] = reference, delivery if other is delivery else None
 
     def declare(self, people: int) -> None:
         """The user says how many people the batch at hand has."""
@@ -414,23 +425,39 @@ class Deliveries:
     def meet(self, serials: Collection[int | None]) -> list[Delivery]:
         """A step has had calls of these private batches; of which of them one before it had.
 
-        Of the last few batches. That a step had as many rows says less: it may have been of other
-        samples, which are nobody's.
+        That a step had as many rows says less: it may have been of other samples, which are
+        nobody's.
         """
-        met = [delivery for delivery in tuple(self._recent) if delivery.serial in serials]
+        met = self.of(serials)
         before = [delivery for delivery in met if delivery.met]
         for delivery in met:
             delivery.met = True
         return before
 
+    def of(self, serials: Collection[int | None]) -> list[Delivery]:
+        """These private batches, of those that are alive and the last few."""
+        held = [delivery for _, delivery in tuple(self._memory.values()) if delivery is not None]
+        known = {delivery.serial: delivery for delivery in (*held, *tuple(self._recent))}
+        return [delivery for serial, delivery in known.items() if serial in serials]
+
     def origin(self, inputs: Iterable[Any]) -> int | None:
         """Serial of the private batch in whose memory the inputs of a call lie, if they do."""
         for value in inputs:
             if isinstance(value, torch.Tensor) and value.numel():
-                for delivery in tuple(self._recent):  # other threads draw as well
-                    if delivery.holds(value):
-                        return delivery.serial
+                _, delivery = self._memory.get(_address(value), (None, None))
+                if delivery is not None:
+                    return delivery.serial
         return None
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Where the memory of a tensor begins; zero if it has none."""
+    if tensor.layout is not torch.strided:
+        return 0
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # so does torch where there are no values
+        return 0
 
 
 def _tensors(data: Any, depth: int) -> list[torch.Tensor]:

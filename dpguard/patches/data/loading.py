@@ -224,11 +224,10 @@ class LoadingPatch:
         delivery = iteration.drawn.pop(_compat.delivered_number(iterator), None)
         if delivery is None or delivery.people is None:
             return
-        self._deliveries.add(delivery, data)
+        tensors = self._deliveries.add(delivery, data)
         self._ledger.drawn = self._deliveries.serial
         inputs = self._ledger.inputs
         if inputs is not None and inputs.wanted:
-            tensors = [reference() for reference in delivery.tensors]
             inputs.run(inputs.deliver, tensors)
             if look is not None:
                 self._collating.run(self._collating.compare, look, tensors, iteration.readers)
