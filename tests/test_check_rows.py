@@ -570,6 +570,26 @@ def test_what_dp_sgd_discards_is_named(change, cause, remedy):
         assert len(guard.violations[0].parameters) == 6
 
 
+@pytest.mark.parametrize("to_none", [True, False])
+def test_rows_that_are_kept_while_gradients_are_cleared(to_none):
+    """Several views, one after the other: what is in ``p.grad`` then is of none of them."""
+    training = bench("mlp")
+    with dpguard.install(mode="strict") as guard:
+        for _ in range(3):
+            views = []
+            for _ in range(4):
+                training.backward()
+                views.append(training.optimizer.grad_samples)
+                training.optimizer.zero_grad(set_to_none=to_none)
+            for p, rows in zip(training.optimizer.params, zip(*views, strict=True), strict=True):
+                p.grad_sample = torch.stack(rows).mean(0)
+            training.optimizer.step()
+            training.optimizer.zero_grad()
+        guard.flush()
+    assert guard.violations == ()
+    assert CONSERVATION in guard.last_step.checks
+
+
 @pytest.mark.parametrize("clear", ["rows", "nothing in place"])
 def test_gradients_that_are_never_cleared(clear):
     """Opacus does not look at what is in them; they cannot be compared, which is said once."""

@@ -458,6 +458,9 @@ class ParameterState:
         known = [entry._rows() for entry in self.entries]
         if len(known) != len(tensors) or not all(map(operator.is_, known, tensors)):
             self.entries, self.captured = self._replaced(tensors), False
+            if self.version is None:  # gradients were cleared since the last backward
+                for entry in self.entries:
+                    entry.uneven = True
         return tensors
 
     def _replaced(self, tensors: list[torch.Tensor]) -> list[Entry]:
