@@ -367,6 +367,21 @@ def test_batches_that_are_kept_and_used_again_are_refused(guard, which):
     assert causes(guard)[-1] == diagnosis.BATCH_REUSED
 
 
+@pytest.mark.parametrize("model_clears", [True, False])
+def test_a_larger_backward_whose_gradients_are_cleared(guard, model_clears):
+    """It is none of the step's: fewer rows than people are samples that were left out."""
+    private = Private()
+    clears = private.model if model_clears else private.optimizer
+    for _ in range(2):
+        for x, y in private.loader:
+            plain(private, torch.randn(30, 6), torch.zeros(30, dtype=torch.int64)).backward()
+            clears.zero_grad()
+            private.step(plain(private, x[y < 3], y[y < 3]))
+            plain(private, torch.randn(30, 6), torch.zeros(30, dtype=torch.int64)).backward()
+            clears.zero_grad()
+    assert set(causes(guard)) == {diagnosis.ROWS_LEFT_OUT}
+
+
 def test_a_loader_that_is_cycled_is_refused(guard):
     """In its second pass, however many batches are stored: once one is met that a step had."""
     private = Private(batch=2)

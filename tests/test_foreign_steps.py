@@ -179,3 +179,54 @@ def test_accounting_of_steps_from_parts(after):
     causes = {v.cause for v in guard.violations}
     assert causes == {diagnosis.NOT_AUDITED} | (set() if after else {diagnosis.NOT_ACCOUNTED})
     assert after or len(taken) == 1
+
+
+class Holder(DPOptimizer):
+    """Has the class and holds one: no constructor was called, ``add_noise`` is a switch."""
+
+    def __init__(self, held):
+        self.held, self.add_noise = held, False
+
+    def zero_grad(self, set_to_none=False):
+        self.held.zero_grad(set_to_none)
+
+    def pre_step(self, closure=None):
+        held = self.held
+        held.clip_and_accumulate()
+        if self.add_noise:
+            held.add_noise()
+        else:
+            for p in held.params:
+                p.grad = p.summed_grad
+                p.summed_grad._processed = True
+        held.scale_grad()
+        held.step_hook(held)
+        held._is_last_step_skipped = False
+        return True
+
+    def step(self, closure=None):
+        if self.pre_step():
+            self.held.original_optimizer.step()
+
+
+class Forwarding(Holder):
+    """Looks like the one that it holds."""
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["held"], name)
+
+
+@pytest.mark.parametrize("mode", ["repair", "observe"])
+@pytest.mark.parametrize("cls", [Holder, Forwarding])
+def test_an_object_that_only_has_the_class(cls, mode):
+    """It trains as it does without dpguard, whatever it means by the names of our methods."""
+    ends = []
+    for each in ("off", mode):
+        with dpguard.install(mode=each) as guard:
+            training = Training()
+            training.optimizer = cls(training.optimizer)
+            training.epoch()
+            ends.append(training.values())
+            assert guard.internal_errors == () if each == mode else True
+    assert all(map(torch.equal, *ends))
+    assert guard.violations

@@ -75,6 +75,7 @@ class Calls:
         self._deliveries = deliveries
         self._part = Part("calls", report, partial(setattr, ledger, "watcher", None))
         self._notes: list[Note] = []
+        ledger.forget_calls = partial(self._part.run, self.take)
         self.watch()
 
     def watch(self) -> None:
@@ -104,8 +105,8 @@ class Calls:
             )
         )
 
-    def take(self, parameters: Sequence[torch.nn.Parameter]) -> list[Note]:
-        """The calls of these parameters since their last step."""
+    def take(self, parameters: Sequence[torch.Tensor]) -> list[Note]:
+        """The calls of these parameters since their last step, or since they were cleared."""
         if not self._notes:
             return []
         wanted = set(map(id, parameters))

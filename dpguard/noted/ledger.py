@@ -112,6 +112,8 @@ class Ledger:
         """Identities of parameters that were used while Opacus's hooks were disabled."""
         self.before_clearing: Callable[[Sequence[torch.Tensor]], None] | None = None
         """Called with parameters whose gradients are about to be cleared."""
+        self.forget_calls: Callable[[Sequence[torch.Tensor]], None] | None = None
+        """Called with parameters of whose calls there are no rows any more."""
         self._closed = False
         self._tasks: dict[int, GraphTask] = {}
         self._parameters: dict[int, ParameterState] = {}
@@ -280,11 +282,18 @@ class Ledger:
             for parameter, state in states:
                 state.put_in_order(parameter)
 
-    def forgive(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Gradients are cleared: what was wrong with them no longer matters."""
+    def forgive(self, parameters: Iterable[torch.Tensor], *, between: bool = False) -> None:
+        """Gradients are cleared: what was wrong with them no longer matters.
+
+        Args:
+            parameters: whose.
+            between: it may be Opacus that clears them, between its backwards of one batch.
+        """
         parameters = list(parameters)
         if self.before_clearing is not None:
             self.before_clearing(parameters)
+        if self.watcher is not None and self.forget_calls is not None and not between:
+            self.forget_calls(parameters)
         self._forget_failed(parameters)
         for parameter in parameters:
             state = self._parameters.get(id(parameter))

@@ -104,8 +104,10 @@ class Mechanism:
         if own is None:
             yield
             return
-        before = {name: own.get(name, ABSENT) for name in _PARTS}
-        put = {name: self._watcher(instance, own, name, before[name]) for name in _PARTS}
+        # What is no method is what a class of somebody's own means by that name, a switch say.
+        parts = [name for name in _PARTS if callable(getattr(instance, name, None))]
+        before = {name: own.get(name, ABSENT) for name in parts}
+        put = {name: self._watcher(instance, own, name, before[name]) for name in parts}
         own.update(put)
         try:
             yield

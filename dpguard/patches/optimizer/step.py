@@ -264,11 +264,11 @@ class OptimizerPatch:
 
     @_compat.eager
     def _zero_grad(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        if self._is_stopped():
+        if self._is_stopped() or not _is_whole(instance):
             return wrapped(*args, **kwargs)
         self._meet_models()
         parameters = [p for group in instance.param_groups for p in group["params"]]
-        self._ledger.forgive(parameters)
+        self._ledger.forgive(parameters, between=not _compat.clips_rows(instance))
         self._audit(self._auditor.before_clear, instance)
         if self._repairs:
             for parameter in parameters:
@@ -284,7 +284,7 @@ class OptimizerPatch:
 
     @_compat.eager
     def _pre_step(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        if not self._active:
+        if not self._active or not _is_whole(instance):
             return wrapped(*args, **kwargs)
         if self._is_inside(instance):  # a subclass whose own pre_step calls that of its base
             return self._mechanism.pre_step(wrapped, instance, args, kwargs)
@@ -404,6 +404,11 @@ class _Guarded:
     def after_noise(self, optimizer: Any) -> None:
         self._patch._audit(self._patch._auditor.after_noise, optimizer)
         self._patch._parts["sigma"].run(self._patch._sigma.show, optimizer)
+
+
+def _is_whole(instance: Any) -> bool:
+    """Whether it wraps an optimizer: not an object of somebody's own that only has the class."""
+    return hasattr(instance, "original_optimizer")
 
 
 def _with_subclasses(base: type[Any]) -> Iterator[type[Any]]:
