@@ -121,7 +121,9 @@ class Runtime:
         self.grad_sample = GradSamplePatch(
             self.ledger, kinds, verdicts, outputs=self.outputs, report=report
         )
-        self._loading = LoadingPatch(self._deliveries, self.ledger, self._calls.watch, report)
+        self._loading = LoadingPatch(
+            self._deliveries, self.ledger, self._calls.watch, verdicts, report
+        )
         self._forwarding = AttributeForwarding(verdicts)
         self.optimizer = OptimizerPatch(
             self.ledger,

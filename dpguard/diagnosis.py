@@ -108,6 +108,7 @@ NOBODY_TOLD = "no_accountant_told"
 TWO_OPTIMIZERS = "two_optimizers"
 RATE_EXCEEDED = "rate_exceeded"
 NOT_POISSON = "not_poisson"
+SAMPLER_DROPPED = "sampler_dropped"
 LOADER_BYPASSED = "loader_bypassed"
 STEP_HOOK = "step_hook"
 STEP_HOOK_REPLACED = "step_hook_replaced"
@@ -722,6 +723,14 @@ _DIAGNOSES = {
         "epsilon is that of another way of sampling",
         "leave poisson_sampling=True, or account for the sampling that is used (for shuffled "
         "batches, GaussianAccountant.get_epsilon(delta, poisson=False))",
+        Severity.WARNING,
+    ),
+    SAMPLER_DROPPED: Diagnosis(
+        "make_private replaces the sampler of a data loader by Poisson sampling from all records "
+        "of its data set, so records that the sampler would leave out (those of a validation "
+        "fold) are trained on, and weights have no effect",
+        "give make_private a loader of torch.utils.data.Subset(dataset, indices), without a "
+        "sampler; weights of records cannot be accounted for",
         Severity.WARNING,
     ),
     LOADER_BYPASSED: Diagnosis(

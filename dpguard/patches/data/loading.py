@@ -12,7 +12,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from dpguard import _compat
+import torch.utils.data
+
+from dpguard import _callsite, _compat, diagnosis
 from dpguard.identity import IdentityMap, IdentitySet
 from dpguard.noted.datasets import repeated_places
 from dpguard.noted.deliveries import Deliveries, Delivery, Iteration
@@ -23,11 +25,18 @@ from dpguard.parts import Part
 from dpguard.patches.data.collating import Collating, Look
 from dpguard.patches.wrapping import Wrapper
 from dpguard.patching import Transaction
+from dpguard.verdicts import Verdicts
 
 __all__ = ["LoadingPatch"]
 
 _DEPTH = 4
 """How many samplers may be wrapped in one another."""
+_OF_ALL = (
+    torch.utils.data.SequentialSampler,
+    torch.utils.data.RandomSampler,
+    torch.utils.data.DistributedSampler,
+)
+"""Samplers that draw from all records alike."""
 _WHOLES = 4
 """So many batches of a sampler are kept, by which parts of them are known."""
 
@@ -46,6 +55,7 @@ class LoadingPatch:
         deliveries: is told what was delivered.
         ledger: knows the last private batch, for the calls that are made then.
         watch: has calls noted while it is unclear which batch they have seen.
+        verdicts: where it is said that a sampler is not used.
         report: is given the name of a part and the error that has switched it off.
     """
 
@@ -54,11 +64,13 @@ class LoadingPatch:
         deliveries: Deliveries,
         ledger: Ledger,
         watch: Callable[[], None],
+        verdicts: Verdicts,
         report: Callable[[str, Exception], None],
     ) -> None:
         self._deliveries = deliveries
         self._ledger = ledger
         self._watch = watch
+        self._verdicts = verdicts
         self._part = Part("loading", report, deliveries.stop)
         self._collating = Collating(ledger, report)
         self._iterations: IdentityMap[Iteration] = IdentityMap()
@@ -122,7 +134,29 @@ class LoadingPatch:
     def _make_private(self, wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
         result = wrapped(*args, **kwargs)
         self._part.run(self._tie, result)
+        self._part.run(self._say_dropped, kwargs.get("data_loader"), result[-1])
         return result
+
+    def _say_dropped(self, given: Any, made: Any) -> None:
+        """A sampler that draws from some records only, or unevenly, has no say any more."""
+        drawn = getattr(made, "batch_sampler", None)
+        own = getattr(given, "batch_sampler", None)
+        if own is drawn or not isinstance(drawn, _compat.poisson_samplers()):
+            return
+        if type(own) is torch.utils.data.BatchSampler:
+            own = own.sampler
+        if own is None or isinstance(own, (*_OF_ALL, *_compat.poisson_samplers())):
+            return
+        if _are_all(getattr(own, "indices", ()), _length(made.dataset)):
+            return
+        name = type(own).__name__
+        self._verdicts.complain(
+            "accounting.sampling",
+            diagnosis.SAMPLER_DROPPED,
+            f"The {name} of the data loader is not used by the one that make_private returned, "
+            "which draws from all records of the data set.",
+            site=_callsite.writer(),
+        )
 
     # -- what they do --------------------------------------------------------------------------
 
@@ -268,6 +302,11 @@ def _length(found: Any) -> int | None:
         return len(found)
     except (TypeError, NotImplementedError):  # so do samplers that wrap one without a length
         return None
+
+
+def _are_all(indices: Any, records: int | None) -> bool:
+    """Whether a sampler that draws these records once each leaves none out."""
+    return _length(indices) == records and set(_numbers(indices)) == set(range(records or 0))
 
 
 def _numbers(indices: Any) -> Any:
