@@ -619,6 +619,69 @@ def test_the_reduction_is_the_one_that_is_declared(declared, reduction, of_each)
     assert causes == ([] if declared == reduction else [right])
 
 
+def vae(o, y):
+    """A reconstruction and a divergence, each a sum."""
+    reconstruction = F.binary_cross_entropy_with_logits(o, one_hot(y), reduction="sum")
+    return reconstruction - 0.5 * torch.sum(1 + o - o.pow(2) - o.exp())
+
+
+SUMS = {
+    "vae": vae,
+    "squares": lambda o, y: (o - one_hot(y)).pow(2).sum(),
+    "log-likelihood": lambda o, y: -o.log_softmax(1)[torch.arange(len(y)), y].sum(),
+    "divided by one": lambda o, y: F.cross_entropy(o, y, reduction="sum") / 1,
+    "means of each": lambda o, y: (o - one_hot(y)).pow(2).mean(1).sum(),
+    "in two": lambda o, y: 2 * (F.mse_loss(o, one_hot(y), reduction="sum") + o.abs().sum()),
+}
+NO_SUMS = {
+    "vae": lambda o, y: vae(o, y) / len(y),
+    "of numbers": lambda o, y: vae(o, y) / o.numel(),
+    "a product": lambda o, y: vae(o, y) * (1 / len(y)),
+    "each": lambda o, y: (F.cross_entropy(o, y, reduction="none") / len(y)).sum(),
+    "weighted": lambda o, y: F.cross_entropy(o, y, reduction="none") @ o.new_full((len(y),), 0.1),
+    "weights": lambda o, y: (o.pow(2) * o.new_full((len(y), 1), 1 / len(y))).sum(),
+    "a mean of people": lambda o, y: (o - one_hot(y)).pow(2).mean(0).sum(),
+    "one mean": lambda o, y: F.cross_entropy(o, y) + o.pow(2).sum(),
+    "a stack": lambda o, y: torch.stack([F.cross_entropy(o, y), o.pow(2).mean()]).sum(),
+    "one by one": lambda o, y: sum(F.cross_entropy(a, b) for a, b in zip(o, y, strict=True)),
+    "divided by something": lambda o, y: F.cross_entropy(o, y, reduction="none").sum() / 37,
+    "a tensor": lambda o, y: vae(o, y) / torch.tensor(float(len(y))),
+}
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_of_whatever_form(name, scaled):
+    """Each row is as many times as large as there are people: it hangs on who else is there."""
+    loss = SUMS[name]
+    rows = []
+    for people in (BATCH, BATCH - 1):
+        with dpguard.install(mode="off"):
+            training = Training(reduction="mean")
+            x, y = batch_of(BATCH)
+            loss(training.model(x[:people]), y[:people]).backward()
+            rows.append([p.grad_sample[0] for p in training.model.parameters()])
+    assert not all(torch.allclose(a, b, rtol=0.02) for a, b in zip(*rows, strict=True))
+    with dpguard.install(mode="observe", oracle_every=1) as guard:
+        training = Training(reduction="mean")
+        for _ in range(3):
+            training.step(lambda o, y: 1024.0 * loss(o, y) if scaled else loss(o, y))
+    assert {v.cause for v in guard.violations if v.check == LOSS} == {diagnosis.LOSS_IS_SUM}
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        training = Training(reduction="sum")
+        training.step(loss)
+    assert guard.violations == ()
+
+
+@pytest.mark.parametrize("name", NO_SUMS)
+def test_what_may_be_divided_by_the_number_of_people(name):
+    with dpguard.install(mode="observe", oracle_every=1) as guard:
+        training = Training(reduction="mean")
+        for _ in range(3):
+            training.step(NO_SUMS[name])
+    assert diagnosis.LOSS_IS_SUM not in {v.cause for v in guard.violations}
+
+
 def mean_of(scale):
     return lambda o, y: scale(F.cross_entropy(o, y))
 

@@ -102,7 +102,8 @@ def _verdict(step: Step, found: Coupling, agree: bool, values: list[float]) -> l
         failures.append(Failure(LOSS, diagnosis.LOSS_OF_SOME, modules=model))
     elif ignored > 0 or (hook is not None and hook.counts.are_divisors(counted, hook.look_again)):
         failures.append(Failure(LOSS, diagnosis.LOSS_IGNORES, modules=model))
-    if reduction is not None and reduction != declared and agree:
+    is_counted = ignored > 0 or counted > 0  # a mean of its own
+    if reduction is not None and reduction != declared and agree and not is_counted:
         cause = diagnosis.LOSS_IS_SUM if reduction == "sum" else diagnosis.LOSS_IS_MEAN
         failures.append(Failure(LOSS, cause, modules=model))
     return failures

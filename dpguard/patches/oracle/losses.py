@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -60,8 +59,8 @@ from dpguard.patches.oracle.broadcasts import (
 )
 from dpguard.patches.oracle.decisions import DECISIONS, Decision
 from dpguard.patches.oracle.divisors import Divided, Divisors
-from dpguard.patches.oracle.masks import MEAN, NONE
 from dpguard.patches.oracle.outputs import Draw, Expected, OutputHook, Outputs, mark_of
+from dpguard.patches.oracle.reductions import Seeds, divisors_of, is_mean, reduction_of
 from dpguard.patches.oracle.vjp import Parts, Unfit, propagate
 from dpguard.patches.wrapping import EagerWrapper, patch_function
 from dpguard.patching import Transaction
@@ -70,13 +69,8 @@ __all__ = ["Coupling", "Losses"]
 
 _KEPT = 16
 _DECISIONS_AT_MOST = 8
-_REDUCTIONS = {MEAN: "mean", 2: "sum"}
-"""Reductions, as the nodes of losses have them,"""
-_OF_EACH = {"MeanBackward0": "mean", "SumBackward0": "sum"}
-"""and of losses of one person each."""
 _EXPANDED = "PerSampleGradBackward"
 """Names of calls of layers with expanded weights end so."""
-_SCALES = frozenset(("DivBackward0", "MulBackward0"))
 _SELECT = frozenset(("IndexBackward0", "IndexSelectBackward0", "SliceBackward0", "SplitBackward0"))
 """Nodes that take a part of the rows."""
 _End: TypeAlias = "tuple[Any, int, torch.Tensor]"
@@ -188,7 +182,7 @@ class Losses:
                     self._outputs.unasked.discard(hook)
 
 
-def _seeds(tensors: Any, gradients: Any) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+def _seeds(tensors: Any, gradients: Any) -> Seeds | None:
     """What the backward begins at, with the gradients there; ``None`` if that is not plain."""
     roots = list(tensors) if isinstance(tensors, Sequence) else [tensors]
     given = list(gradients) if isinstance(gradients, Sequence) else [gradients] * len(roots)
@@ -224,7 +218,7 @@ class _Examination:
         self._kinds: set[torch.dtype] = set()
         self._arrivals: list[_Pair] = []
 
-    def of(self, seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> Coupling | None:
+    def of(self, seeds: Seeds) -> Coupling | None:
         """What the loss shows; ``None`` if it does not begin at outputs of the draw."""
         with torch.enable_grad():
             total = torch.stack([(root * gradient).sum() for root, gradient in seeds]).sum()
@@ -269,13 +263,13 @@ class _Examination:
             whole,
             divided,
             None if square is None else square.parted(whose),
-            (_reduction_of(seeds), self._hook.pairing.loss_reduction),
+            (self._reduction_of(seeds), self._hook.pairing.loss_reduction),
             self._roundoff(),
             further,
             self._arrivals,
             is_broadcast=square is not None and any(map(keeps_other_targets, self._with_targets)),
             of_some=self._is_of_some(seeds),
-            divisors=_divisors_of(seeds),
+            divisors=divisors_of(seeds),
         )
 
     def _run(self, root: torch.Tensor, watch: Any = None) -> list[_End]:
@@ -331,7 +325,7 @@ class _Examination:
     def _roundoff(self) -> float:
         return max(map(_compat.unit_roundoff, self._kinds))
 
-    def _goes_round(self, seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+    def _goes_round(self, seeds: Seeds) -> bool:
         """Whether there is a way to a call of a layer of the model that is by no marked output.
 
         A penalty on parameters leads to them, and to no call.
@@ -354,17 +348,22 @@ class _Examination:
                 ways += [way for way in node.next_functions if way[0] is not None]
         return False
 
-    def _is_of_some(self, seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+    def _reduction_of(self, seeds: Seeds) -> str | None:
+        def is_output(node: Any) -> bool:
+            return mark_of(node, self._draw) is not None
+
+        return reduction_of(seeds, self._draw.rows, is_output)
+
+    def _is_of_some(self, seeds: Seeds) -> bool:
         """Whether the loss is a mean, to which nothing was done, over some rows of the outputs.
 
         Everything in it comes from these: there is one way to the outputs. Rows of one person that
         are declared may be for this very purpose.
         """
         root: Any = seeds[0][0].grad_fn
-        is_mean = _REDUCTIONS.get(getattr(root, "_saved_reduction", NONE)) == "mean"
         if len(seeds) != 1 or seeds[0][0].numel() != 1 or self._draw.people is not None:
             return False
-        if not is_mean and type(root).__name__ != "MeanBackward0":
+        if not is_mean(root) and type(root).__name__ != "MeanBackward0":
             return False
         node, index = root, seeds[0][0].output_nr
         while mark_of(node, self._draw) is None:
@@ -398,44 +397,6 @@ class _Examination:
         """The outputs that are compared, and whether that has an effect."""
         compared, effect = decision.compared(self._probes.generator(device))
         return self._propagate(decision.node, decision.arrived, instead=compared), effect
-
-
-def _reduction_of(seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> str | None:
-    """The reduction of the loss where it is certain: nothing was done to it since."""
-    if len(seeds) != 1 or seeds[0][0].numel() != 1:
-        return None
-    return _reduction_at(seeds[0][0].grad_fn)
-
-
-def _reduction_at(node: Any) -> str | None:
-    own = _REDUCTIONS.get(getattr(node, "_saved_reduction", NONE))
-    if own is not None:
-        return own
-    ((above, _),) = getattr(node, "next_functions", ())[:1] or ((None, 0),)
-    return _OF_EACH.get(type(node).__name__) if _is_of_each(above) else None
-
-
-def _divisors_of(seeds: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, ...]:
-    """By which numbers a loss that is no sum was divided at its end, by a product as well."""
-    found: list[float] = []
-    node: Any = seeds[0][0].grad_fn if len(seeds) == 1 and seeds[0][0].numel() == 1 else None
-    while type(node).__name__ in _SCALES:
-        other = node._saved_other
-        # Not read where that would wait; of a product torch keeps what the loss was multiplied by.
-        if type(other) is torch.Tensor and other.is_cpu and other.numel() == 1 and other.item():
-            number = float(other.item())
-            divisor = number if type(node).__name__ == "DivBackward0" else 1 / number
-            undone = next((one for one in found if math.isclose(one * divisor, 1)), None)
-            if undone is None:
-                found.append(divisor)
-            else:  # as who multiplies what a library will divide
-                found.remove(undone)
-        node = next((above for above, _ in node.next_functions if above is not None), None)
-    return () if _reduction_at(node) == "sum" else tuple(found)
-
-
-def _is_of_each(node: Any) -> bool:
-    return getattr(node, "_saved_reduction", None) == NONE
 
 
 def _firsts(ends: list[_End]) -> list[torch.Tensor]:
