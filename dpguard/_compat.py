@@ -549,6 +549,16 @@ def adapts_bound(loss: Any) -> bool:
     return cls is not None and isinstance(loss, cls)
 
 
+def asks_for_each(call: Any) -> bool:
+    """Whether Opacus's own ``__call__`` of a criterion has it return one loss for each sample.
+
+    Before 1.6 constructors see to that. That of adaptive clipping in 1.6 does neither, and clips the
+    gradient of the batch.
+    """
+    code = getattr(getattr(call, "__func__", call), "__code__", None)
+    return code is None or "none" in code.co_consts
+
+
 def ghost_criterion_classes() -> list[type]:
     """The classes that make such losses out of the user's criterion; none before 1.5.2."""
     return _present(

@@ -62,6 +62,7 @@ BATCHES_UNRELATED = "batches_unrelated"
 UNCLIPPED = "unclipped_backward"
 NOT_CLEARED = "gradients_not_cleared"
 LOSS_SHAPE = "loss_shape"
+LOSS_REDUCED = "loss_reduced"
 LOSSES_OVERLAP = "losses_overlap"
 LOSS_COUPLES = "loss_couples_people"
 LOSS_WEIGHTED = "loss_divided_by_weights"
@@ -1121,6 +1122,12 @@ _DIAGNOSES = {
         "let the criterion honour reduction='none' and reduce its result to shape (B,), one loss "
         "per sample",
         Severity.CRITICAL,
+    ),
+    LOSS_REDUCED: Diagnosis(
+        "ghost clipping multiplies the losses by one clip factor for each sample, which without "
+        "one loss for each sample clips the gradient of the batch, or counts people several times",
+        "nothing to do; without dpguard, gradients of this training are not clipped for each "
+        "person",
     ),
     LOSSES_OVERLAP: Diagnosis(
         "two losses were backpropagated one after the other though the forwards of both had run "

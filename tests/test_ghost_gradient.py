@@ -63,6 +63,11 @@ def batch(rows=EXPECTED, seed=0, shape=(6,), out=(5,)):
     )
 
 
+def others(guard):
+    """The interventions but that losses of several dimensions are reduced to one of each sample."""
+    return tuple(i for i in guard.interventions if i.kind != diagnosis.LOSS_REDUCED)
+
+
 def squares(reduction):
     """MSE of each sample, reduced as declared: over the trailing dimensions too."""
 
@@ -131,7 +136,7 @@ def test_batches_before_a_step_add_up(guard, reduction, wrap, ghost, sizes):
         for (name, p), old in zip(model.named_parameters(), before, strict=True):
             torch.testing.assert_close(p.detach(), old - RATE * expected[name] / divisor, **CLOSE)
         optimizer.zero_grad()
-    assert violations(guard) == guard.interventions == ()
+    assert violations(guard) == others(guard) == ()
     assert is_ok(guard.last_step)
 
 
@@ -250,7 +255,7 @@ def test_one_loss_per_sample_of_all_rounds_is_exact(guard, poisson):
         assert_gradients(model, expected)
         optimizer.step()
         optimizer.zero_grad()
-    assert violations(guard) == guard.interventions == ()
+    assert violations(guard) == others(guard) == ()
 
 
 class Dropped(nn.Module):
@@ -466,7 +471,7 @@ def test_batch_memory_manager_counts_nothing_twice(guard, reduction, parts, clea
                 seen = []
             if clears:
                 optimizer.zero_grad()
-    assert guard.interventions == ()
+    assert others(guard) == ()
     # The loader has delivered but one of the two.
     found = [v.cause for v in violations(guard)]
     assert found == [diagnosis.MORE_DECLARED] * (parts - 1)
@@ -1007,7 +1012,7 @@ def test_weight_norm_by_parametrization_is_exact(guard, mode):
     else:
         assert_rows_equal(model, truth, torch.float64)
     optimizer.step()
-    assert violations(guard) == guard.interventions == ()
+    assert violations(guard) == others(guard) == ()
 
 
 def groups_that_are_not_whole(model, called, criterion, data):
@@ -1134,6 +1139,8 @@ def test_adaptive_clipping_clips_each_sample(guard):
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-8)
     optimizer.step()
     assert violations(guard) == ()
+    (said,) = guard.interventions
+    assert said.kind == diagnosis.LOSS_REDUCED
 
 
 # -- the audit -------------------------------------------------------------------------------------
@@ -1182,6 +1189,25 @@ def test_a_step_without_any_backward_is_refused(guard):
         optimizer.step()
 
 
+@pytest.mark.parametrize("mode", ["repair", "observe"])
+def test_losses_that_are_reduced_are_an_intervention(mode):
+    """Once of each criterion, with the line; one loss for each sample is none."""
+    with dpguard.install(mode=mode) as guard:
+        for losses in (nn.MSELoss(), nn.CrossEntropyLoss()):
+            model = mlp()
+            _, optimizer, criterion = private(model, criterion=losses)
+            for seed in range(3):
+                x, y = batch(seed=seed)
+                targets = y if isinstance(losses, nn.MSELoss) else y.argmax(1)
+                with contextlib.suppress(RuntimeError):  # plain Opacus cannot multiply them
+                    criterion(model(x), targets).backward()
+                    optimizer.step()
+                optimizer.zero_grad()
+    found = [i for i in guard.interventions if i.kind == diagnosis.LOSS_REDUCED]
+    assert len(found) == (mode == "repair")
+    assert all("MSELoss" in i.body and "test_ghost_gradient.py" in i.site for i in found)
+
+
 def test_a_parameter_that_took_no_part_gets_noise(guard):
     """Its clipped sum is zero; Opacus fails with an attribute of None."""
     model = mlp()
@@ -1192,7 +1218,7 @@ def test_a_parameter_that_took_no_part_gets_noise(guard):
     criterion(hidden, y).backward()
     optimizer.step()
     assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
-    (said,) = guard.interventions
+    (said,) = others(guard)
     assert said.kind == diagnosis.UNUSED_PARAMETER
     assert said.parameters == ("body.3.weight",)
     assert violations(guard) == ()

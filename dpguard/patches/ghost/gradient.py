@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import wrapt
 
-from dpguard import _compat, diagnosis
+from dpguard import _callsite, _compat, diagnosis
+from dpguard.identity import IdentitySet
 from dpguard.noted.ledger import Ledger
 from dpguard.noted.row_state import Clipped
 from dpguard.parts import Part
@@ -229,6 +230,7 @@ class _Wrappers:
         self._pairing_of = pairing_of
         self._verdicts = verdicts
         self._repairs = verdicts.repairs
+        self._reduced = IdentitySet()
 
     def get_norm_sample(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         pairing = self._pairing_of(instance)
@@ -256,10 +258,12 @@ class _Wrappers:
         pairing = self._pairing_of(instance.module)
         if pairing is None or not self._repairs:
             return wrapped(*args, **kwargs)
+        asks = instance.criterion.reduction == "none" or _compat.asks_for_each(wrapped)
         with _unreduced(instance.criterion):
             loss = wrapped(*args, **kwargs)
         losses = loss.loss_per_sample
         if isinstance(losses, torch.Tensor):
+            self._say_reduced(instance, losses, asks=asks)
             if are_broadcast(losses, [*args, *kwargs.values()]):
                 what = f"{type(instance.criterion).__qualname__} returned losses of every pair"
                 refuse_losses(self._verdicts, what, diagnosis.LOSS_BROADCAST)
@@ -271,6 +275,19 @@ class _Wrappers:
                 ignored=_ignored(instance.criterion, losses, args, kwargs),
             )
         return loss
+
+    def _say_reduced(self, instance: Any, losses: torch.Tensor, *, asks: bool) -> None:
+        """Once of each criterion that it would not have made one loss for each sample."""
+        if (asks and losses.dim() < 2) or instance in self._reduced:  # noqa: PLR2004
+            return
+        self._reduced.add(instance)
+        what = "losses of more than one dimension" if asks else "one loss of the whole batch"
+        name = type(instance.criterion).__qualname__
+        self._verdicts.intervene(
+            diagnosis.LOSS_REDUCED,
+            f"{name} would have returned {what} to ghost clipping; there is one for each sample.",
+            site=_callsite.writer(),
+        )
 
     def accumulate(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         if self._repairs:
