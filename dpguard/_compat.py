@@ -552,8 +552,8 @@ def adapts_bound(loss: Any) -> bool:
 def asks_for_each(call: Any) -> bool:
     """Whether Opacus's own ``__call__`` of a criterion has it return one loss for each sample.
 
-    Before 1.6 constructors see to that. That of adaptive clipping in 1.6 does neither, and clips the
-    gradient of the batch.
+    Before 1.6 constructors see to that. That of adaptive clipping in 1.6 does neither, and clips
+    the gradient of the batch.
     """
     code = getattr(getattr(call, "__func__", call), "__code__", None)
     return code is None or "none" in code.co_consts
@@ -1427,7 +1427,8 @@ def is_approximate(accountant: Any, args: Sequence[Any], kwargs: Mapping[str, An
 def history_of(accountant: Any) -> list[tuple[float, float, int]] | None:
     """Entries of noise multiplier, sample rate and number of steps, or ``None`` if there are none.
 
-    The list is the accountant's own; it must not be changed.
+    The list is the accountant's own; it must not be changed. One of somebody else's that counts
+    steps and leaves it empty has a book of its own.
     """
     found = getattr(accountant, "history", None)
     if found is None:  # before 1.2
@@ -1435,7 +1436,14 @@ def history_of(accountant: Any) -> list[tuple[float, float, int]] | None:
         if isinstance(found, int):
             sigma = getattr(accountant, "noise_multiplier", None)
             return [(sigma, accountant.sample_rate, found)] if sigma is not None else []
-    return found if isinstance(found, list) else None
+    if not isinstance(found, list) or (not found and _counts_otherwise(accountant)):
+        return None
+    return found
+
+
+def _counts_otherwise(accountant: Any) -> bool:
+    """Whether it is not Opacus's class, and says that there were steps."""
+    return not type(accountant).__module__.startswith("opacus.") and bool(len(accountant))
 
 
 def with_history(accountant: Any, history: list[tuple[float, float, int]]) -> Any:

@@ -466,6 +466,33 @@ def test_an_accountant_with_a_history_of_its_own(guard):
     assert guard.violations == ()
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_an_accountant_that_counts_in_its_own_way(told):
+    """It leaves the history of Opacus empty; that it was told of no step is seen all the same."""
+
+    class Counts(RDPAccountant):
+        taken = 0
+
+        def step(self, *, noise_multiplier, sample_rate):
+            self.taken += told
+
+        def __len__(self):
+            return self.taken
+
+        def get_epsilon(self, delta, **_):
+            return float(self.taken)
+
+    with dpguard.install(mode="observe") as guard:
+        engine = make_engine()
+        engine.accountant = Counts()
+        training = Training(engine=engine)
+        for _ in range(2):
+            training.epoch()
+        guard.flush()
+        assert guard.internal_errors == ()
+    assert causes(guard) == (set() if told else {diagnosis.NOT_ACCOUNTED})
+
+
 def _asked_through_its_object(training):
     class Loop:
         engine = training.engine
