@@ -43,6 +43,7 @@ ROW_SHAPE = "row_shape"
 ROW_DTYPE = "row_dtype"
 ROW_DEVICE = "row_device"
 ROWS_NOT_FINITE = "rows_not_finite"
+ROWS_REPLACED = "rows_replaced"
 NOT_CONSERVED = "rows_do_not_add_up"
 NORMS_INCOMPLETE = "norms_miss_a_part"
 ROW_OF_ANOTHER = "row_of_another"
@@ -409,9 +410,17 @@ _DIAGNOSES = {
         "weight_decay of the optimizer for a penalty, max_grad_norm for clipping). Otherwise check "
         "what is special about the layer: a weight that is used outside of its module, an input "
         "or keyword argument that its grad sampler ignores, padding modes, scale_grad_by_freq, "
-        "with expanded weights padding_idx. Rows that you have changed yourself between backward() "
-        "and step() (a projection of each row) are not those of autograd, and nobody sees whether "
-        "each is still made of one person's data",
+        "with expanded weights padding_idx. Rows that you have changed in place between backward() "
+        "and step() are not those of autograd, and nobody sees whether each is still made of one "
+        "person's data",
+    ),
+    ROWS_REPLACED: Diagnosis(
+        "p.grad_sample was replaced between backward and step by rows that do not add up to the "
+        "gradient that autograd computed for the batch, and nobody sees whether each is still made "
+        "of one person's data",
+        "see to it that each row is made of the rows of the same person only (two gradients of "
+        "that person combined, a projection that public data gives, zeros), and that none is "
+        "multiplied by what depends on others; what the loss can say, say there",
     ),
     GRADIENT_HOOK: Diagnosis(
         "a hook on the parameter (register_hook) changes the gradient that autograd computes, and "

@@ -491,7 +491,7 @@ def test_one_percent_of_one_row_in_the_place_of_another(name):
         row = list(training.model.parameters())[number].grad_sample
         is_nothing = row is not None and not row.abs().max() > 1e-7
         causes = {v.cause for v in guard.violations}
-        assert is_nothing or diagnosis.NOT_CONSERVED in causes, number
+        assert is_nothing or diagnosis.ROWS_REPLACED in causes, number
 
 
 # -- what has no rows --------------------------------------------------------------------------------

@@ -292,7 +292,7 @@ FAULTS = {
     ),
     "6b constant generator": Fault(constant_generator, FRESH, diagnosis.NOISE_REPEATED, within=1),
     "7 rows of another parameter": Fault(
-        rows_of_another_parameter, CONSERVATION, diagnosis.NOT_CONSERVED, kinds=WITH_ROWS
+        rows_of_another_parameter, CONSERVATION, diagnosis.ROWS_REPLACED, kinds=WITH_ROWS
     ),
     "7b rows of another person": Fault(
         rows_of_another_person,
@@ -337,6 +337,8 @@ LOW = {
 
 def assert_found(fault, training, mode, begin, monkeypatch):
     """Run a training, put the fault in after ``begin`` steps, and see what becomes of it."""
+    if mode == "observe" and fault.cause == diagnosis.ROWS_REPLACED:  # there all rows are Opacus's
+        fault = dataclasses.replace(fault, cause=diagnosis.NOT_CONSERVED)
     critical = fault.severity is Severity.CRITICAL
     refuses = mode != "observe" and (
         critical or (mode == "strict" and fault.severity is Severity.ERROR)

@@ -490,7 +490,9 @@ def _judge(
     for i, residual, bound in zip(compared, residuals, bounds, strict=True):
         if bound < residual < inf:  # what is not finite is another check's
             cause = diagnosis.NOT_CONSERVED
-            if i in unhooked:
+            if step.states[i].replaced:
+                cause = diagnosis.ROWS_REPLACED
+            elif i in unhooked:
                 cause = diagnosis.HOOKS_DISABLED
             elif step.parameters[i]._backward_hooks:
                 cause = diagnosis.GRADIENT_HOOK

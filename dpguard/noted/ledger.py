@@ -300,6 +300,7 @@ class Ledger:
             if state is not None:
                 state.unwatch()
                 state.condemned = state.clipped = state.apart = None
+                state.replaced = False
 
     # -- cuts ------------------------------------------------------------------------------
 

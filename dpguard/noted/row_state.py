@@ -329,13 +329,14 @@ class ParameterState:
         "probes",
         "reduction",
         "ref",
+        "replaced",
         "replayed",
         "summands",
         "suspect",
         "version",
     )
 
-    def __init__(self, parameter: torch.Tensor, forget: Callable[[Any], None]) -> None:
+    def __init__(self, parameter: torch.Tensor, forget: Callable[[Any], None]) -> None:  # noqa: PLR0915
         self.ref = weakref.ref(parameter, forget)
         self.name = f"<unnamed {tuple(parameter.shape)}>"
         self.model: weakref.ref[torch.nn.Module] | None = None
@@ -370,6 +371,8 @@ class ParameterState:
         """In which precision its gradient was computed, if only Opacus knows that of the rows."""
         self.narrow = False
         """Whether autograd may add its gradient up in no better precision than its own."""
+        self.replaced = False
+        """Whether somebody has put other rows in the place of those that were computed."""
         self.replayed = False
         """Whether functorch computes its rows, with those of a module that has it somewhere."""
         self.averaged = False
@@ -457,6 +460,7 @@ class ParameterState:
             tensors = [] if current is None else [current]
         known = [entry._rows() for entry in self.entries]
         if len(known) != len(tensors) or not all(map(operator.is_, known, tensors)):
+            self.replaced = self.paired and bool(tensors and self.entries)
             self.entries, self.captured = self._replaced(tensors), False
             if self.version is None:  # gradients were cleared since the last backward
                 for entry in self.entries:
