@@ -139,7 +139,7 @@ class Delivery:
         rows: how many rows they have; more than people only where an empty batch is filled with
             random numbers.
         serial: number of the delivery in this process; ``None`` while it waits in a worker.
-        thread: which one it was delivered to.
+        thread: which one has drawn it.
         skip: the signal that ``BatchMemoryManager`` gave for it, if it did.
         logical: the logical batch of its iteration that it is a part of.
         whole: number of the batch of Poisson sampling that it is a part of, if that is known.
@@ -164,7 +164,7 @@ class Delivery:
         self.rate = rate
         self.rows = rows
         self.serial: int | None = None
-        self.thread = 0
+        self.thread = threading.get_ident()
         self.skip: bool | None = None
         self.logical = 0
         self.whole: int | None = None
@@ -287,7 +287,7 @@ class Deliveries:
             self._of_others += math.inf if delivery.people is None else delivery.people
             return []
         self.serial += 1
-        delivery.serial, delivery.thread = self.serial, threading.get_ident()
+        delivery.serial = self.serial
         tensors = [t for t in _tensors(data, _DEPTH) if t.layout is torch.strided]
         self._remember(delivery, tensors)
         if delivery.indices:

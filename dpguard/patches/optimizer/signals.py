@@ -76,6 +76,12 @@ class Signals:
         if not tags:
             return
         queue = _compat.skip_signals(optimizer)
+        if any(tag.thread != threading.get_ident() for tag in tags):
+            # Which may be about to add to one of both.
+            del tags[: max(0, len(tags) - len(queue))]
+            self._paired.discard(optimizer)
+            self._summed.pop(optimizer)
+            return
         if len(queue) > len(tags) and optimizer in self._paired:
             self._refuse(optimizer, diagnosis.SIGNAL_OF_OTHERS)
             self._paired.discard(optimizer)  # it goes on, and is said once
@@ -86,9 +92,6 @@ class Signals:
         if not delivered:
             return
         iteration: Iteration = delivered[-1].iteration
-        if any(tag.thread != threading.get_ident() for tag in delivered):
-            self._summed.pop(optimizer)
-            return
         mine = [tag for tag in delivered if tag.iteration is iteration]
         if self._has_several(optimizer, mine):
             return  # the audit refuses it, for it knows whose rows they are; nobody was left out
