@@ -664,12 +664,24 @@ def test_sums_of_whatever_form(name, scaled):
     assert not all(torch.allclose(a, b, rtol=0.02) for a, b in zip(*rows, strict=True))
     with dpguard.install(mode="observe", oracle_every=1) as guard:
         training = Training(reduction="mean")
-        for _ in range(3):
-            training.step(lambda o, y: 1024.0 * loss(o, y) if scaled else loss(o, y))
-    assert {v.cause for v in guard.violations if v.check == LOSS} == {diagnosis.LOSS_IS_SUM}
+        scale = 1024.0 if scaled else 1.0
+        for number in range(4):
+            training.step(lambda o, y: scale * loss(o, y), batch_of(BATCH - number // 2))
+            said = {v.cause for v in guard.violations if v.check == LOSS}
+            assert said == ({diagnosis.LOSS_IS_SUM} if number > 1 else set())
     with dpguard.install(mode="strict", oracle_every=1) as guard:
         training = Training(reduction="sum")
         training.step(loss)
+    assert guard.violations == ()
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_of_as_many_people_each_time(name):
+    """By which number all rows are multiplied then is fixed."""
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        training = Training(reduction="mean")
+        for _ in range(3):
+            training.step(SUMS[name])
     assert guard.violations == ()
 
 
@@ -677,8 +689,8 @@ def test_sums_of_whatever_form(name, scaled):
 def test_what_may_be_divided_by_the_number_of_people(name):
     with dpguard.install(mode="observe", oracle_every=1) as guard:
         training = Training(reduction="mean")
-        for _ in range(3):
-            training.step(NO_SUMS[name])
+        for count in (BATCH, BATCH - 1, BATCH - 2):
+            training.step(NO_SUMS[name], batch_of(count))
     assert diagnosis.LOSS_IS_SUM not in {v.cause for v in guard.violations}
 
 

@@ -54,8 +54,10 @@ class Loss(Check):
             figures = [figure for pair in pairs for figure in pair]
             figures += [*found.divided, *(found.broadcast or ())]
             hook = found.hook()
-            if found.broadcast is not None and not found.is_broadcast and hook is not None:
-                hook.look_again()
+            is_unsure = found.is_like_sum and found.reductions[0] is None
+            is_unsure = is_unsure or (found.broadcast is not None and not found.is_broadcast)
+            if is_unsure and hook is not None:
+                hook.look_again()  # at a batch of another size
             # Where the optimizer was made for another than the model, that is said of the rows.
             agree = found.reductions[1] == optimizer.loss_reduction
             step.collect((LOSS,), figures, functools.partial(_verdict, step, found, agree))

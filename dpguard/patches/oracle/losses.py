@@ -26,8 +26,9 @@ it returns as one number, an activation that it keeps) is not looked at; such a 
 Nor does one that couples people only through an output that is not the first one, whose first
 dimension may not be the batch.
 
-On the way it is seen whether the loss is the mean, or the sum, for which the model was wrapped, and
-whether it is a mean over some of the rows, by whose number rows are not multiplied.
+On the way it is seen whether the loss is the mean, or the sum, for which the model was wrapped
+(:mod:`dpguard.patches.oracle.reductions`), and whether it is a mean over some of the rows, by whose
+number rows are not multiplied.
 
 What depends on other people through values that were detached (the condition of ``where``) is not
 seen.
@@ -60,7 +61,13 @@ from dpguard.patches.oracle.broadcasts import (
 from dpguard.patches.oracle.decisions import DECISIONS, Decision
 from dpguard.patches.oracle.divisors import Divided, Divisors
 from dpguard.patches.oracle.outputs import Draw, Expected, OutputHook, Outputs, mark_of
-from dpguard.patches.oracle.reductions import Seeds, divisors_of, is_mean, reduction_of
+from dpguard.patches.oracle.reductions import (
+    Seeds,
+    divisors_of,
+    is_like_sum,
+    is_mean,
+    reduction_of,
+)
 from dpguard.patches.oracle.vjp import Parts, Unfit, propagate
 from dpguard.patches.wrapping import EagerWrapper, patch_function
 from dpguard.patching import Transaction
@@ -99,6 +106,7 @@ class Coupling:
         is_broadcast: whether that is certain, and not a dimension that is as long by chance.
         of_some: whether the loss is a mean over a part of the rows.
         divisors: numbers by which it was divided at the end.
+        is_like_sum: whether it looks like a sum, of which nothing is said in batches of one size.
         reductions: of the loss, if that is a plain one, and for which the model was wrapped.
         roundoff: of the lowest precision on the way.
     """
@@ -115,6 +123,7 @@ class Coupling:
     is_broadcast: bool = False
     of_some: bool = False
     divisors: tuple[float, ...] = ()
+    is_like_sum: bool = False
 
 
 class Losses:
@@ -178,6 +187,10 @@ class Losses:
                     if found.broadcast is not None and not found.is_broadcast:
                         hook.squares.add(draw.rows)
                         found = replace(found, is_broadcast=len(hook.squares) > 1)
+                    if found.is_like_sum:
+                        hook.sums.add(draw.rows)
+                        if len(hook.sums) > 1:
+                            found = replace(found, reductions=("sum", "mean"))
                     self._found.append(found)
                     self._outputs.unasked.discard(hook)
 
@@ -263,13 +276,14 @@ class _Examination:
             whole,
             divided,
             None if square is None else square.parted(whose),
-            (self._reduction_of(seeds), self._hook.pairing.loss_reduction),
+            (reduction_of(seeds), self._hook.pairing.loss_reduction),
             self._roundoff(),
             further,
             self._arrivals,
             is_broadcast=square is not None and any(map(keeps_other_targets, self._with_targets)),
             of_some=self._is_of_some(seeds),
             divisors=divisors_of(seeds),
+            is_like_sum=self._is_like_sum(seeds),
         )
 
     def _run(self, root: torch.Tensor, watch: Any = None) -> list[_End]:
@@ -348,11 +362,14 @@ class _Examination:
                 ways += [way for way in node.next_functions if way[0] is not None]
         return False
 
-    def _reduction_of(self, seeds: Seeds) -> str | None:
+    def _is_like_sum(self, seeds: Seeds) -> bool:
+        """Whether it looks like a sum where the model was wrapped for a mean."""
+
         def is_output(node: Any) -> bool:
             return mark_of(node, self._draw) is not None
 
-        return reduction_of(seeds, self._draw.rows, is_output)
+        declared = self._hook.pairing.loss_reduction
+        return declared == "mean" and is_like_sum(seeds, self._draw.rows, is_output)
 
     def _is_of_some(self, seeds: Seeds) -> bool:
         """Whether the loss is a mean, to which nothing was done, over some rows of the outputs.

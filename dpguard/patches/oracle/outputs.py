@@ -232,7 +232,7 @@ class OutputHook:
 
     __slots__ = (
         "__weakref__", "_drawn", "_later", "_left_out", "_repeats", "counts", "draws", "losses",
-        "outputs", "pairing", "squares",
+        "outputs", "pairing", "squares", "sums",
     )  # fmt: skip
 
     def __init__(self, outputs: Outputs, pairing: Pairing) -> None:
@@ -244,6 +244,8 @@ class OutputHook:
         """How many more people may be drawn, until a step takes what was found of one."""
         self.squares: set[int] = set()
         """Sizes of batches in which outputs were broadcast to as many as there are people."""
+        self.sums: set[int] = set()
+        """Sizes of batches whose loss looked like a sum."""
         self.counts = Counts()
         """What counts, by which losses were divided."""
         self._repeats = _REPEATS_AT_MOST

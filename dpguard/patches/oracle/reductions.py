@@ -3,9 +3,9 @@
 Opacus multiplies rows of a mean loss by the number of people in the batch. Of a sum, or of one that
 is divided by something fixed, that makes each row depend on who else is in the batch.
 
-A loss is called a sum only where that is plain: each way from it to the outputs leads through a
-full sum, no mean over people and no number that may be one over theirs, or over how many elements
-count.
+A loss is plainly the one or the other where its last node is a loss of torch's, and looks like a
+sum where each way from it to the outputs leads through a full sum, no mean over people and no
+number that may be one over theirs, or over how many elements count.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from dpguard import _compat
 from dpguard.patches.oracle.masks import MEAN, NONE
 
-__all__ = ["Seeds", "divisors_of", "is_mean", "reduction_of"]
+__all__ = ["Seeds", "divisors_of", "is_like_sum", "is_mean", "reduction_of"]
 
 Seeds: TypeAlias = "list[tuple[torch.Tensor, torch.Tensor]]"
 """What a backward begins at, with the gradients there."""
@@ -41,8 +41,14 @@ _WRAPPED = 1 << 63
 _NODES_AT_MOST = 10_000
 
 
-def reduction_of(seeds: Seeds, rows: int, is_output: Callable[[Any], bool]) -> str | None:
-    """The reduction of a loss over people where it is certain.
+def reduction_of(seeds: Seeds) -> str | None:
+    """The reduction of a loss over people where it is certain: nothing was done to it since."""
+    root = _root(seeds)
+    return None if root is None else _reduction_at(root)
+
+
+def is_like_sum(seeds: Seeds, rows: int, is_output: Callable[[Any], bool]) -> bool:
+    """Whether a loss looks like a sum over people of what is not divided by how many they are.
 
     Args:
         seeds: of its backward.
@@ -50,11 +56,7 @@ def reduction_of(seeds: Seeds, rows: int, is_output: Callable[[Any], bool]) -> s
         is_output: whether a node has made an output of the model.
     """
     root = _root(seeds)
-    if root is None:
-        return None
-    if own := _reduction_at(root):
-        return own
-    return "sum" if _Sum(rows, is_output).starts_at(root) else None
+    return root is not None and _Sum(rows, is_output).starts_at(root)
 
 
 def divisors_of(seeds: Seeds) -> tuple[float, ...]:
