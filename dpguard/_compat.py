@@ -550,13 +550,15 @@ def adapts_bound(loss: Any) -> bool:
 
 
 def asks_for_each(call: Any) -> bool:
-    """Whether Opacus's own ``__call__`` of a criterion has it return one loss for each sample.
+    """Whether Opacus has its criterion return one loss for each sample.
 
-    Before 1.6 constructors see to that. That of adaptive clipping in 1.6 does neither, and clips
-    the gradient of the batch.
+    Before 1.6 constructors do. Since then ``__call__`` does, but not that of adaptive clipping,
+    which clips the gradient of the batch.
     """
     code = getattr(getattr(call, "__func__", call), "__code__", None)
-    return code is None or "none" in code.co_consts
+    if code is None or _release(opacus_version()) < _ADAPTS_SINCE:
+        return True
+    return "none" in code.co_consts
 
 
 def ghost_criterion_classes() -> list[type]:
@@ -1442,8 +1444,13 @@ def history_of(accountant: Any) -> list[tuple[float, float, int]] | None:
 
 
 def _counts_otherwise(accountant: Any) -> bool:
-    """Whether it is not Opacus's class, and says that there were steps."""
-    return not type(accountant).__module__.startswith("opacus.") and bool(len(accountant))
+    """Whether it is not Opacus's class, and does not say that there were no steps."""
+    if type(accountant).__module__.startswith("opacus."):
+        return False
+    try:
+        return len(accountant) > 0
+    except Exception:  # noqa: BLE001 - code of somebody else's: nothing is known of what it counts
+        return True
 
 
 def with_history(accountant: Any, history: list[tuple[float, float, int]]) -> Any:

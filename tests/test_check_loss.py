@@ -633,6 +633,15 @@ SUMS = {
     "means of each": lambda o, y: (o - one_hot(y)).pow(2).mean(1).sum(),
     "in two": lambda o, y: 2 * (F.mse_loss(o, one_hot(y), reduction="sum") + o.abs().sum()),
 }
+
+
+def hooked(o, y):
+    """A mean by a hook on a tensor."""
+    losses = (o - one_hot(y)) * 1
+    losses.register_hook(lambda gradient: gradient / len(y))
+    return losses.pow(2).sum()
+
+
 NO_SUMS = {
     "vae": lambda o, y: vae(o, y) / len(y),
     "of numbers": lambda o, y: vae(o, y) / o.numel(),
@@ -646,6 +655,20 @@ NO_SUMS = {
     "one by one": lambda o, y: sum(F.cross_entropy(a, b) for a, b in zip(o, y, strict=True)),
     "divided by something": lambda o, y: F.cross_entropy(o, y, reduction="none").sum() / 37,
     "a tensor": lambda o, y: vae(o, y) / torch.tensor(float(len(y))),
+    "a temperature": lambda o, y: (10 / len(y)) * vae(o, y),
+    "by roots": lambda o, y: ((o - one_hot(y)) / len(y) ** 0.5).pow(2).sum(),
+    "roots twice": lambda o, y: vae(o, y) / len(y) ** 0.5 / len(y) ** 0.5,
+    "alpha": lambda o, y: torch.add(o.new_zeros(()), o.pow(2).sum(), alpha=1 / len(y)),
+    "interpolated": lambda o, y: o.new_zeros(()).lerp(o.pow(2), 1 / len(y)).sum(),
+    "weights of a loss": lambda o, y: F.binary_cross_entropy_with_logits(
+        o, one_hot(y), torch.full_like(o, 1 / len(y)), reduction="sum"
+    ),
+    "pooled": lambda o, y: F.avg_pool1d(o.pow(2).T, len(y)).sum(),
+    "columns": lambda o, y: (o - one_hot(y)).pow(2).T.mean(1).sum(),
+    "one mean of one": lambda o, y: F.cross_entropy(o, y).mean(0).sum(),
+    "no dimension": lambda o, y: o.pow(2).mean(dim=None, keepdim=True).sum(),
+    "complex": lambda o, y: (o * 1j).abs().pow(2).sum() / len(y),
+    "a hook": hooked,
 }
 
 
@@ -689,8 +712,9 @@ def test_sums_of_as_many_people_each_time(name):
 def test_what_may_be_divided_by_the_number_of_people(name):
     with dpguard.install(mode="observe", oracle_every=1) as guard:
         training = Training(reduction="mean")
-        for count in (BATCH, BATCH - 1, BATCH - 2):
+        for count in (BATCH, BATCH - 1, CLASSES, BATCH - 2):
             training.step(NO_SUMS[name], batch_of(count))
+        assert guard.internal_errors == ()
     assert diagnosis.LOSS_IS_SUM not in {v.cause for v in guard.violations}
 
 

@@ -54,7 +54,7 @@ class Loss(Check):
             figures = [figure for pair in pairs for figure in pair]
             figures += [*found.divided, *(found.broadcast or ())]
             hook = found.hook()
-            is_unsure = found.is_like_sum and found.reductions[0] is None
+            is_unsure = found.like_sum is not None and not found.is_sum
             is_unsure = is_unsure or (found.broadcast is not None and not found.is_broadcast)
             if is_unsure and hook is not None:
                 hook.look_again()  # at a batch of another size
@@ -85,7 +85,7 @@ def _verdict(step: Step, found: Coupling, agree: bool, values: list[float]) -> l
     reduction, declared = found.reductions
     bound = _ROUNDINGS * found.roundoff
     hook, failures = found.hook(), []
-    model = () if hook is None else (type(hook.model).__qualname__,)
+    model = _name_of(hook)
     changed = any(apart > bound * scale for scale, apart in arrivals)
     if changed or any(_exceeds(own, others, bound) for own, others in further):
         step.ran.pop(LOSS, None)
@@ -104,11 +104,16 @@ def _verdict(step: Step, found: Coupling, agree: bool, values: list[float]) -> l
         failures.append(Failure(LOSS, diagnosis.LOSS_OF_SOME, modules=model))
     elif ignored > 0 or (hook is not None and hook.counts.are_divisors(counted, hook.look_again)):
         failures.append(Failure(LOSS, diagnosis.LOSS_IGNORES, modules=model))
+    reduction = "sum" if found.is_sum and not changed else reduction
     is_counted = ignored > 0 or counted > 0  # a mean of its own
-    if reduction is not None and reduction != declared and agree and not is_counted:
+    if reduction not in (None, declared) and agree and not is_counted:
         cause = diagnosis.LOSS_IS_SUM if reduction == "sum" else diagnosis.LOSS_IS_MEAN
         failures.append(Failure(LOSS, cause, modules=model))
     return failures
+
+
+def _name_of(hook: Any) -> tuple[str, ...]:
+    return () if hook is None else (type(hook.model).__qualname__,)
 
 
 def _exceeds(own: float, others: float, bound: float) -> bool:

@@ -7,6 +7,7 @@ is met again by its number when it is delivered.
 from __future__ import annotations
 
 import functools
+import operator
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -31,12 +32,6 @@ __all__ = ["LoadingPatch"]
 
 _DEPTH = 4
 """How many samplers may be wrapped in one another."""
-_OF_ALL = (
-    torch.utils.data.SequentialSampler,
-    torch.utils.data.RandomSampler,
-    torch.utils.data.DistributedSampler,
-)
-"""Samplers that draw from all records alike."""
 _WHOLES = 4
 """So many batches of a sampler are kept, by which parts of them are known."""
 
@@ -145,9 +140,7 @@ class LoadingPatch:
             return
         if type(own) is torch.utils.data.BatchSampler:
             own = own.sampler
-        if own is None or isinstance(own, (*_OF_ALL, *_compat.poisson_samplers())):
-            return
-        if _are_all(getattr(own, "indices", ()), _length(made.dataset)):
+        if not _leaves_out(own, _length(made.dataset)):
             return
         name = type(own).__name__
         self._verdicts.complain(
@@ -304,9 +297,20 @@ def _length(found: Any) -> int | None:
         return None
 
 
-def _are_all(indices: Any, records: int | None) -> bool:
-    """Whether a sampler that draws these records once each leaves none out."""
-    return _length(indices) == records and set(_numbers(indices)) == set(range(records or 0))
+def _leaves_out(sampler: Any, records: int | None) -> bool:
+    """Whether a sampler certainly draws some records never, or more often than others."""
+    if isinstance(sampler, torch.utils.data.WeightedRandomSampler):
+        return bool((sampler.weights != sampler.weights[0]).any())
+    indices = sampler
+    if isinstance(sampler, torch.utils.data.SubsetRandomSampler):
+        indices = sampler.indices
+    elif not isinstance(sampler, (list, tuple, range)):
+        return False
+    try:
+        drawn = {operator.index(i) for i in _numbers(indices)}
+    except TypeError:  # no places, but batches of them, say
+        return False
+    return records is not None and len(drawn) < records
 
 
 def _numbers(indices: Any) -> Any:

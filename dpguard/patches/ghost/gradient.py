@@ -258,7 +258,7 @@ class _Wrappers:
         pairing = self._pairing_of(instance.module)
         if pairing is None or not self._repairs:
             return wrapped(*args, **kwargs)
-        asks = instance.criterion.reduction == "none" or _compat.asks_for_each(wrapped)
+        asks = _compat.asks_for_each(wrapped)
         with _unreduced(instance.criterion):
             loss = wrapped(*args, **kwargs)
         losses = loss.loss_per_sample

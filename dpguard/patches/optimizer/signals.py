@@ -14,8 +14,8 @@ one would merge two logical batches: that is refused.
 Which of several delivered batches is in hand? A loop takes each as it is delivered. A loader that
 is wrapped to fetch ahead delivers a constant number before the one that is used; it is learned in
 the first step of each pass, where the number of rows can tell, and else nothing is dropped. Nor is
-anything where another thread than that of the step has fetched it: that is ahead by as much as it
-likes, and hands on all that it fetches.
+anything of a pass of which a thread of its own fetches the batches: that is ahead by as much as it
+likes, and hands on all of them in their order.
 
 A signal that somebody else gives (``signal_skip_step(True)`` for a batch whose loss is bad) is one
 too many for good. It cannot be known what was meant by it: that is refused.
@@ -76,11 +76,8 @@ class Signals:
         if not tags:
             return
         queue = _compat.skip_signals(optimizer)
-        if any(tag.thread != threading.get_ident() for tag in tags):
-            # Which may be about to add to one of both.
-            del tags[: max(0, len(tags) - len(queue))]
-            self._paired.discard(optimizer)
-            self._summed.pop(optimizer)
+        if _is_fetched(tags[-1]):
+            self._before_fetched(optimizer, tags, queue)
             return
         if len(queue) > len(tags) and optimizer in self._paired:
             self._refuse(optimizer, diagnosis.SIGNAL_OF_OTHERS)
@@ -105,6 +102,20 @@ class Signals:
             self._keep_apart(optimizer, in_hand)
             self._keep_together(optimizer, in_hand)
         self._summed[optimizer] = in_hand.batch
+
+    def _before_fetched(self, optimizer: Any, tags: list[Delivery], queue: list[bool]) -> None:
+        """Likewise, where a thread may be about to add to one of both: only passes are left out."""
+        del tags[: max(0, len(tags) - len(queue))]
+        self._paired.discard(optimizer)
+        delivered = [tag for tag in tags if tag.serial is not None]
+        if not delivered:
+            return
+        last: Iteration = delivered[-1].iteration
+        skipped = [tag for tag in delivered if _was_broken_off(tag.iteration, last)]
+        if skipped:
+            self._drop(optimizer, tags, queue, skipped)
+        self._keep_apart(optimizer, tags[0])
+        self._summed[optimizer] = tags[0].batch
 
     def after_clip(self, optimizer: Any, *, steps: bool) -> None:
         """A physical batch was clipped; is a step made of it?
@@ -188,6 +199,16 @@ class Signals:
         statement = diagnosis.explain(cause).statement
         name = type(optimizer).__name__
         self._verdicts.refuse(BATCHES, cause, f"A step of {name} is not private: {statement}.")
+
+
+def _is_fetched(tag: Delivery) -> bool:
+    """Whether a thread that is there to fetch has drawn it: neither this one nor the main one."""
+    return tag.thread not in {threading.get_ident(), threading.main_thread().ident}
+
+
+def _was_broken_off(iteration: Iteration, by: Iteration) -> bool:
+    """Whether a pass came to no end before the one by which batches are delivered now."""
+    return iteration.number < by.number and not iteration.finished
 
 
 def _follow(tags: list[Delivery], queue: Sequence[bool]) -> None:

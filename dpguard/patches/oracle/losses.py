@@ -64,8 +64,8 @@ from dpguard.patches.oracle.outputs import Draw, Expected, OutputHook, Outputs, 
 from dpguard.patches.oracle.reductions import (
     Seeds,
     divisors_of,
-    is_like_sum,
     is_mean,
+    numbers_of_sum,
     reduction_of,
 )
 from dpguard.patches.oracle.vjp import Parts, Unfit, propagate
@@ -76,6 +76,7 @@ __all__ = ["Coupling", "Losses"]
 
 _KEPT = 16
 _DECISIONS_AT_MOST = 8
+_SUMS_AT_MOST = 64
 _EXPANDED = "PerSampleGradBackward"
 """Names of calls of layers with expanded weights end so."""
 _SELECT = frozenset(("IndexBackward0", "IndexSelectBackward0", "SliceBackward0", "SplitBackward0"))
@@ -106,7 +107,8 @@ class Coupling:
         is_broadcast: whether that is certain, and not a dimension that is as long by chance.
         of_some: whether the loss is a mean over a part of the rows.
         divisors: numbers by which it was divided at the end.
-        is_like_sum: whether it looks like a sum, of which nothing is said in batches of one size.
+        like_sum: the numbers in a loss that looks like a sum,
+        is_sum: which it is if they were the same in a batch of another size.
         reductions: of the loss, if that is a plain one, and for which the model was wrapped.
         roundoff: of the lowest precision on the way.
     """
@@ -123,7 +125,8 @@ class Coupling:
     is_broadcast: bool = False
     of_some: bool = False
     divisors: tuple[float, ...] = ()
-    is_like_sum: bool = False
+    like_sum: tuple[float, ...] | None = None
+    is_sum: bool = False
 
 
 class Losses:
@@ -187,10 +190,11 @@ class Losses:
                     if found.broadcast is not None and not found.is_broadcast:
                         hook.squares.add(draw.rows)
                         found = replace(found, is_broadcast=len(hook.squares) > 1)
-                    if found.is_like_sum:
-                        hook.sums.add(draw.rows)
-                        if len(hook.sums) > 1:
-                            found = replace(found, reductions=("sum", "mean"))
+                    if found.like_sum is not None and given.get("grad_tensors") is None:
+                        if len(hook.sums) < _SUMS_AT_MOST:
+                            hook.sums.add((found.like_sum, draw.rows))
+                        sizes = {rows for numbers, rows in hook.sums if numbers == found.like_sum}
+                        found = replace(found, is_sum=len(sizes) > 1)
                     self._found.append(found)
                     self._outputs.unasked.discard(hook)
 
@@ -283,7 +287,7 @@ class _Examination:
             is_broadcast=square is not None and any(map(keeps_other_targets, self._with_targets)),
             of_some=self._is_of_some(seeds),
             divisors=divisors_of(seeds),
-            is_like_sum=self._is_like_sum(seeds),
+            like_sum=self._numbers_of_sum(seeds),
         )
 
     def _run(self, root: torch.Tensor, watch: Any = None) -> list[_End]:
@@ -362,14 +366,15 @@ class _Examination:
                 ways += [way for way in node.next_functions if way[0] is not None]
         return False
 
-    def _is_like_sum(self, seeds: Seeds) -> bool:
-        """Whether it looks like a sum where the model was wrapped for a mean."""
+    def _numbers_of_sum(self, seeds: Seeds) -> tuple[float, ...] | None:
+        """What is on the ways of a loss that looks like a sum, where a mean was declared."""
 
         def is_output(node: Any) -> bool:
             return mark_of(node, self._draw) is not None
 
-        declared = self._hook.pairing.loss_reduction
-        return declared == "mean" and is_like_sum(seeds, self._draw.rows, is_output)
+        if self._hook.pairing.loss_reduction != "mean" or self._draw.people is not None:
+            return None
+        return numbers_of_sum(seeds, self._draw.rows, is_output)
 
     def _is_of_some(self, seeds: Seeds) -> bool:
         """Whether the loss is a mean, to which nothing was done, over some rows of the outputs.

@@ -244,8 +244,8 @@ class OutputHook:
         """How many more people may be drawn, until a step takes what was found of one."""
         self.squares: set[int] = set()
         """Sizes of batches in which outputs were broadcast to as many as there are people."""
-        self.sums: set[int] = set()
-        """Sizes of batches whose loss looked like a sum."""
+        self.sums: set[tuple[tuple[float, ...], int]] = set()
+        """Numbers in losses that looked like sums, and sizes of their batches."""
         self.counts = Counts()
         """What counts, by which losses were divided."""
         self._repeats = _REPEATS_AT_MOST

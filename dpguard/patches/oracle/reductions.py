@@ -3,9 +3,10 @@
 Opacus multiplies rows of a mean loss by the number of people in the batch. Of a sum, or of one that
 is divided by something fixed, that makes each row depend on who else is in the batch.
 
-A loss is plainly the one or the other where its last node is a loss of torch's, and looks like a
-sum where each way from it to the outputs leads through a full sum, no mean over people and no
-number that may be one over theirs, or over how many elements count.
+A loss is plainly the one or the other where its last node is a loss of torch's. It looks like a
+sum where each way from it to the outputs leads through a full sum, over what is made of elements
+one by one, and no mean. Numbers on the way may be one over that of people: it is a sum if they are
+the same in batches of two sizes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from dpguard import _compat
 from dpguard.patches.oracle.masks import MEAN, NONE
 
-__all__ = ["Seeds", "divisors_of", "is_like_sum", "is_mean", "reduction_of"]
+__all__ = ["Seeds", "divisors_of", "is_mean", "numbers_of_sum", "reduction_of"]
 
 Seeds: TypeAlias = "list[tuple[torch.Tensor, torch.Tensor]]"
 """What a backward begins at, with the gradients there."""
@@ -29,13 +30,22 @@ _REDUCTIONS = {MEAN: "mean", _SUM: "sum"}
 _OF_EACH = {"MeanBackward0": "mean", "SumBackward0": "sum"}
 """and of losses of one person each."""
 _SCALES = frozenset(("DivBackward0", "MulBackward0"))
-_TERMS = frozenset(("AddBackward0", "SubBackward0", "NegBackward0"))
+_TERMS = frozenset(("AddBackward0", "NegBackward0", "RsubBackward1", "SubBackward0"))
 _SAME = frozenset((
     "AliasBackward0", "CloneBackward0", "ReshapeAliasBackward0", "SqueezeBackward0",
     "ToCopyBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0", "ViewBackward0",
 ))  # fmt: skip
-_PRODUCTS = ("Addmm", "Addmv", "Baddbmm", "Bmm", "Dot", "Mm", "Mv")
-"""Nodes in whose factors there may be any number."""
+_OF_ELEMENTS = frozenset((
+    "AbsBackward0", "BinaryCrossEntropyBackward0", "BinaryCrossEntropyWithLogitsBackward0",
+    "ClampBackward0", "ClampBackward1", "ClampMinBackward0", "ExpBackward0", "ExpandBackward0",
+    "GatherBackward0", "HuberLossBackward0", "IndexBackward0", "Log1PBackward0", "LogBackward0",
+    "LogSigmoidBackward0", "LogSoftmaxBackward0", "MseLossBackward0", "NllLoss2DBackward0",
+    "NllLossBackward0", "PermuteBackward0", "PowBackward0", "ReluBackward0", "SelectBackward0",
+    "SigmoidBackward0", "SliceBackward0", "SmoothL1LossBackward0", "SoftmaxBackward0",
+    "SoftplusBackward0", "SplitBackward0", "SqrtBackward0", "SqueezeBackward1", "SumBackward0",
+    "SumBackward1", "TBackward0", "TanhBackward0", "TransposeBackward0",
+))  # fmt: skip
+"""Nodes that have no number in them which could be one over that of people."""
 _WRAPPED = 1 << 63
 """Dimensions counted from the last are kept as unsigned numbers from here on."""
 _NODES_AT_MOST = 10_000
@@ -47,8 +57,10 @@ def reduction_of(seeds: Seeds) -> str | None:
     return None if root is None else _reduction_at(root)
 
 
-def is_like_sum(seeds: Seeds, rows: int, is_output: Callable[[Any], bool]) -> bool:
-    """Whether a loss looks like a sum over people of what is not divided by how many they are.
+def numbers_of_sum(
+    seeds: Seeds, rows: int, is_output: Callable[[Any], bool]
+) -> tuple[float, ...] | None:
+    """The numbers on the ways to the outputs of a loss that looks like a sum; ``None`` if none does.
 
     Args:
         seeds: of its backward.
@@ -56,7 +68,7 @@ def is_like_sum(seeds: Seeds, rows: int, is_output: Callable[[Any], bool]) -> bo
         is_output: whether a node has made an output of the model.
     """
     root = _root(seeds)
-    return root is not None and _Sum(rows, is_output).starts_at(root)
+    return None if root is None else _Sum(rows, is_output).starts_at(root)
 
 
 def divisors_of(seeds: Seeds) -> tuple[float, ...]:
@@ -88,10 +100,15 @@ def _root(seeds: Seeds) -> Any:
 def _reduction_at(node: Any) -> str | None:
     own = _REDUCTIONS.get(getattr(node, "_saved_reduction", NONE))
     if own is not None:
-        return own
+        return None if own == "sum" and _is_weighted(node) else own
     ((above, _),) = getattr(node, "next_functions", ())[:1] or ((None, 0),)
-    is_of_each = getattr(above, "_saved_reduction", None) == NONE
+    is_of_each = getattr(above, "_saved_reduction", None) == NONE and not _is_weighted(above)
     return _OF_EACH.get(type(node).__name__) if is_of_each else None
+
+
+def _is_weighted(node: Any) -> bool:
+    """Whether there are numbers in a loss by which those of elements are multiplied."""
+    return getattr(node, "_saved_weight", None) is not None
 
 
 def _constant(node: Any) -> torch.Tensor | None:
@@ -108,6 +125,8 @@ def _divisor(node: Any) -> float | None:
     # Not read where that would wait; of a product torch keeps what the loss was multiplied by.
     if type(other) is not torch.Tensor or not other.is_cpu or other.numel() != 1:
         return None
+    if other.is_complex():
+        return None
     number = float(other.item())
     if not number:
         return None
@@ -121,9 +140,10 @@ class _Sum:
         self._rows = rows
         self._is_output = is_output
         self._nodes: Any = _compat.nodes()
+        self._numbers: list[float] = []
 
-    def starts_at(self, root: Any) -> bool:
-        """Whether all ways from here to outputs are through one."""
+    def starts_at(self, root: Any) -> tuple[float, ...] | None:
+        """The numbers that are met, if all ways from here to outputs are through a sum."""
         leading = self._leading(root)
         sums, ways, seen = [], [root], set[Any]()
         while ways:
@@ -135,11 +155,14 @@ class _Sum:
             if name == "SumBackward0" or getattr(node, "_saved_reduction", NONE) == _SUM:
                 sums.append(node)
                 continue
-            is_scaled = name in _SCALES and _constant(node) is not None and self._is_fixed(node)
-            if self._is_output(node) or not (name in _TERMS | _SAME or is_scaled):
-                return False
+            is_scaled = name in _SCALES and _constant(node) is not None and self._takes(node)
+            is_term = name in _SAME or (name in _TERMS and self._adds(node))
+            if self._is_output(node) or not (is_term or is_scaled):
+                return None
             ways += [above for above, _ in node.next_functions]
-        return bool(sums) and self._are_of_all(sums, leading)
+        if not sums or not self._are_of_all(sums, leading):
+            return None
+        return tuple(sorted(self._numbers))
 
     def _leading(self, root: Any) -> set[Any]:
         """The nodes from which there is a way to an output; none if there are too many."""
@@ -163,34 +186,46 @@ class _Sum:
         return leading
 
     def _are_of_all(self, sums: Iterable[Any], leading: set[Any]) -> bool:
-        """Whether nothing between sums and outputs can have divided by the number of people."""
+        """Whether what is between sums and outputs is made of elements one by one."""
         ways, seen = list(sums), set[Any]()
         while ways:
             node = ways.pop()
             if node in seen or node not in leading or self._is_output(node):
                 continue
             seen.add(node)
-            name = type(node).__name__
-            if not self._nodes.is_plain(node) or name.startswith(_PRODUCTS) or is_mean(node):
-                return False
-            if name.startswith("MeanBackward") and not self._is_within(node, name):
-                return False
-            if name in _SCALES and not self._is_fixed(node):
+            if not self._nodes.is_plain(node) or not self._is_of_elements(node):
                 return False
             ways += [above for above, _ in node.next_functions]
         return True
 
-    def _is_within(self, node: Any, name: str) -> bool:
-        """Whether a mean is over what is one person's."""
-        if name != "MeanBackward1":
+    def _is_of_elements(self, node: Any) -> bool:
+        name = type(node).__name__
+        if name in _SCALES:
+            return _constant(node) is None or self._takes(node)
+        if name in _TERMS:
+            return self._adds(node)
+        if name == "MeanBackward1":
+            return self._is_within(node)
+        if is_mean(node) or _is_weighted(node):
             return False
-        sizes = node._saved_self_sym_sizes
-        dims = {(d - 2 * _WRAPPED if d >= _WRAPPED else d) % len(sizes) for d in node._saved_dim}
-        return bool(dims) and 0 not in dims and sizes[0] == self._rows
+        return name in _OF_ELEMENTS | _SAME
 
-    def _is_fixed(self, node: Any) -> bool:
-        """Whether a product or quotient is of outputs, or by fewer than there are people."""
-        if _constant(node) is None:
-            return True
+    def _is_within(self, node: Any) -> bool:
+        """Whether a mean is over what is one person's."""
+        sizes, dims = node._saved_self_sym_sizes, node._saved_dim
+        if not sizes or not dims or sizes[0] != self._rows:
+            return False
+        return all((d - 2 * _WRAPPED if d >= _WRAPPED else d) % len(sizes) for d in dims)
+
+    def _takes(self, node: Any) -> bool:
+        """Note the number by which a node divides, if it is known and less than people are many."""
         divisor = _divisor(node)
-        return divisor is not None and abs(divisor) < self._rows / 2
+        if divisor is None or abs(divisor) >= self._rows / 2:
+            return False
+        self._numbers.append(divisor)
+        return True
+
+    def _adds(self, node: Any) -> bool:
+        """Whether a node adds its terms as they are."""
+        alpha = getattr(node, "_saved_alpha", 1)
+        return not isinstance(alpha, torch.Tensor) and alpha == 1
