@@ -1894,6 +1894,27 @@ def made(number):
     return [Delivery(iteration, 1, 1) for _ in range(number)]
 
 
+def test_a_pass_that_another_thread_has_broken_off(guard):
+    """Its signals are no signals of the passes that come after it in the main thread."""
+    private = Private(samples(120), batch=24)
+    options = {"max_physical_batch_size": 5, "optimizer": private.optimizer}
+    with BatchMemoryManager(data_loader=private.loader, **options) as batches:
+
+        def begin():
+            for number, (x, y) in enumerate(batches):
+                if number == 1:
+                    return  # drawn, and not stepped
+                private.step(plain(private, x, y))
+
+        thread = threading.Thread(target=begin)
+        thread.start()
+        thread.join()
+        with pytest.raises(dpguard.PrivacyViolation, match="merged"):
+            for x, y in batches:
+                private.step(plain(private, x, y))
+    assert any(i.kind == diagnosis.SKIPPED_BATCH for i in guard.interventions)
+
+
 def test_what_is_delivered_while_others_are_dropped():
     """It waits as those that were there."""
 

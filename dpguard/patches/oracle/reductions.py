@@ -60,7 +60,7 @@ def reduction_of(seeds: Seeds) -> str | None:
 def numbers_of_sum(
     seeds: Seeds, rows: int, is_output: Callable[[Any], bool]
 ) -> tuple[float, ...] | None:
-    """The numbers on the ways to the outputs of a loss that looks like a sum; ``None`` if none does.
+    """The numbers on the ways from what looks like a sum to the outputs; ``None`` if nothing does.
 
     Args:
         seeds: of its backward.
