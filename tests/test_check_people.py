@@ -1909,7 +1909,7 @@ def test_a_pass_that_another_thread_has_broken_off(guard):
         thread = threading.Thread(target=begin)
         thread.start()
         thread.join()
-        with pytest.raises(dpguard.PrivacyViolation, match="merged"):
+        with pytest.raises(dpguard.PrivacyViolation, match="merged"):  # noqa: PT012
             for x, y in batches:
                 private.step(plain(private, x, y))
     assert any(i.kind == diagnosis.SKIPPED_BATCH for i in guard.interventions)
