@@ -54,7 +54,8 @@ class Loss(Check):
             figures = [figure for pair in pairs for figure in pair]
             figures += [*found.divided, *(found.broadcast or ())]
             hook = found.hook()
-            is_unsure = found.like_sum is not None and not found.is_sum
+            unknown = found.reductions[0] is None and not found.is_sum
+            is_unsure = found.like_sum is not None and unknown
             is_unsure = is_unsure or (found.broadcast is not None and not found.is_broadcast)
             if is_unsure and hook is not None:
                 hook.look_again()  # at a batch of another size
