@@ -336,7 +336,7 @@ class ParameterState:
         "version",
     )
 
-    def __init__(self, parameter: torch.Tensor, forget: Callable[[Any], None]) -> None:  # noqa: PLR0915
+    def __init__(self, parameter: torch.Tensor, forget: Callable[[Any], None]) -> None:  # noqa: PLR0915 - one for each field
         self.ref = weakref.ref(parameter, forget)
         self.name = f"<unnamed {tuple(parameter.shape)}>"
         self.model: weakref.ref[torch.nn.Module] | None = None

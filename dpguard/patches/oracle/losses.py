@@ -76,7 +76,6 @@ __all__ = ["Coupling", "Losses"]
 
 _KEPT = 16
 _DECISIONS_AT_MOST = 8
-_SUMS_AT_MOST = 64
 _EXPANDED = "PerSampleGradBackward"
 """Names of calls of layers with expanded weights end so."""
 _SELECT = frozenset(("IndexBackward0", "IndexSelectBackward0", "SliceBackward0", "SplitBackward0"))
@@ -191,10 +190,7 @@ class Losses:
                         hook.squares.add(draw.rows)
                         found = replace(found, is_broadcast=len(hook.squares) > 1)
                     if found.like_sum is not None and given.get("grad_tensors") is None:
-                        if len(hook.sums) < _SUMS_AT_MOST:
-                            hook.sums.add((found.like_sum, draw.rows))
-                        sizes = {rows for numbers, rows in hook.sums if numbers == found.like_sum}
-                        found = replace(found, is_sum=len(sizes) > 1)
+                        found = replace(found, is_sum=hook.is_sum(found.like_sum, draw.rows))
                     self._found.append(found)
                     self._outputs.unasked.discard(hook)
 

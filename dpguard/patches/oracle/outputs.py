@@ -38,6 +38,7 @@ _LOSSES_AT_MOST = 4
 _DRAWS_AT_MOST = 16
 _REPEATS_AT_MOST = 20
 _MARKS_AT_MOST = 256
+_SUMS_AT_MOST = 64
 _autograd = _compat.autograd()
 _inside_transform = _compat.transform_test()
 
@@ -231,8 +232,8 @@ class OutputHook:
     """The forward hook on a model that Opacus hooked."""
 
     __slots__ = (
-        "__weakref__", "_drawn", "_later", "_left_out", "_repeats", "counts", "draws", "losses",
-        "outputs", "pairing", "squares", "sums",
+        "__weakref__", "_drawn", "_later", "_left_out", "_repeats", "_sums", "counts", "draws",
+        "losses", "outputs", "pairing", "squares",
     )  # fmt: skip
 
     def __init__(self, outputs: Outputs, pairing: Pairing) -> None:
@@ -244,7 +245,7 @@ class OutputHook:
         """How many more people may be drawn, until a step takes what was found of one."""
         self.squares: set[int] = set()
         """Sizes of batches in which outputs were broadcast to as many as there are people."""
-        self.sums: set[tuple[tuple[float, ...], int]] = set()
+        self._sums: set[tuple[tuple[float, ...], int]] = set()
         """Numbers in losses that looked like sums, and sizes of their batches."""
         self.counts = Counts()
         """What counts, by which losses were divided."""
@@ -303,6 +304,12 @@ class OutputHook:
         if self._repeats:
             self._repeats -= 1
             self.arm()
+
+    def is_sum(self, numbers: tuple[float, ...], rows: int) -> bool:
+        """Whether a loss that looks like one had the same numbers in a batch of another size."""
+        if len(self._sums) < _SUMS_AT_MOST:
+            self._sums.add((numbers, rows))
+        return len({size for same, size in self._sums if same == numbers}) > 1
 
     def give_up(self, draw: Draw | None) -> None:
         """Nothing can be said of this batch; not before the next time."""

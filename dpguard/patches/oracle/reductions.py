@@ -125,9 +125,7 @@ def _divisor(node: Any) -> float | None:
     # Not read where that would wait; of a product torch keeps what the loss was multiplied by.
     if type(other) is not torch.Tensor or not other.is_cpu or other.numel() != 1:
         return None
-    if other.is_complex():
-        return None
-    number = float(other.item())
+    number = 0.0 if other.is_complex() else float(other.item())
     if not number:
         return None
     return number if type(node).__name__ == "DivBackward0" else 1 / number
@@ -155,6 +153,8 @@ class _Sum:
             if name == "SumBackward0" or getattr(node, "_saved_reduction", NONE) == _SUM:
                 sums.append(node)
                 continue
+            if not self._nodes.is_plain(node):
+                return None
             is_scaled = name in _SCALES and _constant(node) is not None and self._takes(node)
             is_term = name in _SAME or (name in _TERMS and self._adds(node))
             if self._is_output(node) or not (is_term or is_scaled):
