@@ -631,6 +631,13 @@ SUMS = {
     "log-likelihood": lambda o, y: -o.log_softmax(1)[torch.arange(len(y)), y].sum(),
     "divided by one": lambda o, y: F.cross_entropy(o, y, reduction="sum") / 1,
     "means of each": lambda o, y: (o - one_hot(y)).pow(2).mean(1).sum(),
+    "distances": lambda o, y: (o - one_hot(y)).norm(dim=1).sum(),
+    "of which each": lambda o, y: torch.where(o > one_hot(y), o - 1, 1 - o).sum(),
+    "one after the other": lambda o, y: torch.cat([o.pow(2), (o - one_hot(y)).abs()]).sum(),
+    "one by one": lambda o, y: torch.stack(
+        [F.cross_entropy(a, b, reduction="none") for a, b in zip(o, y, strict=True)]
+    ).sum(),
+    "the larger": lambda o, y: torch.maximum(o, one_hot(y)).pow(2).sum(),
     "in two": lambda o, y: 2 * (F.mse_loss(o, one_hot(y), reduction="sum") + o.abs().sum()),
 }
 
@@ -664,6 +671,8 @@ NO_SUMS = {
         o, one_hot(y), torch.full_like(o, 1 / len(y)), reduction="sum"
     ),
     "pooled": lambda o, y: F.avg_pool1d(o.pow(2).T, len(y)).sum(),
+    "a norm of all": lambda o, y: (o - one_hot(y)).norm(dim=0).sum(),
+    "either": lambda o, y: torch.where(o > 0, o / len(y), -o / len(y)).sum(),
     "columns": lambda o, y: (o - one_hot(y)).pow(2).T.mean(1).sum(),
     "one mean of one": lambda o, y: F.cross_entropy(o, y).mean(0).sum(),
     "no dimension": lambda o, y: o.pow(2).mean(dim=None, keepdim=True).sum(),

@@ -37,15 +37,22 @@ _SAME = frozenset((
 ))  # fmt: skip
 _OF_ELEMENTS = frozenset((
     "AbsBackward0", "BinaryCrossEntropyBackward0", "BinaryCrossEntropyWithLogitsBackward0",
-    "ClampBackward0", "ClampBackward1", "ClampMinBackward0", "ExpBackward0", "ExpandBackward0",
-    "GatherBackward0", "HuberLossBackward0", "IndexBackward0", "Log1PBackward0", "LogBackward0",
-    "LogSigmoidBackward0", "LogSoftmaxBackward0", "MseLossBackward0", "NllLoss2DBackward0",
-    "NllLossBackward0", "PermuteBackward0", "PowBackward0", "ReluBackward0", "SelectBackward0",
-    "SigmoidBackward0", "SliceBackward0", "SmoothL1LossBackward0", "SoftmaxBackward0",
-    "SoftplusBackward0", "SplitBackward0", "SqrtBackward0", "SqueezeBackward1", "SumBackward0",
-    "SumBackward1", "TBackward0", "TanhBackward0", "TransposeBackward0",
+    "CatBackward0", "ClampBackward0", "ClampBackward1", "ClampMaxBackward0", "ClampMinBackward0",
+    "CosBackward0", "ErfBackward0", "ExpBackward0", "ExpandBackward0", "GatherBackward0",
+    "GeluBackward0", "HuberLossBackward0", "IndexBackward0", "LgammaBackward0", "Log1PBackward0",
+    "LogBackward0", "LogSigmoidBackward0", "LogSoftmaxBackward0", "LogsumexpBackward0",
+    "MaskedFillBackward0", "MaskedSelectBackward0", "MaximumBackward0", "MinimumBackward0",
+    "MseLossBackward0", "NanToNumBackward0", "NllLoss2DBackward0", "NllLossBackward0",
+    "PermuteBackward0", "PowBackward0", "ReciprocalBackward0", "ReluBackward0", "RsqrtBackward0",
+    "SelectBackward0", "SigmoidBackward0", "SiluBackward0", "SinBackward0", "SliceBackward0",
+    "SmoothL1LossBackward0", "SoftMarginLossBackward0", "SoftmaxBackward0", "SoftplusBackward0",
+    "SplitBackward0", "SqrtBackward0", "SqueezeBackward1", "StackBackward0", "SumBackward0",
+    "SumBackward1", "TBackward0", "TanhBackward0", "TransposeBackward0", "UnbindBackward0",
+    "WhereBackward0",
 ))  # fmt: skip
 """Nodes that have no number in them which could be one over that of people."""
+_OVER_DIMS = frozenset(("LinalgVectorNormBackward0", "MeanBackward1", "NormBackward1"))
+"""Nodes that make one number of several along some dimensions."""
 _WRAPPED = 1 << 63
 """Dimensions counted from the last are kept as unsigned numbers from here on."""
 _NODES_AT_MOST = 10_000
@@ -204,15 +211,17 @@ class _Sum:
             return _constant(node) is None or self._takes(node)
         if name in _TERMS:
             return self._adds(node)
-        if name == "MeanBackward1":
+        if name in _OVER_DIMS:
             return self._is_within(node)
         if is_mean(node) or _is_weighted(node):
             return False
         return name in _OF_ELEMENTS | _SAME
 
     def _is_within(self, node: Any) -> bool:
-        """Whether a mean is over what is one person's."""
-        sizes, dims = node._saved_self_sym_sizes, node._saved_dim
+        """Whether a mean or norm is over what is one person's."""
+        dims = node._saved_dim
+        kept = hasattr(node, "_saved_self")
+        sizes = node._saved_self.shape if kept else node._saved_self_sym_sizes
         if not sizes or not dims or sizes[0] != self._rows:
             return False
         return all((d - 2 * _WRAPPED if d >= _WRAPPED else d) % len(sizes) for d in dims)
