@@ -106,6 +106,8 @@ class Runtime:
         asks = bool(settings.oracle_every and _compat.nodes())
         self.outputs = Outputs(report) if asks else None
         self._losses = Losses(self.outputs) if self.outputs is not None else None
+        if self._losses is not None:
+            self.ledger.forgets.append(self._losses.forget)
         drawn = None if self.outputs is None else ExpandedOutputs(self.outputs, self.ledger)
         self._expanded = ExpandedModels(self.ledger, report, drawn)
         self.ledger.norm_draws = NormDraws(report) if asks else None

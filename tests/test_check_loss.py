@@ -1072,6 +1072,23 @@ def test_several_outputs_with_several_backwards():
     assert guard.violations == ()
 
 
+@pytest.mark.parametrize("cleared", ["optimizer", "model"])
+def test_losses_whose_gradients_are_cleared(cleared):
+    """As those of a generator that is trained through a private discriminator: no step uses them."""
+    _, couples = next(iter(COUPLED.values()))
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        training = Training()
+        for _ in range(3):
+            x, y = batch_of()
+            couples(training.model(x), y).backward()
+            (training.optimizer if cleared == "optimizer" else training.model).zero_grad()
+            F.cross_entropy(training.model(x), y).backward()
+            training.optimizer.step()
+            count = guard.last_step.checks[LOSS]
+            assert (count.passed, count.failed) == (1, 0)
+    assert guard.violations == ()
+
+
 def test_a_penalty_on_a_mean_depends_on_others():
     """Which is why a loss with it does not pass."""
     hidden = torch.randn(BATCH, 8, requires_grad=True)

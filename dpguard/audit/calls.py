@@ -75,7 +75,7 @@ class Calls:
         self._deliveries = deliveries
         self._part = Part("calls", report, partial(setattr, ledger, "watcher", None))
         self._notes: list[Note] = []
-        ledger.forget_calls = partial(self._part.run, self.take)
+        ledger.forgets.append(partial(self._part.run, self.take))
         self.watch()
 
     def watch(self) -> None:

@@ -112,7 +112,7 @@ class Ledger:
         """Identities of parameters that were used while Opacus's hooks were disabled."""
         self.before_clearing: Callable[[Sequence[torch.Tensor]], None] | None = None
         """Called with parameters whose gradients are about to be cleared."""
-        self.forget_calls: Callable[[Sequence[torch.Tensor]], None] | None = None
+        self.forgets: list[Callable[[Sequence[torch.Tensor]], Any]] = []
         """Called with parameters of whose calls there are no rows any more."""
         self._closed = False
         self._tasks: dict[int, GraphTask] = {}
@@ -292,8 +292,9 @@ class Ledger:
         parameters = list(parameters)
         if self.before_clearing is not None:
             self.before_clearing(parameters)
-        if self.watcher is not None and self.forget_calls is not None and not between:
-            self.forget_calls(parameters)
+        if not between:
+            for forget in self.forgets:
+                forget(parameters)
         self._forget_failed(parameters)
         for parameter in parameters:
             state = self._parameters.get(id(parameter))

@@ -163,6 +163,11 @@ class Losses:
         self._found = deque(kept, maxlen=_KEPT)
         return taken
 
+    def forget(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Gradients are cleared: no step will use the losses that they came from."""
+        if self._found:
+            self._outputs.run(self.take, parameters)
+
     def _backward(self, wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
         if _autograd.graph_task_id() == -1 and not _inside_transform():
             self._outputs.run(self._look, wrapped, args, kwargs)
