@@ -68,6 +68,7 @@ from dpguard.patches.model.grad_sample import GradSamplePatch
 from dpguard.patches.model.pairing import Pairing
 from dpguard.patches.optimizer import empty_batches
 from dpguard.patches.optimizer.attributes import AttributeForwarding
+from dpguard.patches.optimizer.outside import Outside
 from dpguard.patches.optimizer.signals import Signals
 from dpguard.patches.optimizer.step import OptimizerPatch
 from dpguard.patches.oracle.losses import Losses
@@ -102,10 +103,12 @@ class Runtime:
         self._deliveries = Deliveries()
         emit = _weakly(self.emit)
         report = _weakly(self.report_internal)
+        self._verdicts = verdicts = Verdicts(emit, settings.mode)
         self._calls = Calls(self.ledger, self._deliveries, report)
         asks = bool(settings.oracle_every and _compat.nodes())
         self.outputs = Outputs(report) if asks else None
-        self._losses = Losses(self.outputs) if self.outputs is not None else None
+        outside = Outside(verdicts, report)
+        self._losses = Losses(self.outputs, outside.note) if self.outputs is not None else None
         if self._losses is not None:
             self.ledger.forgets.append(self._losses.forget)
         drawn = None if self.outputs is None else ExpandedOutputs(self.outputs, self.ledger)
@@ -119,7 +122,6 @@ class Runtime:
             self.ledger, settings, emit, self._checks(), report, are_people=people.are_people
         )
         kinds = ((Pairing, _compat.uses_stock_hooks), (GhostPairing, _compat.uses_ghost_hooks))
-        self._verdicts = verdicts = Verdicts(emit, settings.mode)
         self.grad_sample = GradSamplePatch(
             self.ledger, kinds, verdicts, outputs=self.outputs, report=report
         )
@@ -138,6 +140,7 @@ class Runtime:
             made=self._deliveries.made,
             attached=_weakly(self._attached),
             is_missing=self.accounting.is_missing,
+            outside=outside,
         )
         self._transaction = Transaction()
         self._intervened = 0

@@ -122,6 +122,7 @@ NOT_COPYABLE = "not_copyable"
 FOREIGN_STEP = "foreign_step"
 RAW_UPDATE = "raw_update"
 FROZEN_LATE = "frozen_after_backward"
+LEARNS_OUTSIDE = "learns_outside"
 NOISE_TAKEN_OUT = "noise_taken_out"
 NOISE_OFF_ZEROS = "noise_off_zeros"
 NOISE_DILUTED = "noise_diluted"
@@ -795,6 +796,13 @@ _DIAGNOSES = {
         "let only optimizer.step() of the DP optimizer change them, and do nothing with p.grad "
         "between backward and step",
         Severity.CRITICAL,
+    ),
+    LEARNS_OUTSIDE: Diagnosis(
+        "parameters outside of the private model learn from its losses, with gradients that are "
+        "neither clipped nor noised nor accounted: epsilon says nothing about them",
+        "make them part of the module that make_private is given, whose DP optimizer then trains "
+        "them. If they are never released (a head that stays with its user), nothing is to be done",
+        Severity.WARNING,
     ),
     FROZEN_LATE: Diagnosis(
         "parameters were frozen between backward and step: the DP optimizer passes over them, but "

@@ -18,6 +18,7 @@ from dpguard import _callsite, _compat, diagnosis
 from dpguard.identity import IdentitySet
 from dpguard.noted.ledger import Ledger
 from dpguard.noted.row_state import awaits_its_step, note_used
+from dpguard.patches.optimizer.outside import Outside
 from dpguard.patching import Transaction
 from dpguard.verdicts import Verdicts
 
@@ -34,6 +35,7 @@ class ForeignSteps:
         applied: is given a DP optimizer when the one that it wraps has stepped.
         owner: from an optimizer to the DP optimizer that wraps it, if there is one.
         is_missing: whether accountants were not told of steps that were not audited; asked in each.
+        outside: is told of steps of other parameters.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class ForeignSteps:
         applied: Callable[[Any], None],
         owner: Callable[[Any], Any],
         is_missing: Callable[[Any], bool],
+        outside: Outside,
     ) -> None:
         self._verdicts = verdicts
         self._applied = applied
@@ -52,6 +55,7 @@ class ForeignSteps:
         self._holds_dp = holds_dp
         self._owner = owner
         self._is_missing = is_missing
+        self._outside = outside
         self._unaudited = IdentitySet()
         self._granted: dict[int, weakref.ref[Any]] = {}
         self._under_way: dict[int, weakref.ref[Any]] = {}
@@ -128,6 +132,7 @@ class ForeignSteps:
                 "optimizer or of its model from gradients that are not private.",
                 site=_callsite.writer(),
             )
+        self._outside.before_step(optimizer, parameters)
 
     def _say_unaudited(self, optimizer: Any, parameters: list[Any]) -> None:
         """A DP optimizer was had clip and add noise, but not in its ``pre_step``."""

@@ -24,6 +24,7 @@ from dpguard.patches.optimizer.due_sigma import DueSigma
 from dpguard.patches.optimizer.facades import Facades, Family
 from dpguard.patches.optimizer.foreign_steps import ForeignSteps
 from dpguard.patches.optimizer.mechanism import Mechanism
+from dpguard.patches.optimizer.outside import Outside
 from dpguard.patches.optimizer.protocol import Protocol
 from dpguard.patches.optimizer.signals import Signals
 from dpguard.patches.optimizer.step_hooks import StepHooks
@@ -67,6 +68,7 @@ class OptimizerPatch:
         made: Callable[[Any], None],
         attached: Callable[[Any, Any], None],
         is_missing: Callable[[Any], bool],
+        outside: Outside,
     ) -> None:
         self._signals = signals
         self._meet_models = meet
@@ -85,6 +87,7 @@ class OptimizerPatch:
             applied=functools.partial(self._audit, auditor.after_update),
             owner=self._wrapping,
             is_missing=is_missing,
+            outside=outside,
         )
         self._hooks = StepHooks(verdicts, self._family.owner, attached)
         self._bounds = Bounds(verdicts, self._family.owner)

@@ -40,7 +40,7 @@ import contextlib
 import inspect
 import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -60,6 +60,7 @@ from dpguard.patches.oracle.broadcasts import (
 )
 from dpguard.patches.oracle.decisions import DECISIONS, Decision
 from dpguard.patches.oracle.divisors import Divided, Divisors
+from dpguard.patches.oracle.learners import Learner, learners_of
 from dpguard.patches.oracle.outputs import Draw, Expected, OutputHook, Outputs, mark_of
 from dpguard.patches.oracle.reductions import (
     Seeds,
@@ -109,6 +110,7 @@ class Coupling:
         like_sum: the numbers in a loss that looks like a sum,
         is_sum: which it is if they were the same in a batch of another size.
         reductions: of the loss, if that is a plain one, and for which the model was wrapped.
+        learners: what learns from it besides the model.
         roundoff: of the lowest precision on the way.
     """
 
@@ -126,6 +128,7 @@ class Coupling:
     divisors: tuple[float, ...] = ()
     like_sum: tuple[float, ...] | None = None
     is_sum: bool = False
+    learners: tuple[Learner, ...] = ()
 
 
 class Losses:
@@ -133,10 +136,12 @@ class Losses:
 
     Args:
         outputs: has drawn people, and is told of an error of ours, which ends both.
+        learned: is given what else learns from the losses that a step uses.
     """
 
-    def __init__(self, outputs: Outputs) -> None:
+    def __init__(self, outputs: Outputs, learned: Callable[[Iterable[Learner]], None]) -> None:
         self._outputs = outputs
+        self._learned = learned
         self._probes = Probes()
         self._found: deque[Coupling] = deque(maxlen=_KEPT)
 
@@ -148,9 +153,14 @@ class Losses:
         patch_function(transaction, torch.autograd, "backward", wrapper)
 
     def take(self, parameters: Iterable[torch.Tensor]) -> list[Coupling]:
-        """What was found of the losses of models of these parameters."""
-        if not self._found:
-            return []
+        """What was found of the losses of models of these parameters, which a step uses."""
+        taken = self._take(parameters) if self._found else []
+        learners = [learner for found in taken for learner in found.learners]
+        if learners:
+            self._learned(learners)
+        return taken
+
+    def _take(self, parameters: Iterable[torch.Tensor]) -> list[Coupling]:
         wanted = {id(p) for p in parameters}
         taken: list[Coupling] = []
         kept: list[Coupling] = []
@@ -166,7 +176,7 @@ class Losses:
     def forget(self, parameters: Iterable[torch.Tensor]) -> None:
         """Gradients are cleared: no step will use the losses that they came from."""
         if self._found:
-            self._outputs.run(self.take, parameters)
+            self._outputs.run(self._take, parameters)
 
     def _backward(self, wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
         if _autograd.graph_task_id() == -1 and not _inside_transform():
@@ -289,6 +299,7 @@ class _Examination:
             of_some=self._is_of_some(seeds),
             divisors=divisors_of(seeds),
             like_sum=self._numbers_of_sum(seeds),
+            learners=learners_of(seeds, self._is_output, self._own()),
         )
 
     def _run(self, root: torch.Tensor, watch: Any = None) -> list[_End]:
@@ -307,7 +318,7 @@ class _Examination:
             node,
             _parts(gradients),
             wanted=lambda _: False,
-            is_end=lambda node: mark_of(node, self._draw) is not None,
+            is_end=self._is_output,
             watch=watch,
             instead=None if instead is None else _parts(instead),
         )
@@ -369,13 +380,15 @@ class _Examination:
 
     def _numbers_of_sum(self, seeds: Seeds) -> tuple[float, ...] | None:
         """What is on the ways of a loss that looks like a sum, where a mean was declared."""
-
-        def is_output(node: Any) -> bool:
-            return mark_of(node, self._draw) is not None
-
         if self._hook.pairing.loss_reduction != "mean" or self._draw.people is not None:
             return None
-        return numbers_of_sum(seeds, self._draw.rows, is_output)
+        return numbers_of_sum(seeds, self._draw.rows, self._is_output)
+
+    def _is_output(self, node: Any) -> bool:
+        return mark_of(node, self._draw) is not None
+
+    def _own(self) -> set[int]:
+        return set(map(id, self._hook.model.parameters()))
 
     def _is_of_some(self, seeds: Seeds) -> bool:
         """Whether the loss is a mean, to which nothing was done, over some rows of the outputs.
