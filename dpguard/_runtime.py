@@ -20,6 +20,7 @@ from dpguard._errors import DPGuardError
 from dpguard._settings import Settings
 from dpguard.audit.accounting import Accounting
 from dpguard.audit.applied import Applied
+from dpguard.audit.bystanders import Bystanders
 from dpguard.audit.calls import Calls
 from dpguard.audit.check import Check
 from dpguard.audit.clip import Clip
@@ -170,6 +171,7 @@ class Runtime:
             Noise(self.ledger),
             Scaling(),
             Update(self.ledger),
+            Bystanders(self.ledger.batches),
             InputValues(self.ledger),
             Applied(),
             Moved(),

@@ -131,6 +131,7 @@ RENORMALISED = "embedding_renormalised"
 BATCH_MIXED = "batch_mixed"
 BATCH_CENTRED = "batch_centred"
 BATCH_STATISTICS = "batch_statistics"
+BYSTANDERS_TRAIN = "bystanders_in_training_mode"
 BUFFERS_CHANGE = "buffers_change"
 NOT_OWNED = "not_owned"
 NEVER_CHANGES = "never_changes"
@@ -936,6 +937,15 @@ _DIAGNOSES = {
         "replace it by GroupNorm, LayerNorm or InstanceNorm (opacus.validators.ModuleValidator."
         "fix), or put the layer into eval() mode while training",
         Severity.CRITICAL,
+    ),
+    BYSTANDERS_TRAIN: Diagnosis(
+        "{} BatchNorm layer(s) outside of the private model, which no optimizer trains, run in "
+        "training mode along with its steps. Where they are given private batches, what they make "
+        "of one person's data depends on all others, so that clipping does not bound what one "
+        "person changes, and their running statistics hold data without noise",
+        "call .eval() on the model that they are in (a frozen backbone, a teacher), after each "
+        "call of train() as well",
+        Severity.WARNING,
     ),
     RENORMALISED: Diagnosis(
         "an embedding with max_norm shortens its weights in the forward, without noise and just "

@@ -9,6 +9,8 @@ from typing import TypeAlias
 
 import torch
 
+from dpguard.identity import IdentitySet
+
 __all__ = ["Batches"]
 
 _KEPT = 16
@@ -29,6 +31,7 @@ class Batches:
         buffers: for each model, names of buffers that changed while it ran.
         compared: for each model, buffers that nobody has changed openly while it ran, and whether
             their values are others.
+        of_models: the BatchNorm layers of models that are looked at.
         report: is told of an error of ours where these are looked at.
         failed: there was one, and they are not looked at any more.
     """
@@ -38,6 +41,7 @@ class Batches:
         self.renormalised = Sightings()
         self.buffers = Sightings()
         self.compared = Compared()
+        self.of_models = IdentitySet()
         self.report: Callable[[str, Exception], None] | None = None
         self.failed = False
 

@@ -67,6 +67,7 @@ def watch(model: torch.nn.Module, ledger: Ledger, prefix: str = "") -> list[Call
             if around is None:
                 around = _Around(ledger, root, prefix)
                 undo += [handle.remove for handle in _hang(around, model)]
+            ledger.batches.of_models.add(module)
             normalising = _Normalising(ledger, root, name, around)
             undo += [handle.remove for handle in _hang(normalising, module)]
         elif isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and module.max_norm:
