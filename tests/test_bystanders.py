@@ -148,7 +148,7 @@ def test_one_that_comes_later():
 
         def step(self):
             self.steps += 1
-            if self.steps == 20:  # noqa: PLR2004
+            if self.steps == 20:
                 self.backbone = backbone()
             super().step()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from opacus import GradSampleModule
-from opacus.grad_sample import wrap_model
 from opacus.optimizers import DPOptimizer
 from releases import FUNCTORCH, MIXED
 from torch import nn
@@ -26,8 +25,7 @@ class Training:
     def __init__(self, kind="hooks", outputs=CLASSES):
         torch.manual_seed(5)
         body = nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, outputs))
-        kinds = {} if kind == "hooks" else {"grad_sample_mode": kind}
-        self.model = wrap_model(body, **kinds) if kinds else GradSampleModule(body)
+        self.model = GradSampleModule(body) if kind == "hooks" else wrapped(body, kind)
         self.optimizer = optimizer_of(self.model)
         self.encoder = nn.Linear(FEATURES, FEATURES)
         self.head = nn.Linear(outputs, CLASSES)
@@ -37,6 +35,12 @@ class Training:
     def cosine(self, x, y):
         """To the centre of one's class."""
         return F.cross_entropy(F.normalize(self.model(x)) @ F.normalize(self.centres).T * 8, y)
+
+
+def wrapped(model, kind):
+    from opacus.grad_sample import wrap_model
+
+    return wrap_model(model, grad_sample_mode=kind)
 
 
 def optimizer_of(model):
