@@ -178,6 +178,12 @@ def rows(
     person changes the clipped sum by at most C. That it is true nothing can check; what can be
     checked is that the number of people is the one that the data loader delivered.
 
+    With ``loss_reduction="mean"`` rows are multiplied by what the loss was divided by: the number
+    of rows, or of people where it is a mean over what was made of each person's rows (nodes of a
+    graph that are pooled, time steps that one layer has as rows). That is seen of means, and of
+    sums that are divided by one of these numbers; where it is not, and people have different
+    numbers of rows, a warning says so.
+
     In ghost clipping the rows are materialised to be summed (fast gradient clipping), and
     ``"concat"`` and adaptive clipping are refused. Without an active guard it does nothing.
 

@@ -66,6 +66,7 @@ from dpguard.patches.ghost import gradient as ghost_gradient
 from dpguard.patches.ghost.pairing import GhostPairing
 from dpguard.patches.model import detach, pickles, wrapper_writes
 from dpguard.patches.model.grad_sample import GradSamplePatch
+from dpguard.patches.model.means import Means
 from dpguard.patches.model.pairing import Pairing
 from dpguard.patches.optimizer import empty_batches
 from dpguard.patches.optimizer.attributes import AttributeForwarding
@@ -108,6 +109,7 @@ class Runtime:
         self._calls = Calls(self.ledger, self._deliveries, report)
         asks = bool(settings.oracle_every and _compat.nodes())
         self.outputs = Outputs(report) if asks else None
+        self._means = Means(self.ledger, report)
         outside = Outside(verdicts, report)
         self._losses = Losses(self.outputs, outside.note) if self.outputs is not None else None
         if self._losses is not None:
@@ -250,6 +252,7 @@ class Runtime:
         )
         if self._losses is not None:
             self._losses.install(self._transaction)
+        self._means.install(self._transaction)
         return self.patch_opacus()
 
     def patch_opacus(self) -> list[str]:

@@ -187,6 +187,7 @@ BATCHES_IN_STEP = "physical_batches_in_one_step"
 SPLIT_FOR_ANOTHER = "batch_split_for_another"
 PEOPLE_IN_ROUNDS = "people_in_rounds"
 ROUNDS_IN_GHOST = "rounds_in_ghost_clipping"
+MEAN_UNKNOWN = "mean_over_unknown"
 GROUPS_MISFIT = "groups_misfit"
 GROUPS_DIFFER = "groups_differ"
 GROUPS_ADAPTIVE = "groups_in_adaptive_clipping"
@@ -1402,6 +1403,14 @@ _DIAGNOSES = {
         "make one loss per sample of all rounds (their sum) and call backward once, or use "
         "grad_sample_mode='hooks'",
         Severity.CRITICAL,
+    ),
+    MEAN_UNKNOWN: Diagnosis(
+        "it is not seen whether the loss is a mean over rows or over people, who have different "
+        "numbers of rows. If it is one over people, each person's per-sample gradient depends on "
+        "how many rows all others have, and clipping it does not bound what one person changes",
+        "make the loss one mean over all rows, or over people (cross_entropy(...), losses.mean(), "
+        'losses.sum() / people); or wrap the model with loss_reduction="sum" and add the losses up',
+        Severity.WARNING,
     ),
     GROUPS_MISFIT: Diagnosis(
         "the number of rows does not fit what dpguard.rows() declares",

@@ -279,6 +279,38 @@ def test_a_batch_that_was_given_up(guard):
     assert guard.violations == ()
 
 
+class Heads(nn.Module):
+    """Several heads on a part whose gradient is small beside theirs."""
+
+    def __init__(self, returned, kept=0):
+        super().__init__()
+        self.embed, self.trunk = nn.Embedding(20, 12), nn.Linear(12, 32)
+        self.heads = nn.ModuleList(nn.Linear(32, 50) for _ in range(returned + kept))
+        self.returned = returned
+
+    def forward(self, x):
+        h = torch.tanh(self.trunk(1e-3 * self.embed(x)))
+        made = [head(h) for head in self.heads]
+        self.kept = made[self.returned :]
+        return tuple(made[: self.returned])
+
+
+@pytest.mark.parametrize(("returned", "kept"), [(8, 0), (1, 1), (70, 0)])
+def test_gradients_that_come_by_more_than_what_is_followed(guard, returned, kept):
+    """By what the model keeps of itself; or by very many outputs."""
+    steps, people = 64, 32
+    training = Training(Heads(returned, kept))
+    for _ in range(3):
+        x, y = torch.randint(20, (people, steps)), torch.randint(50, (people, steps))
+        training.optimizer.zero_grad()
+        out = (*training.called(x), *training.model.kept)
+        sum(3 * F.cross_entropy(o.transpose(1, 2), y) for o in out).backward()
+        training.optimizer.step()
+        assert seen(guard)[1] == 0
+    assert guard.violations == ()
+    assert kept or returned > 64 or seen(guard)[0] == count(training.model)
+
+
 def test_rows_that_are_not_finite_are_left_to_their_check(guard):
     """A NaN makes the rows of one person zero; nothing is said of hers."""
     training = Training(MLP())

@@ -45,6 +45,7 @@ class Note:
         second: size of the second dimension of its input, if that has three, or two and is of
             integers.
         people: how its rows are declared to be arranged.
+        mean_over: the number of rows by which the loss was divided.
     """
 
     module: int
@@ -57,6 +58,7 @@ class Note:
     origin: int | None
     second: int | None
     people: Any
+    mean_over: int
 
 
 class Calls:
@@ -102,6 +104,7 @@ class Calls:
                 self._deliveries.origin(inputs),
                 _second(inputs),
                 record.people,
+                rows if record.mean_over is None else record.mean_over,
             )
         )
 

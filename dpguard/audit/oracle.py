@@ -298,7 +298,9 @@ def _verdict(
         for i, more in zip(scaling, measured, strict=True):
             rounded[i] += more
         each_of = zip(per, together, rounded, lost, strict=True)
-        slacks = [by * (one.products + more + totals) + least for one, by, more, least in each_of]
+        slacks = [
+            (by * (one.products + more) + least, by * totals) for one, by, more, least in each_of
+        ]
         known = _known(per, slacks, [TIMES * factor * totals for factor in together])
         step.judge(ORACLE, len(known))
         whole = math.hypot(*(one.own for one in per))
@@ -332,20 +334,23 @@ def _verdict(
 
 
 def _known(
-    per: Sequence[_Figures], bounds: Sequence[float], anything: Sequence[float]
+    per: Sequence[_Figures], slacks: Sequence[tuple[float, float]], anything: Sequence[float]
 ) -> dict[int, float]:
     """Parameters that are judged, and by how much her row has to be off at least.
 
     Args:
         per: figures of each.
-        bounds: of how far all rows together may be off.
+        slacks: how far all rows together may be off by their own rounding, and by how much more
+            since gradients on the way are as large as those of other parameters. Where only that
+            explains it, a part may have come another way: by an output that is not followed.
         anything: of how large they may be together, if they cancel.
     """
     known: dict[int, float] = {}
     added = math.hypot(*(one.whole for one in per))
-    for i, one in enumerate(per):
-        if one.short <= bounds[i]:
-            known.update(judged(i, one.short, one.whole, apart=added > anything[i]))
+    for i, (one, (own, others)) in enumerate(zip(per, slacks, strict=True)):
+        if one.short <= own + others:
+            apart = added > anything[i] and one.short <= own
+            known.update(judged(i, one.short, one.whole, apart=apart))
     return known
 
 

@@ -526,17 +526,15 @@ def rows_at_hand(
 
 
 def _rows_per_person(notes: Sequence[Note]) -> float | None:
-    """How many rows of the losses each row of a step is the sum of."""
-    groupings = {note.people for note in notes}
-    if not groupings or groupings == {None}:
-        return 1.0
-    if any(grouping is None or grouping.joins for grouping in groupings):
+    """By how many rows the losses were divided, for each row of a step."""
+    grouped = [note for note in notes if note.people is not None]
+    if not grouped or not any(note.rows for note in notes):
+        return 1.0  # computed by Opacus, which sums nothing
+    if any(note.people.joins or note.people.misfit(note.rows) for note in grouped):
         return None
-    if not any(note.rows for note in notes):
-        return 1.0  # they are computed by Opacus, which sums nothing
-    if any(note.people.misfit(note.rows) for note in notes):
-        return None
-    found = {note.rows / max(1, note.people.people_of(note.rows)) for note in notes}
+    found = {note.mean_over / max(1, note.people.people_of(note.rows)) for note in grouped}
+    if len(grouped) < len(notes):
+        found.add(1.0)
     return found.pop() if len(found) == 1 else None
 
 

@@ -2,7 +2,9 @@
 
 Opacus scales the rows of a mean loss by their number, so that each row is the gradient of its own
 loss, whoever else is in the batch. The sum of a person's rows then is the gradient of the sum of
-that person's losses, and depends on nobody else either: that is what makes clipping it sound.
+that person's losses, and depends on nobody else either: that is what makes clipping it sound. Where
+the loss is a mean over people (of what was made of their rows), they are scaled by the number of
+people instead (:mod:`dpguard.patches.model.means`).
 """
 
 from __future__ import annotations
@@ -37,6 +39,10 @@ class Grouping:
     def most(self) -> int:
         """How many rows one person has at most."""
         return 1
+
+    def is_uneven(self, rows: int) -> bool:
+        """Whether some people have more rows than others, of so many that fit."""
+        return self.most * self.people_of(rows) != rows
 
     def misfit(self, rows: int) -> str | None:
         """By what so many rows cannot be summed, if they cannot."""

@@ -150,6 +150,7 @@ class ExpandedModels(Part):
             segment=segment,
             drawn=drawn,
             people=None,  # rows are not summed here, whatever is declared
+            mean_over=None,
         )
 
     def _is_compared(self, call: Call) -> bool:

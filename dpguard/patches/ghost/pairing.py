@@ -255,6 +255,10 @@ class GhostPairing(Pairing):
             carried.give_back()  # a loss that reached no parameter is no batch
         return result
 
+    def _mean_over(self, record: Record) -> int:
+        """There are as many losses as rows, or it is refused."""
+        return record.batch
+
     def _refuse_another(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Refuse a second batch before a step where it cannot be one."""
         if declares_one_batch():

@@ -51,6 +51,8 @@ class Pairing(Hooked):
         self.sizes: set[int] = set()
         """How many rows calls had in the segment at hand, while it waits."""
         self._sized = -1
+        self._is_unsure = False
+        """Whether it was said that it is not known over how many rows a loss is a mean."""
         self._roster = Roster()
         self._parameters: list[torch.nn.Parameter] = []
         self._states: list[ParameterState] = []
@@ -86,6 +88,8 @@ class Pairing(Hooked):
 
     def on_call(self, record: Record) -> None:
         """Little is done before its backprop arrives."""
+        if record.people is not None:
+            self.ledger.grouped.add(record.segment)
         if self.marked:
             if self._sized != record.segment:
                 self._sized, self.sizes = record.segment, set()
@@ -192,7 +196,7 @@ class Pairing(Hooked):
     ) -> tuple[list[Any], torch.Tensor]:
         """Inputs and backprops of a call as samplers want them: batch first, losses unscaled."""
         if self.loss_reduction == "mean":
-            backprops = task.times(backprops, record.batch)
+            backprops = task.times(backprops, self._mean_over(record))
         elif self.loss_reduction == "sum":
             backprops = _detach(backprops)
         else:
@@ -213,6 +217,25 @@ class Pairing(Hooked):
                 # Autograd drops these as well; Opacus's samplers would add them to a row.
                 backprops = backprops.masked_fill((activations[0] == padding).unsqueeze(-1), 0)
         return activations, backprops
+
+    def _mean_over(self, record: Record) -> int:
+        """How many rows the loss of a call was divided by: its own, or as many as it has people."""
+        grouping, rows = record.people, record.batch
+        if grouping is None or grouping.misfit(rows):
+            return rows
+        people = grouping.people_of(rows)
+        seen = self.ledger.means & {rows, people}
+        if len(seen) != 1 and grouping.is_uneven(rows) and not self._is_unsure:
+            self._is_unsure = True
+            self.verdicts.warn(
+                "people.rows",
+                diagnosis.MEAN_UNKNOWN,
+                f"The rows of {record.hook.name} were multiplied by their number, which hangs on "
+                "how many rows each person has.",
+                modules=(record.hook.name,),
+            )
+        record.mean_over = rows if rows in seen or not seen else people
+        return record.mean_over
 
     def _rows(
         self,

@@ -52,6 +52,7 @@ class Record:
         "hook",
         "index",
         "kind",
+        "mean_over",
         "module",
         "moments",
         "order",
@@ -101,6 +102,8 @@ class Record:
         ghost clipping and where rows are watched only."""
         self.moments: Moments | None = None
         """Of the inputs of a normalisation, once they are known."""
+        self.mean_over: int | None = None
+        """The number of rows by which a mean loss was divided, once that is known."""
 
     def keep(self, inputs: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Keep what it takes to compute rows from the backprop of this call.

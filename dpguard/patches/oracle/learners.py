@@ -15,7 +15,7 @@ import torch
 
 from dpguard import _compat
 from dpguard.identity import version_of
-from dpguard.patches.oracle.reductions import Seeds
+from dpguard.patches.oracle.seeds import Seeds
 from dpguard.patches.oracle.vjp import Unfit, propagate
 
 __all__ = ["Learner", "learners_of"]

@@ -37,10 +37,9 @@ seen.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -62,13 +61,8 @@ from dpguard.patches.oracle.decisions import DECISIONS, Decision
 from dpguard.patches.oracle.divisors import Divided, Divisors
 from dpguard.patches.oracle.learners import Learner, learners_of
 from dpguard.patches.oracle.outputs import Draw, Expected, OutputHook, Outputs, mark_of
-from dpguard.patches.oracle.reductions import (
-    Seeds,
-    divisors_of,
-    is_mean,
-    numbers_of_sum,
-    reduction_of,
-)
+from dpguard.patches.oracle.reductions import divisors_of, is_mean, numbers_of_sum, reduction_of
+from dpguard.patches.oracle.seeds import Seeds, arguments_of, seeds_of
 from dpguard.patches.oracle.vjp import Parts, Unfit, propagate
 from dpguard.patches.wrapping import EagerWrapper, patch_function
 from dpguard.patching import Transaction
@@ -184,11 +178,8 @@ class Losses:
         return wrapped(*args, **kwargs)
 
     def _look(self, wrapped: Any, args: Any, kwargs: Any) -> None:
-        try:
-            given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-        except TypeError:
-            return  # torch will say so
-        seeds = _seeds(given["tensors"], given.get("grad_tensors"))
+        given = arguments_of(wrapped, args, kwargs)
+        seeds = seeds_of(given)
         if seeds is None or given.get("create_graph"):
             return
         for hook in list(self._outputs.unasked):
@@ -208,26 +199,6 @@ class Losses:
                         found = replace(found, is_sum=hook.is_sum(found.like_sum, draw.rows))
                     self._found.append(found)
                     self._outputs.unasked.discard(hook)
-
-
-def _seeds(tensors: Any, gradients: Any) -> Seeds | None:
-    """What the backward begins at, with the gradients there; ``None`` if that is not plain."""
-    roots = list(tensors) if isinstance(tensors, Sequence) else [tensors]
-    given = list(gradients) if isinstance(gradients, Sequence) else [gradients] * len(roots)
-    if len(roots) != len(given):
-        return None
-    found = []
-    for root, gradient in zip(roots, given, strict=True):
-        if type(root) is not torch.Tensor or root.grad_fn is None:
-            return None
-        if gradient is None:
-            if root.numel() != 1:
-                return None
-            gradient = torch.ones_like(root)  # noqa: PLW2901
-        if type(gradient) is not torch.Tensor or gradient.requires_grad:
-            return None
-        found.append((root, gradient))
-    return found
 
 
 class _Examination:

@@ -33,7 +33,7 @@ from dpguard.patches.oracle.vjp import Parts, Shares, Unfit, added, propagate
 __all__ = ["Draw", "Expected", "OutputHook", "Outputs", "mark_of"]
 
 _MARK = "dpguard.output"
-_OUTPUTS_AT_MOST = 4
+_OUTPUTS_AT_MOST = 64
 _LOSSES_AT_MOST = 4
 _DRAWS_AT_MOST = 16
 _REPEATS_AT_MOST = 20

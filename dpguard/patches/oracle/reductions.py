@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
 from dpguard import _compat
 from dpguard.patches.oracle.masks import MEAN, NONE
+from dpguard.patches.oracle.seeds import Seeds
 
-__all__ = ["Seeds", "divisors_of", "is_mean", "numbers_of_sum", "reduction_of"]
+__all__ = ["divisors_of", "is_mean", "numbers_of_sum", "reduction_of", "rows_of_means"]
 
-Seeds: TypeAlias = "list[tuple[torch.Tensor, torch.Tensor]]"
-"""What a backward begins at, with the gradients there."""
 _SUM = 2
 _REDUCTIONS = {MEAN: "mean", _SUM: "sum"}
 """Reductions, as the nodes of losses have them,"""
@@ -31,6 +30,7 @@ _OF_EACH = {"MeanBackward0": "mean", "SumBackward0": "sum"}
 """and of losses of one person each."""
 _SCALES = frozenset(("DivBackward0", "MulBackward0"))
 _TERMS = frozenset(("AddBackward0", "NegBackward0", "RsubBackward1", "SubBackward0"))
+_STACKS = frozenset(("CatBackward0", "StackBackward0"))
 _SAME = frozenset((
     "AliasBackward0", "CloneBackward0", "ReshapeAliasBackward0", "SqueezeBackward0",
     "ToCopyBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0", "ViewBackward0",
@@ -92,6 +92,47 @@ def divisors_of(seeds: Seeds) -> tuple[float, ...]:
                 found.remove(undone)
         node = next((above for above, _ in node.next_functions if above is not None), None)
     return () if _reduction_at(node) == "sum" else tuple(found)
+
+
+def rows_of_means(seeds: Seeds) -> frozenset[int]:
+    """Of the means that a loss is the sum of, over how many rows each is, as far as that is known.
+
+    A sum that is divided by a whole number is a mean over so many.
+    """
+    found: set[int] = set()
+    nodes: Any = _compat.nodes()
+    ways: list[tuple[Any, frozenset[float]]] = [(_root(seeds), frozenset())]
+    seen = set[Any]()
+    while ways:
+        node, divisors = ways.pop()
+        if node is None or node in seen or len(seen) >= _NODES_AT_MOST:
+            continue
+        seen.add(node)
+        name = type(node).__name__
+        is_of_rows = name == "MeanBackward1" and _is_of_rows(node)
+        if is_mean(node) or name == "MeanBackward0" or is_of_rows:
+            found |= _rows_of(nodes, node)
+        elif name == "SumBackward0" or getattr(node, "_saved_reduction", NONE) == _SUM:
+            found |= {round(divisor) for divisor in divisors if divisor == round(divisor)}
+        elif name in _SCALES | _TERMS | _STACKS | _SAME and nodes.is_plain(node):
+            divisor = _divisor(node) if name in _SCALES else None
+            further = divisors if divisor is None else divisors | {divisor}
+            ways += [(above, further) for above, _ in node.next_functions]
+    return frozenset(found)
+
+
+def _rows_of(nodes: Any, node: Any) -> set[int]:
+    """How many rows the first of a node's inputs that has a gradient has, if it has any."""
+    for above, index in node.next_functions:
+        if above is not None:
+            return set(nodes.inputs(above)[index].shape[:1])
+    return set()
+
+
+def _is_of_rows(node: Any) -> bool:
+    """Whether a mean is over the first dimension, maybe among others."""
+    dims, count = node._saved_dim, len(node._saved_self_sym_sizes)
+    return not dims or any((d - 2 * _WRAPPED if d >= _WRAPPED else d) % count == 0 for d in dims)
 
 
 def is_mean(node: Any) -> bool:
