@@ -1206,7 +1206,10 @@ _DIAGNOSES = {
         "backward and the step (or by what dpguard.rows() declares), so several people are clipped "
         "as one",
         "leave p.grad_sample as it is; where several rows are one person's, say so with "
-        "dpguard.rows(group_size=K) or dpguard.rows(ids=...), which adds them up",
+        "dpguard.rows(group_size=K) or dpguard.rows(ids=...), which adds them up. If that is "
+        "declared and some people have no rows, say how many people there are "
+        "(dpguard.batch_size(n)); where the loader draws records of people who have several, have "
+        "it draw people",
         Severity.CRITICAL,
     ),
     TIME_FIRST: Diagnosis(

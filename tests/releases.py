@@ -44,6 +44,8 @@ MIXED = _compat.casts_rows()
 BATCH_FIRST_ATTENTION = "batch_first" in inspect.signature(DPMultiheadAttention).parameters
 FULL_HOOKS = GradSampleModule(nn.Linear(1, 1))._module._is_full_backward_hook is not False
 """A module may have full backward hooks of the user's beside those of Opacus."""
+SORTS_QUANTILES = _compat._release(torch.__version__) < (2, 14)
+"""Quantiles are taken of what is sorted in the graph."""
 _IDS = torch.zeros(2, dtype=torch.long)
 
 

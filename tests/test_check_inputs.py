@@ -315,6 +315,39 @@ def test_rows_of_one_person_may_be_mixed():
     assert [v for v in guard.violations if v.check == STATISTICS] == []
 
 
+@pytest.mark.parametrize("layout", ["blocks", "interleaved"])
+def test_rows_of_one_person_may_add_up_to_zero(layout):
+    """Two views of each, the one the negative of the other."""
+
+    class Pairs(Net):
+        def forward(self, x):
+            both = torch.stack([x, -x], 0 if layout == "blocks" else 1).flatten(0, 1)
+            with dpguard.rows(group_size=2, layout=layout):
+                made = super().forward(both)
+            return made.view(2, -1, 3)[0] if layout == "blocks" else made.view(-1, 2, 3)[:, 0]
+
+    with dpguard.install(mode="strict") as guard:
+        train(Pairs())
+        guard.flush()
+    assert [v for v in guard.violations if v.check == STATISTICS] == []
+
+
+def test_means_of_the_batch_over_declared_rows():
+    """They are seen as they are where each row is a person."""
+
+    class Centred(Net):
+        def forward(self, x):
+            both = torch.stack([x, x.flip(3)], 1).flatten(0, 1)
+            with dpguard.rows(group_size=2):
+                made = super().forward(both - both.mean(0))
+            return made.view(-1, 2, 3).mean(1)
+
+    with dpguard.install(mode="repair") as guard:
+        train(Centred())
+        guard.flush()
+    assert diagnosis.BATCH_CENTRED in {v.cause for v in guard.violations}
+
+
 def test_raw_inputs_of_nobody_knows_what():
     """Without a loader nothing is known of the data."""
     from opacus import GradSampleModule

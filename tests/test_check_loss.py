@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from opacus import GradSampleModule, PrivacyEngine
 from opacus.optimizers import DPOptimizer
-from releases import GHOST
+from releases import GHOST, SORTS_QUANTILES
 from torch import nn
 
 import dpguard
@@ -299,7 +299,11 @@ COUPLED = {
         diagnosis.LOSS_COUPLES,
         lambda o, y: F.cross_entropy(o, y, reduction="none").median(),
     ),
-    "quantile": (diagnosis.LOSS_COUPLES, lambda o, y: o[:, 0].quantile(0.7)),
+    **(
+        {"quantile": (diagnosis.LOSS_COUPLES, lambda o, y: o[:, 0].quantile(0.7))}
+        if SORTS_QUANTILES
+        else {}
+    ),
     "trimmed": (
         diagnosis.LOSS_COUPLES,
         lambda o, y: F.cross_entropy(o, y, reduction="none").sort().values[:-3].mean(),

@@ -12,10 +12,12 @@ import torch
 from healthy import private
 from models import MLP, SimSiam
 from opacus import GradSampleModule
+from opacus.optimizers import DPOptimizer
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import dpguard
+from dpguard.patches.model import detach
 
 ORIGINAL = {
     (owner, name): vars(owner)[name]
@@ -125,7 +127,8 @@ def test_jit_export_and_fake_tensors(watching):
 
     x = torch.ones(2)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit itself is deprecated
+        for category in (DeprecationWarning, FutureWarning):  # torch.jit itself is deprecated
+            warnings.simplefilter("ignore", category)
         scripted = torch.jit.script(Cut())
     assert torch.equal(scripted(x), x + 1)
     exported = torch.export.export(Cut(), (x,))
@@ -161,6 +164,38 @@ def test_idle_detach_does_not_attribute(guard):
     assert "dpguard.tally" not in x.grad_fn.metadata
 
 
+def test_long_graphs_are_walked_once(guard, monkeypatch):
+    """However often they are cut: here each state of a recurrence, while a call is open."""
+    visits = []
+    nearest_at = detach._nearest_at
+    monkeypatch.setattr(detach, "_nearest_at", lambda node: visits.append(1) or nearest_at(node))
+    model = GradSampleModule(torch.nn.Linear(3, 3))
+    for length in (50, 200):
+        visits.clear()
+        state = model(torch.randn(2, 3))
+        for _ in range(length):
+            state = state * 0.9 + torch.sin(state)
+            state.norm().detach()
+        assert 0 < len(visits) < 30 * length
+    assert guard.internal_errors == ()
+
+
+def test_a_call_that_comes_after_a_cut(guard):
+    """Nodes that know of no call, and those below them that do."""
+    model = GradSampleModule(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = DPOptimizer(sgd, noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=2)
+    first, last = model._module
+    start = torch.randn(2, 3, requires_grad=True) * 2
+    start.detach()
+    first(start).detach()
+    last(first(start)).detach()
+    last(start).sum().backward()
+    optimizer.step()
+    names = [set(event.modules) for event in guard.interventions]
+    assert {"0", "1"} in names or names == [{"0"}, {"1"}]
+
+
 @pytest.mark.parametrize(
     ("api", "cut"),
     [
@@ -172,8 +207,6 @@ def test_idle_detach_does_not_attribute(guard):
 )
 def test_the_event_names_line_modules_and_parameters(guard, api, cut):
     """The intervention says which call in which line cut off what."""
-    from opacus.optimizers import DPOptimizer
-
     model = GradSampleModule(SimSiam(MLP))
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer = DPOptimizer(sgd, noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=3)
@@ -212,7 +245,7 @@ def test_what_the_oracle_cuts_is_not_the_users():
         assert {i.cause for i in guard.interventions} == {"unused_forward"}
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_torchscript_saves_a_function_that_detaches():
     """A script knows operators by the identity of their functions."""
 

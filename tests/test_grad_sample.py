@@ -599,7 +599,7 @@ class Encoder(nn.Module):
         return self.norm(self.linear(x) * self.scale)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 @pytest.mark.parametrize("mode", ["repair", "observe", "strict"])
 def test_frozen_parts_that_are_compiled_by_torch_jit(mode):
     """They take no hooks, of Opacus neither."""

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dpguard import _compat
+from dpguard.noted.grouping import Grouping
 from dpguard.numerics.inputs import Sample, centring
 from dpguard.parts import Part
 
@@ -120,7 +121,12 @@ class Inputs(Part):
         self._sample = None if first is None else Sample(first)
 
     def note(
-        self, model: torch.nn.Module, name: str, given: Any, dimension: int, *, whole: bool
+        self,
+        model: torch.nn.Module,
+        name: str,
+        given: Any,
+        dimension: int,
+        people: Grouping | None = None,
     ) -> None:
         """A layer is called.
 
@@ -129,7 +135,7 @@ class Inputs(Part):
             name: of the layer.
             given: its first input, which has its people in this ``dimension``.
             dimension: 0 where the batch comes first.
-            whole: whether each row is a person by itself.
+            people: how its rows are declared to be people. Those of one person may add up to zero.
         """
         if not _is_compared(given) or dimension:
             return
@@ -139,9 +145,14 @@ class Inputs(Part):
             return
         is_raw = not given.requires_grad
         mixture = None
-        if is_raw and whole and self._sample is not None:
+        if is_raw and people is None and self._sample is not None:
             mixture = self._sample.mixture(given)
         roundoff = _compat.unit_roundoff(given.dtype)
+        if people is not None:
+            if people.misfit(len(given)):
+                return
+            with torch.no_grad():
+                given = people.summed(given)
         known = weakref.ref(model), name, is_raw, centring(given), self._delivered, mixture
         calls.append(Given(*known, roundoff))
 

@@ -25,6 +25,8 @@ __all__ = ["TALLY", "install"]
 TALLY = "dpguard.tally"
 """Key in a node's metadata under which the tally of its module call stands."""
 
+_NEAREST = "dpguard.nearest"
+"""Under this one stand the keys of the recorded calls that are the nearest above the node."""
 _NODES_WALKED_AT_MOST = 20_000
 _CUTS_KNOWN_AT_MOST = 1_024
 _autograd = _compat.autograd()
@@ -65,7 +67,7 @@ class _Attribution:
     def __init__(self, ledger: Ledger, report: Callable[[str, Exception], None]) -> None:
         self._ledger = ledger
         self._part = Part("detach", report)
-        self._known: dict[tuple[str, tuple[CallKey, ...]], frozenset[CallKey]] = {}
+        self._known: dict[tuple[str, frozenset[CallKey]], frozenset[CallKey]] = {}
 
     def stop(self) -> None:
         self._part.on = False
@@ -93,7 +95,7 @@ class _Attribution:
             self._part.fail(error)
 
     def _note(self, api: str, tensor: torch.Tensor) -> None:
-        frontier = tuple(_calls_above(tensor.grad_fn, stop_at_call=True))
+        frontier = _nearest_calls(tensor.grad_fn)
         if not frontier:
             return
         site = _callsite.caller()
@@ -102,7 +104,7 @@ class _Attribution:
         known = (site, frontier)
         upstream = self._known.get(known)
         if upstream is None:
-            upstream = frozenset(_calls_above(tensor.grad_fn, stop_at_call=False))
+            upstream = frozenset(_calls_above(tensor.grad_fn))
             if len(self._known) >= _CUTS_KNOWN_AT_MOST:
                 self._known.clear()
             self._known[known] = upstream
@@ -114,17 +116,45 @@ def _unseen_by_host(tensor: torch.Tensor) -> Any:
     return torch._C.DisableTorchFunction() if has_torch_function_unary(tensor) else nullcontext()
 
 
-def _calls_above(start: Any, *, stop_at_call: bool) -> Iterator[CallKey]:
-    """The recorded calls in the graph above a node; with ``stop_at_call`` the nearest only."""
+def _nearest_calls(start: Any) -> frozenset[CallKey]:
+    """The nearest recorded calls in the graph above a node.
+
+    Noted at each node on the way, which has them as long as it lives: in a long recurrence that is
+    detached at every step, no node is visited at more than one of them.
+    """
+    stack = [start]
+    while stack:
+        node = stack[-1]
+        if _nearest_at(node) is None:
+            above = [one for one, _ in node.next_functions if one is not None]
+            nearest = [_nearest_at(one) for one in above]
+            unknown = [one for one, found in zip(above, nearest, strict=True) if found is None]
+            if unknown:
+                stack += unknown
+                continue
+            node.metadata[_NEAREST] = frozenset[CallKey]().union(*filter(None, nearest))
+        stack.pop()
+    return _nearest_at(start) or frozenset()
+
+
+def _nearest_at(node: Any) -> frozenset[CallKey] | None:
+    """The calls that a node has made, or what was noted of those above it."""
+    noted = node.metadata
+    tallies: list[Tally] = noted.get(TALLY, [])
+    if tallies:
+        return frozenset([tally.key for tally in tallies])
+    found: frozenset[CallKey] | None = noted.get(_NEAREST)
+    return found
+
+
+def _calls_above(start: Any) -> Iterator[CallKey]:
+    """All recorded calls in the graph above a node."""
     stack = [start]
     seen = {start}
     found: dict[CallKey, None] = {}
     while stack and len(seen) <= _NODES_WALKED_AT_MOST:
         node = stack.pop()
-        tallies: list[Tally] = node.metadata.get(TALLY, [])
-        found.update((tally.key, None) for tally in tallies)
-        if tallies and stop_at_call:
-            continue
+        found.update((tally.key, None) for tally in node.metadata.get(TALLY, []))
         for above, _ in node.next_functions:
             if above is not None and above not in seen:
                 seen.add(above)

@@ -130,8 +130,8 @@ class Record:
             given.run(self._note, given, inputs[0])
 
     def _note(self, given: Inputs, first: Any) -> None:
-        model, name, whole = self.hook.pairing.hooks._module, self.hook.name, self.people is None
-        given.note(model, name, first, self.dimension, whole=whole)
+        model, name = self.hook.pairing.hooks._module, self.hook.name
+        given.note(model, name, first, self.dimension, self.people)
 
     @torch.no_grad()
     def measure(self, inputs: Sequence[Any]) -> torch.Tensor | None:
