@@ -255,7 +255,8 @@ _DIAGNOSES = {
     ),
     UNUSED_FORWARD: Diagnosis(
         "a forward pass in training mode was never backpropagated",
-        "nothing to do; to save its memory, run it under torch.no_grad() or in eval mode",
+        "nothing to do; to save its memory, run it under torch.no_grad(), or in eval mode if "
+        "gradients of its inputs are wanted (as of an attack)",
     ),
     UNUSED_PARAMETER: Diagnosis(
         "a trainable parameter took no part in the loss of this step",
