@@ -273,6 +273,13 @@ class Nodes:
             return False
         return all(_is_kept_by_torch(getattr(node, name)) for name in names)
 
+    def is_change_of_view(self, node: Any) -> bool:
+        """Whether ``node`` stands for a change in place of a view, or for what is copied into one.
+
+        The former has a node of its own that nobody is told of.
+        """
+        return type(node).__name__ in {"CopySlices", "CopyBackwards"}
+
     def _saved_by(self, cls: type) -> tuple[str, ...] | None:
         if issubclass(cls, self._in_python) or not _FORMULA.fullmatch(cls.__name__):
             return None

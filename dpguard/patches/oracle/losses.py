@@ -292,6 +292,7 @@ class _Examination:
             is_end=self._is_output,
             watch=watch,
             instead=None if instead is None else _parts(instead),
+            changes_of_views=True,
         )
         self._kinds |= shares.kinds
         return [(mark_of(node, self._draw), index, parts[0]) for node, index, parts in shares.ends]

@@ -64,6 +64,7 @@ def propagate(
     is_end: Callable[[Any], bool],
     watch: Callable[[Any, list[Parts | None]], None] | None = None,
     instead: list[Parts | None] | None = None,
+    changes_of_views: bool = False,
 ) -> Shares:
     """Evaluate ``root`` and the nodes above it that lead to what is wanted.
 
@@ -75,12 +76,15 @@ def propagate(
         is_end: whether to stop at this node, not evaluate it and say what has arrived.
         watch: is given each node before it is evaluated, and what has arrived there.
         instead: results of ``root``, which is not evaluated.
+        changes_of_views: evaluate these as well, where all nodes that can be looked at are plain.
 
     Raises:
         Unfit: a node on the way may not be evaluated.
         RuntimeError: a node could not be: its saved tensors are gone or there is no memory.
     """
-    return _Run(root, gradients, wanted, is_end, watch, instead=instead).run()
+    run = _Run(root, gradients, wanted, is_end, watch, instead=instead)
+    run.changes_of_views = changes_of_views
+    return run.run()
 
 
 class _Run:
@@ -109,9 +113,12 @@ class _Run:
         self._ends: set[int] = set()
         self._leading: set[int] = set()
         self._shares = Shares()
+        self.changes_of_views = False
 
     def run(self) -> Shares:
-        for node in self._in_order():
+        order = self._in_order()
+        self.changes_of_views = self.changes_of_views and self._are_plain(order)
+        for node in order:
             arrived = self._waiting.pop(id(node), None)
             if arrived is None:
                 continue
@@ -124,6 +131,17 @@ class _Run:
             else:
                 self._evaluate(node, arrived)
         return self._shares
+
+    def _are_plain(self, order: list[Any]) -> bool:
+        """Whether all nodes are that tell: no checkpoint keeps what changes of views have saved."""
+        nodes = self._nodes
+        return all(
+            id(node) in self._ends
+            or nodes.is_leaf(node)
+            or nodes.is_change_of_view(node)
+            or nodes.is_plain(node)
+            for node in order
+        )
 
     def _in_order(self) -> list[Any]:
         """The nodes that lead to what is wanted, each after all that it depends on.
@@ -183,7 +201,8 @@ class _Run:
                 self._hand_on(above, index, parts)
 
     def _results(self, node: Any, arrived: list[Parts | None]) -> list[Parts | None]:
-        if not self._nodes.is_plain(node):
+        is_change = self.changes_of_views and self._nodes.is_change_of_view(node)
+        if not is_change and not self._nodes.is_plain(node):
             formula = node.metadata.get(FORMULA)
             if formula is None:
                 raise Unfit
