@@ -97,8 +97,12 @@ OVER_PEOPLE = {
     "cross_entropy": F.cross_entropy,
     "mean": lambda o, y: F.cross_entropy(o, y, reduction="none").mean(),
     "sum": lambda o, y: F.cross_entropy(o, y, reduction="sum") / len(y),
+    "multiplied": lambda o, y: F.cross_entropy(o, y, reduction="sum") * (1 / len(y)),
     "scaled": lambda o, y: 8 * F.cross_entropy(o, y) / 8,
     "in two": lambda o, y: F.cross_entropy(o, y) / 2 + 0.5 * F.nll_loss(o.log_softmax(1), y),
+    "a penalty": lambda o, y: (
+        F.cross_entropy(o, y) + 0 * torch.zeros(19, requires_grad=True).mean()
+    ),
     "mean of a dimension": lambda o, y: F.cross_entropy(o, y, reduction="none").mean(0),
 }
 
@@ -225,7 +229,7 @@ def test_a_loss_of_which_it_is_not_known():
 
 def test_an_error_of_ours_ends_it(monkeypatch):
     monkeypatch.delenv("DPGUARD_RAISE_INTERNAL")
-    monkeypatch.setattr("dpguard.patches.model.means.rows_of_means", lambda _: 1 / 0)
+    monkeypatch.setattr("dpguard.patches.model.means.rows_of_means", lambda *_: 1 / 0)
     x, whose, y = graphs([2, 2])
     with dpguard.install(mode="repair") as guard:
         model = GradSampleModule(Pooled().double())
@@ -237,3 +241,15 @@ def test_an_error_of_ours_ends_it(monkeypatch):
             optimizer.step()
         assert [part for part, _ in guard.internal_errors] == ["means"]
         guard._runtime.internal_errors.clear()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-320, float("inf"), float("nan")])
+def test_losses_that_are_divided_by_what_is_no_number(scale):
+    """They are the host's; nothing of ours fails."""
+    x, whose, y = graphs([1, 4, 2])
+    with dpguard.install(mode="observe") as guard:
+        model = GradSampleModule(Pooled().double())
+        with dpguard.rows(ids=whose):
+            loss = F.cross_entropy(model(x, whose, len(y)), y, reduction="sum") * scale
+        loss.backward()
+        assert guard.internal_errors == ()

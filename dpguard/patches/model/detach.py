@@ -20,7 +20,7 @@ from dpguard.parts import Part
 from dpguard.patches.wrapping import TransparentWrapper, patch_function
 from dpguard.patching import Transaction
 
-__all__ = ["TALLY", "install"]
+__all__ = ["TALLY", "install", "nearest_calls"]
 
 TALLY = "dpguard.tally"
 """Key in a node's metadata under which the tally of its module call stands."""
@@ -95,7 +95,7 @@ class _Attribution:
             self._part.fail(error)
 
     def _note(self, api: str, tensor: torch.Tensor) -> None:
-        frontier = _nearest_calls(tensor.grad_fn)
+        frontier = nearest_calls(tensor.grad_fn)
         if not frontier:
             return
         site = _callsite.caller()
@@ -116,7 +116,7 @@ def _unseen_by_host(tensor: torch.Tensor) -> Any:
     return torch._C.DisableTorchFunction() if has_torch_function_unary(tensor) else nullcontext()
 
 
-def _nearest_calls(start: Any) -> frozenset[CallKey]:
+def nearest_calls(start: Any) -> frozenset[CallKey]:
     """The nearest recorded calls in the graph above a node.
 
     Noted at each node on the way, which has them as long as it lives: in a long recurrence that is

@@ -16,6 +16,7 @@ import torch
 from dpguard import _compat
 from dpguard.noted.ledger import Ledger
 from dpguard.parts import Part
+from dpguard.patches.model.detach import nearest_calls
 from dpguard.patches.oracle.reductions import rows_of_means
 from dpguard.patches.oracle.seeds import arguments_of, seeds_of
 from dpguard.patches.wrapping import EagerWrapper, patch_function
@@ -58,4 +59,6 @@ class Means:
 
     def _look(self, wrapped: Any, args: Any, kwargs: Any) -> frozenset[int]:
         seeds = seeds_of(arguments_of(wrapped, args, kwargs))
-        return frozenset() if seeds is None else rows_of_means(seeds)
+        if seeds is None:
+            return frozenset()
+        return rows_of_means(seeds, lambda node: bool(nearest_calls(node)))

@@ -94,14 +94,18 @@ def divisors_of(seeds: Seeds) -> tuple[float, ...]:
     return () if _reduction_at(node) == "sum" else tuple(found)
 
 
-def rows_of_means(seeds: Seeds) -> frozenset[int]:
+def rows_of_means(seeds: Seeds, counts: Callable[[Any], bool]) -> frozenset[int]:
     """Of the means that a loss is the sum of, over how many rows each is, as far as that is known.
 
     A sum that is divided by a whole number is a mean over so many.
+
+    Args:
+        seeds: of its backward.
+        counts: whether a node, which is a mean or a sum, is one of samples.
     """
     found: set[int] = set()
     nodes: Any = _compat.nodes()
-    ways: list[tuple[Any, frozenset[float]]] = [(_root(seeds), frozenset())]
+    ways: list[tuple[Any, frozenset[float]]] = [(root.grad_fn, frozenset()) for root, _ in seeds]
     seen = set[Any]()
     while ways:
         node, divisors = ways.pop()
@@ -111,14 +115,20 @@ def rows_of_means(seeds: Seeds) -> frozenset[int]:
         name = type(node).__name__
         is_of_rows = name == "MeanBackward1" and _is_of_rows(node)
         if is_mean(node) or name == "MeanBackward0" or is_of_rows:
-            found |= _rows_of(nodes, node)
+            found |= _rows_of(nodes, node) if counts(node) else set()
         elif name == "SumBackward0" or getattr(node, "_saved_reduction", NONE) == _SUM:
-            found |= {round(divisor) for divisor in divisors if divisor == round(divisor)}
+            found |= set(filter(None, map(_whole, divisors))) if counts(node) else set()
         elif name in _SCALES | _TERMS | _STACKS | _SAME and nodes.is_plain(node):
             divisor = _divisor(node) if name in _SCALES else None
             further = divisors if divisor is None else divisors | {divisor}
             ways += [(above, further) for above, _ in node.next_functions]
     return frozenset(found)
+
+
+def _whole(divisor: float) -> int | None:
+    """The whole number that a divisor is, or one over it was when it was multiplied by."""
+    nearest = round(divisor) if math.isfinite(divisor) else 0
+    return nearest if math.isclose(divisor, nearest, rel_tol=1e-6) else None
 
 
 def _rows_of(nodes: Any, node: Any) -> set[int]:
