@@ -1105,6 +1105,31 @@ def test_changes_in_place_that_a_checkpoint_keeps():
     assert guard.violations == ()
 
 
+@pytest.mark.parametrize("first", [0.0, 1.0])
+def test_what_counts_of_several_outputs(first):
+    """Also where there is nothing to learn from the first of them."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.other = model_of(), model_of()
+
+        def forward(self, x):
+            return self.body(x), self.other(x)
+
+    def loss(outputs, y):
+        counts = (y > 1).to(outputs[0])
+        each = [F.cross_entropy(o, y, reduction="none") for o in outputs]
+        of_first = (each[0] * counts * first).sum() / (counts * first).sum().clamp(min=1)
+        return of_first + (each[1] * counts).sum() / counts.sum().clamp(min=1)
+
+    with dpguard.install(mode="repair", oracle_every=1) as guard:
+        training = Training(Two)
+        for count in (BATCH, BATCH - 1, BATCH - 2, BATCH):
+            training.step(loss, batch_of(count))
+    assert diagnosis.LOSS_IGNORES in {v.cause for v in guard.violations}
+
+
 def test_several_outputs_with_several_backwards():
     """What comes to an output from another one is not a change, nor is a second backward."""
 

@@ -252,7 +252,7 @@ class _Examination:
         except (Unfit, RuntimeError):
             whole = False  # torch knows no such derivative
         divided = self._divisors.found(
-            lambda node, arrived: _sizes(_firsts(self._propagate(node, arrived)), whose),
+            lambda node, arrived: _sizes_of_any(self._propagate(node, arrived), whose),
             whose.device,
         )
         square = self._square
@@ -419,6 +419,12 @@ def _of_rows(ends: list[_End]) -> list[torch.Tensor]:
 
 def _parts(gradients: list[torch.Tensor | None]) -> list[Parts | None]:
     return [None if gradient is None else (gradient,) for gradient in gradients]
+
+
+def _sizes_of_any(ends: list[_End], whose: torch.Tensor) -> torch.Tensor:
+    """What first outputs are at each person; of all if there is nothing at these."""
+    sizes = _sizes(_firsts(ends), whose)
+    return torch.where(sizes.sum() > 0, sizes, _sizes(_of_rows(ends), whose))
 
 
 def _sizes(gradients: list[torch.Tensor], whose: torch.Tensor) -> torch.Tensor:
