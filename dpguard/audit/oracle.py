@@ -301,7 +301,8 @@ def _verdict(
         slacks = [
             (by * (one.products + more) + least, by * totals) for one, by, more, least in each_of
         ]
-        known = _known(per, slacks, [TIMES * factor * totals for factor in together])
+        anything = [TIMES * factor * totals for factor in together]
+        known = _known(per, slacks, anything, whole=len(per) == len(step.names))
         step.judge(ORACLE, len(known))
         whole = math.hypot(*(one.own for one in per))
         found: dict[str, list[tuple[str, float, float]]] = {}
@@ -334,22 +335,30 @@ def _verdict(
 
 
 def _known(
-    per: Sequence[_Figures], slacks: Sequence[tuple[float, float]], anything: Sequence[float]
+    per: Sequence[_Figures],
+    slacks: Sequence[tuple[float, float]],
+    anything: Sequence[float],
+    *,
+    whole: bool,
 ) -> dict[int, float]:
     """Parameters that are judged, and by how much her row has to be off at least.
 
     Args:
         per: figures of each.
         slacks: how far all rows together may be off by their own rounding, and by how much more
-            since gradients on the way are as large as those of other parameters. Where only that
-            explains it, a part may have come another way: by an output that is not followed.
+            since gradients on the way are as large as those of other parameters.
         anything: of how large they may be together, if they cancel.
+        whole: whether these are all parameters. If not, or if some are further off, a part of the
+            gradient came another way, as by an output that is not followed. Then what only others
+            explain is no rounding.
     """
     known: dict[int, float] = {}
     added = math.hypot(*(one.whole for one in per))
-    for i, (one, (own, others)) in enumerate(zip(per, slacks, strict=True)):
-        if one.short <= own + others:
-            apart = added > anything[i] and one.short <= own
+    fits = [one.short <= own + others for one, (own, others) in zip(per, slacks, strict=True)]
+    whole = whole and all(fits)
+    for i, one in enumerate(per):
+        if fits[i]:
+            apart = added > anything[i] and (whole or one.short <= slacks[i][0])
             known.update(judged(i, one.short, one.whole, apart=apart))
     return known
 
