@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["batch_size", "declared_of", "declares_one_batch", "one_batch", "rows"]
 
 _depth: ContextVar[int] = ContextVar("dpguard_one_batch", default=0)
+DECLARED: set[str] = set()
+"""Not empty once :func:`rows` was used."""
 _grouping: ContextVar[Grouping | None] = ContextVar("dpguard_rows", default=None)
 
 _LAYOUTS = ("interleaved", "blocks")
@@ -128,6 +130,7 @@ class _Rows:
 
             found = grouping_of(*self._declared)
             runtime.expect_groups(found)
+            DECLARED.add("rows")
         self._tokens.append(_grouping.set(found))
 
     def __exit__(
@@ -140,6 +143,7 @@ class _Rows:
         runtime, found = active_runtime(), _grouping.get()
         if runtime is not None and found is not None:
             runtime.expect_groups(found)
+            DECLARED.add("rows")
         _grouping.reset(token)
 
 

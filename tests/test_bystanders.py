@@ -142,6 +142,17 @@ def test_one_that_does_not_run_along():
     assert train(lambda: Idle(backbone()), "strict", after=every_other)[1].violations == ()
 
 
+def test_one_that_is_loaded_at_every_step():
+    """As the template of clients in federated learning: it never runs."""
+
+    class Loaded(Training):
+        def features(self, x):
+            self.backbone.load_state_dict(backbone().state_dict())
+            return x
+
+    assert train(lambda: Loaded(backbone()), "strict")[1].violations == ()
+
+
 def test_one_that_comes_later():
     class Late(Training):
         steps = 0

@@ -1105,6 +1105,28 @@ def test_changes_in_place_that_a_checkpoint_keeps():
     assert guard.violations == ()
 
 
+def test_losses_of_which_another_optimizer_clears_a_part():
+    """What is left is used by the step."""
+    _, couples = next(iter(COUPLED.values()))
+    with dpguard.install(mode="repair", oracle_every=1) as guard:
+        training = Training()
+        first, last = (list(training.model._module[i].parameters()) for i in (0, 2))
+        ours, other = (
+            DPOptimizer(
+                torch.optim.SGD(part, lr=0.05),
+                noise_multiplier=1.0,
+                max_grad_norm=1.0,
+                expected_batch_size=BATCH,
+            )
+            for part in (first, last)
+        )
+        x, y = batch_of()
+        couples(training.model(x), y).backward()
+        other.zero_grad()
+        ours.step()
+    assert COUPLED[next(iter(COUPLED))][0] in {v.cause for v in guard.violations}
+
+
 @pytest.mark.parametrize("first", [0.0, 1.0])
 def test_what_counts_of_several_outputs(first):
     """Also where there is nothing to learn from the first of them."""

@@ -94,6 +94,10 @@ def step(model, optimizer, loss):
 
 
 OVER_PEOPLE = {
+    "smoothed": lambda o, y: F.cross_entropy(o, y, label_smoothing=0.1),
+    "soft targets": lambda o, y: F.cross_entropy(o, F.one_hot(y, CLASSES).to(o)),
+    "a stack": lambda o, y: torch.stack([F.cross_entropy(o, y), F.cross_entropy(2 * o, y)]).mean(),
+    "the other way": lambda o, y: F.mse_loss(o.T, F.one_hot(y, CLASSES).to(o).T),
     "cross_entropy": F.cross_entropy,
     "mean": lambda o, y: F.cross_entropy(o, y, reduction="none").mean(),
     "sum": lambda o, y: F.cross_entropy(o, y, reduction="sum") / len(y),
@@ -205,6 +209,50 @@ def test_a_layer_with_time_steps_as_rows(reduction):
     torch.testing.assert_close(found / scale, expected, rtol=1e-9, atol=1e-12)
     assert guard.violations == ()
     assert checks["conservation"].passed == 4
+
+
+def test_as_many_of_something_else_as_people():
+    """A stack of as many losses over rows, or as many classes: rows are what they are."""
+    x, whose, labels = graphs([1, 4, 2])
+    y = F.one_hot(labels[whose], CLASSES).double()
+    odd = (
+        lambda o: torch.stack([F.mse_loss(o[:, c], y[:, c]) for c in range(CLASSES)]).mean(),
+        lambda o: F.mse_loss(o.T, y.T),
+    )
+    for loss in odd:
+        found = []
+        for mine in (whose >= 0, whose < 2):
+            torch.manual_seed(0)
+            with dpguard.install(mode="repair") as guard:
+                model = GradSampleModule(Unpooled().double())
+                rows = y[mine]
+                with dpguard.rows(ids=whose[mine]):
+                    out = model(x[mine], None, 0)
+                (loss(out) if len(rows) == len(y) else F.mse_loss(out, rows)).backward()
+                found.append([p.grad_sample[:2] for p in model.parameters()])
+                for p in model.parameters():
+                    p.grad_sample = None
+            assert guard.internal_errors == ()
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("order", ["interleaved", "threads of steps"])
+def test_several_models_at_once(order):
+    """The step of one leaves what is known of the other."""
+    x, whose, y = graphs([1, 4, 2])
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        models = [GradSampleModule(Pooled().double()) for _ in range(2)]
+        optimizers = [optimizer_of(model, 3, LOOSE) for model in models]
+        for _ in range(2):
+            with dpguard.rows(ids=whose):
+                losses = [F.cross_entropy(model(x, whose, 3), y) for model in models]
+            pairs = list(zip(losses, optimizers, strict=True))
+            for loss, optimizer in pairs if order == "interleaved" else pairs[::-1]:
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    assert guard.violations == ()
 
 
 def test_a_loss_of_which_it_is_not_known():

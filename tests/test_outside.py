@@ -187,6 +187,27 @@ def test_a_generator_learns_from_what_is_private():
     assert guard.violations == ()
 
 
+@pytest.mark.parametrize("how", ["frozen", "inputs"])
+def test_a_generator_whose_loss_teaches_the_private_model_nothing(how):
+    """It is frozen meanwhile, or left out of the backward; nobody has to clear anything."""
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        training = Training(outputs=1)
+        other = torch.optim.Adam(training.encoder.parameters())
+        for _ in range(4):
+            x, _ = batch()
+            for optimizer in (other, training.optimizer):
+                optimizer.zero_grad()
+            wanted = list(training.encoder.parameters()) if how == "inputs" else None
+            training.model.requires_grad_(how == "inputs")
+            fake = training.encoder(torch.randn_like(x))
+            F.softplus(-training.model(fake)).mean().log().backward(inputs=wanted)
+            other.step()
+            training.model.requires_grad_(requires_grad=True)
+            F.softplus(training.model(x)).mean().backward()
+            training.optimizer.step()
+    assert guard.violations == ()
+
+
 def test_another_private_optimizer():
     """Parts of a model that have one each."""
     with dpguard.install(mode="strict", oracle_every=1) as guard:

@@ -44,7 +44,7 @@ class Bystanders(Check):
         self._steps = 0
         self._left = 0
         """Of the intervals in which they are watched."""
-        self._watched: IdentityMap[int] = IdentityMap()
+        self._watched: IdentityMap[tuple[int, int]] = IdentityMap()
         """Their versions."""
         self._said = False
 
@@ -55,7 +55,7 @@ class Bystanders(Check):
             self._left = _INTERVALS
             self._watched.clear()
             for layer in self._found():
-                self._watched[layer] = _version(layer)
+                self._watched[layer] = _versions(layer)
         elif self._left and self._watched:
             self._left -= 1
             self._compare()
@@ -87,8 +87,9 @@ class Bystanders(Check):
     def _compare(self) -> None:
         """Keep those that have run since."""
         for layer in self._watched.owners():
-            before, now = self._watched[layer], _version(layer)
-            if layer.training and now != before:
+            before, now = self._watched[layer], _versions(layer)
+            # Whose parameters change as well is trained or loaded, as a template of clients is.
+            if layer.training and now[0] != before[0] and now[1] == before[1]:
                 self._watched[layer] = now
             else:
                 self._watched.pop(layer)
@@ -101,7 +102,8 @@ class Bystanders(Check):
         return [Failure(STATISTICS, diagnosis.BYSTANDERS_TRAIN, modules=kinds, named=named)]
 
 
-def _version(layer: torch.nn.Module) -> int:
-    """How often its running statistics have changed."""
-    buffers = vars(layer).get("_buffers", {}).values()
-    return sum(version_of(b) for b in buffers if b is not None)
+def _versions(layer: torch.nn.Module) -> tuple[int, int]:
+    """How often its running statistics have changed, and its parameters."""
+    kinds = (vars(layer).get(kind, {}).values() for kind in ("_buffers", "_parameters"))
+    buffers, parameters = (sum(version_of(t) for t in kind if t is not None) for kind in kinds)
+    return buffers, parameters

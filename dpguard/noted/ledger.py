@@ -105,10 +105,8 @@ class Ledger:
         """Is given the record of each call that is backpropagated, if somebody wants it."""
         self.norm_draws: Any = None
         """Draws people in ghost clipping, see :mod:`dpguard.patches.oracle.norm_draws`."""
-        self.grouped: set[int] = set()
-        """Segments of calls whose rows are declared to be several of each person."""
-        self.means: frozenset[int] = frozenset()
-        """While a backward of such calls runs: over how many rows its loss is a mean."""
+        self.means: frozenset[tuple[int, ...]] = frozenset()
+        """While a backward runs, and rows were ever declared: over what its loss is a mean."""
         self.blocks: set[int] = set()
         """Segments of blocks that are declared to be other people than those in other blocks."""
         self.batches = Batches()
@@ -332,7 +330,6 @@ class Ledger:
         self._forget_failed(parameters)
         dead = self._take_dead({id(p) for p in parameters})
         self.segment += 1
-        self.grouped.clear()
         self._closed = False
         for parameter in parameters:
             state = self._parameters.get(id(parameter))

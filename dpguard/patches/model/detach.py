@@ -27,6 +27,7 @@ TALLY = "dpguard.tally"
 
 _NEAREST = "dpguard.nearest"
 """Under this one stand the keys of the recorded calls that are the nearest above the node."""
+_NOTHING: frozenset[CallKey] = frozenset()
 _NODES_WALKED_AT_MOST = 20_000
 _CUTS_KNOWN_AT_MOST = 1_024
 _autograd = _compat.autograd()
@@ -120,19 +121,28 @@ def nearest_calls(start: Any) -> frozenset[CallKey]:
     """The nearest recorded calls in the graph above a node.
 
     Noted at each node on the way, which has them as long as it lives: in a long recurrence that is
-    detached at every step, no node is visited at more than one of them.
+    detached at every step, no node is visited at more than one of them. Where there are too many
+    nodes, none is known, from there on.
     """
-    stack = [start]
+    stack, visits = [start], 0
     while stack:
+        visits += 1
+        if visits > 2 * _NODES_WALKED_AT_MOST:  # most are met on the way there and back
+            start.metadata[_NEAREST] = _NOTHING
+            return _NOTHING
         node = stack[-1]
         if _nearest_at(node) is None:
-            above = [one for one, _ in node.next_functions if one is not None]
-            nearest = [_nearest_at(one) for one in above]
-            unknown = [one for one, found in zip(above, nearest, strict=True) if found is None]
+            unknown, found = [], set[frozenset[CallKey]]()
+            for above, _ in node.next_functions:
+                nearest = None if above is None else _nearest_at(above)
+                if nearest is not None:
+                    found.add(nearest)
+                elif above is not None:
+                    unknown.append(above)
             if unknown:
                 stack += unknown
                 continue
-            node.metadata[_NEAREST] = frozenset[CallKey]().union(*filter(None, nearest))
+            node.metadata[_NEAREST] = found.pop() if len(found) == 1 else _NOTHING.union(*found)
         stack.pop()
     return _nearest_at(start) or frozenset()
 

@@ -88,8 +88,6 @@ class Pairing(Hooked):
 
     def on_call(self, record: Record) -> None:
         """Little is done before its backprop arrives."""
-        if record.people is not None:
-            self.ledger.grouped.add(record.segment)
         if self.marked:
             if self._sized != record.segment:
                 self._sized, self.sizes = record.segment, set()
@@ -224,7 +222,7 @@ class Pairing(Hooked):
         if grouping is None or grouping.misfit(rows):
             return rows
         people = grouping.people_of(rows)
-        seen = self.ledger.means & {rows, people}
+        seen = {size for shape in self.ledger.means for size in shape} & {rows, people}
         if len(seen) != 1 and grouping.is_uneven(rows) and not self._is_unsure:
             self._is_unsure = True
             self.verdicts.warn(

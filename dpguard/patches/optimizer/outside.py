@@ -56,7 +56,10 @@ class Outside:
             if parameter is None or parameter.grad is None or hasattr(parameter, "summed_grad"):
                 continue  # it is gone, has learned nothing, or another DP optimizer trains it
             self._gradients[parameter] = weakref.ref(parameter.grad), version_of(parameter.grad)
-            if version_of(parameter) != learner.version:
+            is_trained = isinstance(
+                parameter, torch.nn.Parameter
+            )  # no input of an attack, refilled
+            if is_trained and version_of(parameter) != learner.version:
                 updated.append(parameter)
         self._say("Before the step of the DP optimizer", updated, site=None)
 

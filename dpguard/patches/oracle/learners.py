@@ -47,6 +47,8 @@ def learners_of(
     """
     below = _Reached([root.grad_fn for root, _ in seeds], is_output)
     above = [_Reached([output], lambda _: False) for output in below.ends]
+    if not any(key in own for one in above for key in one.leaves):
+        return ()  # the model learns nothing from it, as while a generator is trained
     found = {key: leaf for key, leaf in below.leaves.items() if key not in own}
     if found:
         found = _depending(seeds, is_output, found)

@@ -170,7 +170,12 @@ class Losses:
     def forget(self, parameters: Iterable[torch.Tensor]) -> None:
         """Gradients are cleared: no step will use the losses that they came from."""
         if self._found:
-            self._outputs.run(self._take, parameters)
+            self._outputs.run(self._forget, parameters)
+
+    def _forget(self, parameters: Iterable[torch.Tensor]) -> None:
+        cleared = {id(p) for p in parameters}
+        kept = [found for found in self._found if not _is_cleared(found, cleared)]
+        self._found = deque(kept, maxlen=_KEPT)
 
     def _backward(self, wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
         if _autograd.graph_task_id() == -1 and not _inside_transform():
@@ -180,7 +185,7 @@ class Losses:
     def _look(self, wrapped: Any, args: Any, kwargs: Any) -> None:
         given = arguments_of(wrapped, args, kwargs)
         seeds = seeds_of(given)
-        if seeds is None or given.get("create_graph"):
+        if seeds is None or given.get("create_graph") or given.get("inputs") is not None:
             return
         for hook in list(self._outputs.unasked):
             draw = hook.draw
@@ -199,6 +204,14 @@ class Losses:
                         found = replace(found, is_sum=hook.is_sum(found.like_sum, draw.rows))
                     self._found.append(found)
                     self._outputs.unasked.discard(hook)
+
+
+def _is_cleared(found: Coupling, cleared: set[int]) -> bool:
+    """Whether a model has no gradients any more, not only those of one of its optimizers."""
+    hook = found.hook()
+    if hook is None or not hook.is_whole:
+        return True
+    return all(id(p) in cleared for p in hook.model.parameters() if p.requires_grad)
 
 
 class _Examination:

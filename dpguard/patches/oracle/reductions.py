@@ -29,6 +29,7 @@ _REDUCTIONS = {MEAN: "mean", _SUM: "sum"}
 _OF_EACH = {"MeanBackward0": "mean", "SumBackward0": "sum"}
 """and of losses of one person each."""
 _SCALES = frozenset(("DivBackward0", "MulBackward0"))
+_SCALARS = frozenset(("DivBackward1", "MulBackward1"))
 _TERMS = frozenset(("AddBackward0", "NegBackward0", "RsubBackward1", "SubBackward0"))
 _STACKS = frozenset(("CatBackward0", "StackBackward0"))
 _SAME = frozenset((
@@ -94,16 +95,20 @@ def divisors_of(seeds: Seeds) -> tuple[float, ...]:
     return () if _reduction_at(node) == "sum" else tuple(found)
 
 
-def rows_of_means(seeds: Seeds, counts: Callable[[Any], bool]) -> frozenset[int]:
-    """Of the means that a loss is the sum of, over how many rows each is, as far as that is known.
+def rows_of_means(seeds: Seeds, counts: Callable[[Any], bool]) -> frozenset[tuple[int, ...]]:
+    """Of the means that a loss is the sum of, over what each is, as far as that is known.
 
-    A sum that is divided by a whole number is a mean over so many.
+    A sum that is divided by a whole number is a mean over so many. Of a mean over a stack of
+    numbers it is each of these that counts.
 
     Args:
         seeds: of its backward.
         counts: whether a node, which is a mean or a sum, is one of samples.
+
+    Returns:
+        Shapes of what the means are over; of a sum the number by which it is divided.
     """
-    found: set[int] = set()
+    found: set[tuple[int, ...]] = set()
     nodes: Any = _compat.nodes()
     ways: list[tuple[Any, frozenset[float]]] = [(root.grad_fn, frozenset()) for root, _ in seeds]
     seen = set[Any]()
@@ -113,16 +118,43 @@ def rows_of_means(seeds: Seeds, counts: Callable[[Any], bool]) -> frozenset[int]
             continue
         seen.add(node)
         name = type(node).__name__
-        is_of_rows = name == "MeanBackward1" and _is_of_rows(node)
-        if is_mean(node) or name == "MeanBackward0" or is_of_rows:
-            found |= _rows_of(nodes, node) if counts(node) else set()
-        elif name == "SumBackward0" or getattr(node, "_saved_reduction", NONE) == _SUM:
-            found |= set(filter(None, map(_whole, divisors))) if counts(node) else set()
-        elif name in _SCALES | _TERMS | _STACKS | _SAME and nodes.is_plain(node):
-            divisor = _divisor(node) if name in _SCALES else None
+        mean = is_mean(node) or name == "MeanBackward0"
+        mean = mean or (name == "MeanBackward1" and _is_of_rows(node))
+        summed = name == "SumBackward0" or getattr(node, "_saved_reduction", NONE) == _SUM
+        if (mean or summed) and (stacked := _stacked(nodes, node)):
+            ways += [(above, divisors) for above in stacked]
+        elif mean:
+            found |= _shapes_over(nodes, node) if counts(node) else set()
+        elif summed:
+            whole = [number for number in map(_whole, divisors) if number]
+            found |= {(number,) for number in whole} if counts(node) else set()
+        elif name in _SCALES | _SCALARS | _TERMS | _STACKS | _SAME and nodes.is_plain(node):
+            divisor = None
+            if name in _SCALES:
+                divisor = _divisor(node)
+            elif name in _SCALARS:
+                divisor = _scalar_divisor(node)
             further = divisors if divisor is None else divisors | {divisor}
             ways += [(above, further) for above, _ in node.next_functions]
     return frozenset(found)
+
+
+def _stacked(nodes: Any, node: Any) -> list[Any]:
+    """Where what a node reduces is a stack of numbers, the nodes that have made these."""
+    for above, _ in node.next_functions:
+        if type(above).__name__ == "StackBackward0":
+            made = [(one, index) for one, index in above.next_functions if one is not None]
+            if all(not len(nodes.inputs(one)[index].shape) for one, index in made):
+                return [one for one, _ in made]
+    return []
+
+
+def _shapes_over(nodes: Any, node: Any) -> set[tuple[int, ...]]:
+    """The shape of the first of a node's inputs that has a gradient, if any has one."""
+    for above, index in node.next_functions:
+        if above is not None:
+            return {tuple(nodes.inputs(above)[index].shape)}
+    return set()
 
 
 def _whole(divisor: float) -> int | None:
@@ -131,18 +163,18 @@ def _whole(divisor: float) -> int | None:
     return nearest if math.isclose(divisor, nearest, rel_tol=1e-6) else None
 
 
-def _rows_of(nodes: Any, node: Any) -> set[int]:
-    """How many rows the first of a node's inputs that has a gradient has, if it has any."""
-    for above, index in node.next_functions:
-        if above is not None:
-            return set(nodes.inputs(above)[index].shape[:1])
-    return set()
-
-
 def _is_of_rows(node: Any) -> bool:
     """Whether a mean is over the first dimension, maybe among others."""
     dims, count = node._saved_dim, len(node._saved_self_sym_sizes)
     return not dims or any((d - 2 * _WRAPPED if d >= _WRAPPED else d) % count == 0 for d in dims)
+
+
+def _scalar_divisor(node: Any) -> float | None:
+    """By which number torch's own code divides, within a loss of several steps."""
+    number = node._saved_other
+    if not isinstance(number, (int, float)) or not number:
+        return None
+    return float(number) if type(node).__name__ == "DivBackward1" else 1 / number
 
 
 def is_mean(node: Any) -> bool:
