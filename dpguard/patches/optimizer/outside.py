@@ -56,9 +56,8 @@ class Outside:
             if parameter is None or parameter.grad is None or hasattr(parameter, "summed_grad"):
                 continue  # it is gone, has learned nothing, or another DP optimizer trains it
             self._gradients[parameter] = weakref.ref(parameter.grad), version_of(parameter.grad)
-            is_trained = isinstance(
-                parameter, torch.nn.Parameter
-            )  # no input of an attack, refilled
+            # An input that an attack changes, or that is filled anew, is none.
+            is_trained = isinstance(parameter, torch.nn.Parameter)
             if is_trained and version_of(parameter) != learner.version:
                 updated.append(parameter)
         self._say("Before the step of the DP optimizer", updated, site=None)

@@ -192,6 +192,8 @@ class Losses:
             if draw is None or draw.rows < 2 or not hook.losses:  # noqa: PLR2004 - nobody else
                 self._outputs.unasked.discard(hook)
                 continue
+            if not any(p.requires_grad for p in hook.model.parameters()):
+                continue  # it learns nothing from it, as while a generator is trained
             hook.losses -= 1
             # Not to be run twice, freed already, rows that fit no declaration, or no memory.
             with contextlib.suppress(Unfit, RuntimeError, DPGuardError), torch.no_grad():
