@@ -123,6 +123,8 @@ def rows_of_means(seeds: Seeds, counts: Callable[[Any], bool]) -> frozenset[tupl
         summed = name == "SumBackward0" or getattr(node, "_saved_reduction", NONE) == _SUM
         if (mean or summed) and (stacked := _stacked(nodes, node)):
             ways += [(above, divisors) for above in stacked]
+        elif mean and _shapes_over(nodes, node) == {()}:  # of one number: that
+            ways += [(above, divisors) for above, _ in node.next_functions]
         elif mean:
             found |= _shapes_over(nodes, node) if counts(node) else set()
         elif summed:
@@ -166,7 +168,9 @@ def _whole(divisor: float) -> int | None:
 def _is_of_rows(node: Any) -> bool:
     """Whether a mean is over the first dimension, maybe among others."""
     dims, count = node._saved_dim, len(node._saved_self_sym_sizes)
-    return not dims or any((d - 2 * _WRAPPED if d >= _WRAPPED else d) % count == 0 for d in dims)
+    if not dims or not count:
+        return True
+    return any((d - 2 * _WRAPPED if d >= _WRAPPED else d) % count == 0 for d in dims)
 
 
 def _scalar_divisor(node: Any) -> float | None:
