@@ -143,7 +143,6 @@ class _Rows:
         runtime, found = active_runtime(), _grouping.get()
         if runtime is not None and found is not None:
             runtime.expect_groups(found)
-            DECLARED.add("rows")
         _grouping.reset(token)
 
 

@@ -144,7 +144,7 @@ def nearest_calls(start: Any) -> frozenset[CallKey]:
                 continue
             node.metadata[_NEAREST] = found.pop() if len(found) == 1 else _NOTHING.union(*found)
         stack.pop()
-    return _nearest_at(start) or frozenset()
+    return _nearest_at(start) or _NOTHING
 
 
 def _nearest_at(node: Any) -> frozenset[CallKey] | None:

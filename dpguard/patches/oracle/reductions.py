@@ -123,19 +123,17 @@ def rows_of_means(seeds: Seeds, counts: Callable[[Any], bool]) -> frozenset[tupl
         summed = name == "SumBackward0" or getattr(node, "_saved_reduction", NONE) == _SUM
         if (mean or summed) and (stacked := _stacked(nodes, node)):
             ways += [(above, divisors) for above in stacked]
-        elif mean and _shapes_over(nodes, node) == {()}:  # of one number: that
-            ways += [(above, divisors) for above, _ in node.next_functions]
         elif mean:
-            found |= _shapes_over(nodes, node) if counts(node) else set()
+            shapes = _shapes_over(nodes, node)
+            if shapes == {()}:  # of one number: that
+                ways += [(above, divisors) for above, _ in node.next_functions]
+            elif counts(node):
+                found |= shapes
         elif summed:
             whole = [number for number in map(_whole, divisors) if number]
             found |= {(number,) for number in whole} if counts(node) else set()
         elif name in _SCALES | _SCALARS | _TERMS | _STACKS | _SAME and nodes.is_plain(node):
-            divisor = None
-            if name in _SCALES:
-                divisor = _divisor(node)
-            elif name in _SCALARS:
-                divisor = _scalar_divisor(node)
+            divisor = _divisor(node) if name in _SCALES else _scalar_divisor(node)
             further = divisors if divisor is None else divisors | {divisor}
             ways += [(above, further) for above, _ in node.next_functions]
     return frozenset(found)
@@ -168,15 +166,18 @@ def _whole(divisor: float) -> int | None:
 def _is_of_rows(node: Any) -> bool:
     """Whether a mean is over the first dimension, maybe among others."""
     dims, count = node._saved_dim, len(node._saved_self_sym_sizes)
-    if not dims or not count:
-        return True
-    return any((d - 2 * _WRAPPED if d >= _WRAPPED else d) % count == 0 for d in dims)
+    return not dims or not count or 0 in _places(dims, count)
+
+
+def _places(dims: Iterable[int], count: int) -> list[int]:
+    """Which of so many dimensions these are, counted from the first."""
+    return [(d - 2 * _WRAPPED if d >= _WRAPPED else d) % count for d in dims]
 
 
 def _scalar_divisor(node: Any) -> float | None:
     """By which number torch's own code divides, within a loss of several steps."""
-    number = node._saved_other
-    if not isinstance(number, (int, float)) or not number:
+    number = getattr(node, "_saved_other", None)
+    if type(node).__name__ not in _SCALARS or not isinstance(number, (int, float)) or not number:
         return None
     return float(number) if type(node).__name__ == "DivBackward1" else 1 / number
 
@@ -311,7 +312,7 @@ class _Sum:
         sizes = node._saved_self.shape if kept else node._saved_self_sym_sizes
         if not sizes or not dims or sizes[0] != self._rows:
             return False
-        return all((d - 2 * _WRAPPED if d >= _WRAPPED else d) % len(sizes) for d in dims)
+        return 0 not in _places(dims, len(sizes))
 
     def _takes(self, node: Any) -> bool:
         """Note the number by which a node divides, if it is known and less than people are many."""
