@@ -69,6 +69,7 @@ LOSS_COUPLES = "loss_couples_people"
 LOSS_WEIGHTED = "loss_divided_by_weights"
 LOSS_IGNORES = "loss_divided_by_targets"
 LOSS_BROADCAST = "loss_broadcast"
+LOSS_MEETS = "loss_meets_everybody"
 LOSS_DIVIDED = "loss_divided"
 LOSS_OF_SOME = "loss_of_some_rows"
 LOSS_IS_SUM = "loss_is_sum"
@@ -905,6 +906,14 @@ _DIAGNOSES = {
         "each person's outputs are compared with the targets of everybody, and whoever is removed "
         "changes the rows of others",
         "give both the same shape: outputs.squeeze(1), or targets.unsqueeze(1)",
+        Severity.ERROR,
+    ),
+    LOSS_MEETS: Diagnosis(
+        "the loss puts what the model makes of each person next to something of everybody that is "
+        "in no graph (features of a frozen or detached branch, an index with the labels of all), "
+        "so whoever is removed changes the rows of others, though no gradient shows it",
+        "compare each person with her own only, index by torch.arange(len(labels)) or gather, or "
+        "use what is public: a fixed set that does not come from the batch",
         Severity.ERROR,
     ),
     LOSS_OF_SOME: Diagnosis(

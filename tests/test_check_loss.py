@@ -478,6 +478,150 @@ def test_as_many_of_something_else_as_people(sizes):
     assert guard.violations == ()
 
 
+def keys_of(y):
+    """Features of a frozen branch, one for each person."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(CLASSES, CLASSES, generator=generator).to(torch.get_default_dtype())[y]
+
+
+def own_of_all(scores):
+    return F.cross_entropy(scores, torch.arange(len(scores)))
+
+
+MEETS = {
+    "frozen keys": lambda o, y: own_of_all(o @ keys_of(y).T),
+    "the other way": lambda o, y: own_of_all((keys_of(y) @ o.T).T),
+    "linear": lambda o, y: own_of_all(F.linear(o, keys_of(y))),
+    "einsum": lambda o, y: own_of_all(torch.einsum("id,jd->ij", o, keys_of(y))),
+    "detached": lambda o, y: own_of_all(F.normalize(o) @ F.normalize(o).detach().T),
+    "distances": lambda o, y: own_of_all(-torch.cdist(o, keys_of(y))),
+    "own first": lambda o, y: F.cross_entropy(
+        torch.cat([(o * keys_of(y)).sum(1, keepdim=True), o @ keys_of(y).T], 1),
+        torch.zeros(len(y), dtype=torch.int64),
+    ),
+    "labels as an index": lambda o, y: -F.log_softmax(o, 1)[:, y].mean(),
+    "labels that are selected": lambda o, y: -F.log_softmax(o, 1).index_select(1, y).mean(),
+}
+"""Losses of each person's outputs and what is everybody's, in no graph."""
+
+
+@pytest.mark.parametrize("name", MEETS)
+def test_outputs_next_to_what_is_of_everybody(name):
+    """No gradient leads to others, whose data is in the row; said with a batch of another size."""
+    loss = MEETS[name]
+    assert changes_others(loss) > 1e-3
+    with dpguard.install(mode="repair") as guard:
+        training = Training()
+        for count in (12, 9):
+            training.step(loss, batch_of(count))
+    found = [v for v in guard.violations if v.check == LOSS]
+    assert [(v.cause, v.step) for v in found] == [(diagnosis.LOSS_MEETS, 1)]
+    with dpguard.install(mode="strict", oracle_every=1):
+        training = Training()
+        with pytest.raises(dpguard.DPGuardError, match="next to something of everybody"):
+            _ = [training.step(loss, batch_of(count)) for count in (12, 9)]
+
+
+class Scores(nn.Module):
+    """Compares each person with everybody's keys inside of the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, x):
+        return self.body(x) @ x[:, :CLASSES].T
+
+
+def test_outputs_for_every_pair():
+    """As if that were done in the loss; of each with her own only it is nothing."""
+    for of, causes in (own_of_all, {diagnosis.LOSS_MEETS}), (lambda o: o.diag().mean(), set()):
+        with dpguard.install(mode="repair", oracle_every=1) as guard:
+            training = Training(Scores)
+            for count in (12, 9, 9):
+                training.step(lambda o, _, of=of: of(o), batch_of(count))
+        assert {v.cause for v in guard.violations} == causes
+
+
+PUBLIC = {
+    "prototypes": lambda o, y: F.cross_entropy(o @ torch.eye(12)[:, :CLASSES].T, y),
+    "own of all": lambda o, y: -(o @ keys_of(y).T).diagonal().mean(),
+    "own labels": lambda o, y: -F.log_softmax(o, 1)[:, y].diagonal().mean(),
+    "as many as features": lambda o, y: (o @ torch.ones(CLASSES, CLASSES)).square().mean(),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_outputs_next_to_what_is_public_or_their_own(name):
+    """Whatever the sizes of the batches are."""
+    if name != "prototypes":
+        assert changes_others(PUBLIC[name]) < 1e-12
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        training = Training()
+        for count in (12, 9, CLASSES, 12):
+            training.step(PUBLIC[name], batch_of(count))
+            assert guard.last_step.checks[LOSS].passed == 1
+    assert guard.violations == ()
+
+
+@pytest.mark.parametrize("wrapper", [GradSampleModule, _compat.expanded_class()])
+def test_sequences_as_long_as_the_batch_now_and_then(wrapper):
+    """Lengths that vary are those of the batch by chance only: what was of another is not."""
+    if wrapper is None:
+        pytest.skip("this Opacus has hooks only")
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        training = Training(lambda: nn.Linear(FEATURES, 1), wrapper=wrapper)
+        for count, steps in ((9, 7), (12, 12), (9, 9), (8, 8)):
+            x = torch.randn(count, steps, FEATURES)
+            training.step(lambda o, _: (o[..., 0] + 1).square().mean(), (x, None))
+    assert guard.violations == ()
+
+
+class Towers(nn.Module):
+    """Two outputs for each person."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Linear(FEATURES, CLASSES), nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, x):
+        return self.one(x), self.other(x)
+
+
+def test_what_couples_people_by_further_outputs_only():
+    """Said as soon as these are known to be people's: they were as many in batches of two sizes."""
+    for sizes, causes in ((12, 12, 12), set()), ((12, 9), {diagnosis.LOSS_COUPLES}):
+        with dpguard.install(mode="repair", oracle_every=1) as guard:
+            training = Training(Towers)
+            for count in sizes:
+                training.step(lambda out, _: own_of_all(out[0] @ out[1].T), batch_of(count))
+        assert {v.cause for v in guard.violations if v.check == LOSS} == causes
+
+
+class Shared(Towers):
+    """An output for each person, and one of some length that is nobody's."""
+
+    rest = 7
+
+    def __init__(self):
+        super().__init__()
+        self.other = None
+        self.leaf = torch.ones((), requires_grad=True)
+
+    def forward(self, x):
+        return self.one(x), self.leaf * torch.ones(self.rest, 3)
+
+
+def test_further_outputs_that_are_not_of_people():
+    """As many as there are people in two batches, after one in which they were not."""
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        training = Training(Shared)
+        for count, rest in ((12, 7), (12, 12), (9, 9)):
+            training.model._module.rest = rest
+            training.step(lambda out, _: (out[0].mean(1) * out[1].mean()).mean(), batch_of(count))
+    assert guard.violations == ()
+
+
 class Heads(nn.Module):
     """Returns outputs of several heads, or time steps, in front of the batch."""
 

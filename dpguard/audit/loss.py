@@ -50,14 +50,14 @@ class Loss(Check):
         for found in taken:
             if found.whole:
                 step.run(LOSS, count=1)
-            pairs = [*found.pairs, *found.further, *found.arrivals]
+            squares = [square for square, _ in found.squares]
+            pairs = [*found.pairs, *found.further, *found.arrivals, *squares]
             figures = [figure for pair in pairs for figure in pair]
-            figures += [*found.divided, *(found.broadcast or ())]
+            figures += found.divided
             hook = found.hook()
             unknown = found.reductions[0] is None and not found.is_sum
             is_unsure = found.like_sum is not None and unknown
-            is_unsure = is_unsure or (found.broadcast is not None and not found.is_broadcast)
-            if is_unsure and hook is not None:
+            if (is_unsure or found.is_open) and hook is not None:
                 hook.look_again()  # at a batch of another size
             # Where the optimizer was made for another than the model, that is said of the rows.
             agree = found.reductions[1] == optimizer.loss_reduction
@@ -78,27 +78,26 @@ class Loss(Check):
 
 def _verdict(step: Step, found: Coupling, agree: bool, values: list[float]) -> list[Failure]:
     given = iter(values)
-    pairs, further, arrivals = (
+    pairs, further, arrivals, squares = (
         [(next(given), next(given)) for _ in some]
-        for some in (found.pairs, found.further, found.arrivals)
+        for some in (found.pairs, found.further, found.arrivals, found.squares)
     )
-    weights, ignored, counted, *square = given
+    weights, ignored, counted = given
     reduction, declared = found.reductions
     bound = _ROUNDINGS * found.roundoff
-    hook, failures = found.hook(), []
+    hook = found.hook()
     model = _name_of(hook)
     changed = any(apart > bound * scale for scale, apart in arrivals)
-    if changed or any(_exceeds(own, others, bound) for own, others in further):
+    is_unsure = any(_exceeds(own, others, bound) for own, others in further)
+    if is_unsure and found.further_are_people:
+        pairs, is_unsure = [*pairs, *further], False
+    elif is_unsure and hook is not None:
+        hook.look_again()  # at a batch of another size
+    if changed or is_unsure:
         step.ran.pop(LOSS, None)
-    for own, others in pairs:
-        if _exceeds(own, others, bound):
-            figure = math.sqrt(others / own) if own else math.inf
-            cause = diagnosis.LOSS_COUPLES
-            failures = [Failure(LOSS, cause, modules=model, figure=figure, bound=bound)]
-    if found.is_broadcast and not failures:
-        own, others = square
-        if _exceeds(own, others, bound):
-            failures = [Failure(LOSS, diagnosis.LOSS_BROADCAST, modules=model)]
+    met = zip(squares, found.squares, strict=True)
+    kinds = [is_broadcast for pair, (_, is_broadcast) in met if _exceeds(*pair, bound)]
+    failures = _compared(pairs, kinds, bound, model)
     if weights > 0:
         failures.append(Failure(LOSS, diagnosis.LOSS_WEIGHTED, modules=model))
     elif found.of_some and declared == "mean" and agree and not failures:
@@ -111,6 +110,22 @@ def _verdict(step: Step, found: Coupling, agree: bool, values: list[float]) -> l
         cause = diagnosis.LOSS_IS_SUM if reduction == "sum" else diagnosis.LOSS_IS_MEAN
         failures.append(Failure(LOSS, cause, modules=model))
     return failures
+
+
+def _compared(
+    pairs: list[tuple[float, float]], kinds: list[bool], bound: float, model: tuple[str, ...]
+) -> list[Failure]:
+    """Whether people are compared: by gradients, or next to something of everybody."""
+    coupled = [(own, others) for own, others in pairs if _exceeds(own, others, bound)]
+    if coupled:
+        own, others = coupled[-1]
+        figure = math.sqrt(others / own) if own else math.inf
+        cause = diagnosis.LOSS_COUPLES
+        return [Failure(LOSS, cause, modules=model, figure=figure, bound=bound)]
+    if kinds:
+        cause = diagnosis.LOSS_BROADCAST if any(kinds) else diagnosis.LOSS_MEETS
+        return [Failure(LOSS, cause, modules=model)]
+    return []
 
 
 def _name_of(hook: Any) -> tuple[str, ...]:

@@ -19,19 +19,20 @@ four ways:
 * A negative log-likelihood whose mean is over the weights of the classes of the batch, or over the
   targets that are not ignored, has a divisor that depends on everybody's targets; so has what is
   divided by the sum of a mask (:mod:`dpguard.patches.oracle.divisors`).
-* Outputs that were broadcast meet everybody's targets (:mod:`dpguard.patches.oracle.broadcasts`).
+* Outputs of each person meet what is everybody's and in no graph: targets that they are broadcast
+  against, features that were detached (:mod:`dpguard.patches.oracle.squares`).
 
 A part of the loss that reaches layers of the model by another way than its outputs (a penalty that
 it returns as one number, an activation that it keeps) is not looked at; such a loss does not pass.
-Nor does one that couples people only through an output that is not the first one, whose first
-dimension may not be the batch.
+Nor does one that couples people only through an output that is not the first one, as long as its
+first dimension may be the batch by chance.
 
 On the way it is seen whether the loss is the mean, or the sum, for which the model was wrapped
 (:mod:`dpguard.patches.oracle.reductions`), and whether it is a mean over some of the rows, by whose
 number rows are not multiplied.
 
-What depends on other people through values that were detached (the condition of ``where``) is not
-seen.
+What depends on other people through one number that was detached (a mean over the batch), or
+through a choice that was (the condition of ``where``), is not seen.
 """
 
 from __future__ import annotations
@@ -50,19 +51,14 @@ from dpguard._errors import DPGuardError
 from dpguard.noted.grouping import owners, squares_of_people
 from dpguard.numerics.probes import Probes
 from dpguard.patches.model.detach import TALLY
-from dpguard.patches.oracle.broadcasts import (
-    WITH_TARGETS,
-    Square,
-    apart,
-    keeps_other_targets,
-    square_at,
-)
+from dpguard.patches.oracle.broadcasts import WITH_TARGETS, keeps_other_targets
 from dpguard.patches.oracle.decisions import DECISIONS, Decision
 from dpguard.patches.oracle.divisors import Divided, Divisors
 from dpguard.patches.oracle.learners import Learner, learners_of
 from dpguard.patches.oracle.outputs import Draw, Expected, OutputHook, Outputs, mark_of
 from dpguard.patches.oracle.reductions import divisors_of, is_mean, numbers_of_sum, reduction_of
 from dpguard.patches.oracle.seeds import Seeds, arguments_of, seeds_of
+from dpguard.patches.oracle.squares import FURTHER, Squares, apart
 from dpguard.patches.oracle.vjp import Parts, Unfit, propagate
 from dpguard.patches.wrapping import EagerWrapper, patch_function
 from dpguard.patching import Transaction
@@ -92,13 +88,14 @@ class Coupling:
             of the derivative of the gradient, and of what each decision compares.
         whole: whether there is such a derivative, and no other way to the layers of the model.
         divided: what it is divided by.
-        broadcast: squares of what is at outputs next to their person, and next to others, where
-            outputs were broadcast to as many as there are people.
+        squares: of what is made of outputs next to their person, and next to others, where there
+            are as many of something as there are people; whether outputs were broadcast there.
         further: likewise of all outputs, if the loss is of more than the first: one that is as long
             as the batch by chance is not people's.
         arrivals: scales of the gradients of outputs, and by how much those differed that arrived in
             the backward, as far as that has been.
-        is_broadcast: whether that is certain, and not a dimension that is as long by chance.
+        is_open: whether there may be more such squares, or they are as long by chance.
+        further_are_people: whether the first dimension of further outputs is the batch for certain.
         of_some: whether the loss is a mean over a part of the rows.
         divisors: numbers by which it was divided at the end.
         like_sum: the numbers in a loss that looks like a sum,
@@ -112,12 +109,13 @@ class Coupling:
     pairs: list[_Pair]
     whole: bool
     divided: Divided
-    broadcast: tuple[torch.Tensor, torch.Tensor] | None
+    squares: list[tuple[_Pair, bool]]
     reductions: tuple[str | None, str]
     roundoff: float
     further: list[_Pair]
     arrivals: list[_Pair]
-    is_broadcast: bool = False
+    is_open: bool = False
+    further_are_people: bool = False
     of_some: bool = False
     divisors: tuple[float, ...] = ()
     like_sum: tuple[float, ...] | None = None
@@ -199,9 +197,6 @@ class Losses:
             with contextlib.suppress(Unfit, RuntimeError, DPGuardError), torch.no_grad():
                 found = _Examination(hook, draw, self._probes).of(seeds)
                 if found is not None:
-                    if found.broadcast is not None and not found.is_broadcast:
-                        hook.squares.add(draw.rows)
-                        found = replace(found, is_broadcast=len(hook.squares) > 1)
                     if found.like_sum is not None and given.get("grad_tensors") is None:
                         found = replace(found, is_sum=hook.is_sum(found.like_sum, draw.rows))
                     self._found.append(found)
@@ -226,7 +221,7 @@ class _Examination:
         self._nodes: Any = _compat.nodes()
         self._decisions: list[Decision] = []
         self._largest: torch.Tensor
-        self._square: Square | None = None
+        self._squares = Squares(draw.rows)
         self._with_targets: list[Any] = []
         self._divisors = Divisors(draw.rows, are_people=draw.people is None)
         self._kinds: set[torch.dtype] = set()
@@ -241,9 +236,13 @@ class _Examination:
             gradients = _firsts(ends)
             if not gradients:
                 return None
+            for order, (mark, index, gradient) in enumerate(ends):
+                if index in mark.numbers:
+                    self._squares.meet_output(("output", order), gradient)
             whose = owners(self._draw.people, self._draw.rows, gradients[0].device)
             person = whose.narrow(0, self._draw.row, 1)
             rest = [g for mark, i, g in ends if i in mark.numbers and i != mark.first]
+            self._squares.meet_further(are_there=bool(rest))
             looked_at = [
                 self._looked_at(some, whose == person) for some in (gradients, rest) if some
             ]
@@ -270,23 +269,33 @@ class _Examination:
             lambda node, arrived: _sizes_of_any(self._propagate(node, arrived), whose),
             whose.device,
         )
-        square = self._square
+        squares, is_open = self._meetings(whose)
         return Coupling(
             weakref.ref(self._hook),
             pairs,
             whole,
             divided,
-            None if square is None else square.parted(whose),
+            squares,
             (reduction_of(seeds), self._hook.pairing.loss_reduction),
             self._roundoff(),
             further,
             self._arrivals,
-            is_broadcast=square is not None and any(map(keeps_other_targets, self._with_targets)),
+            is_open=is_open,
+            further_are_people=self._hook.places.is_sure(FURTHER),
             of_some=self._is_of_some(seeds),
             divisors=divisors_of(seeds),
             like_sum=self._numbers_of_sum(seeds),
             learners=learners_of(seeds, self._is_output, self._own()),
         )
+
+    def _meetings(self, whose: torch.Tensor) -> tuple[list[tuple[_Pair, bool]], bool]:
+        """Where each person's outputs meet something of everybody, and whether more may be."""
+        places, squares = self._hook.places, self._squares
+        places.meet(squares)
+        at_once = any(map(keeps_other_targets, self._with_targets))
+        sure = [s for s in squares.found if places.is_sure(s.place) or (at_once and s.is_broadcast)]
+        is_open = not sure and any(places.is_open(s.place) for s in squares.found)
+        return [(square.parted(whose), square.is_broadcast) for square in sure], is_open
 
     def _run(self, root: torch.Tensor, watch: Any = None) -> list[_End]:
         """Gradients of a number by the outputs."""
@@ -323,9 +332,8 @@ class _Examination:
 
     def _watch(self, node: Any, arrived: list[Parts | None]) -> None:
         """See the nodes of the loss on the way."""
-        if self._square is None and arrived[0] is not None:
-            gradient = arrived[0][0]
-            self._square = square_at(self._nodes, node, gradient, self._draw.rows)
+        if arrived[0] is not None:
+            self._squares.meet(self._nodes, node, arrived[0][0])
         given = [None if parts is None else apart(parts[0]) for parts in arrived]
         for one in given:
             if one is not None:

@@ -28,6 +28,7 @@ from dpguard.patches.model.pairing import Pairing
 from dpguard.patches.model.records import differentiable, no_hook
 from dpguard.patches.oracle.divisors import Counts
 from dpguard.patches.oracle.draws import Draws, scattered
+from dpguard.patches.oracle.squares import Places
 from dpguard.patches.oracle.vjp import Parts, Shares, Unfit, added, propagate
 
 __all__ = ["Draw", "Expected", "OutputHook", "Outputs", "mark_of"]
@@ -233,7 +234,7 @@ class OutputHook:
 
     __slots__ = (
         "__weakref__", "_drawn", "_later", "_left_out", "_repeats", "_sums", "counts", "draws",
-        "losses", "outputs", "pairing", "squares",
+        "losses", "outputs", "pairing", "places",
     )  # fmt: skip
 
     def __init__(self, outputs: Outputs, pairing: Pairing) -> None:
@@ -243,8 +244,8 @@ class OutputHook:
         """How many more backwards may be looked at for one that begins at the outputs."""
         self.draws = _DRAWS_AT_MOST
         """How many more people may be drawn, until a step takes what was found of one."""
-        self.squares: set[int] = set()
-        """Sizes of batches in which outputs were broadcast to as many as there are people."""
+        self.places = Places()
+        """Where outputs were next to as many of something as there are people."""
         self._sums: set[tuple[tuple[float, ...], int]] = set()
         """Numbers in losses that looked like sums, and sizes of their batches."""
         self.counts = Counts()
