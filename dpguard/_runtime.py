@@ -140,7 +140,7 @@ class Runtime:
             report,
             signals=Signals(self._loading.tags, self._deliveries, self._rows_at_hand, verdicts),
             meet=self.grad_sample.meet,
-            made=self._deliveries.made,
+            made=self._loading.made,
             attached=_weakly(self._attached),
             is_missing=self.accounting.is_missing,
             outside=outside,
@@ -152,7 +152,11 @@ class Runtime:
         self._ended = False
 
     def _attached(self, optimizer: Any, hook: Any) -> None:
-        self._attempt("accounting", self.accounting.attached, optimizer, hook)
+        try:
+            self.accounting.attached(optimizer, hook)
+        except Exception as error:  # noqa: BLE001 - the host goes on without this check
+            let_through(error)
+            self.auditor.switch_off(self.accounting, error)
 
     def _checks(self) -> list[Check]:
         """What is looked at in each step besides the coverage, in this order."""

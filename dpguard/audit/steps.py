@@ -265,7 +265,7 @@ class StepAuditor:
                     forget(optimizer)
                 except Exception as error:  # noqa: BLE001 - what the step raised goes on
                     let_through(error)
-                    self._switch_off(check, error)
+                    self.switch_off(check, error)
 
     # -- asked by the guard --------------------------------------------------------------------
 
@@ -281,7 +281,7 @@ class StepAuditor:
                     self._late = self._late or error
             except Exception as error:  # noqa: BLE001 - the host goes on without this check
                 let_through(error)
-                self._switch_off(check, error)
+                self.switch_off(check, error)
 
     def take_overdue(self) -> DPGuardError | None:
         """The error that was found and no step has raised yet; none is raised after it.
@@ -334,11 +334,17 @@ class StepAuditor:
                 raise
             except Exception as error:  # noqa: BLE001 - the host goes on without this check
                 let_through(error)
-                self._switch_off(check, error)
+                self.switch_off(check, error)
         if failures:
             self._refuse(step, failures)
 
-    def _switch_off(self, check: Check, error: Exception) -> None:
+    def stop(self) -> None:
+        """Nothing of a step is seen any more, so nothing can be said of it."""
+        self._hooks = dict.fromkeys(_HOOKS, ())
+        self._waiting.clear()
+
+    def switch_off(self, check: Check, error: Exception) -> None:
+        """A check has failed by an error of its own: it is not made any more."""
         for hook, hooks in self._hooks.items():
             self._hooks[hook] = tuple(pair for pair in hooks if pair[0] is not check)
         check.stop()
@@ -384,7 +390,7 @@ class StepAuditor:
         on = dict.fromkeys(check for hooks in self._hooks.values() for check, _ in hooks)
         senders = [check for check in on if not set(checks).isdisjoint(check.names)]
         for sender in senders:
-            self._switch_off(sender, error)
+            self.switch_off(sender, error)
         if not senders and self._report is not None:
             self._report(", ".join(checks), error)
 

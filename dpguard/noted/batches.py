@@ -10,6 +10,7 @@ from typing import TypeAlias
 import torch
 
 from dpguard.identity import IdentitySet
+from dpguard.parts import Part
 
 __all__ = ["Batches"]
 
@@ -32,8 +33,9 @@ class Batches:
         compared: for each model, buffers that nobody has changed openly while it ran, and whether
             their values are others.
         of_models: the BatchNorm layers of models that are looked at.
+        watching: looks at buffers.
         report: is told of an error of ours where these are looked at.
-        failed: there was one, and they are not looked at any more.
+        failed: there was one where values are compared, and they are not any more.
     """
 
     def __init__(self) -> None:
@@ -44,12 +46,16 @@ class Batches:
         self.of_models = IdentitySet()
         self.report: Callable[[str, Exception], None] | None = None
         self.failed = False
+        self.watching = Part("statistics", self._tell)
 
     def fail(self, error: Exception) -> None:
         """Values of buffers are not compared any more."""
         self.failed, self.compared = True, Compared()
+        self._tell("buffers", error)
+
+    def _tell(self, part: str, error: Exception) -> None:
         if self.report is not None:
-            self.report("buffers", error)
+            self.report(part, error)
 
 
 class Compared:

@@ -120,7 +120,7 @@ class LoadingPatch:
                     iteration.finished = True
                 raise
             finally:
-                look = self._collating.end(iterator)
+                look = self._collating.run(self._collating.end, iterator)
             self._part.run(self._delivered, iterator, data, look)
             return data
 
@@ -152,6 +152,10 @@ class LoadingPatch:
         )
 
     # -- what they do --------------------------------------------------------------------------
+
+    def made(self, optimizer: Any) -> None:
+        """A DP optimizer was made just now."""
+        self._part.run(self._deliveries.made, optimizer)
 
     def keep_whole(self, sampler: Any, batch: Any) -> None:
         """Opacus's sampler has drawn a batch, which samplers round it may yet divide."""

@@ -61,10 +61,7 @@ def install(
     def prepare(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
         loader = wrapped(*args, **kwargs)
         if getattr(instance, "accountant", None) is not None:
-            sampler = getattr(loader, "batch_sampler", None)
-            is_poisson = isinstance(sampler, _compat.poisson_samplers())
-            dataset = getattr(loader, "dataset", None)
-            telling.run(observer.prepared, instance, sampler if is_poisson else None, dataset)
+            telling.run(_tell_prepared, observer, instance, loader)
         return loader
 
     def aim(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
@@ -84,3 +81,10 @@ def install(
         original = vars(owner).get(name) if owner is not None else None
         if original is not None and not isinstance(original, Wrapper):
             transaction.patch(owner, name, Wrapper(original, wrapper))
+
+
+def _tell_prepared(observer: Sampled, engine: Any, loader: Any) -> None:
+    sampler = getattr(loader, "batch_sampler", None)
+    is_poisson = isinstance(sampler, _compat.poisson_samplers())
+    dataset = getattr(loader, "dataset", None)
+    observer.prepared(engine, sampler if is_poisson else None, dataset)

@@ -10,6 +10,7 @@ import torch
 import wrapt
 
 from dpguard import _callsite, _compat
+from dpguard._errors import DPGuardError
 from dpguard.noted.ledger import Ledger
 from dpguard.parts import Part
 from dpguard.patches.model.hooked import is_paired, is_whole
@@ -52,6 +53,8 @@ class GradSamplePatch:
         self._wrapped: set[tuple[Any, str]] = set()
         self._transaction = Transaction()
         self._stored = Part("stored models", report)
+        self._part = Part("pairing", report)
+        self._clearing = Part("ledger", report)
         self._waiting: list[weakref.ref[Any]] | None = []
 
     def install(self, transaction: Transaction) -> list[str]:
@@ -112,9 +115,19 @@ class GradSamplePatch:
 
     def _add_hooks(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         result = wrapped(*args, **kwargs)
-        if self._kind(type(instance)) is not None:
-            self._attach(instance)
+        self._part.run(self._attach_own, instance)
         return result
+
+    def _attach_own(self, hooks: Any) -> None:
+        """Pair a model that was hooked just now; one that cannot be has Opacus's hooks again."""
+        try:
+            if self._kind(type(hooks)) is not None:
+                self._attach(hooks)
+        except DPGuardError:
+            raise
+        except Exception:
+            self._detach(hooks)
+            raise
 
     def _attach(self, hooks: Any) -> None:
         pairing = self.pairing_of(hooks)
@@ -126,12 +139,15 @@ class GradSamplePatch:
             self._outputs.watch(pairing)
 
     def _remove_hooks(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        pairing = self.find(instance)
+        self._detach(instance)
+        return wrapped(*args, **kwargs)
+
+    def _detach(self, hooks: Any) -> None:
+        pairing = self.find(hooks)
         if pairing is not None:
             if self._outputs is not None:
                 self._outputs.unwatch(pairing)
             pairing.release()
-        return wrapped(*args, **kwargs)
 
     def _read_norms(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         pairing = self.find(instance)
@@ -140,15 +156,18 @@ class GradSamplePatch:
         return pairing.read_norms(lambda: wrapped(*args, **kwargs))
 
     def _zero_grad(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        self._ledger.forgive(instance.parameters())
+        self._clearing.run(self._ledger.forgive, instance.parameters())
         return wrapped(*args, **kwargs)
 
     def _on_registration(self, parent: torch.nn.Module, name: str, module: Any) -> None:
         """A part is added to a module, or replaced: if the model is paired, pair the part too."""
         if module is not None:
-            for pairing in list(self._pairings.values()):
-                if pairing.includes(parent):
-                    pairing.extend(parent, name, module)
+            self._part.run(self._extend, parent, name, module)
+
+    def _extend(self, parent: torch.nn.Module, name: str, module: Any) -> None:
+        for pairing in list(self._pairings.values()):
+            if pairing.includes(parent):
+                pairing.extend(parent, name, module)
 
     # -- models that no constructor has made -----------------------------------------------------
 

@@ -252,6 +252,13 @@ class _Buffered(_Hook):
 
     @_compat.eager
     def before(self, module: torch.nn.Module, args: Any) -> None:  # noqa: ARG002
+        self.ledger.batches.watching.run(self._before, module)
+
+    @_compat.eager
+    def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
+        self.ledger.batches.watching.run(self._after, module)
+
+    def _before(self, module: torch.nn.Module) -> None:
         self._seen = None
         if self.whole is None:
             self.running = self if module.training else None
@@ -267,8 +274,7 @@ class _Buffered(_Hook):
         elif number == _FIRST and not _buffers_of(module):
             self._take_off(module)  # none has come in the first forwards
 
-    @_compat.eager
-    def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
+    def _after(self, module: torch.nn.Module) -> None:
         whole = self if self.whole is None else self.whole
         if whole.running is self:
             whole.running = None

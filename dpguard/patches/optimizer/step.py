@@ -44,6 +44,7 @@ _PARTS = (
     "classes",
     "frozen",
     "hooks",
+    "ledger",
     "protocol",
     "scale",
     "sigma",
@@ -70,6 +71,8 @@ class OptimizerPatch:
         is_missing: Callable[[Any], bool],
         outside: Outside,
     ) -> None:
+        self._auditing = Part("audit", report, auditor.stop)
+        self._parts = {name: Part(name, report) for name in _PARTS}
         self._signals = signals
         self._meet_models = meet
         self._made = made
@@ -89,15 +92,13 @@ class OptimizerPatch:
             is_missing=is_missing,
             outside=outside,
         )
-        self._hooks = StepHooks(verdicts, self._family.owner, attached)
+        self._hooks = StepHooks(verdicts, self._family.owner, attached, self._parts["hooks"])
         self._bounds = Bounds(verdicts, self._family.owner)
         self._scale = LossScale(verdicts, self._family, auditor.abandon)
         self._sigma = DueSigma(verdicts)
         self._wrappers = Wrappers(verdicts)
         self._mechanism = Mechanism(_Guarded(self), lean=verdicts.repairs)
         self._active = True
-        self._auditing = Part("audit", report)
-        self._parts = {name: Part(name, report) for name in _PARTS}
         self._inside: set[int] = set()
         self._instances = IdentitySet()
         self._transaction: Transaction | None = None
@@ -239,29 +240,32 @@ class OptimizerPatch:
         if self._is_stopped():
             return wrapped(*args, **kwargs)
         self._parts["protocol"].run(self._protocol.examine, type(instance), args, kwargs)
-        self._family.mark(instance)
+        self._parts["classes"].run(self._family.mark, instance)
         return self._init(wrapped, instance, args, kwargs)
 
     def _init(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         if self._is_stopped():
             return wrapped(*args, **kwargs)
-        self._forwarding.enter_init(instance)
+        attributes = self._parts["attributes"]
+        attributes.run(self._forwarding.enter_init, instance)
         completed = False
         try:
             result = wrapped(*args, **kwargs)
             completed = True
         finally:
-            outermost = self._forwarding.leave_init(instance)
+            inside = attributes.run(self._forwarding.leave_init, instance) is False
             self._instances.add(instance)
-        if outermost and completed:
+        if completed and not inside:
             self._meet_models()
-            if self._active and self._is_itself(instance):
-                self._auditing.run(self._made, instance)
-                given = (*args, *kwargs.values())
-                self._parts["attributes"].run(self._forwarding.discover, instance, given)
+            if self._active and self._parts["classes"].run(self._is_itself, instance):
+                self._made(instance)
+                attributes.run(self._forwarding.discover, instance, (*args, *kwargs.values()))
                 self._parts["bounds"].run(self._bounds.adopt, instance)
-            self._forwarding.adopt(instance, reconcile=False)
+            attributes.run(self._adopt_attributes, instance)
         return result
+
+    def _adopt_attributes(self, instance: Any) -> None:
+        self._forwarding.adopt(instance, reconcile=False)
 
     # -- steps ----------------------------------------------------------------------------------
 
@@ -271,7 +275,7 @@ class OptimizerPatch:
             return wrapped(*args, **kwargs)
         self._meet_models()
         parameters = [p for group in instance.param_groups for p in group["params"]]
-        self._ledger.forgive(parameters, between=not _compat.clips_rows(instance))
+        self._parts["ledger"].run(self._forgive, instance, parameters)
         self._audit(self._auditor.before_clear, instance)
         if self._repairs:
             for parameter in parameters:
@@ -282,8 +286,11 @@ class OptimizerPatch:
                         parameter.grad_sample = None
                     if not instance._is_last_step_skipped and hasattr(parameter, "summed_grad"):
                         parameter.summed_grad = None
-        self._foreign.revoke(instance)
+        self._parts["frozen"].run(self._foreign.revoke, instance)
         return wrapped(*args, **kwargs)
+
+    def _forgive(self, instance: Any, parameters: list[Any]) -> None:
+        self._ledger.forgive(parameters, between=not _compat.clips_rows(instance))
 
     @_compat.eager
     def _pre_step(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 from dpguard import _callsite, _compat, diagnosis
 from dpguard.callables import at_hand, names_in
 from dpguard.noted.marks import ACCOUNTED, MINE
+from dpguard.parts import Part
 from dpguard.patches.wrapping import EagerWrapper
 from dpguard.patching import ABSENT, Transaction
 from dpguard.verdicts import Verdicts
@@ -70,6 +71,7 @@ class StepHooks:
         verdicts: where it is said.
         owner: from a façade to the DP optimizer it stands for.
         attached: is told a DP optimizer and the hook that it has from now on.
+        part: what is done to hooks, until it fails by an error of ours.
     """
 
     def __init__(
@@ -77,10 +79,12 @@ class StepHooks:
         verdicts: Verdicts,
         owner: Callable[[Any], Any],
         attached: Callable[[Any, Any], None],
+        part: Part,
     ) -> None:
         self._verdicts = verdicts
         self._owner = owner
         self._attached = attached
+        self._part = part
 
     def install(self, transaction: Transaction, cls: type) -> None:
         """Wrap ``attach_step_hook`` where ``cls`` defines it."""
@@ -118,29 +122,37 @@ class StepHooks:
             )
 
     def _attach(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        added = args[0] if args else kwargs.get("fn")
+        chosen = self._part.run(self._chosen, instance, added)
+        if chosen is ABSENT:
+            return None
+        result = wrapped(*args, **kwargs) if chosen is None else wrapped(chosen)
+        self._part.run(self._note, self._owner(instance))
+        return result
+
+    def _chosen(self, instance: Any, added: Any) -> Any:
+        """What is to be attached for a hook: a chain, or ``ABSENT`` if it is there already.
+
+        ``None`` stands for what was given.
+        """
         real = self._owner(instance)
         current = getattr(real, "step_hook", None)
-        added = args[0] if args else kwargs.get("fn")
         if current is None or not callable(added):
-            result = wrapped(*args, **kwargs)
-        else:
-            hooks = current.hooks if isinstance(current, HookChain) else (current,)
-            if added in hooks:
-                return None
-            told = [accountant for accountant, _ in _compat.accountants_of(added)]
-            kept = [h for h in hooks if not (_calls(added, h) or _tells(h, told))]
-            if kept and not _calls(added, current):
-                self._verdicts.intervene(
-                    diagnosis.STEP_HOOK,
-                    f"{type(real).__name__} had the step hook {_name(kept[-1])} when "
-                    f"{_name(added)} was attached.",
-                    site=_callsite.writer(),
-                )
-                if self._verdicts.repairs:
-                    added = HookChain((*kept, added))
-            result = wrapped(added)
-        self._note(real)
-        return result
+            return None
+        hooks = current.hooks if isinstance(current, HookChain) else (current,)
+        if added in hooks:
+            return ABSENT
+        told = [accountant for accountant, _ in _compat.accountants_of(added)]
+        kept = [h for h in hooks if not (_calls(added, h) or _tells(h, told))]
+        if not kept or _calls(added, current):
+            return None
+        self._verdicts.intervene(
+            diagnosis.STEP_HOOK,
+            f"{type(real).__name__} had the step hook {_name(kept[-1])} when "
+            f"{_name(added)} was attached.",
+            site=_callsite.writer(),
+        )
+        return HookChain((*kept, added)) if self._verdicts.repairs else None
 
     def _note(self, real: Any) -> None:
         """Remember the hook that is attached now, and that one was that of an accountant."""
