@@ -820,7 +820,7 @@ def test_layers_inside_of_checkpoints(guard, reentrant, first):
 @pytest.mark.parametrize("size", [1.0, 1e-3])
 def test_what_little_differences_matter(given, said, size):
     """What is left of a gradient in which all cancels is rounding; far off is wrong all the same."""
-    factors = norm_oracle._Factors(1e-6, 1e-6, 0.0)
+    factors = norm_oracle._Factors(1e-6, 1e-6, 0.0, fine=True)
     compared = [norm_oracle._Compared(name, True, factors, None) for name in ("small", "large")]
     other = (1.0, 0.0, 4.0, 4.0, 1.0, 0.0, 0.0)
     if size < 1 and given == 1.00001:
@@ -845,6 +845,19 @@ def test_a_hook_that_changes_gradients(guard):
     for _ in range(3):
         training.step()
         assert seen(guard) == (2, 0)
+    assert found(guard) == []
+
+
+@pytest.mark.parametrize("factor", [1.01, 1.001])
+@pytest.mark.parametrize("kind", ["cnn", "mlp", "recurrent"])
+def test_a_hook_that_changes_gradients_a_little(guard, kind, factor):
+    """By as much as rounding of the sum might, where each person's gradient is far off."""
+    model = HEALTHY[kind]()
+    *_, last = (module for module in model.modules() if isinstance(module, nn.Linear))
+    last.register_forward_hook(lambda *_: _[2].register_hook(lambda g: factor * g) and None)
+    training = Training(model)
+    for _ in range(6):
+        training.step()
     assert found(guard) == []
 
 

@@ -38,7 +38,7 @@ import torch
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.loss import LOSS
-from dpguard.audit.oracle import CERTAIN, ORACLE, SCATTERED, TIMES, Looks, failure, judged
+from dpguard.audit.oracle import CERTAIN, ORACLE, SCATTERED, TIMES, Looks, failure, is_fine, judged
 from dpguard.noted.ledger import Ledger
 from dpguard.numerics.rounding import LAMBDA
 
@@ -109,11 +109,13 @@ class _Factors(NamedTuple):
         alone: for one person.
         together: for all people.
         least: the smallest bound.
+        fine: whether all precisions are single at least.
     """
 
     alone: float
     together: float
     least: float
+    fine: bool
 
 
 class _Compared(NamedTuple):
@@ -139,6 +141,7 @@ def _factors(
         plain + 4 * low,
         plain * math.sqrt(draw.rows) + 4 * low,
         math.sqrt(tiny * max(1, parameter.numel())),
+        fine=all(map(is_fine, kinds)),
     )
 
 
@@ -184,7 +187,7 @@ def _verdict(
         sums = one.all_given + most + rows * one.scale
         if one.short <= factors.together * sums + factors.least:
             apart = added > TIMES * factors.together * scale
-            known.update(judged(i, one.short, one.whole, apart=apart))
+            known.update(judged(i, one.short, one.whole, apart=apart, fine=factors.fine))
     step.judge(ORACLE, len(known))
     if not known:
         return []

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from dpguard import diagnosis
+from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
 from dpguard.audit.rows import AMPLIFIED, FAINT, factors, floor
 from dpguard.identity import IdentitySet
@@ -302,7 +302,8 @@ def _verdict(
             (by * (one.products + more) + least, by * totals) for one, by, more, least in each_of
         ]
         anything = [TIMES * factor * totals for factor in together]
-        known = _known(per, slacks, anything, whole=len(per) == len(step.names))
+        fine = [is_fine(found.dtype) for found in compared]
+        known = _known(per, slacks, anything, fine, whole=len(per) == len(step.names))
         step.judge(ORACLE, len(known))
         whole = math.hypot(*(one.own for one in per))
         found: dict[str, list[tuple[str, float, float]]] = {}
@@ -338,6 +339,7 @@ def _known(
     per: Sequence[_Figures],
     slacks: Sequence[tuple[float, float]],
     anything: Sequence[float],
+    fine: Sequence[bool],
     *,
     whole: bool,
 ) -> dict[int, float]:
@@ -348,6 +350,7 @@ def _known(
         slacks: how far all rows together may be off by their own rounding, and by how much more
             since gradients on the way are as large as those of other parameters.
         anything: of how large they may be together, if they cancel.
+        fine: whether rounding is as small as in single precision.
         whole: whether these are all parameters. If not, or if some are further off, a part of the
             gradient came another way, as by an output that is not followed. Then what only others
             explain is no rounding.
@@ -359,11 +362,16 @@ def _known(
     for i, one in enumerate(per):
         if fits[i]:
             apart = added > anything[i] and (whole or one.short <= slacks[i][0])
-            known.update(judged(i, one.short, one.whole, apart=apart))
+            known.update(judged(i, one.short, one.whole, apart=apart, fine=fine[i]))
     return known
 
 
-def judged(i: int, short: float, whole: float, *, apart: bool) -> dict[int, float]:
+def is_fine(dtype: torch.dtype) -> bool:
+    """Whether rounding is as small as in single precision."""
+    return _compat.unit_roundoff(dtype) <= torch.finfo(torch.float32).eps
+
+
+def judged(i: int, short: float, whole: float, *, apart: bool, fine: bool) -> dict[int, float]:
     """Whether a parameter whose rows add up to the whole is judged.
 
     Args:
@@ -371,13 +379,15 @@ def judged(i: int, short: float, whole: float, *, apart: bool) -> dict[int, floa
         short: by how much they miss it.
         whole: its size.
         apart: whether that is told from what rounding may do.
+        fine: whether rounding is small. Then what they miss may as well be the work of a hook that
+            changed the gradient on the way a little, her own share about as much.
 
     Returns:
         The place, with how far a row has to be off at least. Nothing if rows that cancel add up to
         anything here.
     """
     if apart:
-        return {i: 0.0}
+        return {i: _MORE * short if fine else 0.0}
     return {i: _MORE * short} if short <= _CLOSE * whole else {}
 
 
