@@ -8,6 +8,8 @@ import random
 import pytest
 import torch
 from digits import BOUND, Training, norms_of
+from opacus import GradSampleModule
+from opacus.optimizers import DPOptimizer
 from releases import needs_reshaping
 
 import dpguard
@@ -181,3 +183,22 @@ def test_a_bound_with_noise_of_its_own_passes():
         training.before_step = private_median
         training.run(40)
         assert guard.violations == ()
+
+
+def test_a_batch_of_nobody_between():
+    """It has no statistics, and the bound is still looked at afterwards."""
+    with dpguard.install(mode="repair") as guard:
+        model = GradSampleModule(torch.nn.Linear(6, 4))
+        optimizer = DPOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            expected_batch_size=16,
+        )
+        for step in range(12):
+            optimizer.zero_grad()
+            model(torch.randn(16 * (step % 3 != 1), 6)).square().mean(1).sum().backward()
+            optimizer.max_grad_norm *= 0.99
+            optimizer.step()
+        assert guard.last_step.checks[clip.BOUND].passed
+    assert guard.violations == ()

@@ -962,6 +962,23 @@ def test_sums_are_divided_by_nobody():
     assert accumulated(lambda o, y: F.cross_entropy(o, y, reduction="sum") / 3, 3, "sum")[0] == []
 
 
+@pytest.mark.parametrize("scale", [0.2, 0.25])
+def test_constants_that_are_how_many_count_now_and_then(scale):
+    """A weight of 1/5 and a mean over classes, with five or six labels in a batch by chance."""
+
+    def loss(outputs, labels):
+        return scale * F.multilabel_soft_margin_loss(outputs, labels)
+
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        training = Training(lambda: nn.Linear(FEATURES, 6))
+        for step in range(60):
+            labels = torch.zeros(BATCH, 6)
+            count = (int(1 / scale), 6, 9)[step % 3]
+            labels.view(-1)[torch.randperm(BATCH * 6)[:count]] = 1
+            training.step(loss, (torch.randn(BATCH, FEATURES), labels))
+    assert guard.violations == ()
+
+
 def two_views(outputs, y):
     """Both views of a person are each other's only positive, compared with nobody else."""
     one, other = outputs.chunk(2)

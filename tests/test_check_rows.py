@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ from dpguard.events import CheckCount
 pytestmark = [
     needs_reshaping,
     pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning"),
+    pytest.mark.usefixtures("by_the_clock"),
 ]
 
 
@@ -433,6 +435,25 @@ def test_a_small_fault_that_comes_late_is_found_in_a_probed_step():
             training.step()
         assert {v.parameters for v in guard.violations} == {("1.bias",)}
         assert guard.violations[-1].step == PROBE_EVERY
+
+
+def test_steps_that_are_probed_are_drawn(monkeypatch):
+    """A fault that comes in odd steps only, whose period divides that of probes, is met as well."""
+    monkeypatch.undo()
+    training, odd = bench("cnn", batch=64), itertools.cycle((False, True))
+
+    def tamper(parameters):
+        if next(odd):
+            parameters["1.bias"].grad_sample[7] *= 1.3
+
+    with dpguard.install(mode="repair", oracle_every=0) as guard:
+        training.tamper = tamper
+        steps = 0
+        while not guard.violations and steps < 20 * PROBE_EVERY:  # never by chance: 2**-20
+            training.step()
+            steps += 1
+    assert {v.parameters for v in guard.violations} == {("1.bias",)}
+    assert steps > PROBE_EVERY, "it is seen where the step is probed only"
 
 
 class OwnLinear(nn.Linear):

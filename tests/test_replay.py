@@ -84,6 +84,27 @@ def test_attributes_as_at_the_call(guard):
     assert guard.internal_errors == ()
 
 
+class LowRank(nn.Module):
+    """Two factors, of which functorch makes rows with the numbers of one in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.randn(2, 3))
+
+    def forward(self, x):
+        return torch.einsum("bi,ir,rj->bj", x, self.one, self.other)
+
+
+def test_rows_have_the_layout_that_opacus_gives_them(guard):
+    """Whoever takes a view of them may: Opacus's adaptive clipping does."""
+    wrapped, plain = models(LowRank)
+    truth = rows_of(loss_of, plain, [batch()])
+    loss_of(wrapped, batch()).backward()
+    assert_rows_equal(wrapped, truth, DTYPE)
+    assert all(p.grad_sample.is_contiguous() for p in wrapped.parameters())
+    assert guard.internal_errors == ()
+
+
 class Collecting(Tempered):
     """Keeps what it has seen in containers of its own."""
 

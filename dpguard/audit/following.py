@@ -113,7 +113,7 @@ class Following(Check):
         known.changes = True
         if not step.audited or len(norms) < _PEOPLE:
             return
-        before = [found for found in known.before if found.shape[1] == len(bounds)]
+        before = [found for found in known.before if len(found) and found.shape[1] == len(bounds)]
         figures = [_statistics(norms), _statistics(torch.cat(before or [norms]))]
         judge = functools.partial(_judge, step.names, known, bounds, last)
         step.collect((BOUND,), figures, judge)

@@ -23,13 +23,13 @@ What measures partial sums:
   of the norms of all rows, weighted as in the sum, bounds every partial sum.
 * Where a row is a sum itself (sequences, convolutions, several calls), its products may cancel, as
   for the bias of attention keys, whose gradient is zero. Then ``S`` says nothing of their size. In
-  the first and in every ``PROBE_EVERY``-th audited step the pairing probes it: the rows that come
-  of backprops with random signs have norms of about ``sqrt(sum of x**2)``, and the larger of their
-  sum and ``S`` is used. In the steps between it is ``UNPROBED`` times the norm of the gradients of
-  all parameters, which is larger, so a small fault is found in the next step that is probed. Where
-  Opacus computes the rows (``observe``) nothing is probed, and a small fault in such rows is not
-  found. That times: inputs of 1e5 that hardly differ, before a normalisation, were met with
-  products that are twice as large as all gradients together.
+  the first and in one of each ``PROBE_EVERY`` audited steps the pairing probes it: the rows that
+  come of backprops with random signs have norms of about ``sqrt(sum of x**2)``, and the larger of
+  their sum and ``S`` is used. In the steps between it is ``UNPROBED`` times the norm of the
+  gradients of all parameters, which is larger, so a small fault is found in the next step that is
+  probed. Where Opacus computes the rows (``observe``) nothing is probed, and a small fault in such
+  rows is not found. That times: inputs of 1e5 that hardly differ, before a normalisation, were met
+  with products that are twice as large as all gradients together.
 
 * Rows that functorch computes, with all that is within a layer, are as wrong as what comes by on
   the way, of which nothing is known: in a ViT that has parameters of its own the bias of attention
@@ -242,10 +242,10 @@ class RowValues(Check):
     def _count(self, optimizer: Any, step: Step) -> None:
         """Have the strength of the rows probed in the next step, if it is time."""
         count = self._compared[optimizer] = self._compared.get(optimizer, 0) + 1
-        turn = count % PROBE_EVERY
-        if turn <= 1:
+        now, before = (self._chosen.has(n, PROBE_EVERY) for n in (count, count - 1))
+        if now or before:
             for state in step.states:
-                state.probed = turn == 0 or state.cancels
+                state.probed = now or state.cancels
 
     def _compare(
         self,

@@ -314,6 +314,8 @@ class Pairing(Hooked):
             if rows.shape[0] < batch:
                 yield parameter, _padded(rows, batch), []
             else:
+                # Of what functorch makes too, as Opacus copies it: others take views of rows.
+                rows = rows.contiguous()  # noqa: PLW2901
                 yield parameter, rows, lenders if kind.is_fresh else [rows]
                 lenders.append(rows)
 

@@ -19,6 +19,7 @@ from dpguard.patches.oracle.masks import LIKELIHOODS, MEAN, Masks
 __all__ = ["Counts", "Divided", "Divisors"]
 
 _AT_MOST = 8
+_DIFFERENT = 3
 
 _Arrived = list[torch.Tensor | None]
 
@@ -93,7 +94,8 @@ class Divisors:
 class Counts:
     """Numbers of what counts by which the losses of a model were divided.
 
-    A number that was written down may be how many count by chance, once.
+    A number that was written down may be how many count by chance, and of two such numbers each
+    once, but not in one batch after the other.
     """
 
     __slots__ = ("_found",)
@@ -104,14 +106,17 @@ class Counts:
     def are_divisors(self, number: float, look_again: Callable[[], None]) -> bool:
         """Whether losses are divided by how many count, of which there are so many now.
 
-        They are if they are divided by another number than in a batch before: ``look_again`` is
-        called if there is none. Zero says nothing.
+        They are if each batch that was looked at had such a number, and several of them another:
+        ``look_again`` is called until then. Zero stands for a batch that has none.
         """
-        if number > 0 and len(self._found) < 2:  # noqa: PLR2004 - that differ
+        if number <= 0:
+            self._found.clear()
+            return False
+        if len(self._found) < _DIFFERENT:
             self._found.add(number)
-            if len(self._found) == 1:
+            if len(self._found) < _DIFFERENT:
                 look_again()
-        return number > 0 and len(self._found) > 1
+        return len(self._found) >= _DIFFERENT
 
 
 def _are_uneven(left_out: torch.Tensor, rows: int) -> torch.Tensor | bool:
