@@ -340,8 +340,15 @@ class StepAuditor:
 
     def stop(self) -> None:
         """Nothing of a step is seen any more, so nothing can be said of it."""
+        checks = self._checks()
         self._hooks = dict.fromkeys(_HOOKS, ())
+        for check in checks:
+            check.stop()
         self._waiting.clear()
+
+    def _checks(self) -> list[Check]:
+        """Those that are still made."""
+        return list(dict.fromkeys(c for hooks in self._hooks.values() for c, _ in hooks))
 
     def switch_off(self, check: Check, error: Exception) -> None:
         """A check has failed by an error of its own: it is not made any more."""
@@ -387,8 +394,7 @@ class StepAuditor:
         """Nothing can be made of the figures of these checks; those that sent them are off."""
         for check in checks:
             step.ran.pop(check, None)
-        on = dict.fromkeys(check for hooks in self._hooks.values() for check, _ in hooks)
-        senders = [check for check in on if not set(checks).isdisjoint(check.names)]
+        senders = [check for check in self._checks() if not set(checks).isdisjoint(check.names)]
         for sender in senders:
             self.switch_off(sender, error)
         if not senders and self._report is not None:
