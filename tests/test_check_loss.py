@@ -577,6 +577,16 @@ def test_sequences_as_long_as_the_batch_now_and_then(wrapper):
     assert guard.violations == ()
 
 
+def test_other_dimensions_that_are_as_long_as_the_batch():
+    """One of them in one batch, and one in the next."""
+    with dpguard.install(mode="strict", oracle_every=1) as guard:
+        training = Training(lambda: nn.Linear(FEATURES, 9))
+        for count in (12, 9, 12, 9):
+            x = torch.randn(count, 12, FEATURES)
+            training.step(lambda o, _: (o + 1).square().mean(), (x, None))
+    assert guard.violations == ()
+
+
 class Towers(nn.Module):
     """Two outputs for each person."""
 

@@ -106,12 +106,12 @@ class Squares:
     def _note(
         self, place: Place, gradient: torch.Tensor, people: int, before: Mapping[int, int]
     ) -> None:
-        """See whether one of the dimensions that were of these lengths is as long as the batch."""
-        new = next((i for i in before if gradient.shape[i] == self.rows), None)
-        self.places[place] = self.places.get(place, True) and new is not None
-        if new is not None and len(self.found) < _SQUARES_AT_MOST:
-            dimensions = people, new
-            self.found.append(Square(place, apart(gradient), dimensions, before[new] == 1))
+        """See which of the dimensions that were of these lengths are as long as the batch."""
+        for i, length in before.items():
+            at, is_square = (*place, i), gradient.shape[i] == self.rows
+            self.places[at] = self.places.get(at, True) and is_square
+            if is_square and len(self.found) < _SQUARES_AT_MOST:
+                self.found.append(Square(at, apart(gradient), (people, i), length == 1))
 
 
 class Places:
