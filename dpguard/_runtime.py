@@ -118,6 +118,7 @@ class Runtime:
         self._expanded = ExpandedModels(self.ledger, report, drawn)
         self.ledger.norm_draws = NormDraws(report) if asks else None
         self.ledger.pass_rows = Part("passes", report)
+        self.ledger.clearing = Part("ledger", report)
         self.ledger.batches.report = report
         self.ledger.inputs = Inputs(report)
         self._people = people = People(self.ledger, self._deliveries, self._calls)
@@ -152,11 +153,8 @@ class Runtime:
         self._ended = False
 
     def _attached(self, optimizer: Any, hook: Any) -> None:
-        try:
-            self.accounting.attached(optimizer, hook)
-        except Exception as error:  # noqa: BLE001 - the host goes on without this check
-            let_through(error)
-            self.auditor.switch_off(self.accounting, error)
+        accounting = self.accounting
+        self.auditor.attempt(accounting, accounting.attached, optimizer, hook)
 
     def _checks(self) -> list[Check]:
         """What is looked at in each step besides the coverage, in this order."""

@@ -910,8 +910,9 @@ _DIAGNOSES = {
     ),
     LOSS_MEETS: Diagnosis(
         "the loss puts what the model makes of each person next to something of everybody that is "
-        "in no graph (features of a frozen or detached branch, an index with the labels of all), "
-        "so whoever is removed changes the rows of others, though no gradient shows it",
+        "in no graph (features of a frozen or detached branch, an index with the labels of all): "
+        "in {}, of shape (B, B) for B people. Whoever is removed changes the rows of others, "
+        "though no gradient shows it",
         "compare each person with her own only, index by torch.arange(len(labels)) or gather, or "
         "use what is public: a fixed set that does not come from the batch",
         Severity.ERROR,

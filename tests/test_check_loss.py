@@ -23,6 +23,8 @@ from dpguard.patches.oracle import losses
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
 
+EXPANDED = _compat.expanded_class()
+needs_expanded = pytest.mark.skipif(EXPANDED is None, reason="this Opacus has hooks only")
 BATCH, FEATURES, CLASSES = 12, 6, 5
 LOSS = "people.loss"
 WEIGHTS = torch.arange(1.0, CLASSES + 1)
@@ -516,6 +518,7 @@ def test_outputs_next_to_what_is_of_everybody(name):
             training.step(loss, batch_of(count))
     found = [v for v in guard.violations if v.check == LOSS]
     assert [(v.cause, v.step) for v in found] == [(diagnosis.LOSS_MEETS, 1)]
+    assert "Backward0, of shape (B, B)" in found[0].body
     with dpguard.install(mode="strict", oracle_every=1):
         training = Training()
         with pytest.raises(dpguard.DPGuardError, match="next to something of everybody"):
@@ -564,11 +567,11 @@ def test_outputs_next_to_what_is_public_or_their_own(name):
     assert guard.violations == ()
 
 
-@pytest.mark.parametrize("wrapper", [GradSampleModule, _compat.expanded_class()])
+@pytest.mark.parametrize(
+    "wrapper", [GradSampleModule, pytest.param(EXPANDED, marks=needs_expanded)]
+)
 def test_sequences_as_long_as_the_batch_now_and_then(wrapper):
     """Lengths that vary are those of the batch by chance only: what was of another is not."""
-    if wrapper is None:
-        pytest.skip("this Opacus has hooks only")
     with dpguard.install(mode="strict", oracle_every=1) as guard:
         training = Training(lambda: nn.Linear(FEATURES, 1), wrapper=wrapper)
         for count, steps in ((9, 7), (12, 12), (9, 9), (8, 8)):
@@ -1138,10 +1141,6 @@ def test_parts_of_a_loss_that_are_not_of_the_outputs(name):
             training.step(lambda out, y: (ROUND | OUTRIGHT)[name](training.model, out, y))
             assert guard.last_step.checks[LOSS].passed == (name in OUTRIGHT)
     assert not [v for v in guard.violations if v.check == LOSS]
-
-
-EXPANDED = _compat.expanded_class()
-needs_expanded = pytest.mark.skipif(EXPANDED is None, reason="this Opacus has hooks only")
 
 
 @needs_expanded

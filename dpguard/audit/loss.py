@@ -22,6 +22,7 @@ from dpguard.numerics.rows import Clipping
 
 if TYPE_CHECKING:
     from dpguard.patches.oracle.losses import Coupling, Losses
+    from dpguard.patches.oracle.squares import Meeting
 
 __all__ = ["LOSS", "Loss"]
 
@@ -50,8 +51,8 @@ class Loss(Check):
         for found in taken:
             if found.whole:
                 step.run(LOSS, count=1)
-            squares = [square for square, _ in found.squares]
-            pairs = [*found.pairs, *found.further, *found.arrivals, *squares]
+            meetings = [meeting[:2] for meeting in found.meetings]
+            pairs = [*found.pairs, *found.further, *found.arrivals, *meetings]
             figures = [figure for pair in pairs for figure in pair]
             figures += found.divided
             hook = found.hook()
@@ -78,9 +79,9 @@ class Loss(Check):
 
 def _verdict(step: Step, found: Coupling, agree: bool, values: list[float]) -> list[Failure]:
     given = iter(values)
-    pairs, further, arrivals, squares = (
+    pairs, further, arrivals, meetings = (
         [(next(given), next(given)) for _ in some]
-        for some in (found.pairs, found.further, found.arrivals, found.squares)
+        for some in (found.pairs, found.further, found.arrivals, found.meetings)
     )
     weights, ignored, counted = given
     reduction, declared = found.reductions
@@ -95,9 +96,9 @@ def _verdict(step: Step, found: Coupling, agree: bool, values: list[float]) -> l
         hook.look_again()  # at a batch of another size
     if changed or is_unsure:
         step.ran.pop(LOSS, None)
-    met = zip(squares, found.squares, strict=True)
-    kinds = [is_broadcast for pair, (_, is_broadcast) in met if _exceeds(*pair, bound)]
-    failures = _compared(pairs, kinds, bound, model)
+    each = zip(meetings, found.meetings, strict=True)
+    met = [meeting for pair, meeting in each if _exceeds(*pair, bound)]
+    failures = _compared(pairs, met, bound, model)
     if weights > 0:
         failures.append(Failure(LOSS, diagnosis.LOSS_WEIGHTED, modules=model))
     elif found.of_some and declared == "mean" and agree and not failures:
@@ -113,7 +114,7 @@ def _verdict(step: Step, found: Coupling, agree: bool, values: list[float]) -> l
 
 
 def _compared(
-    pairs: list[tuple[float, float]], kinds: list[bool], bound: float, model: tuple[str, ...]
+    pairs: list[tuple[float, float]], met: list[Meeting], bound: float, model: tuple[str, ...]
 ) -> list[Failure]:
     """Whether people are compared: by gradients, or next to something of everybody."""
     coupled = [(own, others) for own, others in pairs if _exceeds(own, others, bound)]
@@ -122,9 +123,10 @@ def _compared(
         figure = math.sqrt(others / own) if own else math.inf
         cause = diagnosis.LOSS_COUPLES
         return [Failure(LOSS, cause, modules=model, figure=figure, bound=bound)]
-    if kinds:
-        cause = diagnosis.LOSS_BROADCAST if any(kinds) else diagnosis.LOSS_MEETS
-        return [Failure(LOSS, cause, modules=model)]
+    if any(meeting.is_broadcast for meeting in met):
+        return [Failure(LOSS, diagnosis.LOSS_BROADCAST, modules=model)]
+    if met:
+        return [Failure(LOSS, diagnosis.LOSS_MEETS, modules=model, named=(met[0].by,))]
     return []
 
 

@@ -368,7 +368,7 @@ def _known(
 
 def is_fine(dtype: torch.dtype) -> bool:
     """Whether rounding is as small as in single precision."""
-    return _compat.unit_roundoff(dtype) <= torch.finfo(torch.float32).eps
+    return _compat.at_least_single(dtype) is dtype
 
 
 def judged(i: int, short: float, whole: float, *, apart: bool, fine: bool) -> dict[int, float]:

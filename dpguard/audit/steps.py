@@ -261,11 +261,7 @@ class StepAuditor:
         if step is not None:
             self._begin(optimizer, step.number, is_dry=step.is_dry)
             for check, forget in self._hooks["forget"]:
-                try:
-                    forget(optimizer)
-                except Exception as error:  # noqa: BLE001 - what the step raised goes on
-                    let_through(error)
-                    self.switch_off(check, error)
+                self.attempt(check, forget, optimizer)
 
     # -- asked by the guard --------------------------------------------------------------------
 
@@ -281,7 +277,7 @@ class StepAuditor:
                     self._late = self._late or error
             except Exception as error:  # noqa: BLE001 - the host goes on without this check
                 let_through(error)
-                self.switch_off(check, error)
+                self._switch_off(check, error)
 
     def take_overdue(self) -> DPGuardError | None:
         """The error that was found and no step has raised yet; none is raised after it.
@@ -334,7 +330,7 @@ class StepAuditor:
                 raise
             except Exception as error:  # noqa: BLE001 - the host goes on without this check
                 let_through(error)
-                self.switch_off(check, error)
+                self._switch_off(check, error)
         if failures:
             self._refuse(step, failures)
 
@@ -350,8 +346,15 @@ class StepAuditor:
         """Those that are still made."""
         return list(dict.fromkeys(c for hooks in self._hooks.values() for c, _ in hooks))
 
-    def switch_off(self, check: Check, error: Exception) -> None:
-        """A check has failed by an error of its own: it is not made any more."""
+    def attempt(self, check: Check, function: Callable[..., Any], *args: Any) -> None:
+        """Have a check do something after which the host goes on, whatever comes of it."""
+        try:
+            function(*args)
+        except Exception as error:  # noqa: BLE001 - the host goes on without this check
+            let_through(error)
+            self._switch_off(check, error)
+
+    def _switch_off(self, check: Check, error: Exception) -> None:
         for hook, hooks in self._hooks.items():
             self._hooks[hook] = tuple(pair for pair in hooks if pair[0] is not check)
         check.stop()
@@ -396,7 +399,7 @@ class StepAuditor:
             step.ran.pop(check, None)
         senders = [check for check in self._checks() if not set(checks).isdisjoint(check.names)]
         for sender in senders:
-            self.switch_off(sender, error)
+            self._switch_off(sender, error)
         if not senders and self._report is not None:
             self._report(", ".join(checks), error)
 

@@ -34,8 +34,8 @@ class Batches:
             their values are others.
         of_models: the BatchNorm layers of models that are looked at.
         watching: looks at buffers.
-        report: is told of an error of ours where these are looked at.
-        failed: there was one where values are compared, and they are not any more.
+        comparing: adds up their values, without which the rest goes on.
+        report: is told of an error of ours in either.
     """
 
     def __init__(self) -> None:
@@ -45,13 +45,11 @@ class Batches:
         self.compared = Compared()
         self.of_models = IdentitySet()
         self.report: Callable[[str, Exception], None] | None = None
-        self.failed = False
         self.watching = Part("statistics", self._tell)
+        self.comparing = Part("buffers", self._tell, self._forget_values)
 
-    def fail(self, error: Exception) -> None:
-        """Values of buffers are not compared any more."""
-        self.failed, self.compared = True, Compared()
-        self._tell("buffers", error)
+    def _forget_values(self) -> None:
+        self.compared = Compared()
 
     def _tell(self, part: str, error: Exception) -> None:
         if self.report is not None:

@@ -121,6 +121,8 @@ class Ledger:
         self._parameters: dict[int, ParameterState] = {}
         self._cuts: dict[str, _Cut] = {}
         self._passes: deque[Any] = deque(maxlen=_PASSES_KEPT)
+        self.clearing: Any = None
+        """Runs :meth:`forgive` inside of the host's code."""
         self.pass_rows: Any = None
         """Compares both backwards of ghost clipping, until it fails."""
         self.factors: list[Any] = []

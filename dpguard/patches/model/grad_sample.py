@@ -10,7 +10,6 @@ import torch
 import wrapt
 
 from dpguard import _callsite, _compat
-from dpguard._errors import DPGuardError
 from dpguard.noted.ledger import Ledger
 from dpguard.parts import Part
 from dpguard.patches.model.hooked import is_paired, is_whole
@@ -54,7 +53,6 @@ class GradSamplePatch:
         self._transaction = Transaction()
         self._stored = Part("stored models", report)
         self._part = Part("pairing", report)
-        self._clearing = Part("ledger", report)
         self._waiting: list[weakref.ref[Any]] | None = []
 
     def install(self, transaction: Transaction) -> list[str]:
@@ -115,21 +113,22 @@ class GradSamplePatch:
 
     def _add_hooks(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         result = wrapped(*args, **kwargs)
-        self._part.run(self._attach_own, instance)
+        self._part.run(self._meet_hooked, instance)
         return result
 
-    def _attach_own(self, hooks: Any) -> None:
-        """Pair a model that was hooked just now; one that cannot be has Opacus's hooks again."""
+    def _meet_hooked(self, hooks: Any) -> None:
+        if self._kind(type(hooks)) is not None:
+            self._attach(hooks)
+
+    def _attach(self, hooks: Any) -> None:
+        """Pair a model; one that cannot be has Opacus's hooks again."""
         try:
-            if self._kind(type(hooks)) is not None:
-                self._attach(hooks)
-        except DPGuardError:
-            raise
+            self._pair(hooks)
         except Exception:
             self._detach(hooks)
             raise
 
-    def _attach(self, hooks: Any) -> None:
+    def _pair(self, hooks: Any) -> None:
         pairing = self.pairing_of(hooks)
         own = _compat.own_norm_classes(type(hooks))
         read = [(cls, "get_norm_sample", self._read_norms) for cls in own]
@@ -156,7 +155,7 @@ class GradSamplePatch:
         return pairing.read_norms(lambda: wrapped(*args, **kwargs))
 
     def _zero_grad(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        self._clearing.run(self._ledger.forgive, instance.parameters())
+        self._ledger.clearing.run(self._ledger.forgive, instance.parameters())
         return wrapped(*args, **kwargs)
 
     def _on_registration(self, parent: torch.nn.Module, name: str, module: Any) -> None:

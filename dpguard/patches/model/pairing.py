@@ -315,9 +315,9 @@ class Pairing(Hooked):
                 yield parameter, _padded(rows, batch), []
             else:
                 # Of what functorch makes too, as Opacus copies it: others take views of rows.
-                rows = rows.contiguous()  # noqa: PLW2901
-                yield parameter, rows, lenders if kind.is_fresh else [rows]
-                lenders.append(rows)
+                dense = rows.contiguous()
+                yield parameter, dense, lenders if kind.is_fresh else [dense]
+                lenders.append(dense)
 
     def _replayed(
         self,

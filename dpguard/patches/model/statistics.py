@@ -27,7 +27,6 @@ from torch.utils.hooks import RemovableHandle
 
 from dpguard import _compat
 from dpguard.identity import version_of
-from dpguard.interrupts import let_through
 from dpguard.turns import Turns
 
 if TYPE_CHECKING:
@@ -327,21 +326,16 @@ class _Buffered(_Hook):
     ) -> dict[str, _Look]:
         """What is to be known of each buffer, of those that were seen before if any were."""
         buffers = _buffers_of(module)
-        noted = self.ledger.batches
+        comparing = self.ledger.batches.comparing
         found: dict[str, _Look] = {}
-        sums = not (noted.failed or self._inside_transform())
+        sums = not self._inside_transform()
         for name, (buffer, is_doubtful) in buffers.items():
             if seen is not None and name not in seen:
                 continue
             found[name] = look = _Look(buffer, is_doubtful=is_doubtful)
             openly = seen is not None and not is_doubtful and look.mark != seen[name].mark
             if sums and not openly and _is_plain(buffer):
-                try:
-                    look.sum = _sum(buffer)
-                except Exception as error:  # noqa: BLE001 - the host goes on without this part
-                    let_through(error)
-                    noted.fail(error)
-                    sums = False
+                look.sum = comparing.run(_sum, buffer)
         return found
 
 

@@ -44,7 +44,6 @@ _PARTS = (
     "classes",
     "frozen",
     "hooks",
-    "ledger",
     "protocol",
     "scale",
     "sigma",
@@ -261,11 +260,8 @@ class OptimizerPatch:
                 self._made(instance)
                 attributes.run(self._forwarding.discover, instance, (*args, *kwargs.values()))
                 self._parts["bounds"].run(self._bounds.adopt, instance)
-            attributes.run(self._adopt_attributes, instance)
+            attributes.run(functools.partial(self._forwarding.adopt, instance, reconcile=False))
         return result
-
-    def _adopt_attributes(self, instance: Any) -> None:
-        self._forwarding.adopt(instance, reconcile=False)
 
     # -- steps ----------------------------------------------------------------------------------
 
@@ -275,7 +271,7 @@ class OptimizerPatch:
             return wrapped(*args, **kwargs)
         self._meet_models()
         parameters = [p for group in instance.param_groups for p in group["params"]]
-        self._parts["ledger"].run(self._forgive, instance, parameters)
+        self._ledger.clearing.run(self._forgive, instance, parameters)
         self._audit(self._auditor.before_clear, instance)
         if self._repairs:
             for parameter in parameters:

@@ -58,7 +58,7 @@ from dpguard.patches.oracle.learners import Learner, learners_of
 from dpguard.patches.oracle.outputs import Draw, Expected, OutputHook, Outputs, mark_of
 from dpguard.patches.oracle.reductions import divisors_of, is_mean, numbers_of_sum, reduction_of
 from dpguard.patches.oracle.seeds import Seeds, arguments_of, seeds_of
-from dpguard.patches.oracle.squares import FURTHER, Squares, apart
+from dpguard.patches.oracle.squares import FURTHER, Meeting, Squares, apart
 from dpguard.patches.oracle.vjp import Parts, Unfit, propagate
 from dpguard.patches.wrapping import EagerWrapper, patch_function
 from dpguard.patching import Transaction
@@ -88,13 +88,12 @@ class Coupling:
             of the derivative of the gradient, and of what each decision compares.
         whole: whether there is such a derivative, and no other way to the layers of the model.
         divided: what it is divided by.
-        squares: of what is made of outputs next to their person, and next to others, where there
-            are as many of something as there are people; whether outputs were broadcast there.
+        meetings: where outputs are next to as many of something as there are people.
         further: likewise of all outputs, if the loss is of more than the first: one that is as long
             as the batch by chance is not people's.
         arrivals: scales of the gradients of outputs, and by how much those differed that arrived in
             the backward, as far as that has been.
-        is_open: whether there may be more such squares, or they are as long by chance.
+        is_open: whether more may be, or something is as long as the batch by chance.
         further_are_people: whether the first dimension of further outputs is the batch for certain.
         of_some: whether the loss is a mean over a part of the rows.
         divisors: numbers by which it was divided at the end.
@@ -109,7 +108,7 @@ class Coupling:
     pairs: list[_Pair]
     whole: bool
     divided: Divided
-    squares: list[tuple[_Pair, bool]]
+    meetings: list[Meeting]
     reductions: tuple[str | None, str]
     roundoff: float
     further: list[_Pair]
@@ -238,7 +237,7 @@ class _Examination:
                 return None
             for order, (mark, index, gradient) in enumerate(ends):
                 if index in mark.numbers:
-                    self._squares.meet_output(("output", order), gradient)
+                    self._squares.meet_output(("the outputs", order), gradient)
             whose = owners(self._draw.people, self._draw.rows, gradients[0].device)
             person = whose.narrow(0, self._draw.row, 1)
             rest = [g for mark, i, g in ends if i in mark.numbers and i != mark.first]
@@ -269,13 +268,13 @@ class _Examination:
             lambda node, arrived: _sizes_of_any(self._propagate(node, arrived), whose),
             whose.device,
         )
-        squares, is_open = self._meetings(whose)
+        meetings, is_open = self._meetings(whose)
         return Coupling(
             weakref.ref(self._hook),
             pairs,
             whole,
             divided,
-            squares,
+            meetings,
             (reduction_of(seeds), self._hook.pairing.loss_reduction),
             self._roundoff(),
             further,
@@ -288,14 +287,14 @@ class _Examination:
             learners=learners_of(seeds, self._is_output, self._own()),
         )
 
-    def _meetings(self, whose: torch.Tensor) -> tuple[list[tuple[_Pair, bool]], bool]:
+    def _meetings(self, whose: torch.Tensor) -> tuple[list[Meeting], bool]:
         """Where each person's outputs meet something of everybody, and whether more may be."""
         places, squares = self._hook.places, self._squares
         places.meet(squares)
         at_once = any(map(keeps_other_targets, self._with_targets))
         sure = [s for s in squares.found if places.is_sure(s.place) or (at_once and s.is_broadcast)]
         is_open = not sure and any(places.is_open(s.place) for s in squares.found)
-        return [(square.parted(whose), square.is_broadcast) for square in sure], is_open
+        return [square.parted(whose) for square in sure], is_open
 
     def _run(self, root: torch.Tensor, watch: Any = None) -> list[_End]:
         """Gradients of a number by the outputs."""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-__all__ = ["FURTHER", "Places", "Square", "Squares", "apart"]
+__all__ = ["FURTHER", "Meeting", "Places", "Square", "Squares", "apart"]
 
 Place: TypeAlias = "tuple[Any, ...]"
 """What makes a dimension, and out of what: the same in each batch, of whatever size."""
@@ -30,6 +30,22 @@ def apart(tensor: torch.Tensor) -> torch.Tensor:
     """The values of a tensor in a graph of ours; nothing of the user's is cut off by that."""
     with torch.no_grad():
         return tensor.detach()
+
+
+class Meeting(NamedTuple):
+    """Each person's outputs next to something of everybody.
+
+    Attributes:
+        own: square of what they have there next to their person, as a tensor.
+        others: and next to others.
+        by: what has put them there: the name of a node of the loss, or the outputs themselves.
+        is_broadcast: whether a tensor was broadcast there.
+    """
+
+    own: torch.Tensor
+    others: torch.Tensor
+    by: str
+    is_broadcast: bool
 
 
 class Square(NamedTuple):
@@ -47,8 +63,8 @@ class Square(NamedTuple):
     dimensions: tuple[int, int]
     is_broadcast: bool = False
 
-    def parted(self, whose: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Squares of what each person has next to herself, and next to others.
+    def parted(self, whose: torch.Tensor) -> Meeting:
+        """What each person has next to herself, and next to others.
 
         Args:
             whose: the number of the person of each row, of shape ``(B,)``.
@@ -56,7 +72,8 @@ class Square(NamedTuple):
         squares = self.gradient.abs().square().double().movedim(self.dimensions, (0, 1))
         sizes = squares.flatten(2).sum(2) if squares.dim() > 2 else squares  # noqa: PLR2004
         own = whose.unsqueeze(0) == whose.unsqueeze(1)
-        return (sizes * own).sum(), (sizes * ~own).sum()
+        by = str(self.place[0])
+        return Meeting((sizes * own).sum(), (sizes * ~own).sum(), by, self.is_broadcast)
 
 
 class Squares:
