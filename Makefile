@@ -31,7 +31,7 @@ RELEASE_TESTS = grad_sample ghost ghost_gradient ghost_models ghost_by_hand late
 	check_rows check_scaling check_untouched check_update faults poisson shape stored time_steps \
 	due_sigma wrappers foreign_steps check_loss turns wrapper_writes expanded by_hand check_inputs \
 	check_ghost_gradients oracle_autocast ranks stream orderly divided \
-	passes_differ pickles dry_runs samplers_dropped divisors_in_ghost outside bystanders \
+	passes_differ pickles dry_runs samplers_dropped losses_in_ghost outside bystanders \
 	means_over_people internal_errors
 # Releases of Lightning that stand for an optimizer in other ways than the pinned one.
 LIGHTNING = 1.9.5 2.0.9 2.1.4

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dpguard import _compat, diagnosis
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from dpguard.patches.oracle.losses import Coupling, Losses
     from dpguard.patches.oracle.squares import Meeting
 
-__all__ = ["LOSS", "Loss"]
+__all__ = ["LOSS", "Loss", "met_everybody"]
 
 LOSS = "people.loss"
 _ROUNDINGS = 128
@@ -96,9 +97,9 @@ def _verdict(step: Step, found: Coupling, agree: bool, values: list[float]) -> l
         hook.look_again()  # at a batch of another size
     if changed or is_unsure:
         step.ran.pop(LOSS, None)
-    each = zip(meetings, found.meetings, strict=True)
-    met = [meeting for pair, meeting in each if _exceeds(*pair, bound)]
-    failures = _compared(pairs, met, bound, model)
+    failures = _coupled(pairs, bound, model) or met_everybody(
+        found.meetings, meetings, found.roundoff, model
+    )
     if weights > 0:
         failures.append(Failure(LOSS, diagnosis.LOSS_WEIGHTED, modules=model))
     elif found.of_some and declared == "mean" and agree and not failures:
@@ -113,16 +114,35 @@ def _verdict(step: Step, found: Coupling, agree: bool, values: list[float]) -> l
     return failures
 
 
-def _compared(
-    pairs: list[tuple[float, float]], met: list[Meeting], bound: float, model: tuple[str, ...]
+def _coupled(
+    pairs: list[tuple[float, float]], bound: float, model: tuple[str, ...]
 ) -> list[Failure]:
-    """Whether people are compared: by gradients, or next to something of everybody."""
+    """Whether people are compared by gradients."""
     coupled = [(own, others) for own, others in pairs if _exceeds(own, others, bound)]
-    if coupled:
-        own, others = coupled[-1]
-        figure = math.sqrt(others / own) if own else math.inf
-        cause = diagnosis.LOSS_COUPLES
-        return [Failure(LOSS, cause, modules=model, figure=figure, bound=bound)]
+    if not coupled:
+        return []
+    own, others = coupled[-1]
+    figure = math.sqrt(others / own) if own else math.inf
+    return [Failure(LOSS, diagnosis.LOSS_COUPLES, modules=model, figure=figure, bound=bound)]
+
+
+def met_everybody(
+    meetings: Sequence[Meeting],
+    sizes: Sequence[tuple[float, float]],
+    roundoff: float,
+    model: tuple[str, ...],
+) -> list[Failure]:
+    """Whether people are compared next to something of everybody.
+
+    Args:
+        meetings: where they may be.
+        sizes: what they have there next to themselves and to others, as numbers.
+        roundoff: of the lowest precision on the way.
+        model: its name.
+    """
+    bound = _ROUNDINGS * roundoff
+    each = zip(meetings, sizes, strict=True)
+    met = [meeting for meeting, pair in each if _exceeds(*pair, bound)]
     if any(meeting.is_broadcast for meeting in met):
         return [Failure(LOSS, diagnosis.LOSS_BROADCAST, modules=model)]
     if met:

@@ -11,7 +11,8 @@ Only where all losses together have the gradient that autograd has put into ``p.
 have, a hook that changes gradients, or a part that came another way, is at work, and nothing is
 said of that parameter. In low precision as in :mod:`dpguard.audit.oracle`.
 
-What the losses are divided by is judged as in :mod:`dpguard.audit.loss`.
+What the losses are divided by, and whom outputs meet in them, is judged as in
+:mod:`dpguard.audit.loss`.
 
 The bound is that of :mod:`dpguard.audit.oracle`: norms differ by no more than the rows do that they
 are of. Where the products of a row cancel, that is relative to what is multiplied, inputs ``a`` and
@@ -29,7 +30,6 @@ from __future__ import annotations
 
 import functools
 import math
-import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,13 +37,12 @@ import torch
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import Check, Failure, Failures, Step
-from dpguard.audit.loss import LOSS
+from dpguard.audit.loss import LOSS, met_everybody
 from dpguard.audit.oracle import CERTAIN, ORACLE, SCATTERED, TIMES, Looks, failure, is_fine, judged
 from dpguard.noted.ledger import Ledger
 from dpguard.numerics.rounding import LAMBDA
 
 if TYPE_CHECKING:
-    from dpguard.patches.ghost.pairing import GhostPairing
     from dpguard.patches.oracle.norm_draws import NormDraw, NormDraws, Part
 
 __all__ = ["NormOracle"]
@@ -88,8 +87,9 @@ class NormOracle(Check):
             if (p := part.parameter()) is not None
         ]
         if draw.divided is not None:
-            receive = functools.partial(_divided, self._ledger.norm_draws, draw.model)
-            step.collect((LOSS,), draw.divided, receive)
+            sizes = [size for meeting in draw.meetings for size in meeting[:2]]
+            receive = functools.partial(_losses, self._ledger.norm_draws, draw)
+            step.collect((LOSS,), [*draw.divided, *sizes], receive)
         if compared and draw.total is not None and draw.mixing is not None:
             step.run(ORACLE, count=len(compared))
             figures = [*(_figures(found.part) for found in compared), draw.total, draw.mixing]
@@ -226,20 +226,21 @@ def _cause(wrong: float, own: float, bound: float, *, mixed: float, scattered: f
     return diagnosis.NORMS_REORDERED if mixed else diagnosis.NORM_OF_ANOTHER
 
 
-def _divided(
-    draws: NormDraws, model: weakref.ref[GhostPairing], values: list[float]
-) -> Sequence[Failure]:
-    """What the losses are divided by; where it is nothing, they are not known to be right."""
-    weights, ignored, counted = values
-    pairing = model()
+def _losses(draws: NormDraws, draw: NormDraw, values: list[float]) -> Sequence[Failure]:
+    """What couples people in the losses; where nothing does, they are not known to be right."""
+    weights, ignored, counted, *sizes = values
+    pairing = draw.model()
     if pairing is None:
         return []
     modules = (type(pairing.hooks._module).__qualname__,)
+    pairs = list(zip(sizes[::2], sizes[1::2], strict=True))
+    roundoff = max(map(_compat.unit_roundoff, draw.kinds))
+    failures = met_everybody(draw.meetings, pairs, roundoff, modules)
     if weights > 0:
-        return [Failure(LOSS, diagnosis.LOSS_WEIGHTED, modules=modules)]
-    if ignored > 0 or draws.are_divisors(pairing, counted):
-        return [Failure(LOSS, diagnosis.LOSS_IGNORES, modules=modules)]
-    return []
+        failures.append(Failure(LOSS, diagnosis.LOSS_WEIGHTED, modules=modules))
+    elif ignored > 0 or draws.are_divisors(pairing, counted):
+        failures.append(Failure(LOSS, diagnosis.LOSS_IGNORES, modules=modules))
+    return failures
 
 
 def _left_out(

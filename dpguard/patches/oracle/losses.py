@@ -268,7 +268,8 @@ class _Examination:
             lambda node, arrived: _sizes_of_any(self._propagate(node, arrived), whose),
             whose.device,
         )
-        meetings, is_open = self._meetings(whose)
+        at_once = any(map(keeps_other_targets, self._with_targets))
+        meetings, is_open = self._hook.places.told(self._squares, whose, at_once=at_once)
         return Coupling(
             weakref.ref(self._hook),
             pairs,
@@ -286,15 +287,6 @@ class _Examination:
             like_sum=self._numbers_of_sum(seeds),
             learners=learners_of(seeds, self._is_output, self._own()),
         )
-
-    def _meetings(self, whose: torch.Tensor) -> tuple[list[Meeting], bool]:
-        """Where each person's outputs meet something of everybody, and whether more may be."""
-        places, squares = self._hook.places, self._squares
-        places.meet(squares)
-        at_once = any(map(keeps_other_targets, self._with_targets))
-        sure = [s for s in squares.found if places.is_sure(s.place) or (at_once and s.is_broadcast)]
-        is_open = not sure and any(places.is_open(s.place) for s in squares.found)
-        return [square.parted(whose) for square in sure], is_open
 
     def _run(self, root: torch.Tensor, watch: Any = None) -> list[_End]:
         """Gradients of a number by the outputs."""

@@ -8,8 +8,9 @@ samplers and the order of rows have made of it.
 
 The gradient of all losses is propagated as well, to see whether it is the one in ``p.grad``: where
 hooks on tensors have changed it, or a part came another way, nothing is known of the person's.
-On the way it is seen whether the person's loss depends on rows of other people, and whether losses
-are divided by what depends on the data of all (:mod:`dpguard.patches.oracle.divisors`).
+On the way it is seen whether the person's loss depends on rows of other people, whether losses are
+divided by what depends on the data of all (:mod:`dpguard.patches.oracle.divisors`), and whether
+each person's outputs meet something of everybody (:mod:`dpguard.patches.oracle.squares`).
 
 Only numbers are kept, on the device.
 """
@@ -32,8 +33,10 @@ from dpguard.noted.conditioning import conditions
 from dpguard.noted.grouping import Grouping, owners, squares_of_people
 from dpguard.noted.precision import precision_of
 from dpguard.numerics.rounding import LAMBDA
+from dpguard.patches.oracle.broadcasts import WITH_TARGETS, keeps_other_targets
 from dpguard.patches.oracle.divisors import Counts, Divided, Divisors
 from dpguard.patches.oracle.draws import Draws, scattered
+from dpguard.patches.oracle.squares import Meeting, Places, Squares
 from dpguard.patches.oracle.vjp import Parts, Shares, Unfit, propagate
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["NormDraw", "NormDraws", "Part"]
 
 _KEPT = 16
+_REPEATS_AT_MOST = 20
 _T = TypeVar("_T")
 
 
@@ -104,6 +108,20 @@ class _Call:
     dimension: int
 
 
+class _Learned:
+    """What was learned of the losses of a model in all batches that were looked at."""
+
+    __slots__ = ("counts", "places", "repeats")
+
+    def __init__(self) -> None:
+        self.counts = Counts()
+        """What counts, by which losses were divided."""
+        self.places = Places()
+        """Where outputs were next to as many of something as there are people."""
+        self.repeats = _REPEATS_AT_MOST
+        """How many more batches may be looked at for what the one before did not tell."""
+
+
 class NormDraw:
     """One person of one batch.
 
@@ -112,6 +130,8 @@ class NormDraw:
         parts: what was found of each parameter.
         model: weakly, what it is a batch of.
         divided: what the losses are divided by; ``None`` if that is not known.
+        meetings: where outputs are next to as many of something as there are people.
+        is_open: whether more may be, or something is as long as the batch by chance.
         mixing: two numbers, not zero if the person's loss depends on rows of others, and if these
             are not one other person's in the place of the person's own. The second is how large
             the gradient at them is, as a part of that at all rows.
@@ -138,6 +158,8 @@ class NormDraw:
         self.model = weakref.ref(pairing)
         self.mixing: torch.Tensor | None = None
         self.divided: Divided | None = None
+        self.meetings: list[Meeting] = []
+        self.is_open = False
         self.total: torch.Tensor | None = None
         self.counted: frozenset[int] = frozenset()
         self.widest = 1
@@ -304,14 +326,13 @@ class NormDraw:
         else:
             self.mixing = torch.zeros(2, dtype=torch.float64, device=losses.device)
         with contextlib.suppress(Unfit, RuntimeError):
-            self.divided = self._divisors_of(losses, whole, whose)
+            self._examine(losses, whole, whose)
         self._close()
 
-    def _divisors_of(
-        self, losses: torch.Tensor, whole: torch.Tensor, whose: torch.Tensor
-    ) -> Divided:
-        """By what the losses are divided, on the way from the last layers."""
+    def _examine(self, losses: torch.Tensor, whole: torch.Tensor, whose: torch.Tensor) -> None:
+        """See what the losses do with what the last layers have made."""
         divisors = Divisors(self.rows, are_people=self._people is None)
+        squares, with_targets = Squares(self.rows), []
 
         def propagated(node: Any, arrived: list[torch.Tensor | None], watch: Any = None) -> Shares:
             parts: list[Parts | None] = [None if one is None else (one,) for one in arrived]
@@ -324,7 +345,12 @@ class NormDraw:
             )
 
         def meet(node: Any, arrived: list[Parts | None]) -> None:
-            divisors.meet(node, [None if parts is None else parts[0] for parts in arrived])
+            given = [None if parts is None else parts[0] for parts in arrived]
+            divisors.meet(node, given)
+            if given[0] is not None:
+                squares.meet(_compat.nodes(), node, given[0])
+            if type(node).__name__ in WITH_TARGETS:
+                with_targets.append(node)
 
         def people(node: Any, arrived: list[torch.Tensor | None]) -> torch.Tensor:
             sizes = torch.zeros(self.rows, dtype=torch.float64, device=losses.device)
@@ -335,7 +361,10 @@ class NormDraw:
             return sizes
 
         propagated(losses.grad_fn, _at(losses, whole), meet)
-        return divisors.found(people, losses.device)
+        self.divided = divisors.found(people, losses.device)
+        at_once = any(map(keeps_other_targets, with_targets))
+        places = self._draws.learned(self._pairing).places  # type: ignore[arg-type]
+        self.meetings, self.is_open = places.told(squares, whose, at_once=at_once)
 
     def _rows_at(self, node: Any, index: int, gradient: torch.Tensor) -> torch.Tensor | None:
         """The gradient of a call's output, with its rows first."""
@@ -413,12 +442,24 @@ class NormDraws(Draws):
         self._later: weakref.WeakKeyDictionary[GhostPairing, int] = weakref.WeakKeyDictionary()
         """How many batches of a model are left out before."""
         self._found: deque[NormDraw] = deque(maxlen=_KEPT)
-        self._counts: weakref.WeakKeyDictionary[GhostPairing, Counts] = weakref.WeakKeyDictionary()
+        self._learned: weakref.WeakKeyDictionary[GhostPairing, _Learned]
+        self._learned = weakref.WeakKeyDictionary()
 
     def are_divisors(self, pairing: GhostPairing, number: float) -> bool:
         """Whether the losses of a model are divided by how many elements count, now so many."""
-        counts = self._counts.setdefault(pairing, Counts())
-        return counts.are_divisors(number, lambda: self._idle.discard(pairing))
+        counts = self.learned(pairing).counts
+        return counts.are_divisors(number, lambda: self._look_again(pairing))
+
+    def learned(self, pairing: GhostPairing) -> _Learned:
+        """What was learned of the losses of a model."""
+        return self._learned.setdefault(pairing, _Learned())
+
+    def _look_again(self, pairing: GhostPairing) -> None:
+        """The next batch may tell what this one did not."""
+        learned = self.learned(pairing)
+        if learned.repeats:
+            learned.repeats -= 1
+            self._idle.discard(pairing)
 
     def is_due(self, pairing: GhostPairing) -> bool:
         """Whether it is time to draw somebody of a batch of this model."""
@@ -456,6 +497,8 @@ class NormDraws(Draws):
     def keep(self, pairing: GhostPairing, draw: NormDraw) -> None:
         """A batch is clipped: the step will ask for what was found."""
         self._idle.add(pairing)
+        if draw.is_open:
+            self._look_again(pairing)
         if (draw.total is not None and draw.parts) or draw.divided is not None:
             self._found.append(draw)
 

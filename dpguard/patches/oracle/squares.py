@@ -155,6 +155,20 @@ class Places:
         """Whether the dimension there is people's."""
         return len(self._sizes.get(place, ())) > 1
 
-    def is_open(self, place: Place) -> bool:
-        """Whether a batch of another size may tell."""
-        return len(self._sizes.get(place, ())) == 1
+    def told(
+        self, squares: Squares, whose: torch.Tensor, *, at_once: bool
+    ) -> tuple[list[Meeting], bool]:
+        """Where each person's outputs meet something of everybody, and whether more may be.
+
+        Args:
+            squares: those of a loss, which are met by this.
+            whose: see :meth:`Square.parted`.
+            at_once: whether what was broadcast is people's for certain.
+
+        Returns:
+            The second is whether a batch of another size may tell.
+        """
+        self.meet(squares)
+        sure = [s for s in squares.found if self.is_sure(s.place) or (at_once and s.is_broadcast)]
+        is_open = not sure and any(len(self._sizes.get(s.place, ())) == 1 for s in squares.found)
+        return [square.parted(whose) for square in sure], is_open

@@ -1,4 +1,4 @@
-"""In ghost clipping losses of one person may be divided by what depends on everybody's data."""
+"""In ghost clipping the loss of one person may be made of everybody's data."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from dpguard.audit.loss import LOSS
 if not GHOST or _compat.nodes() is None:
     pytest.skip("no ghost clipping, or a torch that tells too little", allow_module_level=True)
 
-PEOPLE, BATCH, LENGTH, TOKENS = 48, 8, 6, 5
+PEOPLE, BATCH, LENGTH, TOKENS, KEYS = 48, 8, 6, 5, 4
 IGNORED = -100
+PUBLIC = torch.eye(10)[:, :KEYS]
+"""One prototype for each of ten classes."""
 
 
 class Tagger(nn.Module):
@@ -86,9 +88,9 @@ def people(*, even=False):
     return torch.utils.data.TensorDataset(torch.randint(TOKENS, (PEOPLE, LENGTH)), targets)
 
 
-def train(of, data, *, mode="repair", sampling="ghost", steps=12):
+def train(of, data, *, model=Tagger, mode="repair", sampling="ghost", steps=12):
     with dpguard.install(mode=mode, oracle_every=1) as guard:
-        raw = Tagger()
+        raw = model()
         model, optimizer, criterion, loader = PrivacyEngine().make_private(
             module=raw,
             optimizer=torch.optim.SGD(raw.parameters(), lr=0.05),
@@ -135,3 +137,91 @@ def test_divided_by_what_is_fixed_or_their_own(of):
 def test_as_many_of_each(of):
     """Where everybody has as many, the number is known without their data."""
     assert train(of, people(even=True)) == set()
+
+
+class Tower(nn.Module):
+    """An embedding of each person, to be compared with that of a branch that is locked."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(KEYS, 16), nn.ReLU(), nn.Linear(16, KEYS))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+class Scores(Tower):
+    """Compares each person with everybody inside of the model."""
+
+    def forward(self, x):
+        return super().forward(x) @ x.T
+
+
+def own_of_all(scores):
+    return F.cross_entropy(scores, torch.arange(len(scores)), reduction="none")
+
+
+MEETS = {
+    "keys": (Tower, lambda o, y: own_of_all(o @ y.T)),
+    "linear": (Tower, lambda o, y: own_of_all(F.linear(o, y))),
+    "the other way": (Tower, lambda o, y: own_of_all((y @ o.T).T)),
+    "detached": (Tower, lambda o, _: own_of_all(o @ o.detach().T)),
+    "distances": (Tower, lambda o, y: own_of_all(-torch.cdist(o, y))),
+    "in the model": (Scores, lambda o, _: own_of_all(o)),
+}
+"""Losses of each person that are made of what is everybody's, in no graph."""
+MEETS_NOBODY = {
+    "its own key": (Tower, lambda o, y: F.mse_loss(o, y, reduction="none").mean(1)),
+    "its own of all": (Tower, lambda o, y: -(o @ y.T).diagonal()),
+    "prototypes": (
+        Tower,
+        lambda o, y: F.cross_entropy(o @ PUBLIC.T, y.argmax(1), reduction="none"),
+    ),
+    "its own of all in the model": (Scores, lambda o, _: -o.diagonal()),
+}
+
+
+def towers():
+    torch.manual_seed(5)
+    features = torch.randn(PEOPLE, KEYS)
+    return torch.utils.data.TensorDataset(features, 2 * features + torch.randn(PEOPLE, KEYS))
+
+
+def changes_others(model, of):
+    """By how much gradients of others' losses change where one person is left out."""
+    x, y = towers()[:BATCH]
+    built = model()
+
+    def second(kept):
+        return torch.autograd.grad(of(built(x[kept]), y[kept])[-1], built.body[0].weight)[0]
+
+    with_all, without = second(slice(0, None)), second(slice(1, None))
+    return float((with_all - without).norm() / with_all.norm())
+
+
+@pytest.mark.parametrize("mode", ["repair", "observe"])
+@pytest.mark.parametrize("name", MEETS)
+def test_outputs_next_to_what_is_of_everybody(name, mode):
+    """No gradient leads to others, whose data is in the loss."""
+    model, of = MEETS[name]
+    assert changes_others(model, of) > 1e-3
+    assert train(of, towers(), model=model, mode=mode) == {(LOSS, diagnosis.LOSS_MEETS)}
+
+
+@pytest.mark.parametrize("name", MEETS_NOBODY)
+def test_outputs_next_to_what_is_public_or_their_own(name):
+    model, of = MEETS_NOBODY[name]
+    assert changes_others(model, of) < 1e-6
+    assert train(of, towers(), model=model) == set()
+
+
+def test_targets_that_are_broadcast():
+    """Each output meets the targets of all, which a mean over these hides from the shape."""
+
+    def squared(outputs, targets):
+        return F.mse_loss(outputs[:, :1], targets[:, 0], reduction="none").mean(1)
+
+    assert changes_others(Tower, squared) > 1e-3
+    with pytest.warns(UserWarning, match="Using a target size"):
+        found = train(squared, towers(), model=Tower)
+    assert found == {(LOSS, diagnosis.LOSS_BROADCAST)}
