@@ -3,7 +3,8 @@
 #   make demo            the demonstration, on real digits, offline once the environment exists
 #   make test            the tests;     make test PYTEST_ARGS="-k detach -x"
 #   make test-slow       those that take minutes: thousands of random programs, other Lightnings
-#   make test-releases   exactness on the oldest and other releases of Opacus
+#   make test-releases   exactness on the oldest and other releases of Opacus (half an hour and more;
+#                        test-releases-of-ci: on those between a part of the tests each)
 #   make test-opacus     Opacus's own tests with and without dpguard (all: an hour;
 #                        test-opacus-of-ci: all but those that take minutes each)
 #   make lint            ruff and mypy
@@ -44,7 +45,8 @@ WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test test-slow test-releases test-opacus test-opacus-of-ci lint wheel-check bench clean
+.PHONY: demo test test-slow test-releases test-releases-of-ci test-opacus test-opacus-of-ci lint \
+	wheel-check bench clean
 
 demo: $(STAMP)
 	$(BIN)/dpguard demo
@@ -55,11 +57,20 @@ test: $(STAMP) $(OLDER)
 test-slow: $(STAMP) $(OLDER) $(LIGHTNING:%=$(VENV)/lightning-%/.complete)
 	$(PYTEST) -m slow $(PYTEST_ARGS)
 
-test-releases: $(RELEASES:%=$(VENV)/opacus-%/.complete)
-	set -e; for release in $(RELEASES); do \
-		echo "Opacus $$release"; \
-		PYTHONPATH="$(VENV)/opacus-$$release" $(PYTEST) -q -W default -m "not slow" $(PYTEST_ARGS) \
-			$(RELEASE_TESTS:%=tests/test_%.py) tests/integrations; \
+test-releases: $(RELEASES:%=test-release-%)
+
+test-release-%: $(VENV)/opacus-%/.complete
+	PYTHONPATH="$(VENV)/opacus-$*" $(PYTEST) -q -W default -m "not slow" $(PYTEST_ARGS) \
+		$(RELEASE_TESTS:%=tests/test_%.py) tests/integrations
+
+# All tests on the oldest release. Those between differ little from it or from the pinned one: each
+# test runs on one of them.
+BETWEEN = $(filter-out $(OLDEST),$(RELEASES))
+test-releases-of-ci: test-release-$(OLDEST)
+	set -e; part=0; for release in $(BETWEEN); do \
+		part=$$((part + 1)); \
+		$(MAKE) "test-release-$$release" PYTEST_ARGS="--splits $(words $(BETWEEN)) --group $$part \
+			--splitting-algorithm least_duration"; \
 	done
 
 test-opacus: $(STAMP) $(VENV)/torchvision/.complete

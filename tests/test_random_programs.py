@@ -1,6 +1,6 @@
 """Random programs of forwards, cuts, backwards and steps: all equals ground truth, or is refused.
 
-Some hundred run with the other tests, 2,000 more with the slow ones, always the same.
+200 run with the other tests, 2,000 more with the slow ones, always the same.
 ``DPGUARD_TEST_PROGRAMS=N`` runs N programs and other ones each time, or those of
 ``--hypothesis-seed``; a failure prints the shrunk model and program.
 """
@@ -30,7 +30,7 @@ _SHARES = {"hooks": 0.4, "functorch": 0.15, "ghost": 0.3, "fast": 0.15}
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
 
 
-_FEW, _MANY, _PARTS = 400, 2000, 4
+_FEW, _MANY, _PARTS = 200, 2000, 4
 
 
 def _settings(share, programs=_FEW):
