@@ -13,6 +13,7 @@ from torch import nn
 
 SIGMA, BOUND, BATCH, PEOPLE = 0.8, 0.5, 32, 512
 """Neither sigma nor the clip bound is 1, so that it matters by which the noise is scaled."""
+GHOST_KINDS = ("ghost", "ghost split")
 ADAPTIVE = {
     "clipping": "adaptive",
     "target_unclipped_quantile": 0.5,
@@ -80,8 +81,9 @@ class Training:
     """What ``make_private`` makes, Poisson sampling included.
 
     Args:
-        kind: ``flat``, ``per_layer``, ``adaptive``, ``ghost``, ``automatic``, or ``split`` for flat
-            clipping in physical batches of ``BatchMemoryManager``.
+        kind: ``flat``, ``per_layer``, ``adaptive``, ``ghost``, ``automatic``, or ``split`` and
+            ``ghost split`` for flat and ghost clipping in physical batches of
+            ``BatchMemoryManager``.
         dtype: of the parameters.
         autocast: whether rows are computed in bfloat16.
 
@@ -99,7 +101,7 @@ class Training:
         self.engine = PrivacyEngine(accountant="rdp")
         options = {"clipping": "flat"}
         bound = BOUND
-        if kind == "ghost":
+        if kind in GHOST_KINDS:
             options = {"grad_sample_mode": "ghost", "criterion": nn.CrossEntropyLoss()}
         elif kind == "adaptive":
             options = ADAPTIVE
@@ -117,13 +119,13 @@ class Training:
         )
         self.model, self.optimizer, *rest = made
         self.batches = rest[-1]
-        self.criterion = rest[0] if kind == "ghost" else nn.CrossEntropyLoss()
+        self.criterion = rest[0] if kind in GHOST_KINDS else nn.CrossEntropyLoss()
         if kind == "automatic":
             self.optimizer.clip_and_accumulate = lambda: automatic(self.optimizer)
         self.before_step = lambda _: None
 
     def _epoch(self):
-        if self.kind != "split":
+        if self.kind not in {"split", "ghost split"}:
             return contextlib.nullcontext(self.batches)
         return BatchMemoryManager(
             data_loader=self.batches, max_physical_batch_size=12, optimizer=self.optimizer

@@ -355,6 +355,35 @@ def stretched(outputs, y):
     return ((outputs[:, :1] - y / CLASSES) ** 2).mean()
 
 
+def test_two_calls_whose_means_are_compared():
+    """Each is looked at through a vector of its own, or both would cancel."""
+    with dpguard.install(mode="repair", oracle_every=1) as guard:
+        training = Training()
+        for _ in range(3):
+            x, y = batch_of()
+            training.optimizer.zero_grad()
+            one, other = training.model(x), training.model(x.flip(1))
+            F.cross_entropy(one, y).add(one.mean(0).sub(other.mean(0)).square().sum()).backward()
+            training.optimizer.step()
+    found = [v for v in guard.violations if v.check == LOSS]
+    assert [(v.cause, v.step) for v in found] == [(diagnosis.LOSS_COUPLES, 0)]
+
+
+def pulled_together(outputs, y):
+    """A little, beside a loss of each person: less than what rounding in bfloat16 may leave."""
+    return F.cross_entropy(outputs, y) + 0.01 * outputs.mean(0).square().sum()
+
+
+def test_what_low_precision_may_hide():
+    """It is not said that people are apart where rounding is as large as what they share."""
+    causes, _, _ = train(pulled_together)
+    assert diagnosis.LOSS_COUPLES in causes
+    causes, looked, guard = train(lambda o, y: pulled_together(o.bfloat16().float(), y))
+    assert causes == []
+    assert looked == 0
+    assert guard.last_step.checks[LOSS].not_run
+
+
 BROADCAST = {
     "mse": lambda o, y: F.mse_loss(o[:, :1], y / CLASSES),
     "mse the other way": lambda o, y: F.mse_loss(o[:, 0], y[:, None] / CLASSES),

@@ -29,17 +29,31 @@ def rows_added(training):
         p.summed_grad = p.summed_grad + p.grad_sample.sum(0)
 
 
+def gradients_added(training):
+    for p in waiting(training):
+        p.summed_grad += 4 * p.grad
+
+
 def negated(training):
     for p in waiting(training):
         p.summed_grad = -p.summed_grad
 
 
+CHANGES = [
+    *(("split", change) for change in (multiplied, rows_added, negated)),
+    *(
+        pytest.param("ghost split", change, marks=needs_ghost)
+        for change in (multiplied, gradients_added, negated)
+    ),
+]
+
+
 @pytest.mark.parametrize("mode", ["repair", "strict"])
-@pytest.mark.parametrize("change", [multiplied, rows_added, negated])
-def test_sums_changed_between_physical_batches(change, mode):
+@pytest.mark.parametrize(("kind", "change"), CHANGES)
+def test_sums_changed_between_physical_batches(kind, change, mode):
     """Refused at the second time: until then nobody has kept what they were."""
     with dpguard.install(mode=mode) as guard:
-        training = Training("split")
+        training = Training(kind)
         training.run(3)
         training.before_step = change
         with pytest.raises(dpguard.PrivacyViolation, match=r"clip\.sum.*Remedy: leave"):
@@ -61,9 +75,15 @@ def after_clipping(training, change):
     training.optimizer._check_skip_next_step = changed
 
 
-@pytest.mark.parametrize("kind", ["plain", "split"])
-@pytest.mark.parametrize("change", [multiplied, rows_added, negated])
-def test_sums_changed_after_the_last_clipping(change, kind):
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        *(("plain", change) for change in (multiplied, rows_added, negated)),
+        *(pytest.param("ghost", c, marks=needs_ghost) for c in (multiplied, gradients_added)),
+        *CHANGES,
+    ],
+)
+def test_sums_changed_after_the_last_clipping(kind, change):
     """Whoever decides whether a step is skipped has them in hand before noise is added."""
     with dpguard.install(mode="repair") as guard:
         training = Training(kind)
@@ -189,21 +209,23 @@ def begun_with_zeros(training):
             p.summed_grad = torch.zeros_like(p)
 
 
+@pytest.mark.parametrize("kind", ["split", pytest.param("ghost split", marks=needs_ghost)])
 @pytest.mark.parametrize("change", [shortened, emptied, begun_with_zeros])
-def test_changes_by_which_nobody_moves_more(change):
+def test_changes_by_which_nobody_moves_more(change, kind):
     """One person moves a shorter sum by less."""
     with dpguard.install(mode="strict") as guard:
-        training = Training("split")
+        training = Training(kind)
         training.before_step = change
         training.run(6)
         assert (guard.violations, guard.interventions) == ((), ())
 
 
+@pytest.mark.parametrize("kind", ["plain", pytest.param("ghost", marks=needs_ghost)])
 @pytest.mark.parametrize("change", [shortened, emptied])
-def test_such_changes_after_the_last_clipping(change):
+def test_such_changes_after_the_last_clipping(change, kind):
     """Likewise."""
     with dpguard.install(mode="strict") as guard:
-        training = Training()
+        training = Training(kind)
         add_noise = training.optimizer.add_noise
         training.optimizer.add_noise = lambda: (change(training), add_noise())
         training.run(6)

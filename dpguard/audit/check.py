@@ -271,6 +271,10 @@ class Check:
         """
         return ()
 
+    def accumulated(self, step: Step, optimizer: Any) -> Failures:
+        """A physical batch is in ``p.summed_grad``, and its logical batch goes on."""
+        return ()
+
     def before_noise(self, step: Step, optimizer: Any) -> Failures:
         """The clipped sum of the logical batch is complete."""
         return ()

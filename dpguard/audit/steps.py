@@ -34,6 +34,7 @@ _HOOKS = (
     "before_clip",
     "rows_summed",
     "after_clip",
+    "accumulated",
     "before_noise",
     "noise_drawn",
     "after_noise",
@@ -239,6 +240,8 @@ class StepAuditor:
                 self._cover(step)
                 step.awaited -= 1
                 self._finish(step)
+        else:
+            self._run("accumulated", optimizer)
         self._receive(self._collectors.of(optimizer))
 
     def after_update(self, optimizer: Any) -> None:

@@ -14,14 +14,16 @@ memory of the sum. A sum that is a multiple of what it was, by more than one or 
 no noise in it and was changed; of others nothing is known.
 
 In ghost clipping it is ``p.grad`` that is clipped, and ``accumulate()`` that adds it to the sums.
-Where that is somebody's own, what it adds is compared with what it was given in each step.
+These are known from the end of one physical batch to the beginning of the next; before their noise
+they are compared with the clipped gradients, in each step where ``accumulate()`` is somebody's own.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 
@@ -38,6 +40,8 @@ __all__ = ["Accumulated", "Untouched"]
 
 _OFF = 1e-3
 _EXACT = 1e-4
+_COPIED = copy.deepcopy(torch.zeros((), device="cpu"))._version
+"""The version of a copy that nobody has changed."""
 
 
 @dataclass
@@ -99,6 +103,16 @@ class Untouched(Check):
 
     def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:
         """Note the sums."""
+        self._note(step, optimizer)
+        return ()
+
+    def accumulated(self, step: Step, optimizer: Any) -> Failures:
+        """Note them where it is not the optimizer that has clipped."""
+        if not _compat.clips_rows(optimizer):
+            self._note(step, optimizer)
+        return ()
+
+    def _note(self, step: Step, optimizer: Any) -> None:
         known = self._known.of(optimizer)
         known.forget()
         known.sums = {}  # of numbers, which the garbage collector does not walk through
@@ -112,7 +126,6 @@ class Untouched(Check):
                     known.copies[key] = total.clone()
                 elif due:
                     known.samples[key] = sample_of(total)
-        return ()
 
     def before_noise(self, step: Step, optimizer: Any) -> Failures:
         """The sums are complete."""
@@ -152,41 +165,97 @@ class Untouched(Check):
             before.forget()
 
 
+class _Mark(NamedTuple):
+    """What a sum is once a clipped gradient was added to it.
+
+    Attributes:
+        place: of its memory; ``None`` if it is a copy of that gradient, or that itself.
+        version: it is changed in place by that, or made by copying.
+        grad: version of the gradient.
+    """
+
+    place: int | None
+    version: int
+    grad: int
+
+    @classmethod
+    def of(cls, total: Any, grad: torch.Tensor) -> _Mark:
+        if _is_compared(total):
+            return cls(total.data_ptr(), version_of(total) + 1, version_of(grad))
+        return cls(None, _COPIED, version_of(grad))
+
+    def is_on(self, total: torch.Tensor, grad: Any) -> bool:
+        """Whether nobody has changed it after that."""
+        if total is grad:
+            return self.place is None and version_of(total) == self.grad
+        return self.place in (None, total.data_ptr()) and version_of(total) == self.version
+
+
+@dataclass
+class _Added:
+    """What one optimizer's ``accumulate()`` is to add to the sums.
+
+    Attributes:
+        given: for each parameter, by identity, the clipped gradients of this logical batch, if they
+            are kept.
+        marks: likewise what its sum is once Opacus's own has added the last of them.
+        suspect: whether sums were changed by somebody after it before, so that they are kept.
+    """
+
+    given: dict[int, torch.Tensor] = field(default_factory=dict)
+    marks: dict[int, _Mark] = field(default_factory=dict)
+    suspect: bool = False
+
+    def forget(self) -> None:
+        self.given, self.marks = {}, {}
+
+
 class Accumulated(Check):
-    """Compares what an ``accumulate()`` of somebody's own makes of clipped gradients with these."""
+    """Compares the sums of ghost clipping before their noise with the clipped gradients.
+
+    In each step where an ``accumulate()`` of somebody's own adds these up, else from the first
+    time on that the sums are not as Opacus's own leaves them.
+    """
 
     def __init__(self) -> None:
-        self._given: PerOwner[dict[int, torch.Tensor]] = PerOwner(lambda _: {})
+        self._added = PerOwner(lambda _: _Added())
 
     def begin(self, step: Step, optimizer: Any) -> Failures:
         """Clipped gradients are there, and have not entered the sums yet."""
-        if (
-            _compat.clips_rows(optimizer)
-            or not hasattr(optimizer, "accumulate")
-            or _compat.is_opacus_method(optimizer, "accumulate")
-        ):
+        if _compat.clips_rows(optimizer) or not hasattr(optimizer, "accumulate"):
             return ()
-        given = self._given.of(optimizer)
+        added = self._added.of(optimizer)
+        keeps = added.suspect or not _compat.is_opacus_method(optimizer, "accumulate")
         for parameter in step.parameters:
-            grad, known = parameter.grad, given.get(id(parameter))
-            if _is_compared(grad) and grad.layout is torch.strided:
-                given[id(parameter)] = grad.clone() if known is None else known + grad
+            grad, key = parameter.grad, id(parameter)
+            if not _is_compared(grad) or grad.layout is not torch.strided:
+                continue
+            if keeps:
+                known = added.given.get(key)
+                added.given[key] = grad.clone() if known is None else known + grad
+            else:
+                added.marks[key] = _Mark.of(getattr(parameter, "summed_grad", None), grad)
         return ()
 
     def before_noise(self, step: Step, optimizer: Any) -> Failures:
         """The sums are complete."""
-        given = self._given.get(optimizer)
-        if not given:
+        added = self._added.get(optimizer)
+        if added is None:
             return ()
         names, found, were = [], [], []
         for parameter, name, total in zip(
             step.parameters, step.names, step.sums.tensors, strict=False
         ):
-            if _is_compared(total):
+            key = id(parameter)
+            if not _is_compared(total):
+                continue
+            if added.given:
                 names.append(name)
                 found.append(total)
-                were.append(given.get(id(parameter)))
-        given.clear()
+                were.append(added.given.get(key))
+            elif key in added.marks and not added.marks[key].is_on(total, parameter.grad):
+                added.suspect = True
+        added.forget()
         if names:
             step.run(SUM)
             _compare(step, tuple(names), found, were)
@@ -194,7 +263,7 @@ class Accumulated(Check):
 
     def forget(self, optimizer: Any) -> None:
         """The step has raised."""
-        self._given.of(optimizer).clear()
+        self._added.of(optimizer).forget()
 
 
 def _is_compared(total: Any) -> TypeGuard[torch.Tensor]:
@@ -275,12 +344,12 @@ def _compare(
 ) -> None:
     """Measure what of the sums is none of what they were."""
     columns = []
-    for total, copy in zip(found, were, strict=True):
+    for total, former in zip(found, were, strict=True):
         rest = total
-        if copy is not None and copy.shape == total.shape and copy.device == total.device:
-            flat, former = total.flatten(), copy.to(total.dtype).flatten()
-            share = torch.nan_to_num((flat @ former) / (former @ former)).clamp(0, 1)
-            rest = flat - share * former
+        if former is not None and former.shape == total.shape and former.device == total.device:
+            flat, was = total.flatten(), former.to(total.dtype).flatten()
+            share = torch.nan_to_num((flat @ was) / (was @ was)).clamp(0, 1)
+            rest = flat - share * was
         columns += [rest.norm().double(), total.norm().double()]
 
     def receive(values: list[float]) -> Failures:
@@ -293,8 +362,8 @@ def _compare(
 
 def _adds_up(optimizer: Any) -> bool:
     """Whether what is in the sums when a step begins stays there; other rules may begin anew."""
-    return (
-        _compat.clips_rows(optimizer)
-        and not _compat.clips_in_hooks(optimizer)
-        and _compat.is_opacus_method(optimizer, "clip_and_accumulate")
-    )
+    if _compat.clips_rows(optimizer):
+        return not _compat.clips_in_hooks(optimizer) and _compat.is_opacus_method(
+            optimizer, "clip_and_accumulate"
+        )
+    return hasattr(optimizer, "accumulate") and _compat.is_opacus_method(optimizer, "accumulate")

@@ -51,7 +51,7 @@ class Weights:
         """The weighted sums of the rows of a matrix, in its precision, of shape ``(..., 1, N)``."""
         dtype = matrix.dtype
         if self._both is None:
-            first, second = _cast(self._first, dtype), self._second
+            first, second = _down(self._first, dtype), self._second
             if _compat.sums_as_one_batch():
                 found = [torch.bmm(first, matrix.unsqueeze(0))]
             else:
@@ -59,7 +59,10 @@ class Weights:
             if second is not None:
                 found.append(torch.mm(_cast(second, dtype), matrix))
             return found
-        found = list(torch.mm(self._both.to(dtype), matrix).split(1))
+        both = _cast(self._both, dtype)
+        if both is not self._both:
+            both[:1] = _down(self._first[0], dtype)
+        found = list(torch.mm(both, matrix).split(1))
         if len(found) > 1 and found[0].numel() > _SMALL:
             found[0] = found[0].clone()
         return found
@@ -69,6 +72,16 @@ def _cast(weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return weights if weights.dtype is dtype else weights.to(dtype)
 
 
+def _down(weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Likewise; in less than single precision no normal number is larger than it was."""
+    cast = _cast(weights, dtype)
+    if cast is weights or torch.finfo(dtype).bits >= _SINGLE:
+        return cast
+    below = cast * (1 - 0.75 * torch.finfo(dtype).eps)  # rounds to the number before
+    return torch.where(cast > weights, below, cast)
+
+
+_SINGLE = 32
 _SMALL = 1 << 14
 """A sum with fewer elements may keep the memory of another with as many."""
 

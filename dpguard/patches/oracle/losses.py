@@ -404,10 +404,13 @@ class _Examination:
         return False
 
     def _looked_at(self, gradients: list[torch.Tensor], mine: torch.Tensor) -> torch.Tensor:
-        """The person's gradients through random vectors, as one number."""
-        self._probes.forget()
+        """The person's gradients through random vectors, as one number.
+
+        Through one of its own each: in a loss of the difference of two calls, both would cancel.
+        """
         total = gradients[0].new_zeros(())
         for gradient in gradients:
+            self._probes.forget()
             vector = self._probes.of(gradient.numel(), gradient.device, gradient.dtype)
             wanted = mine.view(-1, *[1] * (gradient.dim() - 1))
             total = total + (gradient * vector.view(gradient.shape) * wanted).sum()
