@@ -10,6 +10,7 @@ import torch
 from digits import Training
 from releases import needs_adaptive, needs_ghost, needs_reshaping
 from torch import nn
+from torch.nn import functional as F
 
 import dpguard
 from dpguard import diagnosis
@@ -70,6 +71,19 @@ def sum_in_a_step_hook(training):
     training.optimizer.attach_step_hook(put_back)
 
 
+def sum_in_some_elements(training):
+    """The first quarter of each gradient has no noise, the rest has."""
+
+    def put_back(optimizer):
+        for p in optimizer.params:
+            grad, few = p.grad.clone(), max(1, p.numel() // 4)
+            bare = p.summed_grad.flatten() / optimizer.expected_batch_size
+            grad.view(-1)[:few] = bare[:few]
+            p.grad = grad
+
+    training.optimizer.attach_step_hook(put_back)
+
+
 def sum_in_scale_grad(training):
     optimizer = training.optimizer
 
@@ -96,6 +110,7 @@ FAULTS = {
     raw_in_a_step_hook: 1,
     raw_in_a_hook_of_the_inner_optimizer: 2,
     sum_in_a_step_hook: 0,
+    sum_in_some_elements: 0,
     sum_in_scale_grad: 0,
 }
 """And in which step after the first with it at the latest it is refused."""
@@ -119,6 +134,29 @@ def test_noise_that_is_taken_out_is_refused(mode, fault, kind):
             (PRIVATE, diagnosis.NOISE_TAKEN_OUT)
         }
         assert all(violation.parameters for violation in guard.violations)
+
+
+class Few(nn.Module):
+    """A model of 130 elements."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(64, 2)
+
+    def forward(self, x):
+        return F.pad(self.head(x.flatten(1)), (0, 8))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_few_elements(kind):
+    """Noise that is taken out altogether, in a model that is small; what has its noise is fine."""
+    with dpguard.install(mode="strict"):
+        training = Training(kind, model=Few)
+        training.run(40)
+        sum_in_a_step_hook(training)
+        with pytest.raises(dpguard.PrivacyViolation, match=r"update\.private"):
+            training.run(2)
+        assert training.steps == 40
 
 
 def raw_added(share, *, inner):

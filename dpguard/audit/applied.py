@@ -3,8 +3,8 @@
 Between the noise and the update a gradient may be changed in any way that looks at nothing but the
 noised gradient. That it was changed is seen in every step, by its identity and version. A change
 proves nothing; a gradient that is a multiple of the clipped sum, or of the gradient of the batch,
-does, as :mod:`dpguard.audit.multiples` says, and so does the noised gradient with such a multiple
-added to it.
+does, as :mod:`dpguard.audit.multiples` says, and so does one of which some elements are, and the
+noised gradient with such a multiple added to it.
 
 The gradient of the batch is only at hand once a change was seen; so one that is put back is found
 in the second step. A change through ``.data`` has no version: in the first steps and in one of each
@@ -28,7 +28,7 @@ import torch
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.check import NOTHING, Check, Failure, Failures, Noted, PerOwner, Step
-from dpguard.audit.multiples import Samples, emptied, factor, mixed, without_noise
+from dpguard.audit.multiples import Samples, emptied, factor, mixed, partly, without_noise
 from dpguard.audit.noise import SCALE
 from dpguard.audit.scaling import Ratios
 from dpguard.audit.update import PRIVATE
@@ -306,6 +306,7 @@ class Applied(Check):
             return
         if noised is not None:
             self._compare_mixture(step, names, samples, noised, others)
+        self._compare_parts(step, names, samples, others, std)
         found = without_noise([samples], others, std, _OFF)
         if not found:
             return
@@ -317,6 +318,23 @@ class Applied(Check):
                 return ()
             far, _, noise = values
             return [Failure(PRIVATE, diagnosis.NOISE_TAKEN_OUT, who, figure=far, bound=noise)]
+
+        step.collect((PRIVATE,), figures, receive)
+
+    @staticmethod
+    def _compare_parts(
+        step: Step, names: tuple[str, ...], samples: Samples, bare: Samples, std: Any
+    ) -> None:
+        """Measure whether some of their elements are multiples of the others."""
+        found = partly(samples, bare, std)
+        if found is None:
+            return
+        figures, verdict = found
+
+        def receive(values: list[float]) -> Failures:
+            if not verdict(values):
+                return ()
+            return [Failure(PRIVATE, diagnosis.NOISE_TAKEN_OUT, names, figure=values[0])]
 
         step.collect((PRIVATE,), figures, receive)
 

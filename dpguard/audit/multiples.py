@@ -16,6 +16,13 @@ multiples of each parameter, and by much more than that from the noised one alon
 from that alone differs from it in other directions, and there are :data:`_ENOUGH` of them.
 
 Some elements of each tensor are enough: a multiple is one in all of them.
+
+Where only a part of the elements has no noise, tensors are no multiples. But then what they are
+divided by ``b`` is the same number there, :data:`_SAME` elements at least, to roundings of ``u``.
+Elsewhere it is ``c (1 + g s / b)``. With ``b`` at most :data:`_FAR` times ``s`` its density is
+below ``0.4 _FAR`` in units of ``c``, so of ``N`` elements fewer than ``0.4e-6 _FAR N`` fall within
+so much of one number, less than one of a hundred thousand. Values that are all the same there, as a
+clamp or signs make them, prove nothing.
 """
 
 from __future__ import annotations
@@ -31,13 +38,17 @@ from torch.nn.utils.rnn import pad_sequence
 from dpguard import _compat
 from dpguard.noted.row_state import spread_of
 
-__all__ = ["Samples", "mixed", "without_noise"]
+__all__ = ["Samples", "mixed", "partly", "without_noise"]
 
 _ROUNDINGS = 8.0
 _MUCH = 100.0
 _APART = 1e-6
 _ENOUGH = 200
 _TAIL = 8.0
+_SAME = 16
+_FAR = 8.0
+_VARIED = 0.9
+_SINGLE = 2.0**-23
 
 
 class Samples(NamedTuple):
@@ -182,6 +193,45 @@ def without_noise(
         )
 
     return chosen, figures, verdict
+
+
+@torch.no_grad()
+def partly(
+    moved: Samples, bare: Samples, std: Any
+) -> tuple[list[torch.Tensor], Callable[[list[float]], bool]] | None:
+    """What tells whether some elements are multiples of others that have no noise in them.
+
+    Args:
+        moved: the tensors.
+        bare: the others.
+        std: standard deviation of the noise that is due on the others.
+
+    Returns:
+        Figures, and what to ask with their values: whether there is no noise in some elements.
+        ``None`` if these are tensors of other sizes, in low precision, or too few elements.
+    """
+    unit = max(moved.unit, bare.unit)
+    is_free = isinstance(std, (int, float)) and std <= 0
+    if moved.sizes != bare.sizes or sum(moved.sizes) < _SAME or unit > _SINGLE or is_free:
+        return None
+    like = moved.values
+    y, b = (s.values.to(like.device, torch.float64).flatten() for s in (moved, bare))
+    if isinstance(std, torch.Tensor):
+        std = std.to(like.device, non_blocking=not like.is_cpu)
+    noisy = (y != 0) & (b != 0) & (b.abs() <= _FAR * std)
+    ratios, order = torch.where(noisy, y / b, math.nan).sort()  # what is no number comes last
+    most = ratios[_SAME - 1 :]
+    spread = ((most - ratios[: len(most)]) / most.abs()).nan_to_num(math.inf, math.inf)
+    least, at = spread.min(0)
+    window = order[at + torch.arange(_SAME, device=like.device)]
+    lengths = y[window].abs()
+    limit = 2 * _ROUNDINGS * unit
+
+    def verdict(values: list[float]) -> bool:
+        width, alike = values
+        return width <= limit and alike < _VARIED
+
+    return [least, lengths.amin() / lengths.amax()], verdict
 
 
 @torch.no_grad()
