@@ -358,7 +358,8 @@ _DIAGNOSES = {
     NO_BACKWARD: Diagnosis(
         "no parameter of the optimizer has per-sample gradients",
         "call loss.backward() on the output of the model that Opacus wrapped before "
-        "optimizer.step(), and check that the optimizer holds that model's parameters",
+        "optimizer.step(), with its hooks on (enable_hooks(), if disable_hooks() or remove_hooks() "
+        "was called), and check that the optimizer holds that model's parameters",
     ),
     NOT_HOOKED: Diagnosis(
         "the optimizer owns a trainable parameter that belongs to no model that Opacus wrapped",
