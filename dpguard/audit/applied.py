@@ -211,7 +211,7 @@ class Applied(Check):
         if all(isinstance(grad, torch.Tensor) for grad in grads):
             rows = [sample_of_rows(parameter) for parameter in step.parameters]
             for bare in (state.bare, state.bare_total, Samples.of(rows)):
-                self._compare(step, step.names, (Samples.of(grads), bare, std))
+                self._compare(step, step.names, (Samples.of(grads), bare, std), few=not state.due)
 
     def _look(self, step: Step, state: _Noised) -> None:
         if state.std is None or state.elsewhere:
@@ -291,7 +291,8 @@ class Applied(Check):
         for bare, per in ((state.sums.unchanged(), 1), (raw, max(1, count))):
             if len(bare) == len(state.parameters):
                 others = Samples.of([bare[i] for i in changed])
-                self._compare(step, names, (samples, others, state.std / per), noised)
+                compared = samples, others, state.std / per
+                self._compare(step, names, compared, noised, few=not state.due)
 
     def _compare(
         self,
@@ -299,6 +300,8 @@ class Applied(Check):
         names: tuple[str, ...],
         compared: _Compared,
         noised: Samples | None = None,
+        *,
+        few: bool,
     ) -> None:
         """Measure how far gradients are from multiples of what has no noise in it."""
         samples, others, std = compared
@@ -306,7 +309,7 @@ class Applied(Check):
             return
         if noised is not None:
             self._compare_mixture(step, names, samples, noised, others)
-        self._compare_parts(step, names, samples, others, std)
+        self._compare_parts(step, names, samples, others, std, few=few)
         found = without_noise([samples], others, std, _OFF)
         if not found:
             return
@@ -323,10 +326,16 @@ class Applied(Check):
 
     @staticmethod
     def _compare_parts(
-        step: Step, names: tuple[str, ...], samples: Samples, bare: Samples, std: Any
+        step: Step,
+        names: tuple[str, ...],
+        samples: Samples,
+        bare: Samples,
+        std: Any,
+        *,
+        few: bool,
     ) -> None:
         """Measure whether some of their elements are multiples of the others."""
-        found = partly(samples, bare, std)
+        found = partly(samples, bare, std, few=few)
         if found is None:
             return
         figures, verdict = found

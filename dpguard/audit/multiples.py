@@ -48,6 +48,7 @@ _TAIL = 8.0
 _SAME = 16
 _FAR = 8.0
 _VARIED = 0.9
+_SORTED = 1 << 13
 _SINGLE = 2.0**-23
 
 
@@ -197,7 +198,7 @@ def without_noise(
 
 @torch.no_grad()
 def partly(
-    moved: Samples, bare: Samples, std: Any
+    moved: Samples, bare: Samples, std: Any, *, few: bool
 ) -> tuple[list[torch.Tensor], Callable[[list[float]], bool]] | None:
     """What tells whether some elements are multiples of others that have no noise in them.
 
@@ -205,6 +206,7 @@ def partly(
         moved: the tensors.
         bare: the others.
         std: standard deviation of the noise that is due on the others.
+        few: whether some of the elements will do, which are to be sorted.
 
     Returns:
         Figures, and what to ask with their values: whether there is no noise in some elements.
@@ -215,7 +217,9 @@ def partly(
     if moved.sizes != bare.sizes or sum(moved.sizes) < _SAME or unit > _SINGLE or is_free:
         return None
     like = moved.values
-    y, b = (s.values.to(like.device, torch.float64).flatten() for s in (moved, bare))
+    step = max(1, like.numel() // _SORTED) if few else 1
+    parts = (s.values.flatten()[::step] for s in (moved, bare))
+    y, b = (part.to(like.device, torch.float64) for part in parts)
     if isinstance(std, torch.Tensor):
         std = std.to(like.device, non_blocking=not like.is_cpu)
     noisy = (y != 0) & (b != 0) & (b.abs() <= _FAR * std)
