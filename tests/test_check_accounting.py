@@ -181,6 +181,32 @@ def test_a_wrong_rate_of_shuffled_batches(guard, taken):
     assert causes(guard) == {diagnosis.NOT_POISSON, diagnosis.RATE_EXCEEDED}
 
 
+def in_parts(training, batches, most=10):
+    """Steps on whole batches whose parts are accumulated."""
+    for x, y in batches:
+        parts = list(zip(x.split(most), y.split(most), strict=True))
+        for i, (few, targets) in enumerate(parts):
+            training.optimizer.signal_skip_step(do_skip=i < len(parts) - 1)
+            training.optimizer.zero_grad()
+            training.criterion(training.model(few), targets).backward()
+            training.optimizer.step()
+
+
+@pytest.mark.parametrize("size", [12, 30])
+@pytest.mark.parametrize("looks_on", [False, True])
+def test_batches_of_another_loader_that_are_stepped_in_parts(guard, size, looks_on):
+    """As if they were stepped at once: it went round the sampling, and it draws more people."""
+    training = Training()
+    loader = torch.utils.data.DataLoader(DATA, batch_size=size, shuffle=True)
+    for _ in range(8):
+        in_parts(training, loader)
+        if looks_on:
+            next(iter(torch.utils.data.DataLoader(DATA, batch_size=60)))
+    # Which of two batches it is, of that and the one looked at, is not certain.
+    beyond = {diagnosis.RATE_EXCEEDED} if size > 12 and not looks_on else set()
+    assert causes(guard) == {diagnosis.LOADER_BYPASSED} | beyond
+
+
 def test_what_is_right(guard):
     """Physical batches, a noise schedule, a second hook, a function round the hook, a resume."""
     training = Training()
@@ -276,6 +302,8 @@ def test_noise_that_cannot_be_seen(guard):
 
     class Own(DPOptimizer):
         def pre_step(self, closure=None):
+            for p in self.params:
+                p.grad = (p.grad_sample.sum(0) + torch.randn_like(p)) / 12
             self.step_hook(self)
             return True
 
