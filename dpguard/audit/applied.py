@@ -20,7 +20,7 @@ nobody has a gradient, as rows of embeddings that the batch does not use, tells 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -307,63 +307,34 @@ class Applied(Check):
         samples, others, std = compared
         if samples is None or others is None:
             return
-        if noised is not None:
-            self._compare_mixture(step, names, samples, noised, others)
-        self._compare_parts(step, names, samples, others, std, few=few)
-        found = without_noise([samples], others, std, _OFF)
-        if not found:
-            return
-        chosen, figures, verdict = found
-        who = tuple(names[i] for i in chosen) if names else ()
+        if noised is not None and (mixture := mixed(samples, noised, others)):
+            _tell(step, mixture, diagnosis.NOISE_DILUTED, names, shown=(1, 0))
+        if parts := partly(samples, others, std, few=few):
+            _tell(step, parts, diagnosis.NOISE_TAKEN_OUT, names, shown=(0, None))
+        if whole := without_noise([samples], others, std, _OFF):
+            chosen, figures, verdict = whole
+            who = tuple(names[i] for i in chosen) if names else ()
+            _tell(step, (figures, verdict), diagnosis.NOISE_TAKEN_OUT, who, shown=(0, 2))
 
-        def receive(values: list[float]) -> Failures:
-            if not verdict(values):
-                return ()
-            far, _, noise = values
-            return [Failure(PRIVATE, diagnosis.NOISE_TAKEN_OUT, who, figure=far, bound=noise)]
 
-        step.collect((PRIVATE,), figures, receive)
+def _tell(
+    step: Step,
+    found: tuple[list[torch.Tensor], Callable[[list[float]], bool]],
+    cause: str,
+    who: tuple[str, ...],
+    *,
+    shown: tuple[int, int | None],
+) -> None:
+    """Have it said if a verdict on figures is so, with those at these places: figure and bound."""
+    figures, verdict = found
 
-    @staticmethod
-    def _compare_parts(
-        step: Step,
-        names: tuple[str, ...],
-        samples: Samples,
-        bare: Samples,
-        std: Any,
-        *,
-        few: bool,
-    ) -> None:
-        """Measure whether some of their elements are multiples of the others."""
-        found = partly(samples, bare, std, few=few)
-        if found is None:
-            return
-        figures, verdict = found
+    def receive(values: list[float]) -> Failures:
+        if not verdict(values):
+            return ()
+        figure, bound = (None if place is None else values[place] for place in shown)
+        return [Failure(PRIVATE, cause, who, figure=figure, bound=bound)]
 
-        def receive(values: list[float]) -> Failures:
-            if not verdict(values):
-                return ()
-            return [Failure(PRIVATE, diagnosis.NOISE_TAKEN_OUT, names, figure=values[0])]
-
-        step.collect((PRIVATE,), figures, receive)
-
-    @staticmethod
-    def _compare_mixture(
-        step: Step, names: tuple[str, ...], samples: Samples, noised: Samples, bare: Samples
-    ) -> None:
-        """Measure whether they are the noised ones with a multiple of the others."""
-        found = mixed(samples, noised, bare)
-        if found is None:
-            return
-        figures, verdict = found
-
-        def receive(values: list[float]) -> Failures:
-            if not verdict(values):
-                return ()
-            far, without, *_ = values
-            return [Failure(PRIVATE, diagnosis.NOISE_DILUTED, names, figure=without, bound=far)]
-
-        step.collect((PRIVATE,), figures, receive)
+    step.collect((PRIVATE,), figures, receive)
 
 
 _Compared: TypeAlias = "tuple[Samples | None, Samples | None, Any]"

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from dpguard.patches.ghost.pairing import GhostPairing
     from dpguard.patches.model.records import Record
 
-__all__ = ["NormDraw", "NormDraws", "Part"]
+__all__ = ["Learned", "NormDraw", "NormDraws", "Part"]
 
 _KEPT = 16
 _REPEATS_AT_MOST = 20
@@ -108,7 +108,7 @@ class _Call:
     dimension: int
 
 
-class _Learned:
+class Learned:
     """What was learned of the losses of a model in all batches that were looked at."""
 
     __slots__ = ("counts", "places", "repeats")
@@ -442,7 +442,7 @@ class NormDraws(Draws):
         self._later: weakref.WeakKeyDictionary[GhostPairing, int] = weakref.WeakKeyDictionary()
         """How many batches of a model are left out before."""
         self._found: deque[NormDraw] = deque(maxlen=_KEPT)
-        self._learned: weakref.WeakKeyDictionary[GhostPairing, _Learned]
+        self._learned: weakref.WeakKeyDictionary[GhostPairing, Learned]
         self._learned = weakref.WeakKeyDictionary()
 
     def are_divisors(self, pairing: GhostPairing, number: float) -> bool:
@@ -450,9 +450,9 @@ class NormDraws(Draws):
         counts = self.learned(pairing).counts
         return counts.are_divisors(number, lambda: self._look_again(pairing))
 
-    def learned(self, pairing: GhostPairing) -> _Learned:
+    def learned(self, pairing: GhostPairing) -> Learned:
         """What was learned of the losses of a model."""
-        return self._learned.setdefault(pairing, _Learned())
+        return self._learned.setdefault(pairing, Learned())
 
     def _look_again(self, pairing: GhostPairing) -> None:
         """The next batch may tell what this one did not."""
