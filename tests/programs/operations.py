@@ -193,9 +193,13 @@ class Machine:
         self.seen = []
 
     def run(self):
-        for operation in self.program:
-            self.clock += 1
-            getattr(self, f"do_{type(operation).__name__.lower()}")(operation)
+        try:
+            for operation in self.program:
+                self.clock += 1
+                getattr(self, f"do_{type(operation).__name__.lower()}")(operation)
+        finally:
+            # Graphs have hooks that keep this, and are no objects that the garbage collector sees.
+            self.values.clear()
         return self.seen
 
     def pick(self, index):

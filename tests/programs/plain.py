@@ -53,7 +53,6 @@ class Plain(Machine):
     def __init__(self, design, program, index, refused):
         self.index = index
         self.parts = []
-        self.handles = []
         self.recent = 0
         self.rows_came = False
         super().__init__(design, program)
@@ -68,14 +67,6 @@ class Plain(Machine):
                 module.register_forward_pre_hook(self.shadow, prepend=True)
                 module.register_forward_hook(self.bound)
                 module.register_forward_hook(self.unshadow, always_call=True, prepend=True)
-
-    def run(self):
-        try:
-            return super().run()
-        finally:
-            # A node is no object that the garbage collector sees: its hooks would keep all of this.
-            for handle in self.handles:
-                handle.remove()
 
     def backward(self, kind, losses, op, history):
         refused = self.refused.get(self.clock) if self.design.ghost else None
@@ -99,8 +90,7 @@ class Plain(Machine):
         for key, p in module._parameters.items():
             if p is not None and p.requires_grad and torch.is_grad_enabled():
                 alias = p.view_as(p)
-                hook = self.noter(p, self.clock, self.batch, opened)
-                self.handles.append(alias.register_hook(hook))
+                alias.register_hook(self.noter(p, self.clock, self.batch, opened))
                 module.__dict__[key] = alias
 
     def bound(self, module, _args, _output):
