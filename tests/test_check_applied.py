@@ -220,12 +220,28 @@ def rows_through_data(optimizer):
         p.grad.data = p.grad_sample.mean(0)
 
 
-@pytest.mark.parametrize("fault", [sum_through_data, rows_through_data])
+def some_through_data(optimizer):
+    """The first half of each gradient."""
+    for p in optimizer.params:
+        few = p.numel() // 2
+        p.grad.data.view(-1)[:few] = p.summed_grad.flatten()[:few] / optimizer.expected_batch_size
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [
+        *(("flat", fault) for fault in (sum_through_data, rows_through_data, some_through_data)),
+        *(
+            pytest.param("ghost", fault, marks=needs_ghost)
+            for fault in (sum_through_data, some_through_data)
+        ),
+    ],
+)
 @pytest.mark.usefixtures("by_the_clock")
-def test_what_no_version_shows_is_found_now_and_then(fault):
+def test_what_no_version_shows_is_found_now_and_then(kind, fault):
     """At the latest in the 50th step."""
     with dpguard.install(mode="repair") as guard:
-        training = Training()
+        training = Training(kind)
         training.run(3)
         training.optimizer.attach_step_hook(fault)
         with pytest.raises(dpguard.PrivacyViolation, match=r"update\.private"):

@@ -141,7 +141,10 @@ class Applied(Check):
 
     def before_noise(self, step: Step, optimizer: Any) -> Failures:
         """Note the clipped sums."""
-        self._noised.of(optimizer).sums = step.sums
+        state = self._noised.of(optimizer)
+        state.sums = step.sums
+        if not _compat.clips_rows(optimizer):
+            state.due = is_due(state.count)  # nothing was clipped here
         return ()
 
     def after_noise(self, step: Step, optimizer: Any) -> Failures:
