@@ -40,8 +40,8 @@ OPACUS_TESTS ?=
 OPACUS_ARGS ?=
 # All but those that train for minutes to see how much noise there is.
 OPACUS_ARGS_OF_CI = -k "not (ConvNet and test_noise_level) and not overshoot"
-# One process and one thread for each core: the tensors of the tests are too small to share. Some tests
-# take minutes, so who is done takes over from the other.
+# One process and one thread for each core: the tensors of the tests are too small to share. Some
+# tests take minutes, so who is done takes over from the other.
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet

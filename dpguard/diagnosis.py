@@ -852,7 +852,8 @@ _DIAGNOSES = {
     ),
     NOISE_TAKEN_OUT: Diagnosis(
         "the update was to be made from a gradient without noise: none was added, or something put "
-        "a gradient from before the noise in the place of the noised one",
+        "a gradient from before the noise in the place of the noised one, or of some of its "
+        "elements",
         "change p.grad in hooks and in scale_grad() only by what is computed from the noised "
         "p.grad itself; do not keep gradients from before optimizer.step()",
         Severity.CRITICAL,

@@ -125,7 +125,7 @@ class Training:
         self.before_step = lambda _: None
 
     def _epoch(self):
-        if self.kind not in {"split", "ghost split"}:
+        if "split" not in self.kind:
             return contextlib.nullcontext(self.batches)
         return BatchMemoryManager(
             data_loader=self.batches, max_physical_batch_size=12, optimizer=self.optimizer

@@ -8,7 +8,7 @@ from models import CNN, MLP, Functorch, Recurrent
 from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from opacus.optimizers import optimizer as stock
-from releases import FUNCTORCH, LEAN, needs_reshaping
+from releases import FUNCTORCH, LEAN, MIXED, needs_reshaping
 from torch import nn
 from truth import equal_to_rounding
 
@@ -153,7 +153,7 @@ def test_rows_of_several_types_have_the_same_bits(kind):
         assert same(plain, guarded)
 
 
-@pytest.mark.skipif(not _compat.casts_rows(), reason="this Opacus cannot train in half precision")
+@pytest.mark.skipif(not MIXED, reason="this Opacus cannot train in half precision")
 @pytest.mark.parametrize("batches", [1, 2])
 def test_no_row_is_longer_than_the_bound_in_low_precision(guard, batches):
     """Clip factors are rounded down; what rounding of the sum itself adds is random."""

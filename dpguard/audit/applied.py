@@ -313,7 +313,7 @@ class Applied(Check):
         if noised is not None and (mixture := mixed(samples, noised, others)):
             _tell(step, mixture, diagnosis.NOISE_DILUTED, names, shown=(1, 0))
         if parts := partly(samples, others, std, few=few):
-            _tell(step, parts, diagnosis.NOISE_TAKEN_OUT, names, shown=(0, None))
+            _tell(step, parts, diagnosis.NOISE_TAKEN_OUT, names, shown=(0, 2))
         if whole := without_noise([samples], others, std, _OFF):
             chosen, figures, verdict = whole
             who = tuple(names[i] for i in chosen) if names else ()
@@ -326,7 +326,7 @@ def _tell(
     cause: str,
     who: tuple[str, ...],
     *,
-    shown: tuple[int, int | None],
+    shown: tuple[int, int],
 ) -> None:
     """Have it said if a verdict on figures is so, with those at these places: figure and bound."""
     figures, verdict = found
@@ -334,7 +334,7 @@ def _tell(
     def receive(values: list[float]) -> Failures:
         if not verdict(values):
             return ()
-        figure, bound = (None if place is None else values[place] for place in shown)
+        figure, bound = (values[place] for place in shown)
         return [Failure(PRIVATE, cause, who, figure=figure, bound=bound)]
 
     step.collect((PRIVATE,), figures, receive)

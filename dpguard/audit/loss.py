@@ -109,7 +109,9 @@ def _verdict(step: Step, found: Coupling, agree: bool, values: list[float]) -> l
         failures.append(Failure(LOSS, diagnosis.LOSS_WEIGHTED, modules=model))
     elif found.of_some and declared == "mean" and agree and not failures:
         failures.append(Failure(LOSS, diagnosis.LOSS_OF_SOME, modules=model))
-    elif ignored > 0 or (hook is not None and hook.counts.are_divisors(counted, hook.look_again)):
+    elif ignored > 0 or (
+        hook is not None and hook.learned.counts.are_divisors(counted, hook.look_again)
+    ):
         failures.append(Failure(LOSS, diagnosis.LOSS_IGNORES, modules=model))
     reduction = "sum" if found.is_sum and not changed else reduction
     is_counted = ignored > 0 or counted > 0  # a mean of its own

@@ -49,7 +49,6 @@ _SAME = 16
 _FAR = 8.0
 _VARIED = 0.9
 _SORTED = 1 << 13
-_SINGLE = 2.0**-23
 
 
 class Samples(NamedTuple):
@@ -213,8 +212,9 @@ def partly(
         ``None`` if these are tensors of other sizes, in low precision, or too few elements.
     """
     unit = max(moved.unit, bare.unit)
+    is_low = unit > _compat.unit_roundoff(torch.float32)
     is_free = isinstance(std, (int, float)) and std <= 0
-    if moved.sizes != bare.sizes or sum(moved.sizes) < _SAME or unit > _SINGLE or is_free:
+    if moved.sizes != bare.sizes or sum(moved.sizes) < _SAME or is_low or is_free:
         return None
     like = moved.values
     step = max(1, like.numel() // _SORTED) if few else 1
@@ -232,10 +232,11 @@ def partly(
     limit = 2 * _ROUNDINGS * unit
 
     def verdict(values: list[float]) -> bool:
-        width, alike = values
+        width, alike, _ = values
         return width <= limit and alike < _VARIED
 
-    return [least, lengths.amin() / lengths.amax()], verdict
+    bound = torch.full_like(least, limit)
+    return [least, lengths.amin() / lengths.amax(), bound], verdict
 
 
 @torch.no_grad()

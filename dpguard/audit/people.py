@@ -57,7 +57,7 @@ _MATCHES = 8
 """So many batches of changing sizes have as many people as those of another optimizer."""
 
 
-class _Piece(NamedTuple):
+class _OfOther(NamedTuple):
     """Rows that a loop has made of a part of a batch that a loader of unknown purpose delivered.
 
     Attributes:
@@ -93,7 +93,7 @@ class _Logical:
         reused: whether the last step was refused because its batch had been used before.
         said: what is said once.
         fitting: how many steps in a row have had the one batch that such a loader has delivered.
-        piece: the part of such a batch that the step under way has had so far.
+        of_other: the part of such a batch that the step under way has had so far.
         uses: the batches of Poisson sampling that its steps have used.
         found: what is wrong with how the batches of the step were drawn.
     """
@@ -127,7 +127,7 @@ class _Logical:
     """The batches of this step of which one before had calls, as far as calls were noted."""
     said: set[str] = field(default_factory=set)
     fitting: int = 0
-    piece: _Piece | None = None
+    of_other: _OfOther | None = None
     uses: Uses = field(default_factory=Uses)
     sizes: Sizes = field(default_factory=Sizes)
     """Of the batches of Poisson sampling that its steps have used."""
@@ -483,12 +483,12 @@ class People(Check):
         self._note_beside(step, logical, sum(sizes))
         last = self._deliveries.other
         delivered = self._deliveries.others - logical.others
-        piece = None if last is None else self._piece(step, logical, last, sizes, delivered)
+        piece = None if last is None else self._of_other(step, logical, last, sizes, delivered)
         if last is None or not (delivered or piece):
             return self._by_nobody(logical, sizes, notes)
         logical.waits = False
         if piece is not None and last.fits(piece.rows):
-            logical.piece, delivered = None, piece.delivered
+            logical.of_other, delivered = None, piece.delivered
             logical.streak = 0
             step.run(ROWS, count=1)
             dataset = logical.reader.dataset()
@@ -500,7 +500,7 @@ class People(Check):
             return None
         people = _people(last)
         if piece is not None and piece.rows < people:
-            logical.piece = piece  # the rest of it may come in this step
+            logical.of_other = piece  # the rest of it may come in this step
             logical.streak = 0
             return None
         logical.fitting = 0
@@ -511,17 +511,17 @@ class People(Check):
         return _failure(diagnosis.ROWS_MAY_BE_SHARED, sizes, [last])
 
     @staticmethod
-    def _piece(
+    def _of_other(
         step: Step, logical: _Logical, last: Delivery, sizes: Sequence[int], delivered: int
-    ) -> _Piece | None:
+    ) -> _OfOther | None:
         """The rows of a step that may be of the last batch, which is all there was for it."""
         if len(sizes) != 1:
             return None
-        known = logical.piece
+        known = logical.of_other
         if known is not None and known.step == step.number and known.delivery is last:
             return known._replace(rows=known.rows + sizes[0]) if not delivered else None
         logical.fitting = 0 if known is not None else logical.fitting
-        return _Piece(step.number, last, sizes[0], delivered) if delivered else None
+        return _OfOther(step.number, last, sizes[0], delivered) if delivered else None
 
     def before_noise(self, step: Step, optimizer: Any) -> Failures:
         """Tell whether the accountant is told of all batches that are in the sum."""

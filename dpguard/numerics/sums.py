@@ -75,13 +75,12 @@ def _cast(weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _down(weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Likewise; in less than single precision no normal number is larger than it was."""
     cast = _cast(weights, dtype)
-    if cast is weights or torch.finfo(dtype).bits >= _SINGLE:
+    if cast is weights or _compat.at_least_single(dtype) is dtype:
         return cast
     below = cast * (1 - 0.75 * torch.finfo(dtype).eps)  # rounds to the number before
     return torch.where(cast > weights, below, cast)
 
 
-_SINGLE = 32
 _SMALL = 1 << 14
 """A sum with fewer elements may keep the memory of another with as many."""
 

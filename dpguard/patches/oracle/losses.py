@@ -51,7 +51,6 @@ from dpguard._errors import DPGuardError
 from dpguard.noted.grouping import owners, squares_of_people
 from dpguard.numerics.probes import Probes
 from dpguard.patches.model.detach import TALLY
-from dpguard.patches.oracle.broadcasts import WITH_TARGETS, keeps_other_targets
 from dpguard.patches.oracle.decisions import DECISIONS, Decision
 from dpguard.patches.oracle.divisors import Divided, Divisors
 from dpguard.patches.oracle.learners import Learner, learners_of
@@ -221,7 +220,6 @@ class _Examination:
         self._decisions: list[Decision] = []
         self._largest: torch.Tensor
         self._squares = Squares(draw.rows)
-        self._with_targets: list[Any] = []
         self._divisors = Divisors(draw.rows, are_people=draw.people is None)
         self._kinds: set[torch.dtype] = set()
         self._arrivals: list[_Pair] = []
@@ -268,8 +266,7 @@ class _Examination:
             lambda node, arrived: _sizes_of_any(self._propagate(node, arrived), whose),
             whose.device,
         )
-        at_once = any(map(keeps_other_targets, self._with_targets))
-        meetings, is_open = self._hook.places.told(self._squares, whose, at_once=at_once)
+        meetings, is_open = self._hook.learned.places.told(self._squares, whose)
         return Coupling(
             weakref.ref(self._hook),
             pairs,
@@ -281,7 +278,7 @@ class _Examination:
             further,
             self._arrivals,
             is_open=is_open,
-            further_are_people=self._hook.places.is_sure(FURTHER),
+            further_are_people=self._hook.learned.places.is_sure(FURTHER),
             of_some=self._is_of_some(seeds),
             divisors=divisors_of(seeds),
             like_sum=self._numbers_of_sum(seeds),
@@ -333,9 +330,7 @@ class _Examination:
                 self._largest = size.maximum(self._largest)
         self._divisors.meet(node, given)
         name = type(node).__name__
-        if name in WITH_TARGETS:
-            self._with_targets.append(node)
-        elif name in DECISIONS and len(self._decisions) < _DECISIONS_AT_MOST:
+        if name in DECISIONS and len(self._decisions) < _DECISIONS_AT_MOST:
             self._decisions.append(Decision(node, given, self._largest, self._roundoff()))
 
     def _roundoff(self) -> float:

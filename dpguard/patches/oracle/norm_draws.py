@@ -33,20 +33,19 @@ from dpguard.noted.conditioning import conditions
 from dpguard.noted.grouping import Grouping, owners, squares_of_people
 from dpguard.noted.precision import precision_of
 from dpguard.numerics.rounding import LAMBDA
-from dpguard.patches.oracle.broadcasts import WITH_TARGETS, keeps_other_targets
-from dpguard.patches.oracle.divisors import Counts, Divided, Divisors
+from dpguard.patches.oracle.divisors import Divided, Divisors
 from dpguard.patches.oracle.draws import Draws, scattered
-from dpguard.patches.oracle.squares import Meeting, Places, Squares
+from dpguard.patches.oracle.learned import Learned
+from dpguard.patches.oracle.squares import Meeting, Squares
 from dpguard.patches.oracle.vjp import Parts, Shares, Unfit, propagate
 
 if TYPE_CHECKING:
     from dpguard.patches.ghost.pairing import GhostPairing
     from dpguard.patches.model.records import Record
 
-__all__ = ["Learned", "NormDraw", "NormDraws", "Part"]
+__all__ = ["NormDraw", "NormDraws", "Part"]
 
 _KEPT = 16
-_REPEATS_AT_MOST = 20
 _T = TypeVar("_T")
 
 
@@ -106,20 +105,6 @@ class _Call:
     node: Any
     index: int
     dimension: int
-
-
-class Learned:
-    """What was learned of the losses of a model in all batches that were looked at."""
-
-    __slots__ = ("counts", "places", "repeats")
-
-    def __init__(self) -> None:
-        self.counts = Counts()
-        """What counts, by which losses were divided."""
-        self.places = Places()
-        """Where outputs were next to as many of something as there are people."""
-        self.repeats = _REPEATS_AT_MOST
-        """How many more batches may be looked at for what the one before did not tell."""
 
 
 class NormDraw:
@@ -326,13 +311,15 @@ class NormDraw:
         else:
             self.mixing = torch.zeros(2, dtype=torch.float64, device=losses.device)
         with contextlib.suppress(Unfit, RuntimeError):
-            self._examine(losses, whole, whose)
+            self._examine(losses, whole, whose, self._draws.learned(pairing))
         self._close()
 
-    def _examine(self, losses: torch.Tensor, whole: torch.Tensor, whose: torch.Tensor) -> None:
+    def _examine(
+        self, losses: torch.Tensor, whole: torch.Tensor, whose: torch.Tensor, learned: Learned
+    ) -> None:
         """See what the losses do with what the last layers have made."""
         divisors = Divisors(self.rows, are_people=self._people is None)
-        squares, with_targets = Squares(self.rows), []
+        squares = Squares(self.rows)
 
         def propagated(node: Any, arrived: list[torch.Tensor | None], watch: Any = None) -> Shares:
             parts: list[Parts | None] = [None if one is None else (one,) for one in arrived]
@@ -349,8 +336,6 @@ class NormDraw:
             divisors.meet(node, given)
             if given[0] is not None:
                 squares.meet(_compat.nodes(), node, given[0])
-            if type(node).__name__ in WITH_TARGETS:
-                with_targets.append(node)
 
         def people(node: Any, arrived: list[torch.Tensor | None]) -> torch.Tensor:
             sizes = torch.zeros(self.rows, dtype=torch.float64, device=losses.device)
@@ -362,9 +347,7 @@ class NormDraw:
 
         propagated(losses.grad_fn, _at(losses, whole), meet)
         self.divided = divisors.found(people, losses.device)
-        at_once = any(map(keeps_other_targets, with_targets))
-        places = self._draws.learned(self._pairing).places  # type: ignore[arg-type]
-        self.meetings, self.is_open = places.told(squares, whose, at_once=at_once)
+        self.meetings, self.is_open = learned.places.told(squares, whose)
 
     def _rows_at(self, node: Any, index: int, gradient: torch.Tensor) -> torch.Tensor | None:
         """The gradient of a call's output, with its rows first."""
@@ -456,9 +439,7 @@ class NormDraws(Draws):
 
     def _look_again(self, pairing: GhostPairing) -> None:
         """The next batch may tell what this one did not."""
-        learned = self.learned(pairing)
-        if learned.repeats:
-            learned.repeats -= 1
+        if self.learned(pairing).may_look_again():
             self._idle.discard(pairing)
 
     def is_due(self, pairing: GhostPairing) -> bool:

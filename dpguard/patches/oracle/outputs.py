@@ -26,9 +26,8 @@ from dpguard.patches.model.detach import TALLY
 from dpguard.patches.model.hooked import is_whole
 from dpguard.patches.model.pairing import Pairing
 from dpguard.patches.model.records import differentiable, no_hook
-from dpguard.patches.oracle.divisors import Counts
 from dpguard.patches.oracle.draws import Draws, scattered
-from dpguard.patches.oracle.squares import Places
+from dpguard.patches.oracle.learned import Learned
 from dpguard.patches.oracle.vjp import Parts, Shares, Unfit, added, propagate
 
 __all__ = ["Draw", "Expected", "OutputHook", "Outputs", "mark_of"]
@@ -37,7 +36,6 @@ _MARK = "dpguard.output"
 _OUTPUTS_AT_MOST = 64
 _LOSSES_AT_MOST = 4
 _DRAWS_AT_MOST = 16
-_REPEATS_AT_MOST = 20
 _MARKS_AT_MOST = 256
 _SUMS_AT_MOST = 64
 _autograd = _compat.autograd()
@@ -233,8 +231,8 @@ class OutputHook:
     """The forward hook on a model that Opacus hooked."""
 
     __slots__ = (
-        "__weakref__", "_drawn", "_later", "_left_out", "_repeats", "_sums", "counts", "draws",
-        "losses", "outputs", "pairing", "places",
+        "__weakref__", "_drawn", "_later", "_left_out", "_sums", "draws", "learned", "losses",
+        "outputs", "pairing",
     )  # fmt: skip
 
     def __init__(self, outputs: Outputs, pairing: Pairing) -> None:
@@ -244,13 +242,9 @@ class OutputHook:
         """How many more backwards may be looked at for one that begins at the outputs."""
         self.draws = _DRAWS_AT_MOST
         """How many more people may be drawn, until a step takes what was found of one."""
-        self.places = Places()
-        """Where outputs were next to as many of something as there are people."""
+        self.learned = Learned()
         self._sums: set[tuple[tuple[float, ...], int]] = set()
         """Numbers in losses that looked like sums, and sizes of their batches."""
-        self.counts = Counts()
-        """What counts, by which losses were divided."""
-        self._repeats = _REPEATS_AT_MOST
         self._later, self._left_out = 0, -1
         """How many batches are left out before one is looked at, and the last that was."""
         self.armed = True
@@ -302,8 +296,7 @@ class OutputHook:
 
     def look_again(self) -> None:
         """The next batch may tell what this one did not."""
-        if self._repeats:
-            self._repeats -= 1
+        if self.learned.may_look_again():
             self.arm()
 
     def is_sum(self, numbers: tuple[float, ...], rows: int) -> bool:

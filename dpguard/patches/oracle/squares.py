@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
+from dpguard.patches.oracle.broadcasts import WITH_TARGETS, keeps_other_targets
+
 __all__ = ["FURTHER", "Meeting", "Places", "Square", "Squares", "apart"]
 
 Place: TypeAlias = "tuple[Any, ...]"
@@ -88,6 +90,7 @@ class Squares:
         self.found: list[Square] = []
         self.places: dict[Place, bool] = {}
         """For each place whether each dimension that was made there is as long as the batch."""
+        self._with_targets: list[Any] = []
 
     def meet(self, nodes: Any, node: Any, gradient: torch.Tensor) -> None:
         """See whether a node of the loss has made one.
@@ -97,6 +100,8 @@ class Squares:
             node: whose results have the shape of ``gradient``.
             gradient: what has arrived at it.
         """
+        if type(node).__name__ in WITH_TARGETS:
+            self._with_targets.append(node)
         after = gradient.shape
         for above, index in node.next_functions:
             shape = () if above is None else nodes.inputs(above)[index].shape
@@ -109,6 +114,10 @@ class Squares:
                 others = [b for i, (b, _) in enumerate(pairs) if i not in people]
                 place = (type(node).__name__, people[0], *others)
                 self._note(place, gradient, people[0], {i: pairs[i][0] for i in made})
+
+    def keep_other_targets(self) -> bool:
+        """Whether what was broadcast is people's for certain."""
+        return any(map(keeps_other_targets, self._with_targets))
 
     def meet_further(self, *, are_there: bool) -> None:
         """There are outputs besides the first with as many rows, or there is none."""
@@ -155,20 +164,18 @@ class Places:
         """Whether the dimension there is people's."""
         return len(self._sizes.get(place, ())) > 1
 
-    def told(
-        self, squares: Squares, whose: torch.Tensor, *, at_once: bool
-    ) -> tuple[list[Meeting], bool]:
+    def told(self, squares: Squares, whose: torch.Tensor) -> tuple[list[Meeting], bool]:
         """Where each person's outputs meet something of everybody, and whether more may be.
 
         Args:
             squares: those of a loss, which are met by this.
             whose: see :meth:`Square.parted`.
-            at_once: whether what was broadcast is people's for certain.
 
         Returns:
             The second is whether a batch of another size may tell.
         """
         self.meet(squares)
+        at_once = squares.keep_other_targets()
         sure = [s for s in squares.found if self.is_sure(s.place) or (at_once and s.is_broadcast)]
         is_open = not sure and any(len(self._sizes.get(s.place, ())) == 1 for s in squares.found)
         return [square.parted(whose) for square in sure], is_open
