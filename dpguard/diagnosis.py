@@ -70,6 +70,8 @@ LOSS_WEIGHTED = "loss_divided_by_weights"
 LOSS_IGNORES = "loss_divided_by_targets"
 LOSS_BROADCAST = "loss_broadcast"
 LOSS_MEETS = "loss_meets_everybody"
+LOSS_OF_LABELS = "loss_of_labels_of_others"
+LOSS_SCALED = "loss_scaled_by_batch"
 LOSS_DIVIDED = "loss_divided"
 LOSS_OF_SOME = "loss_of_some_rows"
 LOSS_IS_SUM = "loss_is_sum"
@@ -885,8 +887,24 @@ _DIAGNOSES = {
         "use a mean or sum of one term for each person. In contrastive and ranking losses compare "
         "with what is public, or with the same person (dpguard.rows(group_size=K)); take Dice, a "
         "root, a logarithm, a clamp or abs for each person and then the mean, not of the mean over "
-        "all, and nothing that depends on who is the largest or in the middle of the batch (top-k)",
+        "all, and nothing that depends on who is the largest or in the middle of the batch "
+        "(top-k). What is made of the whole batch (a mean, a quantile, weights that add up to one, "
+        "prototypes of classes) is everybody's though it was detached",
         Severity.ERROR,
+    ),
+    LOSS_OF_LABELS: Diagnosis(
+        "the gradient of a person depends on the labels, or other data, of other people in the "
+        "batch (labels in another order, weights by how often each class is in the batch), so "
+        "whoever is removed changes the rows of others, and clipping these does not bound it",
+        "give each person her own labels. Mix labels, and inputs, with public ones only; take "
+        "class weights that are fixed before the training",
+        Severity.ERROR,
+    ),
+    LOSS_SCALED: Diagnosis(
+        "the loss is multiplied with, or divided by, a number that is made of everybody's outputs "
+        "or labels, so how large each row is before it is clipped depends on all others",
+        "divide by what is fixed, or by what is the person's own, and take the mean over people",
+        Severity.WARNING,
     ),
     LOSS_WEIGHTED: Diagnosis(
         "the loss is divided by the sum of the class weights of the batch, which depends on the "
