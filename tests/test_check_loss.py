@@ -553,7 +553,7 @@ def test_outputs_next_to_what_is_of_everybody(name):
     assert "Backward0, of shape (B, B)" in found[-1].body
     with dpguard.install(mode="strict", oracle_every=1):
         training = Training()
-        with pytest.raises(dpguard.DPGuardError, match="next to something of everybody|detached"):
+        with pytest.raises(dpguard.DPGuardError, match=r"next to something of everybody|detached"):
             _ = [training.step(loss, batch_of(count)) for count in (12, 9)]
 
 

@@ -483,7 +483,7 @@ def test_large_outputs(monkeypatch, run_again):
     monkeypatch.setattr(rehearsals, "_SMALL", 0)
     monkeypatch.setattr(rehearsals, "_SHARE", 1 << 20)
     with dpguard.install(mode="repair", oracle_every=1):
-        train(lambda o, y: F.cross_entropy(o, y))
+        train(F.cross_entropy)
     assert run_again == []
 
 
@@ -531,7 +531,7 @@ def test_modes_of_the_host():
             F.cross_entropy(outputs, y).backward()
         assert _get_current_function_mode_stack()[-1] is outlasting
         outlasting.__exit__(None, None, None)
-        train(lambda o, y: F.cross_entropy(o, y), sizes=(8,))
+        train(F.cross_entropy, sizes=(8,))
         assert not _get_current_function_mode_stack()
 
 
@@ -592,7 +592,7 @@ def test_uninstalled_between_forward_and_backward():
 def test_a_compiled_loss(is_reset):
     """It is compiled as it would be, without a break, whenever that is."""
     torch._dynamo.reset()
-    compiled = torch.compile(lambda o, y: F.cross_entropy(o, y), backend="eager", fullgraph=True)
+    compiled = torch.compile(F.cross_entropy, backend="eager", fullgraph=True)
     if is_reset:
         torch._dynamo.reset()
     try:
