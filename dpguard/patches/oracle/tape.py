@@ -8,9 +8,10 @@ is given something of the outputs, or of the labels, is written down, by a mode 
 
 Nothing is changed for the host. What cannot be run again without an effect elsewhere, or would not
 be the same, spoils the tape, and nothing is said of that loss: functions that draw random numbers,
-or change in place what was there before; operators of libraries, collectives, gradients. What is
-not seen at all (a function of autograd that is written in Python, compiled code) is missing when
-the tape is run: then the gradients that come of it are not those of the loss.
+operators of libraries, collectives, gradients. What changes in place what was there before (a sum
+over batches, a running mean) is left out, and outputs may not meet it any more. What is not seen at
+all (a function of autograd that is written in Python, compiled code) is missing when the tape is
+run: then the gradients that come of it are not those of the loss.
 
 The mode is put on the stack only while no other one is there, and taken off where it is on top. No
 graph is kept alive.
@@ -28,13 +29,14 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from dpguard import _compat
-from dpguard.identity import IdentityMap, version_of
+from dpguard.identity import IdentityMap, IdentitySet, version_of
 from dpguard.noted.precision import autocast_of, under_autocast
 from dpguard.parts import Part
 
 __all__ = ["Spoilt", "Tape", "alone"]
 
 _ENTRIES_AT_MOST = 1000
+_COPIED_AT_MOST = 1 << 12
 _DEPTH = 3
 _OF_C = (
     types.BuiltinFunctionType,
@@ -116,7 +118,10 @@ class Tape(TorchFunctionMode):
         self._slots: IdentityMap[int] = IdentityMap()
         self._count = 0
         self._entries: list[_Entry] = []
-        self._constants: list[tuple[torch.Tensor, int]] = []
+        self._constants: list[tuple[torch.Tensor, int, torch.Tensor | None]] = []
+        """With copies of small ones, as they were."""
+        self._stale = IdentitySet()
+        """What something of the tape was written into, and what was made of that."""
         self._labels: list[tuple[int, torch.Tensor, int]] = []
         self.is_on = False
         """Whether it writes."""
@@ -172,9 +177,13 @@ class Tape(TorchFunctionMode):
         given: list[tuple[torch.Tensor, int]] = []
         constants: list[tuple[torch.Tensor, int]] = []
         arguments = self._kept(args, given, constants), self._kept(kwargs, given, constants)
-        if not given:
+        is_stale = bool(self._stale) and any(one in self._stale for one, _ in constants)
+        if not given and not is_stale:
             return None
-        if not _may_run_again(function, args, kwargs) or not self._is_plain():
+        if given and (is_stale or not _may_run_again(function, args, kwargs)):
+            self.clear()
+            return None
+        if not self._is_plain():
             self.clear()
             return None
         return _Begun(arguments, given, constants, self._random())
@@ -200,15 +209,22 @@ class Tape(TorchFunctionMode):
 
     def _finish(self, function: Any, begun: _Begun, result: Any) -> None:
         found = list(_tensors(result))
+        if not begun.given:
+            self._stale.update(found)
+            return
         changes = _changed(begun.given)
         if not found and not changes:
             return  # a number, or a shape
+        written = [c for c, version in begun.constants if version_of(c) != version]
+        if written and not changes and all(any(one is c for c in written) for one in found):
+            self._stale.update(written)
+            return
         is_strange = any(type(tensor) is not torch.Tensor for tensor in found)
         is_long = len(self._entries) >= _ENTRIES_AT_MOST
-        if is_strange or is_long or _changed(begun.constants) or self._random() != begun.random:
+        if is_strange or is_long or written or self._random() != begun.random:
             self.clear()
             return
-        self._constants += begun.constants
+        self._constants += [(one, version, _copied(one)) for one, version in begun.constants]
         self.changes = self.changes or changes
         records, cast = torch.is_grad_enabled(), autocast_of(begun.given[0][0])
         results = tuple([self._place(tensor) for tensor in found])
@@ -248,16 +264,16 @@ class Tape(TorchFunctionMode):
             Spoilt: it is not all there, or torch refuses to compute this of other values.
         """
         places = [self._slots.get(tensor) for tensor in wanted]
-        labels = [(label, version) for _, label, version in self._labels]
-        if None in places or _changed(self._constants) or _changed(labels):
+        if None in places or _changed([(label, version) for _, label, version in self._labels]):
             raise Spoilt
+        instead = dict(self._replaced())
         values = dict(inputs)
         if self.changes:
             with torch.enable_grad():
                 values = {place: value.clone() for place, value in inputs.items()}
         fixed, like = frozenset(values), next(iter(inputs.values()))
         for entry in self._needed(places, fixed):
-            args, kwargs = (_filled(part, values) for part in entry.arguments)
+            args, kwargs = (_filled(part, values, instead) for part in entry.arguments)
             with torch.set_grad_enabled(entry.records), under_autocast(like, entry.cast):
                 found = list(_tensors(_called(entry.function, args, kwargs)))
             if len(found) != len(entry.results):
@@ -265,6 +281,14 @@ class Tape(TorchFunctionMode):
             made = zip(entry.results, found, strict=True)
             values.update((place, tensor) for place, tensor in made if place not in fixed)
         return [values[place] for place in places if place is not None]
+
+    def _replaced(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Constants that have changed since, by their identity, as they were."""
+        for constant, version, copied in self._constants:
+            if version_of(constant) != version:
+                if copied is None:
+                    raise Spoilt
+                yield id(constant), copied
 
     def _needed(self, places: Iterable[int | None], fixed: frozenset[int]) -> list[_Entry]:
         """Calls that what is wanted is made by: all of them where tensors change in place."""
@@ -304,7 +328,12 @@ def _called(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         raise Spoilt from error
 
 
-def _filled(value: Any, values: Mapping[int, Any]) -> Any:
+def _copied(constant: torch.Tensor) -> torch.Tensor | None:
+    is_small = constant.numel() <= _COPIED_AT_MOST and not constant.requires_grad
+    return constant.clone() if is_small and type(constant) is torch.Tensor else None
+
+
+def _filled(value: Any, values: Mapping[int, Any], instead: Mapping[int, Any]) -> Any:
     """An argument with tensors where slots are."""
     kind = value.__class__
     if kind is _Slot:
@@ -312,10 +341,10 @@ def _filled(value: Any, values: Mapping[int, Any]) -> Any:
             raise Spoilt
         return values[value.place]
     if kind in (tuple, list):
-        return kind([_filled(one, values) for one in value])
+        return kind([_filled(one, values, instead) for one in value])
     if kind is dict:
-        return {key: _filled(one, values) for key, one in value.items()}
-    return value
+        return {key: _filled(one, values, instead) for key, one in value.items()}
+    return instead.get(id(value), value)
 
 
 def _slots(value: Any) -> Iterator[_Slot]:
