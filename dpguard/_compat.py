@@ -1679,6 +1679,19 @@ def is_orderly(batch_sampler: Any) -> bool:
     return type(batch_sampler) is _torch().utils.data.BatchSampler
 
 
+def tells_its_length(batch_sampler: Any) -> bool:
+    """Whether it is torch's own, over one of torch's own: no code of others makes its length.
+
+    That of a data set may, which torch asks for it in each pass as well.
+    """
+    data = _torch().utils.data
+    own = (data.SequentialSampler, data.RandomSampler, data.SubsetRandomSampler)
+    return is_orderly(batch_sampler) and type(batch_sampler.sampler) in (
+        *own,
+        data.WeightedRandomSampler,
+    )
+
+
 def splitting_sampler() -> Any:
     """The sampler by which ``BatchMemoryManager`` splits batches, or ``None``."""
     return _attribute_of("opacus.utils.batch_memory_manager", "BatchSplittingSampler")

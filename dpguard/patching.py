@@ -58,10 +58,11 @@ def living(classes: Iterable[type]) -> list[Any]:
 
 
 def is_instance(value: Any, classes: type | tuple[type, ...]) -> bool:
-    """``isinstance``, for what others hold: a weak proxy whose object is gone is of no class."""
+    """``isinstance``, for what others hold: a proxy that stands for nothing is of no class."""
     try:
         return isinstance(value, classes)
-    except ReferenceError:
+    except Exception as error:  # noqa: BLE001 - whatever it raises when asked for its class
+        let_through(error)
         return False
 
 

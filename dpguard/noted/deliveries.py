@@ -87,6 +87,7 @@ class Iteration:
         parts: the indices of the logical batch at hand, if it is split.
         divided: the batch of its sampler at hand, which another one may divide.
         passes: how a sampler draws that is not known to do Poisson sampling.
+        planned: how many batches such a pass has, if that is known.
         finished: whether it has delivered its last batch.
         count: how many batches it has delivered.
         lag: how many batches are delivered ahead of the one that is used; ``None``: not known yet.
@@ -96,7 +97,7 @@ class Iteration:
 
     __slots__ = (
         "count", "counts", "dataset", "divided", "drawn", "fills", "finished", "lag", "logical",
-        "number", "parts", "passes", "readers", "said", "sampler", "splitter", "sure",
+        "number", "parts", "passes", "planned", "readers", "said", "sampler", "splitter", "sure",
     )  # fmt: skip
     _numbers = itertools.count()
 
@@ -122,6 +123,7 @@ class Iteration:
         self.parts: list[Any] = []
         self.divided = Divided()
         self.passes: Passes | None = None
+        self.planned: int | None = None
         self.finished = False
         self.count = 0
         self.lag: int | None = None

@@ -7,6 +7,7 @@ is met again by its number when it is delivered.
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import weakref
 from collections import deque
@@ -17,6 +18,7 @@ import torch.utils.data
 
 from dpguard import _callsite, _compat, diagnosis
 from dpguard.identity import IdentityMap, IdentitySet
+from dpguard.interrupts import let_through
 from dpguard.noted.datasets import repeated_places
 from dpguard.noted.deliveries import Deliveries, Delivery, Iteration
 from dpguard.noted.ledger import Ledger
@@ -180,7 +182,8 @@ class LoadingPatch:
         dataset: Any = getattr(loader, "dataset", None)
         reader = self._deliveries.reader(optimizer)
         if hasattr(dataset, "__len__"):
-            reader.size = len(dataset)
+            length = _length(dataset)
+            reader.size = math.inf if length is None else length
         is_poisson = isinstance(sampler, _compat.poisson_samplers())
         if is_poisson and type(dataset).__weakrefoffset__:
             reader.dataset = weakref.ref(dataset)
@@ -218,7 +221,7 @@ class LoadingPatch:
                     self._note(delivery, drawn_by, iteration.parts, iterator._dataset)
                     iteration.parts = []
                 self.tags.setdefault(splitter, []).append(delivery)
-        if not rate and splitter is None:
+        if not rate and splitter is None and people is not None:
             self._note_order(iteration, iterator, index)
         if iteration.readers:
             self._collating.run(self._collating.begin, iterator, people)
@@ -239,14 +242,16 @@ class LoadingPatch:
     def _note_order(self, iteration: Iteration, iterator: Any, index: Any) -> None:
         """What a batch tells of how it was drawn that is not known to be of Poisson sampling."""
         sampler, dataset = iterator._index_sampler, iterator._dataset
-        if not iteration.counts or not _is_key(sampler):
+        if not _is_key(sampler):
             return
         passes = self._passes.get(sampler)
         if passes is None:
             is_orderly = _compat.is_orderly(sampler)
             passes = self._passes[sampler] = Passes(_length(dataset) or 0, are_orderly=is_orderly)
+        if iteration.passes is None and _compat.tells_its_length(sampler):
+            iteration.planned = _length(sampler)
         iteration.passes = passes
-        passes.take(list(_numbers(index)), iteration.number, _length(sampler))
+        passes.take(list(_numbers(index)), iteration.number, iteration.planned)
 
     def _delivered(self, iterator: Any, data: Any, look: Look | None) -> None:
         iteration = self._iterations.get(iterator)
@@ -297,7 +302,8 @@ def _length(found: Any) -> int | None:
     """How long something is, if it has a length and knows it."""
     try:
         return len(found)
-    except (TypeError, NotImplementedError):  # so do samplers that wrap one without a length
+    except Exception as error:  # noqa: BLE001 - code of the host's, which torch would not ask
+        let_through(error)
         return None
 
 

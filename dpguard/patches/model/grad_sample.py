@@ -160,7 +160,7 @@ class GradSamplePatch:
 
     def _on_registration(self, parent: torch.nn.Module, name: str, module: Any) -> None:
         """A part is added to a module, or replaced: if the model is paired, pair the part too."""
-        if module is not None:
+        if module is not None and not torch.compiler.is_compiling():
             self._part.run(self._extend, parent, name, module)
 
     def _extend(self, parent: torch.nn.Module, name: str, module: Any) -> None:

@@ -11,13 +11,16 @@ or in a ``step`` of their own, goes round ``pre_step``, where steps are audited.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+import torch
 
 from dpguard import _callsite, _compat, diagnosis
 from dpguard.identity import IdentitySet
 from dpguard.noted.ledger import Ledger
 from dpguard.noted.row_state import awaits_its_step, note_used
+from dpguard.parts import Part
 from dpguard.patches.optimizer.outside import Outside
 from dpguard.patching import Transaction
 from dpguard.verdicts import Verdicts
@@ -32,6 +35,7 @@ class ForeignSteps:
         verdicts: where refusals are said.
         holds_dp: whether an object is a DP optimizer or a wrapper round one.
         ledger: knows what ghost clipping has left in gradients.
+        part: runs the hooks inside of the host's steps.
         applied: is given a DP optimizer when the one that it wraps has stepped.
         owner: from an optimizer to the DP optimizer that wraps it, if there is one.
         is_missing: whether accountants were not told of steps that were not audited; asked in each.
@@ -44,11 +48,13 @@ class ForeignSteps:
         holds_dp: Callable[[Any], bool],
         ledger: Ledger,
         *,
+        part: Part,
         applied: Callable[[Any], None],
         owner: Callable[[Any], Any],
         is_missing: Callable[[Any], bool],
         outside: Outside,
     ) -> None:
+        self._part = part
         self._verdicts = verdicts
         self._applied = applied
         self._ledger = ledger
@@ -108,19 +114,25 @@ class ForeignSteps:
 
     @_compat.eager
     def _after(self, optimizer: Any, _args: Any, _kwargs: Any) -> None:
+        self._part.run(self._stepped, optimizer)
+
+    @_compat.eager
+    def _before(self, optimizer: Any, _args: Any, _kwargs: Any) -> None:
+        self._part.run(self._steps, optimizer)
+
+    def _stepped(self, optimizer: Any) -> None:
         reference = self._under_way.pop(id(optimizer), None)
         instance = None if reference is None else reference()
         if instance is not None and getattr(instance, "original_optimizer", None) is optimizer:
             self._applied(instance)
 
-    @_compat.eager
-    def _before(self, optimizer: Any, _args: Any, _kwargs: Any) -> None:
+    def _steps(self, optimizer: Any) -> None:
         granted = self._granted.pop(id(optimizer), None)
         if granted is not None and granted() is optimizer:
             return
         if self._holds_dp(optimizer):
             return
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = _parameters_of(optimizer)
         count = sum(map(self._is_raw, parameters))
         if not count and any(map(awaits_its_step, parameters)):
             self._say_unaudited(optimizer, parameters)
@@ -189,3 +201,17 @@ class ForeignSteps:
         state = self._ledger.known(parameter)
         model = None if state is None or state.model is None else state.model()
         return model is not None and any(hasattr(p, "summed_grad") for p in model.parameters())
+
+
+def _parameters_of(optimizer: Any) -> list[torch.Tensor]:
+    """As far as they are where torch has them: optimizers of others keep them as they like."""
+    groups = getattr(optimizer, "param_groups", ())
+    if isinstance(groups, Mapping):
+        groups = list(groups.values())
+    held = [
+        group.get("params")
+        for group in (groups if isinstance(groups, (list, tuple)) else ())
+        if isinstance(group, Mapping)
+    ]
+    lists = [found for found in held if isinstance(found, Iterable)]
+    return [p for found in lists for p in found if isinstance(p, torch.Tensor)]

@@ -48,6 +48,7 @@ _PARTS = (
     "scale",
     "sigma",
     "signals",
+    "steps",
     "wrappers",
 )
 
@@ -86,6 +87,7 @@ class OptimizerPatch:
             verdicts,
             self._family.holds_dp,
             ledger,
+            part=self._parts["steps"],
             applied=functools.partial(self._audit, auditor.after_update),
             owner=self._wrapping,
             is_missing=is_missing,
