@@ -1239,8 +1239,13 @@ def has_sums(optimizer: Any) -> bool:
     return any(getattr(p, "summed_grad", None) is not None for p in optimizer.params)
 
 
-def clear_sums(optimizer: Any) -> None:
-    """Forget the clipped sums."""
+def drop_logical_batch(optimizer: Any) -> None:
+    """Forget the clipped sums of a refused step: they must not enter a later logical batch.
+
+    They would otherwise stay until a step is not skipped, so that people of two logical batches, or
+    rows that were found to be wrong, had the noise of one.
+    """
+    optimizer._is_last_step_skipped = False
     for state in _own_sums(optimizer) or ():
         state["summed_grad"] = None
     for group in optimizer.param_groups:
@@ -1639,6 +1644,12 @@ def drawn_number(iterator: Any) -> int:
 def begins_pass(iterator: Any) -> bool:
     """Whether an iterator with workers, which may outlive a pass, is drawing its first batch."""
     return getattr(iterator, "_send_idx", None) == 0
+
+
+def is_at_start(iterator: Any) -> bool:
+    """Whether no batch of a pass was drawn before the one that is about to be used."""
+    is_first = getattr(iterator, "_num_yielded", None) == 0
+    return is_first and getattr(iterator, "_send_idx", 0) == 0
 
 
 def delivered_number(iterator: Any) -> int:

@@ -88,6 +88,7 @@ class Iteration:
         divided: the batch of its sampler at hand, which another one may divide.
         passes: how a sampler draws that is not known to do Poisson sampling.
         planned: how many batches such a pass has, if that is known.
+        from_start: whether it was seen from its first batch on.
         finished: whether it has delivered its last batch.
         count: how many batches it has delivered.
         lag: how many batches are delivered ahead of the one that is used; ``None``: not known yet.
@@ -96,8 +97,9 @@ class Iteration:
     """
 
     __slots__ = (
-        "count", "counts", "dataset", "divided", "drawn", "fills", "finished", "lag", "logical",
-        "number", "parts", "passes", "planned", "readers", "said", "sampler", "splitter", "sure",
+        "count", "counts", "dataset", "divided", "drawn", "fills", "finished", "from_start", "lag",
+        "logical", "number", "parts", "passes", "planned", "readers", "said", "sampler", "splitter",
+        "sure",
     )  # fmt: skip
     _numbers = itertools.count()
 
@@ -124,6 +126,7 @@ class Iteration:
         self.divided = Divided()
         self.passes: Passes | None = None
         self.planned: int | None = None
+        self.from_start = False
         self.finished = False
         self.count = 0
         self.lag: int | None = None

@@ -193,6 +193,7 @@ class LoadingPatch:
         iteration = self._iterations.get(iterator)
         if iteration is None or _compat.begins_pass(iterator):
             iteration = self._iterations[iterator] = self._begin(iterator)
+            iteration.from_start = _compat.is_at_start(iterator)
         people = len(index) if iteration.counts and hasattr(index, "__len__") else None
         rows = 1 if people == 0 and iteration.fills else people
         drawn_by = iteration.sampler() if iteration.sampler is not None else None

@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dpguard import _compat, diagnosis
+from dpguard._errors import DPGuardError
 from dpguard.identity import IdentityMap, IdentitySet
 from dpguard.noted.deliveries import Deliveries, Delivery, Iteration
 from dpguard.verdicts import Verdicts
@@ -76,6 +77,10 @@ class Signals:
         if not tags:
             return
         queue = _compat.skip_signals(optimizer)
+        if not queue:
+            tags.clear()
+            self._keep_apart(optimizer, None)
+            return
         if _is_fetched(tags[-1]):
             self._before_fetched(optimizer, tags, queue)
             return
@@ -177,17 +182,28 @@ class Signals:
             for i in [i for i, tag in enumerate(tags) if id(tag) in gone][::-1]:
                 del queue[i], tags[i]
 
-    def _keep_apart(self, optimizer: Any, in_hand: Delivery) -> None:
+    def _keep_apart(self, optimizer: Any, in_hand: Delivery | None) -> None:
+        """What is in hand is no signalled batch at all where there is none."""
         if not optimizer._is_last_step_skipped:
             return
-        summed = self._summed.get(optimizer)
-        if summed is None or summed == in_hand.batch:
-            return
+        if in_hand is None:
+            summed = self._open.get(optimizer)
+            if summed is None:
+                return  # a loop that signals by hand
+        else:
+            summed = self._summed.get(optimizer)
+            is_known = summed is not None or in_hand.iteration.from_start
+            if not is_known or summed == in_hand.batch:
+                return
         if not _compat.has_sums(optimizer):
             return
         if not self._rows_of(optimizer):
             return  # nothing to add: Opacus will say why
-        self._refuse(optimizer, diagnosis.BATCHES_MERGED)
+        try:
+            self._refuse(optimizer, diagnosis.BATCHES_MERGED)
+        except DPGuardError:
+            _compat.drop_logical_batch(optimizer)  # or each step from here on would be refused
+            raise
 
     def _keep_together(self, optimizer: Any, in_hand: Delivery) -> None:
         if self._open.get(optimizer) != in_hand.batch:

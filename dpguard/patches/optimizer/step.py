@@ -363,20 +363,10 @@ class OptimizerPatch:
             function(instance, *args, **kwargs)
         except DPGuardError:
             if not self._auditor.is_early(instance):
-                _void(instance)
+                _compat.drop_logical_batch(instance)
             raise
         except Exception as error:  # noqa: BLE001 - the host goes on without this part
             self._auditing.fail(error)
-
-
-def _void(instance: Any) -> None:
-    """A step was refused whose rows are in the sums: they must not enter a later logical batch.
-
-    The sums would otherwise stay until a step is not skipped, so that people of two logical
-    batches, or rows that were found to be wrong, had the noise of one.
-    """
-    instance._is_last_step_skipped = False
-    _compat.clear_sums(instance)
 
 
 class _Guarded:

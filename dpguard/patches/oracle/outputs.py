@@ -297,7 +297,7 @@ class OutputHook:
 
     def look_again(self) -> None:
         """The next batch may tell what this one did not."""
-        if self.learned.may_look_again():
+        if not self.armed and self.learned.may_look_again():
             self.arm()
 
     def is_sum(self, numbers: tuple[float, ...], rows: int) -> bool:

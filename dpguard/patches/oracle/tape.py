@@ -49,6 +49,8 @@ _OF_TORCH = frozenset(
 )
 """Modules with functions written in Python that do nothing but compute."""
 _SETTER = "__set__"
+_STRANGE = -2
+"""Stands for the version of tensors of other classes."""
 _detach = torch._C.TensorBase.detach
 _inside_transform = _compat.transform_test()
 
@@ -178,6 +180,7 @@ class Tape(TorchFunctionMode):
         constants: list[tuple[torch.Tensor, int]] = []
         arguments = self._kept(args, given, constants), self._kept(kwargs, given, constants)
         is_stale = bool(self._stale) and any(one in self._stale for one, _ in constants)
+        is_stale = is_stale or any(version == _STRANGE for _, version in constants)
         if not given and not is_stale:
             return None
         if given and (is_stale or not _may_run_again(function, args, kwargs)):
@@ -190,9 +193,12 @@ class Tape(TorchFunctionMode):
 
     def _kept(self, value: Any, given: list[Any], constants: list[Any], depth: int = _DEPTH) -> Any:
         """An argument as it is kept."""
-        if isinstance(value, torch.Tensor):
+        if issubclass(type(value), torch.Tensor):
+            if type(value) not in {torch.Tensor, torch.nn.Parameter}:
+                constants.append((value, _STRANGE))  # it may mind to be asked anything
+                return value
             place, version = self._slots.get(value), version_of(value)
-            if place is None and type(value) is torch.Tensor and self._is_label(value):
+            if place is None and self._is_label(value):
                 place = self._place(value)
                 self._labels.append((place, value, version))
             if place is not None:
