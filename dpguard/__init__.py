@@ -7,6 +7,7 @@ the environment variable ``DPGUARD`` names, before or after torch and Opacus.
 from __future__ import annotations
 
 from dpguard._activation import Guard, activate, active, install
+from dpguard._check_loss import LossCheck, check_loss
 from dpguard._declare import batch_size, one_batch, rows
 from dpguard._errors import (
     DPGuardError,
@@ -19,12 +20,14 @@ from dpguard._errors import (
 __all__ = [
     "DPGuardError",
     "Guard",
+    "LossCheck",
     "PerSampleGradientError",
     "PrivacyViolation",
     "SettingsError",
     "UnsupportedError",
     "active",
     "batch_size",
+    "check_loss",
     "install",
     "one_batch",
     "rows",

@@ -391,40 +391,6 @@ def transform_test() -> Callable[[], bool]:
     return inside_transform
 
 
-def innermost_function_mode() -> Any:
-    """The mode that would see a function of torch first, if there is one.
-
-    A default device, and ``with torch.device(...)``, are such modes.
-    """
-    return _torch().overrides._get_current_function_mode()
-
-
-def has_compiled() -> bool:
-    """Whether anybody has asked for code to be compiled: dynamo would compile our modes along."""
-    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
-    backends = getattr(dynamo, "cached_backends", {}).values()
-    return any(backend is not None for backend in list(backends))
-
-
-def may_ask_random_states(device: torch.device) -> bool:
-    """Whether :func:`random_states` of a device are known without waiting for it."""
-    if device.type == "cuda":
-        cuda: Any = _torch().cuda
-        return not cuda.is_current_stream_capturing()
-    return device.type == "cpu"
-
-
-def random_states(device: torch.device) -> list[torch.Tensor]:
-    """Where the host's random numbers are: of the CPU, and of a device."""
-    torch = _torch()
-    found = [torch.get_rng_state()]
-    if device.type == "cuda":
-        index: Any = device.index
-        index = torch.cuda.current_device() if index is None else index
-        found.append(torch.cuda.default_generators[index].get_state())
-    return found
-
-
 def norms_weight_in_hook(module: torch.nn.Module) -> bool:
     """Whether the old ``torch.nn.utils.weight_norm``, which torch deprecates, is applied to it."""
     kinds = map(type, module._forward_pre_hooks.values())

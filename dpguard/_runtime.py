@@ -108,8 +108,7 @@ class Runtime:
         self._verdicts = verdicts = Verdicts(emit, settings.mode)
         self._calls = Calls(self.ledger, self._deliveries, report)
         asks = bool(settings.oracle_every and _compat.nodes())
-        delivered = self._deliveries.has
-        self.outputs = Outputs(report, delivered) if asks else None
+        self.outputs = Outputs(report) if asks else None
         self._means = Means(self.ledger, report)
         outside = Outside(verdicts, report)
         self._losses = Losses(self.outputs, outside.note) if self.outputs is not None else None

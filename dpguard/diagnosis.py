@@ -889,7 +889,7 @@ _DIAGNOSES = {
         "root, a logarithm, a clamp or abs for each person and then the mean, not of the mean over "
         "all, and nothing that depends on who is the largest or in the middle of the batch "
         "(top-k). What is made of the whole batch (a mean, a quantile, weights that add up to one, "
-        "prototypes of classes) is everybody's though it was detached",
+        "prototypes of classes) is everybody's, also if it is detached",
         Severity.ERROR,
     ),
     LOSS_OF_LABELS: Diagnosis(

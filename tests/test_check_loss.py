@@ -546,14 +546,11 @@ def test_outputs_next_to_what_is_of_everybody(name):
         for count in (12, 9):
             training.step(loss, batch_of(count))
     found = [v for v in guard.violations if v.check == LOSS]
-    causes = [(v.cause, v.step) for v in found]
-    if name == "detached":  # which shows when the loss is run again
-        assert causes.pop(0) == (diagnosis.LOSS_COUPLES, 0)
-    assert causes == [(diagnosis.LOSS_MEETS, 1)]
-    assert "Backward0, of shape (B, B)" in found[-1].body
+    assert [(v.cause, v.step) for v in found] == [(diagnosis.LOSS_MEETS, 1)]
+    assert "Backward0, of shape (B, B)" in found[0].body
     with dpguard.install(mode="strict", oracle_every=1):
         training = Training()
-        with pytest.raises(dpguard.DPGuardError, match=r"next to something of everybody|detached"):
+        with pytest.raises(dpguard.DPGuardError, match="next to something of everybody"):
             _ = [training.step(loss, batch_of(count)) for count in (12, 9)]
 
 
@@ -1401,13 +1398,13 @@ def test_a_penalty_on_a_mean_depends_on_others():
 
 @pytest.mark.usefixtures("by_the_clock")
 def test_only_what_is_drawn_is_looked_at():
-    """Three times at first, then every so many steps, as the row oracle."""
-    with dpguard.install(mode="strict", oracle_every=4) as guard:
+    """Every so many steps, as the row oracle."""
+    with dpguard.install(mode="strict", oracle_every=3) as guard:
         training, looked = Training(), []
-        for _ in range(9):
+        for _ in range(7):
             training.step(F.cross_entropy)
             looked.append(bool(guard.last_step.checks[LOSS].passed))
-    assert looked == [True, True, True, False, True, False, False, False, True]
+    assert looked == [True, False, False, True, False, False, True]
 
 
 @pytest.mark.usefixtures("by_the_clock")

@@ -67,6 +67,8 @@ class _Book:
         is_poisson: whether all its loaders draw by Poisson sampling; ``None`` if none was seen.
         said: that it is not, that steps are gone and that the engine has another are said once.
         fine: sigma, rate and what else a step was accounted with when that was found to be right.
+        history: the list in which they were when it was looked at last,
+        taken: and how many of its steps were seen as they were taken.
     """
 
     seen: Seen | None = None
@@ -79,21 +81,29 @@ class _Book:
     is_poisson: bool | None = None
     said: set[str] = field(default_factory=set)
     fine: tuple[Any, ...] | None = None
+    history: Any = None
+    taken: int = 0
 
     def look(self, history: Sequence[Any]) -> bool:
         """Take the history as it is; whether steps are gone that were in it."""
         now = Seen.of(history)
+        before, self.history = self.history, history
         if self.seen == now:
             return False
         known, self.seen = self.seen is not None, now
         entries = [entry_of(found) for found in history]
-        if known:
-            has = merged(entries)
-            if any(has.get(key, 0) < steps for key, steps in merged(self.observed).items()):
-                return True
+        # One that was loaded in the place of another has as many steps by chance, or more.
+        is_another = before is not None and history is not before and self.taken > 0
+        if known and (is_another or self.lacks(history)):
+            return True
         self.observed = entries
         self.steps = steps_in(entries)
         return False
+
+    def lacks(self, history: Sequence[Any]) -> bool:
+        """Whether steps that were observed are not in it."""
+        has = merged([entry_of(found) for found in history])
+        return any(has.get(key, 0) < steps for key, steps in merged(self.observed).items())
 
     def added(self, history: Sequence[Any]) -> int | None:
         """How many steps the history says there were, ``None`` if it makes no sense."""
@@ -104,6 +114,7 @@ class _Book:
     def observe(self, sigma: float, rate: float) -> None:
         """Take in a step."""
         self.steps += 1
+        self.taken += 1
         if self.observed and self.observed[-1][:2] == (sigma, rate):
             self.observed[-1] = (sigma, rate, self.observed[-1][2] + 1)
         else:
@@ -295,6 +306,11 @@ class Accounting(Check):
 
     def asked(self, accountant: Any) -> str | None:
         """Epsilon is asked of an accountant: the cause why it is less than what was spent."""
+        book = self._books.get(accountant)
+        if book is not None and book.seen is not None:
+            history = _compat.history_of(accountant)
+            if history is not None and book.lacks(history) and _say_gone(book):
+                return diagnosis.HISTORY_CHANGED
         return self._by_hand.asked(accountant)
 
     def epsilon(self, optimizer: Any, delta: float) -> float | None:

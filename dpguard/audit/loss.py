@@ -25,7 +25,6 @@ from dpguard.numerics.rows import Clipping
 
 if TYPE_CHECKING:
     from dpguard.patches.oracle.losses import Coupling, Losses
-    from dpguard.patches.oracle.outputs import OutputHook
     from dpguard.patches.oracle.squares import Meeting
 
 __all__ = ["LOSS", "Loss", "met_everybody"]
@@ -59,8 +58,6 @@ class Loss(Check):
             pairs = [*found.pairs, *found.further, *found.arrivals, *meetings]
             figures = [figure for pair in pairs for figure in pair]
             figures += found.divided
-            if found.rehearsed is not None:
-                figures += [*found.rehearsed[:3], *(n for two in found.rehearsed[3:] for n in two)]
             hook = found.hook()
             unknown = found.reductions[0] is None and not found.is_sum
             is_unsure = found.like_sum is not None and unknown
@@ -89,7 +86,7 @@ def _verdict(step: Step, found: Coupling, agree: bool, values: list[float]) -> l
         [(next(given), next(given)) for _ in some]
         for some in (found.pairs, found.further, found.arrivals, found.meetings)
     )
-    weights, ignored, counted, *rehearsed = given
+    weights, ignored, counted = given
     reduction, declared = found.reductions
     bound = _ROUNDINGS * found.roundoff
     hook = found.hook()
@@ -116,44 +113,12 @@ def _verdict(step: Step, found: Coupling, agree: bool, values: list[float]) -> l
         hook is not None and hook.learned.counts.are_divisors(counted, hook.look_again)
     ):
         failures.append(Failure(LOSS, diagnosis.LOSS_IGNORES, modules=model))
-    if rehearsed and not failures:
-        failures = _rehearsed(rehearsed, found, hook, bound)
     reduction = "sum" if found.is_sum and not changed else reduction
     is_counted = ignored > 0 or counted > 0  # a mean of its own
     if reduction not in (None, declared) and agree and not is_counted:
         cause = diagnosis.LOSS_IS_SUM if reduction == "sum" else diagnosis.LOSS_IS_MEAN
         failures.append(Failure(LOSS, cause, modules=model))
     return failures
-
-
-def _rehearsed(
-    values: list[float], found: Coupling, hook: OutputHook | None, bound: float
-) -> list[Failure]:
-    """Whether the loss is another with outputs or labels of others, run again."""
-    scale, apart, own, *sizes = values
-    if not apart <= bound**2 * scale:
-        return []  # something of it was not written down
-    model = _name_of(hook)
-
-    def of(sizes: list[float], cause: str) -> list[Failure]:
-        for size, said in zip(reversed(sizes), (cause, diagnosis.LOSS_SCALED), strict=True):
-            if _exceeds(own, size, bound):
-                figure = math.sqrt(size / own) if own else math.inf
-                return [Failure(LOSS, said, modules=model, figure=figure, bound=bound)]
-        return []
-
-    failures = of(sizes[:2], diagnosis.LOSS_COUPLES)
-    if failures or hook is None:
-        return failures
-    failures = of(sizes[2:], diagnosis.LOSS_OF_LABELS)
-    is_first = False
-    if failures:
-        hook.learned.relabelled.add(found.rows)
-        is_first = len(hook.learned.relabelled) == 1
-    if hook.learned.are_few() or is_first:
-        hook.look_again()
-    # Of batches of one size something else may be as long as they are, by chance.
-    return [] if is_first else failures
 
 
 def _coupled(

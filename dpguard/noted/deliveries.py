@@ -454,10 +454,6 @@ class Deliveries:
                     return delivery.serial
         return None
 
-    def has(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor lies in the memory of a private batch."""
-        return self.origin([tensor]) is not None
-
 
 def _address(tensor: torch.Tensor) -> int:
     """Where the memory of a tensor begins; zero if it has none."""

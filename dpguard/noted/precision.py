@@ -7,14 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = [
-    "autocast_of",
-    "computed_in",
-    "full_precision",
-    "note_precision",
-    "precision_of",
-    "under_autocast",
-]
+__all__ = ["autocast_of", "computed_in", "full_precision", "note_precision", "precision_of"]
 
 _COMPUTED_IN = "_dpguard_computed_in"
 
@@ -49,14 +42,3 @@ def full_precision(tensor: torch.Tensor) -> contextlib.AbstractContextManager[An
     if autocast_of(tensor) is None:
         return contextlib.nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)
-
-
-def under_autocast(
-    tensor: torch.Tensor, cast: torch.dtype | None
-) -> contextlib.AbstractContextManager[Any]:
-    """A context in which autocast on the device of ``tensor`` is as :func:`autocast_of` said."""
-    if autocast_of(tensor) is cast:
-        return contextlib.nullcontext()
-    if cast is None:
-        return torch.autocast(tensor.device.type, enabled=False)
-    return torch.autocast(tensor.device.type, dtype=cast, cache_enabled=False)

@@ -8,29 +8,19 @@ from dpguard.patches.oracle.squares import Places
 __all__ = ["Learned"]
 
 _REPEATS_AT_MOST = 20
-_RUN_AGAIN_FIRST = 3
 
 
 class Learned:
     """Of one model."""
 
-    __slots__ = ("_repeats", "counts", "places", "relabelled", "run_again")
+    __slots__ = ("_repeats", "counts", "places")
 
     def __init__(self) -> None:
         self.counts = Counts()
         """What counts, by which losses were divided."""
         self.places = Places()
         """Where outputs were next to as many of something as there are people."""
-        self.relabelled: set[int] = set()
-        """Sizes of batches in which rows changed with what seemed to be labels of others."""
-        self.run_again = 0
-        """How many losses were run again."""
         self._repeats = _REPEATS_AT_MOST
-
-    def are_few(self) -> bool:
-        """Note that a loss was run again; whether chance may have missed what there is."""
-        self.run_again += 1
-        return self.run_again < _RUN_AGAIN_FIRST
 
     def may_look_again(self) -> bool:
         """Whether the next batch may be looked at for what this one did not tell: so many times."""

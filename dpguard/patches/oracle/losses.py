@@ -31,9 +31,8 @@ On the way it is seen whether the loss is the mean, or the sum, for which the mo
 (:mod:`dpguard.patches.oracle.reductions`), and whether it is a mean over some of the rows, by whose
 number rows are not multiplied.
 
-What depends on other people through something that was detached (a mean over the batch, the
-condition of ``where``), or on their labels, is in no graph: for that the loss is run again with
-their outputs and labels changed (:mod:`dpguard.patches.oracle.rehearsals`).
+What depends on other people through one number that was detached (a mean over the batch), or
+through a choice that was (the condition of ``where``), is not seen.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -57,10 +56,8 @@ from dpguard.patches.oracle.divisors import Divided, Divisors
 from dpguard.patches.oracle.learners import Learner, learners_of
 from dpguard.patches.oracle.outputs import Draw, Expected, OutputHook, Outputs, mark_of
 from dpguard.patches.oracle.reductions import divisors_of, is_mean, numbers_of_sum, reduction_of
-from dpguard.patches.oracle.rehearsals import Rehearsal, Rehearsed
 from dpguard.patches.oracle.seeds import Seeds, arguments_of, seeds_of
 from dpguard.patches.oracle.squares import FURTHER, Meeting, Squares, apart
-from dpguard.patches.oracle.tape import Spoilt
 from dpguard.patches.oracle.vjp import Parts, Unfit, propagate
 from dpguard.patches.wrapping import EagerWrapper, patch_function
 from dpguard.patching import Transaction
@@ -103,8 +100,6 @@ class Coupling:
         is_sum: which it is if they were the same in a batch of another size.
         reductions: of the loss, if that is a plain one, and for which the model was wrapped.
         learners: what learns from it besides the model.
-        rehearsed: what came of running it again, if that could be done,
-        rows: and how many the batch has.
         roundoff: of the lowest precision on the way.
     """
 
@@ -124,8 +119,6 @@ class Coupling:
     like_sum: tuple[float, ...] | None = None
     is_sum: bool = False
     learners: tuple[Learner, ...] = ()
-    rehearsed: Rehearsed | None = None
-    rows: int = 0
 
 
 class Losses:
@@ -151,8 +144,6 @@ class Losses:
 
     def take(self, parameters: Iterable[torch.Tensor]) -> list[Coupling]:
         """What was found of the losses of models of these parameters, which a step uses."""
-        if self._outputs.rehearsals:
-            self._outputs.rehearsals.end()
         taken = self._take(parameters) if self._found else []
         learners = [learner for found in taken for learner in found.learners]
         if learners:
@@ -174,8 +165,6 @@ class Losses:
 
     def forget(self, parameters: Iterable[torch.Tensor]) -> None:
         """Gradients are cleared: no step will use the losses that they came from."""
-        if self._outputs.rehearsals:
-            self._outputs.rehearsals.sweep()
         if self._found:
             self._outputs.run(self._forget, parameters)
 
@@ -190,14 +179,7 @@ class Losses:
         return wrapped(*args, **kwargs)
 
     def _look(self, wrapped: Any, args: Any, kwargs: Any) -> None:
-        known = self._outputs.rehearsals.close()
-        try:
-            self._examine(arguments_of(wrapped, args, kwargs), known)
-        finally:
-            if known is not None:
-                known[1].tape.clear()
-
-    def _examine(self, given: Mapping[str, Any], known: tuple[Draw, Rehearsal] | None) -> None:
+        given = arguments_of(wrapped, args, kwargs)
         seeds = seeds_of(given)
         if seeds is None or given.get("create_graph") or given.get("inputs") is not None:
             return
@@ -211,8 +193,7 @@ class Losses:
             hook.losses -= 1
             # Not to be run twice, freed already, rows that fit no declaration, or no memory.
             with contextlib.suppress(Unfit, RuntimeError, DPGuardError), torch.no_grad():
-                rehearsal = known[1] if known is not None and known[0] is draw else None
-                found = _Examination(hook, draw, self._probes, rehearsal).of(seeds)
+                found = _Examination(hook, draw, self._probes).of(seeds)
                 if found is not None:
                     if found.like_sum is not None and given.get("grad_tensors") is None:
                         found = replace(found, is_sum=hook.is_sum(found.like_sum, draw.rows))
@@ -231,11 +212,8 @@ def _is_cleared(found: Coupling, cleared: set[int]) -> bool:
 class _Examination:
     """Looks at one loss for one draw."""
 
-    def __init__(
-        self, hook: OutputHook, draw: Draw, probes: Probes, rehearsal: Rehearsal | None
-    ) -> None:
+    def __init__(self, hook: OutputHook, draw: Draw, probes: Probes) -> None:
         self._hook = hook
-        self._rehearsal = rehearsal
         self._draw = draw
         self._probes = probes
         self._nodes: Any = _compat.nodes()
@@ -266,7 +244,6 @@ class _Examination:
                 self._looked_at(some, whose == person) for some in (gradients, rest) if some
             ]
         self._expect(ends)
-        rehearsed = self._rehearsed(seeds, ends)
         pairs: list[_Pair] = []
         further: list[_Pair] = []
         reaches = [(pairs, _firsts), (further, _of_rows)] if rest else [(pairs, _firsts)]
@@ -306,8 +283,6 @@ class _Examination:
             divisors=divisors_of(seeds),
             like_sum=self._numbers_of_sum(seeds),
             learners=learners_of(seeds, self._is_output, self._own()),
-            rehearsed=rehearsed,
-            rows=self._draw.rows,
         )
 
     def _run(self, root: torch.Tensor, watch: Any = None) -> list[_End]:
@@ -342,17 +317,6 @@ class _Examination:
                 scale = torch.linalg.vector_norm(alone.abs(), dtype=torch.float64)
                 expected = Expected(alone, scale + self._largest, self._arrivals)
                 mark.expected[index] = expected
-
-    def _rehearsed(self, seeds: Seeds, ends: list[_End]) -> Rehearsed | None:
-        """Run the loss again, if what it was made by is known."""
-        if self._rehearsal is None:
-            return None
-        expected = {(mark, index): gradient.detach() for mark, index, gradient in ends}
-        outputs = self._hook.outputs
-        # Of other values torch may refuse something, or there is no memory for it.
-        with contextlib.suppress(Spoilt, RuntimeError):
-            return self._rehearsal.run(seeds, expected, self._largest, outputs.random)
-        return None
 
     def _watch(self, node: Any, arrived: list[Parts | None]) -> None:
         """See the nodes of the loss on the way."""

@@ -28,7 +28,6 @@ from dpguard.patches.model.pairing import Pairing
 from dpguard.patches.model.records import differentiable, no_hook
 from dpguard.patches.oracle.draws import Draws, scattered
 from dpguard.patches.oracle.learned import Learned
-from dpguard.patches.oracle.rehearsals import Rehearsals
 from dpguard.patches.oracle.vjp import Parts, Shares, Unfit, added, propagate
 
 __all__ = ["Draw", "Expected", "OutputHook", "Outputs", "mark_of"]
@@ -283,10 +282,10 @@ class OutputHook:
         return is_whole(self.pairing.hooks)
 
     @_compat.eager
-    def __call__(self, _module: torch.nn.Module, args: Any, output: Any) -> None:
+    def __call__(self, _module: torch.nn.Module, _args: Any, output: Any) -> None:
         """Mark the output if it is time."""
         if self.armed and torch.is_grad_enabled():
-            self.outputs.run(self._on_output, args, output)
+            self.outputs.run(self._on_output, output)
 
     def arm(self, batches: int = 1) -> None:
         """One of the next ``batches`` is to be looked at."""
@@ -297,7 +296,7 @@ class OutputHook:
 
     def look_again(self) -> None:
         """The next batch may tell what this one did not."""
-        if not self.armed and self.learned.may_look_again():
+        if self.learned.may_look_again():
             self.arm()
 
     def is_sum(self, numbers: tuple[float, ...], rows: int) -> bool:
@@ -317,7 +316,7 @@ class OutputHook:
             self.outputs.pending.discard(self)
             self.outputs.unasked.discard(self)
 
-    def _on_output(self, args: Any, output: Any) -> None:
+    def _on_output(self, output: Any) -> None:
         pairing = self.pairing
         inside = _autograd.graph_task_id() != -1 or _inside_transform()
         if inside or not pairing.hooks.hooks_enabled:
@@ -341,22 +340,6 @@ class OutputHook:
             mark.numbers.add(tensor.output_nr)
             if tensor is outputs[0]:
                 mark.first = tensor.output_nr
-                self._rehearse(draw, args, tensor, mark)
-
-    def _rehearse(self, draw: Draw, args: Any, output: torch.Tensor, mark: _Mark) -> None:
-        """Have it seen what becomes of an output, if each row is a person's."""
-        if self not in self.outputs.unasked or draw.people is not None or draw.rows < 2:  # noqa: PLR2004
-            return
-        most = draw.rows * sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        inputs = [one.shape[1:] for one in args if isinstance(one, torch.Tensor) and one.dim()]
-
-        def is_label(tensor: torch.Tensor) -> bool:
-            # Not what models are given, which may be given to several.
-            most = 2 if inputs else 1
-            has_rows = 0 < tensor.dim() <= most and len(tensor) == draw.rows
-            return has_rows and tensor.shape[1:] not in inputs and self.outputs.is_delivered(tensor)
-
-        self.outputs.rehearsals.take(draw, output, mark, most, is_label)
 
     def _draw(self, batch: int) -> Draw | None:
         """The draw that this forward belongs to, if it does to one."""
@@ -460,17 +443,10 @@ class Outputs(Draws):
 
     Args:
         report: is told of an error of ours, which ends it.
-        is_delivered: whether a tensor lies where a loader has put a private batch.
     """
 
-    def __init__(
-        self,
-        report: Callable[[str, Exception], None],
-        is_delivered: Callable[[torch.Tensor], bool],
-    ) -> None:
+    def __init__(self, report: Callable[[str, Exception], None]) -> None:
         super().__init__(report)
-        self.is_delivered = is_delivered
-        self.rehearsals = Rehearsals(self)
         self.hooks: weakref.WeakSet[OutputHook] = weakref.WeakSet()
         self.pending: weakref.WeakSet[OutputHook] = weakref.WeakSet()
         """Those that have found something since the last step."""
@@ -485,8 +461,6 @@ class Outputs(Draws):
 
     def unwatch(self, pairing: Pairing | None = None) -> None:
         """Look at this model no longer, or at none."""
-        if pairing is None:
-            self.rehearsals.stop()
         for hook in list(self.hooks):
             if pairing is None or hook.pairing is pairing:
                 hook.remove()
@@ -494,7 +468,6 @@ class Outputs(Draws):
 
     def give_up(self) -> None:
         """No draw is waited for any longer."""
-        self.rehearsals.stop()
         for hook in list(self.hooks):
             hook.give_up(hook.draw)
 
