@@ -55,6 +55,8 @@ class _Known:
         copies: likewise a copy of it, if that is kept.
         samples: likewise some of its elements, if they are kept.
         suspect: whether sums were changed by somebody before, so that copies are kept.
+        resting: identity and version of the sums of parameters that are frozen in the physical
+            batch at hand.
     """
 
     sums: dict[int, int] | None = None
@@ -62,9 +64,18 @@ class _Known:
     copies: dict[int, torch.Tensor] = field(default_factory=dict)
     samples: dict[int, torch.Tensor] = field(default_factory=dict)
     suspect: bool = False
+    resting: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def forget(self) -> None:
         self.sums, self.versions, self.copies, self.samples = None, {}, {}, {}
+        self.resting = {}
+
+    def rest_of(self, parameters: Sequence[torch.Tensor]) -> dict[int, tuple[int, int]]:
+        """What is known of the sums of others."""
+        others = dict(self.sums or {})
+        for parameter in parameters:
+            others.pop(id(parameter), None)
+        return {key: (identity, self.versions[key]) for key, identity in others.items()}
 
 
 @dataclass
@@ -96,9 +107,12 @@ class Untouched(Check):
         """Rows are there, and have not entered the sums yet."""
         known = self._known.of(optimizer)
         totals = [getattr(parameter, "summed_grad", None) for parameter in step.parameters]
+        resting = {}
         if any(total is not None for total in totals) and _adds_up(optimizer):
             _look(step, known, totals)
+            resting = known.rest_of(step.parameters)
         known.forget()
+        known.resting = resting
         return ()
 
     def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:
@@ -114,8 +128,11 @@ class Untouched(Check):
 
     def _note(self, step: Step, optimizer: Any) -> None:
         known = self._known.of(optimizer)
+        resting = known.resting
         known.forget()
         known.sums = {}  # of numbers, which the garbage collector does not walk through
+        for key, (identity, version) in resting.items():
+            known.sums[key], known.versions[key] = identity, version
         due = step.audited and is_due(step.number)
         for parameter in step.parameters:
             total = getattr(parameter, "summed_grad", None)
