@@ -1247,6 +1247,49 @@ def test_steps_of_another_optimizer_are_taken_out(guard):
     assert causes(guard) == {diagnosis.HISTORY_CHANGED}
 
 
+def test_a_history_that_is_loaded_after_the_first_steps(guard):
+    """It has more steps than those that it takes the place of."""
+    training = Training()
+    stored = training.engine.accountant.state_dict()
+    for _ in range(3):
+        training.epoch()
+        if history(training.engine.accountant):
+            stored = copy.deepcopy(training.engine.accountant.state_dict())
+    resumed = Training()
+    resumed.epoch()
+    resumed.engine.accountant.load_state_dict(stored)
+    resumed.epoch()
+    assert causes(guard) == {diagnosis.HISTORY_CHANGED}
+
+
+def test_a_history_that_is_loaded_before_the_first_step(guard):
+    """As a run that is resumed does."""
+    training = Training()
+    training.epoch()
+    stored = copy.deepcopy(training.engine.accountant.state_dict())
+    resumed = Training()
+    resumed.engine.accountant.load_state_dict(stored)
+    resumed.epoch()
+    resumed.engine.get_epsilon(1e-5)
+    assert causes(guard) == set()
+
+
+def test_epsilon_of_a_history_that_was_set_back(guard):
+    """It is asked when the training is over, and the optimizer is gone."""
+    training = Training()
+    training.epoch()
+    engine, stored = training.engine, copy.deepcopy(training.engine.accountant.state_dict())
+    training.epoch()
+    engine.get_epsilon(1e-5)
+    assert causes(guard) == set()
+    engine.accountant.load_state_dict(stored)
+    del training
+    gc.collect()
+    engine.get_epsilon(1e-5)
+    engine.get_epsilon(1e-5)
+    assert [v.cause for v in guard.violations] == [diagnosis.HISTORY_CHANGED]
+
+
 @pytest.mark.filterwarnings("ignore:PrivacyEngine detected new dataset object:UserWarning")
 def test_other_data_begin_with_an_empty_history(guard):
     """What was spent on the former data set may be reported by itself."""

@@ -1147,6 +1147,63 @@ def test_a_skipped_last_physical_batch_is_refused(guard):
     assert causes(guard) == [diagnosis.BATCHES_MERGED]
 
 
+def broken_off(private):
+    """A pass of ``BatchMemoryManager`` that ends in the middle of a logical batch."""
+    with BatchMemoryManager(
+        data_loader=private.loader, max_physical_batch_size=3, optimizer=private.optimizer
+    ) as loader:
+        for number, (x, y) in enumerate(loader):
+            private.step(plain(private, x, y))
+            if number and private.optimizer._is_last_step_skipped:
+                return
+
+
+@pytest.mark.parametrize("mode", ["repair", "observe"])
+@pytest.mark.parametrize("kind", [None, pytest.param("ghost", marks=needs_ghost)])
+def test_a_pass_that_is_broken_off_and_no_other(kind, mode):
+    """What comes next is another logical batch; a refused step leaves nothing of either."""
+    with dpguard.install(mode=mode) as guard:
+        private = Private(batch=16, mode=kind)
+        broken_off(private)
+        batch = next(iter(private.loader))
+        if mode == "repair":
+            with pytest.raises(dpguard.PrivacyViolation, match="another logical batch"):
+                private.step(plain(private, *batch))
+            assert all(p.summed_grad is None for p in private.optimizer.params)
+            for x, y in private.loader:
+                private.step(plain(private, x, y))
+        else:
+            private.step(plain(private, *batch))
+        assert causes(guard) == [diagnosis.BATCHES_MERGED]
+
+
+def test_a_guard_that_comes_after_a_pass_was_broken_off():
+    """A new pass begins with a new logical batch, whoever has seen the one before."""
+    private = Private(batch=16)
+    broken_off(private)
+    with (
+        dpguard.install(mode="repair") as guard,
+        pytest.raises(dpguard.PrivacyViolation, match="another logical batch"),
+    ):
+        broken_off(private)
+    assert causes(guard) == [diagnosis.BATCHES_MERGED]
+
+
+def test_a_guard_that_comes_in_the_middle_of_a_logical_batch():
+    """It goes on as it would."""
+    private = Private(batch=16)
+    with BatchMemoryManager(
+        data_loader=private.loader, max_physical_batch_size=3, optimizer=private.optimizer
+    ) as loader:
+        batches = iter(loader)
+        private.step(plain(private, *next(batches)))
+        assert private.optimizer._is_last_step_skipped
+        with dpguard.install(mode="repair") as guard:
+            for x, y in batches:
+                private.step(plain(private, x, y))
+    assert violations(guard) == ()
+
+
 def test_a_whole_logical_batch_is_skipped(guard):
     """Nothing of it was summed, so nothing is merged."""
     private = Private(batch=16)

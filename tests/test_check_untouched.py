@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from digits import Training
@@ -292,3 +294,29 @@ def test_an_accumulate_of_the_users_own_that_adds_no_more(times):
         guard.flush()
         assert guard.violations == ()
         assert guard.internal_errors == ()
+
+
+def resting(training, change=None):
+    """Have a layer frozen in the second of each three physical batches."""
+    weight, numbers, backward = training.optimizer.params[0], itertools.count(), training.backward
+
+    def rests(x, y):
+        weight.requires_grad_(next(numbers) % 3 != 1)
+        if not weight.requires_grad and weight.summed_grad is not None and change is not None:
+            change(weight.summed_grad)
+        backward(x, y)
+
+    training.backward = rests
+
+
+def test_a_layer_that_rests_for_some_physical_batches():
+    """Its sum waits; one that is changed meanwhile is found when the layer is trained again."""
+    with dpguard.install(mode="repair") as guard:
+        training = Training("split")
+        resting(training)
+        training.run(6)
+        assert guard.violations == ()
+        training = Training("split")
+        resting(training, lambda total: total.mul_(50))
+        with pytest.raises(dpguard.PrivacyViolation, match="not what clipping has made"):
+            training.run(12)

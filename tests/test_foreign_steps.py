@@ -230,3 +230,61 @@ def test_an_object_that_only_has_the_class(cls, mode):
             assert guard.internal_errors == () if each == mode else True
     assert all(map(torch.equal, *ends))
     assert guard.violations
+
+
+class Mapped(torch.optim.Optimizer):
+    """Keeps its groups in a dictionary."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+        self.param_groups = {"all": self.param_groups[0]}
+
+    def step(self, closure=None):
+        with torch.no_grad():
+            for parameter in self.param_groups["all"]["params"]:
+                parameter.sub_(parameter.grad)
+
+
+class Nameless(torch.optim.Optimizer):
+    """Has groups of something else."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+        self.kept, self.param_groups = parameters, [{"names": ["weight"]}, {"params": [None, "x"]}]
+
+    def step(self, closure=None):
+        with torch.no_grad():
+            for parameter in self.kept:
+                parameter.sub_(parameter.grad)
+
+
+class Proxy:
+    """Stands for nothing yet."""
+
+    @property
+    def __class__(self):
+        raise RuntimeError("not bound")
+
+
+@pytest.mark.parametrize("cls", [Mapped, Nameless, lambda p: torch.optim.SGD(p, lr=1.0)])
+def test_optimizers_that_keep_things_otherwise(cls):
+    """They step as they do without dpguard."""
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.full((2,), 0.25)
+    with dpguard.install(mode="repair") as guard:
+        optimizer = cls([parameter])
+        optimizer.context = Proxy()
+        optimizer.step()
+        assert guard.internal_errors == ()
+    assert parameter.tolist() == [0.75, 0.75]
+
+
+def test_such_an_optimizer_may_not_take_raw_gradients():
+    """Wherever its parameters are: it would apply what is not private."""
+    with dpguard.install(mode="repair"):
+        training = Training()
+        training.epoch()
+        x, y = next(iter(training.loader))
+        torch.nn.functional.cross_entropy(training.model(x), y).backward()
+        with pytest.raises(dpguard.PrivacyViolation, match="not private"):
+            Mapped(training.optimizer.params).step()

@@ -55,8 +55,8 @@ class _Known:
         copies: likewise a copy of it, if that is kept.
         samples: likewise some of its elements, if they are kept.
         suspect: whether sums were changed by somebody before, so that copies are kept.
-        resting: identity and version of the sums of parameters that are frozen in the physical
-            batch at hand.
+        resting: identity, version and copy of the sums of parameters that are frozen in the
+            physical batch at hand.
     """
 
     sums: dict[int, int] | None = None
@@ -64,18 +64,32 @@ class _Known:
     copies: dict[int, torch.Tensor] = field(default_factory=dict)
     samples: dict[int, torch.Tensor] = field(default_factory=dict)
     suspect: bool = False
-    resting: dict[int, tuple[int, int]] = field(default_factory=dict)
+    resting: dict[int, tuple[int, int, torch.Tensor | None]] = field(default_factory=dict)
 
     def forget(self) -> None:
         self.sums, self.versions, self.copies, self.samples = None, {}, {}, {}
         self.resting = {}
 
-    def rest_of(self, parameters: Sequence[torch.Tensor]) -> dict[int, tuple[int, int]]:
-        """What is known of the sums of others."""
+    def rest(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Go on with these; what is known of the sums of others is kept."""
         others = dict(self.sums or {})
         for parameter in parameters:
             others.pop(id(parameter), None)
-        return {key: (identity, self.versions[key]) for key, identity in others.items()}
+        found = {k: (i, self.versions[k], self.copies.get(k)) for k, i in others.items()}
+        self.forget()
+        self.resting = found
+
+    def resume(self) -> dict[int, int]:
+        """Begin again with what was kept: the identities of sums."""
+        found = self.resting
+        self.forget()
+        sums: dict[int, int] = {}  # of numbers, which the garbage collector does not walk through
+        for key, (identity, version, copied) in found.items():
+            sums[key], self.versions[key] = identity, version
+            if copied is not None:
+                self.copies[key] = copied
+        self.sums = sums
+        return sums
 
 
 @dataclass
@@ -107,12 +121,11 @@ class Untouched(Check):
         """Rows are there, and have not entered the sums yet."""
         known = self._known.of(optimizer)
         totals = [getattr(parameter, "summed_grad", None) for parameter in step.parameters]
-        resting = {}
         if any(total is not None for total in totals) and _adds_up(optimizer):
             _look(step, known, totals)
-            resting = known.rest_of(step.parameters)
-        known.forget()
-        known.resting = resting
+            known.rest(step.parameters)
+        else:
+            known.forget()
         return ()
 
     def after_clip(self, step: Step, optimizer: Any, clipping: Clipping | None) -> Failures:
@@ -128,17 +141,13 @@ class Untouched(Check):
 
     def _note(self, step: Step, optimizer: Any) -> None:
         known = self._known.of(optimizer)
-        resting = known.resting
-        known.forget()
-        known.sums = {}  # of numbers, which the garbage collector does not walk through
-        for key, (identity, version) in resting.items():
-            known.sums[key], known.versions[key] = identity, version
+        sums = known.resume()
         due = step.audited and is_due(step.number)
         for parameter in step.parameters:
             total = getattr(parameter, "summed_grad", None)
             if _is_compared(total):
                 key = id(parameter)
-                known.sums[key], known.versions[key] = id(total), version_of(total)
+                sums[key], known.versions[key] = id(total), version_of(total)
                 if known.suspect:
                     known.copies[key] = total.clone()
                 elif due:
