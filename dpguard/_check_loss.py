@@ -57,7 +57,7 @@ def check_loss(
 
     Clipping the row of a person bounds what she can change only if the rows of others are the same
     without her. A running training shows most losses that break this, but not what was detached,
-    drawn into a number, or made of everybody's labels. Here the loss is called some forty times
+    read as a number, or made of everybody's labels. Here the loss is called some forty times
     with the outputs, and the data, of other people replaced or left out, and gradients are
     compared. Ask once, in a test or before the training.
 
@@ -66,7 +66,8 @@ def check_loss(
     last example.
 
     Args:
-        loss: called as ``loss(outputs, *data)``; returns the loss, or one for each person.
+        loss: called as ``loss(outputs, *data)``; returns the loss, or one for each person, which
+            are added up.
         outputs: what the model returns for ``B`` people, 4 or more: a tensor of shape
             ``(B, ...)``, or lists, tuples and dicts of such. Those of a trained model show more
             than those of a new one, which are nearly the same for everybody.
