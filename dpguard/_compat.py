@@ -1669,6 +1669,14 @@ def tells_its_length(batch_sampler: Any) -> bool:
     )
 
 
+def names_each_once(batch_sampler: Any) -> bool:
+    """Whether no batch has the same place twice: torch's own samplers that draw none again."""
+    data = _torch().utils.data
+    sampler: Any = getattr(batch_sampler, "sampler", None)
+    own = type(sampler) is data.RandomSampler and not sampler.replacement
+    return is_orderly(batch_sampler) and (own or type(sampler) is data.SequentialSampler)
+
+
 def splitting_sampler() -> Any:
     """The sampler by which ``BatchMemoryManager`` splits batches, or ``None``."""
     return _attribute_of("opacus.utils.batch_memory_manager", "BatchSplittingSampler")

@@ -176,6 +176,7 @@ BATCH_REUSED = "batch_reused"
 BATCH_DRAWN_AGAIN = "batch_drawn_again"
 RECORDS_REPEATED = "records_repeated"
 DRAWN_TWICE = "drawn_twice"
+NAMED_TWICE = "named_twice"
 RANKS_SHARE_PEOPLE = "ranks_share_people"
 RANKS_APART = "ranks_apart"
 RANKS_BOUNDS_DIFFER = "ranks_bounds_differ"
@@ -1319,6 +1320,13 @@ _DIAGNOSES = {
         "several rows that are clipped apart",
         "draw with Opacus's samplers as they are",
         Severity.CRITICAL,
+    ),
+    NAMED_TWICE: Diagnosis(
+        "the sampler of the loader names somebody several times in one batch (with replacement, or "
+        "for several augmentations), so that one person has several rows that are clipped apart",
+        "name each once in a batch, or sum a person's rows before they are clipped: "
+        "dpguard.rows(ids=...)",
+        Severity.WARNING,
     ),
     RANKS_SHARE_PEOPLE: Diagnosis(
         "processes of a group have the same people in the same batch: each of them clips their "

@@ -131,8 +131,53 @@ def test_the_accountant_hears_of_it(way, told):
     """An accountant of Poisson sampling is told of batches that are not drawn so: a warning, once."""
     rate = 1.0 if way == "all" else SIZE / PEOPLE
     found = accounted({"batch_sampler": Own(way)}, rate, told)
-    expected = [(SAMPLING, diagnosis.NOT_POISSON, "WARNING")] if way in ORDERLY else []
-    assert [(v.check, v.cause, v.severity.name) for v in found] == expected
+    causes = [diagnosis.NAMED_TWICE] if way == "with repeats" else []
+    causes += [diagnosis.NOT_POISSON] if way in ORDERLY else []
+    assert [(v.check, v.cause, v.severity.name) for v in found] == [
+        (SAMPLING, cause, "WARNING") for cause in causes
+    ]
+
+
+class Twice(torch.utils.data.Sampler):
+    """For two augmentations of each."""
+
+    def __init__(self):
+        self.source = random.Random(0)
+
+    def __len__(self):
+        return 2 * PEOPLE
+
+    def __iter__(self):
+        for place in self.source.sample(range(PEOPLE), PEOPLE):
+            yield from (place, place)
+
+
+WEIGHTS = torch.linspace(0.1, 1.0, PEOPLE)
+NAMED_TWICE = {
+    "by a sampler": lambda: {"sampler": Twice(), "batch_size": SIZE},
+    "by weights": lambda: {
+        "sampler": torch.utils.data.WeightedRandomSampler(WEIGHTS, PEOPLE),
+        "batch_size": SIZE,
+    },
+    "with replacement": lambda: {
+        "sampler": torch.utils.data.RandomSampler(range(PEOPLE), replacement=True),
+        "batch_size": SIZE,
+    },
+}
+
+
+@pytest.mark.parametrize("told", ["by a hook", "by hand"])
+@pytest.mark.parametrize("kind", NAMED_TWICE)
+def test_somebody_who_is_twice_in_a_batch(kind, told):
+    """However little sampling is accounted: one person has two rows. Said once."""
+    found = accounted(NAMED_TWICE[kind](), 1.0, told)
+    assert [(v.check, v.cause) for v in found] == [(SAMPLING, diagnosis.NAMED_TWICE)]
+
+
+@pytest.mark.parametrize("own", [{"shuffle": True}, {"shuffle": False}, {}])
+def test_torchs_own_loaders_name_each_once(own):
+    """Nothing is said where sampling is not accounted."""
+    assert accounted({"batch_size": SIZE, **own}, 1.0, "by a hook") == ()
 
 
 @pytest.mark.parametrize("told", ["by a hook", "by hand"])

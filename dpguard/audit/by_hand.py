@@ -239,9 +239,14 @@ def is_orderly(step: Step, rate: float) -> bool:
 
 
 def drawn_beyond(step: Step, rate: float) -> list[Failure]:
-    """Whether that loader draws more people than the rate that was told lets expect."""
-    share = None if step.passes is None else step.passes.beyond(rate)
-    if share is None:
+    """Whether that loader draws more people than the rate that was told lets expect, or twice."""
+    if step.passes is None:
         return []
-    step.run(RATE, count=1)
-    return [Failure(RATE, diagnosis.RATE_EXCEEDED, figure=share, bound=rate)]
+    failures, share = [], step.passes.beyond(rate)
+    if share is not None:
+        step.run(RATE, count=1)
+        failures.append(Failure(RATE, diagnosis.RATE_EXCEEDED, figure=share, bound=rate))
+    if step.passes.repeats:
+        step.run(SAMPLING, count=1)
+        failures.append(Failure(SAMPLING, diagnosis.NAMED_TWICE))
+    return failures

@@ -14,6 +14,8 @@ each is told by how improbable it is:
 Whoever draws one of each person's records in turn has no record twice in a pass either, and draws
 people independently: that alone is no proof. The size of the last batch of a pass counts for
 nothing.
+
+Somebody who is named twice in one batch has two rows in it.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ class Passes:
 
     Attributes:
         are_orderly: they are not drawn by Poisson sampling, which may be known from the first on.
+        may_repeat: somebody may be in a batch several times,
+        repeats: and was.
 
     Example:
         >>> passes = Passes(1000)
@@ -41,8 +45,10 @@ class Passes:
         (True, None, 0.05)
     """
 
-    def __init__(self, count: int, *, are_orderly: bool = False) -> None:
+    def __init__(self, count: int, *, are_orderly: bool = False, may_repeat: bool = True) -> None:
         self.are_orderly = are_orderly
+        self.may_repeat = may_repeat
+        self.repeats = False
         self._count = count
         self._batches = self._people = 0
         self._drawn: list[int] = []
@@ -64,8 +70,12 @@ class Passes:
         self._pass = in_pass
         if is_new:
             self._close(is_whole=planned is None)
-        if not self.are_orderly and all(type(n) is int and 0 <= n < PLACES for n in batch):
-            self._look(batch, is_new=is_new)
+        if self.may_repeat or not self.are_orderly:
+            are_places = all(type(n) is int and 0 <= n < PLACES for n in batch)
+            if are_places and self.may_repeat and len(set(batch)) < len(batch):
+                self.repeats, self.may_repeat = True, False
+            if are_places and not self.are_orderly:
+                self._look(batch, is_new=is_new)
         self._drawn.append(len(batch))
         if len(self._drawn) == planned:
             self._close()

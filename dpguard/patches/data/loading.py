@@ -247,8 +247,11 @@ class LoadingPatch:
             return
         passes = self._passes.get(sampler)
         if passes is None:
-            is_orderly = _compat.is_orderly(sampler)
-            passes = self._passes[sampler] = Passes(_length(dataset) or 0, are_orderly=is_orderly)
+            passes = self._passes[sampler] = Passes(
+                _length(dataset) or 0,
+                are_orderly=_compat.is_orderly(sampler),
+                may_repeat=not _compat.names_each_once(sampler),
+            )
         if iteration.passes is None and _compat.tells_its_length(sampler):
             iteration.planned = _length(sampler)
         iteration.passes = passes
