@@ -38,6 +38,8 @@ _LOSSES_AT_MOST = 4
 _DRAWS_AT_MOST = 16
 _MARKS_AT_MOST = 256
 _SUMS_AT_MOST = 64
+_NODES_AT_MOST = 32
+_TURNS = ("PermuteBackward", "StackBackward", "TransposeBackward", "TBackward")
 _autograd = _compat.autograd()
 _inside_transform = _compat.transform_test()
 
@@ -380,7 +382,7 @@ class OutputHook:
         if not self.pairing.batch_first or self.pairing.orders or _has_packed(output):
             return 0
         first = next((tensor for tensor in found if tensor.dim()), None)
-        if first is None or (_is_square(first) and self._is_recurrent()):
+        if first is None or (_is_square(first) and (self._is_recurrent() or _is_turned(first))):
             return 0
         rows, called = int(first.shape[0]), self.pairing.sizes
         # A stack of heads or of time steps has another first dimension than what layers are given.
@@ -423,6 +425,18 @@ def _has_packed(output: Any) -> bool:
 def _is_square(tensor: torch.Tensor) -> bool:
     """Whether the second dimension is as long as the first: layers and batch of a hidden state."""
     return tensor.dim() > 2 and tensor.shape[0] == tensor.shape[1]  # noqa: PLR2004
+
+
+def _is_turned(output: torch.Tensor) -> bool:
+    """Whether dimensions were moved, or a new one made, since the layer that it comes from."""
+    node: Any = output.grad_fn
+    for _ in range(_NODES_AT_MOST):
+        if node is None or node.metadata.get(TALLY):
+            return False
+        if type(node).__name__.startswith(_TURNS):
+            return True
+        node = next((above for above, _ in node.next_functions if above is not None), None)
+    return False
 
 
 def _of_batch(found: list[torch.Tensor], rows: int) -> list[torch.Tensor]:
