@@ -285,6 +285,7 @@ def test_such_an_optimizer_may_not_take_raw_gradients():
         training = Training()
         training.epoch()
         x, y = next(iter(training.loader))
+        training.optimizer.zero_grad()
         torch.nn.functional.cross_entropy(training.model(x), y).backward()
         with pytest.raises(dpguard.PrivacyViolation, match="not private"):
             Mapped(training.optimizer.params).step()

@@ -68,7 +68,7 @@ class _Book:
         said: that it is not, that steps are gone and that the engine has another are said once.
         fine: sigma, rate and what else a step was accounted with when that was found to be right.
         history: the list in which they were when it was looked at last,
-        taken: and how many of its steps were seen as they were taken.
+        keeps: and whether it stays the same list when a step is accounted.
     """
 
     seen: Seen | None = None
@@ -82,7 +82,7 @@ class _Book:
     said: set[str] = field(default_factory=set)
     fine: tuple[Any, ...] | None = None
     history: Any = None
-    taken: int = 0
+    keeps: bool = False
 
     def look(self, history: Sequence[Any]) -> bool:
         """Take the history as it is; whether steps are gone that were in it."""
@@ -92,8 +92,8 @@ class _Book:
             return False
         known, self.seen = self.seen is not None, now
         entries = [entry_of(found) for found in history]
-        # One that was loaded in the place of another has as many steps by chance, or more.
-        is_another = before is not None and history is not before and self.taken > 0
+        # One that was loaded in the place of another may have as many steps, or more.
+        is_another = self.keeps and history is not before
         if known and (is_another or self.lacks(history)):
             return True
         self.observed = entries
@@ -108,13 +108,13 @@ class _Book:
     def added(self, history: Sequence[Any]) -> int | None:
         """How many steps the history says there were, ``None`` if it makes no sense."""
         added = None if self.seen is None else self.seen.steps_until(history)
+        self.keeps, self.history = history is self.history, history
         self.seen = Seen.of(history)
         return added
 
     def observe(self, sigma: float, rate: float) -> None:
         """Take in a step."""
         self.steps += 1
-        self.taken += 1
         if self.observed and self.observed[-1][:2] == (sigma, rate):
             self.observed[-1] = (sigma, rate, self.observed[-1][2] + 1)
         else:
