@@ -43,7 +43,8 @@ class LossCheck:
     def __repr__(self) -> str:
         if self.cause is None:
             return f"<LossCheck: each gradient is one person's, to {self.figure:.1e}>"
-        return f"<LossCheck {self.cause} ({self.figure:.1e}): {self.statement} -> {self.remedy}>"
+        measured = f"{self.figure:.1e}, rounding {self.bound:.1e}"
+        return f"<LossCheck {self.cause} ({measured}): {self.statement} -> {self.remedy}>"
 
 
 def check_loss(
@@ -68,9 +69,9 @@ def check_loss(
     Args:
         loss: called as ``loss(outputs, *data)``; returns the loss, or one for each person, which
             are added up.
-        outputs: what the model returns for ``B`` people, 4 or more: a tensor of shape
-            ``(B, ...)``, or lists, tuples and dicts of such. Those of a trained model show more
-            than those of a new one, which are nearly the same for everybody.
+        outputs: what the model returns for ``B`` people, 2 or more: a tensor of shape
+            ``(B, ...)``, or lists, tuples and dicts of such. Many show more than few, and those of
+            a trained model more than those of a new one, which are nearly the same for everybody.
         data: what else the loss is given of the same people: tensors whose first dimension is
             ``B``, lists of length ``B``, containers of such; other things are passed on as they
             are. What is as long and belongs to no person (a table, an order) is given by a closure.

@@ -14,7 +14,7 @@ import numbers
 import re
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from types import FrameType
@@ -1205,6 +1205,21 @@ def has_sums(optimizer: Any) -> bool:
     return any(getattr(p, "summed_grad", None) is not None for p in optimizer.params)
 
 
+def parameters_where_torch_has_them(optimizer: Any) -> list[torch.Tensor]:
+    """Those of any optimizer: of others, which keep them as they like, as far as they are there."""
+    torch = _torch()
+    groups = getattr(optimizer, "param_groups", ())
+    if isinstance(groups, Mapping):
+        groups = list(groups.values())
+    held = [
+        group.get("params")
+        for group in (groups if isinstance(groups, (list, tuple)) else ())
+        if isinstance(group, Mapping)
+    ]
+    lists = [found for found in held if isinstance(found, Iterable)]
+    return [p for found in lists for p in found if isinstance(p, torch.Tensor)]
+
+
 def drop_logical_batch(optimizer: Any) -> None:
     """Forget the clipped sums of a refused step: they must not enter a later logical batch.
 
@@ -1662,11 +1677,9 @@ def tells_its_length(batch_sampler: Any) -> bool:
     That of a data set may, which torch asks for it in each pass as well.
     """
     data = _torch().utils.data
-    own = (data.SequentialSampler, data.RandomSampler, data.SubsetRandomSampler)
-    return is_orderly(batch_sampler) and type(batch_sampler.sampler) in (
-        *own,
-        data.WeightedRandomSampler,
-    )
+    drawn = (data.RandomSampler, data.SubsetRandomSampler, data.WeightedRandomSampler)
+    own = (data.SequentialSampler, *drawn)
+    return is_orderly(batch_sampler) and type(batch_sampler.sampler) in own
 
 
 def names_each_once(batch_sampler: Any) -> bool:

@@ -289,3 +289,16 @@ def test_such_an_optimizer_may_not_take_raw_gradients():
         torch.nn.functional.cross_entropy(training.model(x), y).backward()
         with pytest.raises(dpguard.PrivacyViolation, match="not private"):
             Mapped(training.optimizer.params).step()
+
+
+def test_such_an_optimizer_beside_a_frozen_backbone():
+    """All that live are looked through for who trains the backbone."""
+    other = Nameless([torch.nn.Parameter(torch.ones(2))])
+    backbone = torch.nn.BatchNorm1d(3)
+    with dpguard.install(mode="repair") as guard:
+        training = Training()
+        for _ in range(3):
+            training.epoch()
+        assert guard.internal_errors == ()
+        assert guard.status().parts_off == ()
+    assert other is not backbone

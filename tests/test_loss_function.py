@@ -315,7 +315,11 @@ def test_a_loss_with_a_state():
 
     with pytest.raises(ValueError, match="keeps a state"):
         dpguard.check_loss(Centred(), *batch())
-    fresh = dpguard.check_loss(lambda *args: Centred()(*args), *batch())  # noqa: PLW0108
+
+    def made_anew(outputs, labels):
+        return Centred()(outputs, labels)
+
+    fresh = dpguard.check_loss(made_anew, *batch())
     assert fresh.cause == diagnosis.LOSS_COUPLES
 
 

@@ -34,7 +34,7 @@ from dpguard.audit.by_hand import (
     SIGMA,
     STEPS,
     ByHand,
-    drawn_beyond,
+    drawn_wrong,
     is_orderly,
 )
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
@@ -94,15 +94,15 @@ class _Book:
         entries = [entry_of(found) for found in history]
         # One that was loaded in the place of another may have as many steps, or more.
         is_another = self.keeps and history is not before
-        if known and (is_another or self.lacks(history)):
+        if known and (is_another or self.lacks(entries)):
             return True
         self.observed = entries
         self.steps = steps_in(entries)
         return False
 
-    def lacks(self, history: Sequence[Any]) -> bool:
-        """Whether steps that were observed are not in it."""
-        has = merged([entry_of(found) for found in history])
+    def lacks(self, entries: Sequence[Entry]) -> bool:
+        """Whether steps that were observed are not among these of a history."""
+        has = merged(entries)
         return any(has.get(key, 0) < steps for key, steps in merged(self.observed).items())
 
     def added(self, history: Sequence[Any]) -> int | None:
@@ -309,7 +309,8 @@ class Accounting(Check):
         book = self._books.get(accountant)
         if book is not None and book.seen is not None:
             history = _compat.history_of(accountant)
-            if history is not None and book.lacks(history) and _say_gone(book):
+            entries = None if history is None else [entry_of(found) for found in history]
+            if entries is not None and book.lacks(entries) and _say_gone(book):
                 return diagnosis.HISTORY_CHANGED
         return self._by_hand.asked(accountant)
 
@@ -577,7 +578,7 @@ def _compare_sampling(step: Step, base: float, book: _Book) -> list[Failure]:
     """Whether batches are drawn as the accountant assumes, said once of it."""
     bypasses = step.bypasses or is_orderly(step, base)
     seen = (book.is_poisson is False and base < 1) or (book.is_poisson and step.rates)
-    failures = drawn_beyond(step, base)
+    failures = drawn_wrong(step, base)
     if seen or bypasses:
         step.run(SAMPLING, count=1)
         prepared = book.is_poisson is not None and (step.bypasses or book.is_poisson)

@@ -19,7 +19,7 @@ from dpguard.audit.histories import Seen, steps_in
 from dpguard.identity import IdentityMap
 from dpguard.patching import living
 
-__all__ = ["RATE", "SAMPLING", "SIGMA", "STEPS", "ByHand", "drawn_beyond", "is_orderly"]
+__all__ = ["RATE", "SAMPLING", "SIGMA", "STEPS", "ByHand", "drawn_wrong", "is_orderly"]
 
 STEPS = "accounting.steps"
 SIGMA = "accounting.sigma"
@@ -224,7 +224,7 @@ class ByHand:
         hand.tell(taken)
         if hand.lacks(taken):
             causes.append((STEPS, diagnosis.TOLD_LESS))
-        failures = [*(Failure(*found) for found in causes), *drawn_beyond(step, rate)]
+        failures = [*(Failure(*found) for found in causes), *drawn_wrong(step, rate)]
         for failure in failures:
             step.fail(failure)
         new = [failure for failure in failures if failure.cause not in hand.said]
@@ -238,8 +238,8 @@ def is_orderly(step: Step, rate: float) -> bool:
     return step.passes is not None and step.passes.are_orderly and rate < 1
 
 
-def drawn_beyond(step: Step, rate: float) -> list[Failure]:
-    """Whether that loader draws more people than the rate that was told lets expect, or twice."""
+def drawn_wrong(step: Step, rate: float) -> list[Failure]:
+    """Whether that loader draws more than the rate that was told lets expect, or somebody twice."""
     if step.passes is None:
         return []
     failures, share = [], step.passes.beyond(rate)

@@ -73,8 +73,7 @@ class Bystanders(Check):
             id(p)
             for one in both
             if not isinstance(one, torch.nn.Module)
-            for group in getattr(one, "param_groups", ())
-            for p in group["params"]
+            for p in _compat.parameters_where_torch_has_them(one)
         }
         return [layer for layer in layers if self._is_bystander(layer, trained)]
 

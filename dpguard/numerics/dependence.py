@@ -88,11 +88,14 @@ def measure(
         for row in rows[asked.rows // 2 :]:
             order[row] = (row + chance.randrange(1, asked.rows)) % asked.rows
         before = _rows(first, watched)
-        for name, with_data in (("outputs", False), ("data", True)):
+        for with_data in (False, True):
             now = _rows(asked.gradients(order, with_data=with_data), watched)
             changed, rest = _distance(now, before, weight)
-            setattr(found, name, _larger(getattr(found, name), rest))
             found.factor = _larger(found.factor, changed)
+            if with_data:
+                found.data = _larger(found.data, rest)
+            else:
+                found.outputs = _larger(found.outputs, rest)
         if not is_random:  # else numbers are drawn for another shape
             _look_alone(found, asked, watched, before, mean=mean, weight=weight)
     return found
@@ -134,8 +137,8 @@ class _Asked:
             )
         self.rows = len(tensors[0])
         self._devices = sorted({one.device.index or 0 for one in tensors if one.is_cuda})
-        if self.rows < 2:  # noqa: PLR2004 - there must be others
-            raise ValueError(f"check_loss: outputs of {self.rows} people; give those of 4 or more")
+        if self.rows <= 1:
+            raise ValueError(f"check_loss: outputs of {self.rows} people; give those of several")
 
     def gradients(
         self, order: list[int] | None = None, *, with_data: bool = True, seed: int = 0

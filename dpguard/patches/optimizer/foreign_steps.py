@@ -11,10 +11,8 @@ or in a ``step`` of their own, goes round ``pre_step``, where steps are audited.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from dpguard import _callsite, _compat, diagnosis
 from dpguard.identity import IdentitySet
@@ -132,7 +130,7 @@ class ForeignSteps:
             return
         if self._holds_dp(optimizer):
             return
-        parameters = _parameters_of(optimizer)
+        parameters = _compat.parameters_where_torch_has_them(optimizer)
         count = sum(map(self._is_raw, parameters))
         if not count and any(map(awaits_its_step, parameters)):
             self._say_unaudited(optimizer, parameters)
@@ -201,17 +199,3 @@ class ForeignSteps:
         state = self._ledger.known(parameter)
         model = None if state is None or state.model is None else state.model()
         return model is not None and any(hasattr(p, "summed_grad") for p in model.parameters())
-
-
-def _parameters_of(optimizer: Any) -> list[torch.Tensor]:
-    """As far as they are where torch has them: optimizers of others keep them as they like."""
-    groups = getattr(optimizer, "param_groups", ())
-    if isinstance(groups, Mapping):
-        groups = list(groups.values())
-    held = [
-        group.get("params")
-        for group in (groups if isinstance(groups, (list, tuple)) else ())
-        if isinstance(group, Mapping)
-    ]
-    lists = [found for found in held if isinstance(found, Iterable)]
-    return [p for found in lists for p in found if isinstance(p, torch.Tensor)]
