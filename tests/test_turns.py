@@ -34,6 +34,23 @@ def test_one_of_each(every, first):
     assert deviation < every - 1 + 6 * (2 * max(1, every - 1)) ** 0.5
 
 
+@pytest.mark.parametrize(("every", "period"), [(20, 10), (64, 8), (50, 25)])
+def test_what_comes_by_a_clock_is_met_as_soon_as_by_chance(every, period):
+    """Places of windows are independent: what was not met in one is not missed in all that follow.
+
+    How many windows it takes is geometric, with mean ``period``; the mean of 2,000 is within six of
+    its standard errors, and none takes thirty times as long (1 in 10^9 does).
+    """
+    waited = []
+    for _ in range(2000):
+        turns = Turns()
+        steps = range(every + 3, 100 * period * every, period)
+        met = next(n for n in steps if turns.has(n, every))
+        waited.append(met // every)
+    assert abs(sum(waited) / len(waited) - period) < 6 * period / len(waited) ** 0.5
+    assert max(waited) < 30 * period
+
+
 def training(expected_batch_size):
     """A private model, its optimizer and a batch."""
     torch.manual_seed(0)
