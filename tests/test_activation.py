@@ -821,7 +821,10 @@ ORDERS = [
 ]
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "order",
+    [*ORDERS[::2], *(pytest.param(order, marks=pytest.mark.slow) for order in ORDERS[1::2])],
+)
 def test_orders(order):
     """Whatever is imported first, the end is guarded or plain as the last call says."""
     steps, _, expected = order.partition(" -> ")
@@ -881,7 +884,12 @@ def test_reloading_opacus():
     ("module", "cls", "keyword"),
     [
         ("opacus.optimizers.optimizer", "DPOptimizer", "optimizer"),
-        ("opacus.grad_sample.grad_sample_module", "GradSampleModule", "wrapper"),
+        pytest.param(
+            "opacus.grad_sample.grad_sample_module",
+            "GradSampleModule",
+            "wrapper",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_reloading_a_submodule(module, cls, keyword):

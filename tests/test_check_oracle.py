@@ -295,7 +295,9 @@ class Heads(nn.Module):
         return tuple(made[: self.returned])
 
 
-@pytest.mark.parametrize(("returned", "kept"), [(8, 0), (1, 1), (70, 0)])
+@pytest.mark.parametrize(
+    ("returned", "kept"), [(8, 0), (1, 1), pytest.param(70, 0, marks=pytest.mark.slow)]
+)
 def test_gradients_that_come_by_more_than_what_is_followed(guard, returned, kept):
     """By what the model keeps of itself; or by very many outputs."""
     steps, people = 64, 32

@@ -156,6 +156,7 @@ def test_output_for_people(tmp_path):
     assert log.is_relative_to(tmp_path / "dpguard-logs")
 
 
+@pytest.mark.slow
 def test_settings_of_the_environment_do_not_spoil_the_demo(tmp_path):
     """``DPGUARD=off`` is overruled, for the demo is about repair; ``DPGUARD_LOG`` is heeded."""
     done = demo("--epochs", "1", "--json", cwd=tmp_path, DPGUARD="off", DPGUARD_LOG="here")
