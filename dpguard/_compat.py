@@ -1409,6 +1409,13 @@ def accountants_of(hook: Any, depth: int = _HOOK_DEPTH) -> list[tuple[Any, float
     return list(found.values())
 
 
+def accountant_of(hook: Any) -> tuple[Any, float] | None:
+    """The accountant whose own step hook this is, with its sample rate; ``None`` for any other."""
+    name = "IAccountant.get_optimizer_hook_fn.<locals>.hook_fn"
+    found = accountants_of(hook) if getattr(hook, "__qualname__", None) == name else []
+    return found[0] if found else None
+
+
 def accountants_at_hand(hook: Any, depth: int = _HOOK_DEPTH) -> list[Any]:
     """The accountants that a step hook of somebody's own has at hand, to tell or to ask them."""
     if hook is None or not depth:

@@ -152,8 +152,10 @@ class Runtime:
         self._ending = threading.RLock()
         self._ended = False
 
-    def _attached(self, optimizer: Any, hook: Any) -> None:
+    def _attached(self, optimizer: Any, hook: Any, afresh: bool) -> None:
         accounting = self.accounting
+        if afresh:
+            self.auditor.attempt(accounting, accounting.leave, optimizer)
         self.auditor.attempt(accounting, accounting.attached, optimizer, hook)
 
     def _checks(self) -> list[Check]:

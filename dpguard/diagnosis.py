@@ -119,6 +119,7 @@ STEP_HOOK = "step_hook"
 STEP_HOOK_REPLACED = "step_hook_replaced"
 LEFT_OVER_SUM = "left_over_sum"
 STATE_INIT = "state_init"
+ACCOUNTANT_COPIED = "accountant_copied"
 NESTED = "nested_dp_optimizer"
 NEEDS_CLOSURE = "needs_closure"
 NOT_COPYABLE = "not_copyable"
@@ -777,6 +778,11 @@ _DIAGNOSES = {
     STATE_INIT: Diagnosis(
         "a distributed checkpoint takes a step without gradients to make the optimizer's state",
         "nothing to do; the wrapped optimizer takes it, without noise and without accounting",
+    ),
+    ACCOUNTANT_COPIED: Diagnosis(
+        "an optimizer was copied together with its accountant, but the copy would tell the "
+        "accountant of the original of its steps",
+        "nothing to do; each tells its own. What is trained on from both has spent both epsilons",
     ),
     NESTED: Diagnosis(
         "a DP optimizer was to wrap another one: rows would be clipped and noised twice",

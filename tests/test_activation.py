@@ -103,7 +103,7 @@ def owners():
     found += [cls for cls, _ in _compat.holders_of_optimizers()]
     found += [*_compat.ghost_loss_classes(), *_compat.ghost_criterion_classes()]
     found += [*_compat.poisson_samplers(), _compat.engine_class()]
-    found += _compat.classes_with_epsilon()
+    found += [*_compat.accountant_classes(), *_compat.classes_with_epsilon()]
     found += filter(None, [_compat.expanded_class()])
     found += [_compat.expanded_weight_class()]
     found += [

@@ -187,6 +187,10 @@ class Accounting(Check):
         state.hook = weakly(hook)
         self._learn(state, hook)
 
+    def leave(self, optimizer: Any) -> None:
+        """Which accountants an optimizer has told so far is of no account."""
+        self._states.pop(optimizer)
+
     def prepared(self, engine: Any, sampler: Any, dataset: Any) -> None:
         """An engine has made a loader; without ``sampler``, one that does no Poisson sampling."""
         accountant = engine.accountant

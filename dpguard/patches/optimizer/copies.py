@@ -16,6 +16,7 @@ from typing import Any
 from dpguard import _compat, diagnosis
 from dpguard._errors import UnsupportedError
 from dpguard.noted.marks import MINE
+from dpguard.patches.optimizer.together import Together
 from dpguard.verdicts import Verdicts
 
 __all__ = ["FORWARDED", "Copying", "slots_of"]
@@ -42,15 +43,20 @@ class Copying:
     Args:
         adopt: is given each instance that was made without a constructor.
         verdicts: where refusals are said.
+        together: has a copy tell the accountant that was copied with it.
     """
 
-    def __init__(self, adopt: Callable[[Any], None], verdicts: Verdicts) -> None:
+    def __init__(
+        self, adopt: Callable[[Any], None], verdicts: Verdicts, together: Together
+    ) -> None:
         self._adopt = adopt
         self._verdicts = verdicts
+        self._together = together
 
     def methods(self) -> dict[str, Callable[..., Any]]:
         """Functions to be put on the class, by name."""
         adopt, refuse, examine = self._adopt, self._refuse, self._refuse_unstorable
+        together = self._together
 
         def shallow(self: Any) -> Any:
             made = _blank(self)
@@ -67,6 +73,7 @@ class Copying:
                     if not hasattr(parameter, "summed_grad"):
                         parameter.summed_grad = None
                 _share_sums(self, made)
+                together.copied(made, memo)
                 adopt(made)
             return made
 

@@ -18,6 +18,7 @@ from typing import Any
 from dpguard import _compat, diagnosis
 from dpguard._errors import UnsupportedError
 from dpguard.patches.optimizer.copies import Copying
+from dpguard.patches.optimizer.together import Together
 from dpguard.patching import Transaction
 from dpguard.verdicts import Verdicts
 
@@ -36,19 +37,26 @@ class Protocol:
         verdicts: where repairs and refusals are said.
         adopt: is given each instance that was made without a constructor.
         is_dp: whether an object is a DP optimizer.
+        together: has one that is copied tell the accountant that is copied with it.
     """
 
     def __init__(
-        self, verdicts: Verdicts, adopt: Callable[[Any], None], is_dp: Callable[[Any], bool]
+        self,
+        verdicts: Verdicts,
+        adopt: Callable[[Any], None],
+        is_dp: Callable[[Any], bool],
+        together: Together,
     ) -> None:
         self._verdicts = verdicts
-        self._copying = Copying(adopt, verdicts)
+        self._together = together
+        self._copying = Copying(adopt, verdicts, together)
         self._is_dp = is_dp
 
     def install(self, transaction: Transaction, cls: type) -> None:
         """Put on ``cls``, a class of DP optimizers, what it does not define itself."""
         if not self._verdicts.repairs:
             return
+        self._together.install(transaction)
         added: dict[str, Any] = {
             "_patch_step_function": _no_wrapper_round_step,
             **self._copying.methods(),

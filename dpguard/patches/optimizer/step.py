@@ -28,6 +28,7 @@ from dpguard.patches.optimizer.outside import Outside
 from dpguard.patches.optimizer.protocol import Protocol
 from dpguard.patches.optimizer.signals import Signals
 from dpguard.patches.optimizer.step_hooks import StepHooks
+from dpguard.patches.optimizer.together import Together
 from dpguard.patches.optimizer.wrappers import Wrappers
 from dpguard.patches.wrapping import EagerWrapper, MethodWrapper
 from dpguard.patching import Transaction, living
@@ -67,7 +68,7 @@ class OptimizerPatch:
         signals: Signals,
         meet: Callable[[], None],
         made: Callable[[Any], None],
-        attached: Callable[[Any, Any], None],
+        attached: Callable[[Any, Any, bool], None],
         is_missing: Callable[[Any], bool],
         outside: Outside,
     ) -> None:
@@ -82,7 +83,9 @@ class OptimizerPatch:
         self._forwarding = forwarding
         self._family = Family()
         self._facades = Facades(verdicts, self._family)
-        self._protocol = Protocol(verdicts, self._adopt, self._family.holds_dp)
+        self._hooks = StepHooks(verdicts, self._family.owner, attached, self._parts["hooks"])
+        together = Together(verdicts, self._hooks.attach_to_copy, self._parts["hooks"])
+        self._protocol = Protocol(verdicts, self._adopt, self._family.holds_dp, together)
         self._foreign = ForeignSteps(
             verdicts,
             self._family.holds_dp,
@@ -93,7 +96,6 @@ class OptimizerPatch:
             is_missing=is_missing,
             outside=outside,
         )
-        self._hooks = StepHooks(verdicts, self._family.owner, attached, self._parts["hooks"])
         self._bounds = Bounds(verdicts, self._family.owner)
         self._scale = LossScale(verdicts, self._family, auditor.abandon)
         self._sigma = DueSigma(verdicts)

@@ -70,7 +70,8 @@ class StepHooks:
     Args:
         verdicts: where it is said.
         owner: from a façade to the DP optimizer it stands for.
-        attached: is told a DP optimizer and the hook that it has from now on.
+        attached: is told a DP optimizer and the hook that it has from now on, and whether that is
+            all that is to be known of it: what it was told before was of another.
         part: what is done to hooks, until it fails by an error of ours.
     """
 
@@ -78,7 +79,7 @@ class StepHooks:
         self,
         verdicts: Verdicts,
         owner: Callable[[Any], Any],
-        attached: Callable[[Any, Any], None],
+        attached: Callable[[Any, Any, bool], None],
         part: Part,
     ) -> None:
         self._verdicts = verdicts
@@ -95,7 +96,12 @@ class StepHooks:
 
     def adopt(self, instance: Any) -> None:
         """Take the hook that an older instance has as one that was attached."""
-        self._note(instance)
+        self._part.run(self._note, instance)
+
+    def attach_to_copy(self, instance: Any, hook: Any) -> None:
+        """Give a copy its own hook in the place of that of the original."""
+        instance.step_hook = hook
+        self._note(instance, afresh=True)
 
     def give_back(self, instance: Any) -> None:
         """The twin of :meth:`adopt`; a chain stays, or the accountant would be gone."""
@@ -154,12 +160,12 @@ class StepHooks:
         )
         return HookChain((*kept, added)) if self._verdicts.repairs else None
 
-    def _note(self, real: Any) -> None:
+    def _note(self, real: Any, *, afresh: bool = False) -> None:
         """Remember the hook that is attached now, and that one was that of an accountant."""
         hook = vars(real)[_ATTACHED] = getattr(real, "step_hook", None)
         if _compat.accountants_of(hook):
             vars(real)[ACCOUNTED] = True
-        self._attached(real, hook)
+        self._attached(real, hook, afresh)
 
 
 def _name(hook: Any) -> str:
