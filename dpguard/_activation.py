@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from types import ModuleType, TracebackType
     from typing import Any, NoReturn
 
+    from dpguard._compat import Unsupported
     from dpguard._runtime import Runtime
     from dpguard._status import Status
     from dpguard.events import CheckCount, Intervention, StepAudit, Violation
@@ -118,6 +119,11 @@ class Guard:
         self._span = span or _Span(self)
 
     def __enter__(self) -> Guard:  # noqa: PYI034 - Self would cost an import of typing
+        if self._ended and self.settings.mode is not Mode.OFF:
+            raise DPGuardError(
+                "this guard has ended: call dpguard.install(...) for another one, whose block will "
+                "be guarded"
+            )
         with _lock:
             self._span.entries += 1
         return self
@@ -262,6 +268,7 @@ class Guard:
         self._problem = None
         misfit = _compat.unsupported()
         if misfit is not None:
+            self._record(misfit)
             self._cannot_guard(misfit.sentence)
             return
         from dpguard._runtime import Runtime
@@ -271,6 +278,32 @@ class Guard:
             runtime.install()
         finally:
             self._hold(runtime)
+
+    def _record(self, misfit: Unsupported) -> None:
+        """Leave a log that says that nothing was guarded; without one it may have been lost."""
+        if self.settings.log_dir is None:
+            return
+        from dpguard import _compat
+        from dpguard.events import PatchEvent, RunEnded, RunStarted, Severity
+        from dpguard.log.journal import Journal
+
+        mode, versions = self.settings.mode.value, _compat.versions()
+        journal = Journal.open(self.settings)
+        journal.write(
+            RunStarted(body="dpguard does not guard this process.", mode=mode, versions=versions)
+        )
+        journal.write(
+            PatchEvent(
+                action="skipped",
+                severity=Severity.ERROR,
+                body=misfit.sentence,
+                target=misfit.name.lower(),
+                requested=misfit.requested,
+                found=misfit.found,
+            )
+        )
+        journal.write(RunEnded(body="Nothing was guarded."))
+        journal.close()
 
     def _hold(self, runtime: Runtime) -> None:
         """Remember what is to be undone; at once, if another thread has uninstalled meanwhile."""

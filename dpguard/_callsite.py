@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from dpguard import _compat
+
 __all__ = [
     "ForwardCaller",
     "caller",
@@ -30,7 +32,7 @@ def _working_directory() -> str | None:
 
 _PACKAGE = Path(__file__).resolve().parent
 _EXAMPLES = _PACKAGE / "examples"
-_CALL_MODULE: CodeType = torch.nn.Module._call_impl.__code__
+_CALL_MODULE = _compat.code_of_module_calls()
 _OURS, _OPACUS, _TORCH, _USERS = range(4)
 _START = _working_directory()
 """One for all that is shown, wherever the program goes: a line has one name."""

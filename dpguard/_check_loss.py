@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,7 +64,8 @@ def check_loss(
     with the outputs, and the data, of other people replaced or left out, and gradients are
     compared. Ask once, in a test or before the training.
 
-    No random number of torch's is taken from the host, and nothing is accumulated. A loss that
+    No random number of torch's is taken from the host (by losses that draw on the devices of
+    outputs and data, as all do), and nothing is accumulated. A loss that
     keeps a state (a running mean) changes it in each call: have one made in each call, as in the
     last example.
 
@@ -85,8 +88,9 @@ def check_loss(
         mean (``loss_is_mean``) where the other one was said.
 
     Raises:
-        ValueError: there are no outputs of several people, the loss does not depend on them, or is
-            another one each time it is called; or an unknown ``reduction``.
+        ValueError: there are no outputs of several people, the loss does not depend on them, is not
+            finite, or is another one each time it is called; or an unknown ``reduction``.
+        TypeError: ``loss`` cannot be called, or ``seed`` is no integer.
 
     Example:
         >>> import torch, dpguard
@@ -108,9 +112,13 @@ def check_loss(
         raise ValueError(f"check_loss: reduction must be 'mean' or 'sum', not {reduction!r}")
     if not callable(loss):
         raise TypeError(f"check_loss: loss must be callable, not {type(loss).__name__}")
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        raise TypeError(f"check_loss: seed must be an integer, not {seed!r:.80}") from None
     from dpguard.numerics.dependence import measure  # which imports torch
 
-    found = measure(loss, outputs, data, mean=reduction == "mean", seed=seed)
+    found = measure(loss, outputs, data, mean=reduction == "mean", seed=number)
     return _judged(found, is_mean=reduction == "mean")
 
 

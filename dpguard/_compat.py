@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from types import FrameType
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from dpguard.callables import at_hand, closure_of
@@ -1545,6 +1545,38 @@ def poisson_samplers() -> tuple[type, ...]:
     names = ("UniformWithReplacementSampler", "DistributedUniformWithReplacementSampler")
     found = [_attribute_of("opacus.utils.uniform_sampler", name) for name in names]
     return tuple(_present(*found))
+
+
+def plain_detach() -> Callable[[Any], Any]:
+    """What ``Tensor.detach`` is without anybody's patch."""
+    found: Callable[[Any], Any] = importlib.import_module("torch")._C.TensorBase.detach
+    return found
+
+
+def plain_operations() -> Any:
+    """A block in which no class of tensors and no mode of somebody's is told of operations."""
+    return importlib.import_module("torch")._C.DisableTorchFunction()
+
+
+def code_of_module_calls() -> CodeType:
+    """The code of torch's that calls the ``forward`` of a module."""
+    code: CodeType = importlib.import_module("torch.nn").Module._call_impl.__code__
+    return code
+
+
+def generators_of(devices: Iterable[torch.device]) -> list[torch.Generator]:
+    """The generators from which torch draws on the CPU and on these devices."""
+    torch: Any = importlib.import_module("torch")
+    found: list[torch.Generator] = [torch.default_generator]
+    for device in sorted(set(devices), key=str):
+        if device.type == "cpu":
+            continue
+        module = torch.get_device_module(device)
+        of_kind = getattr(module, "default_generators", ())  # once it is in use; not on MPS
+        index: int | None = device.index
+        index = module.current_device() if index is None else index
+        found += of_kind[index : index + 1]
+    return found
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

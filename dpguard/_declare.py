@@ -228,6 +228,10 @@ def rows(
     if layout is not None and group_size is None:
         other = "ids" if arrangement is None else repr(arrangement)
         raise TypeError(f"rows: layout is the order of the rows of group_size, not of {other}")
+    if ids is not None:
+        from dpguard.noted.grouping import person_ids  # which imports torch
+
+        ids = person_ids(ids)
     return _Rows(arrangement, group_size, ids, layout or _LAYOUTS[0])
 
 

@@ -10,6 +10,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain, compress, repeat
 from typing import Any, NamedTuple
 
 from dpguard.interrupts import let_through
@@ -19,6 +20,8 @@ __all__ = ["ABSENT", "Patch", "Transaction", "is_instance", "living", "put_back"
 ABSENT: Any = object()
 """Stands for an attribute that the owner itself did not have."""
 
+_GENERATIONS = (2, 1, 0)
+"""Of the garbage collector, the oldest first: what is made meanwhile is in the last."""
 _FEW = 256
 """So many undo steps are kept without a look whether they are needed any more."""
 
@@ -39,22 +42,37 @@ def put_back(own: dict[str, Any], name: str, before: Any) -> None:
         own[name] = before
 
 
-class _Verdicts(dict[type, bool]):
-    """Whether a class is one of those wanted, found out once per class."""
-
-    def __init__(self, wanted: tuple[type, ...]) -> None:
-        super().__init__()
-        self._wanted = wanted
-
-    def __missing__(self, cls: type) -> bool:
-        found = self[cls] = issubclass(cls, self._wanted)
-        return found
-
-
 def living(classes: Iterable[type]) -> list[Any]:
-    """All objects of these classes that exist: those made before the guard need it as well."""
-    wanted = _Verdicts(tuple(classes))
-    return [found for found in gc.get_objects() if wanted[type(found)]]
+    """All objects of these classes that exist: those made before the guard need it as well.
+
+    A tuple that another thread is making must not be held by anybody else meanwhile, or that thread
+    fails with a ``SystemError``. So all is done in one call of C code, in which no other thread
+    runs, and which leaves nothing but what was looked for. Of each generation two lists are made
+    right after one another, the second with what came last at its end, for the objects and for
+    their classes; a ``tee`` would be among what it holds.
+    """
+    wanted = _with_subclasses(classes)
+    kinds = {id(cls) for cls in wanted}
+    objects = chain(chain.from_iterable(map(gc.get_objects, _GENERATIONS)), repeat(None))
+    again = chain.from_iterable(map(gc.get_objects, _GENERATIONS))
+    collects = gc.isenabled()
+    gc.disable()  # it would run code of anybody's
+    try:
+        return list(compress(objects, map(kinds.__contains__, map(id, map(type, again)))))
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _with_subclasses(classes: Iterable[type]) -> set[type]:
+    found: set[type] = set()
+    left = list(classes)
+    while left:
+        cls = left.pop()
+        if cls not in found:
+            found.add(cls)
+            left += type.__subclasses__(cls)
+    return found
 
 
 def is_instance(value: Any, classes: type | tuple[type, ...]) -> bool:

@@ -1032,6 +1032,37 @@ def test_another_opacus(fake_opacus, mode, version, first):
     assert "training runs unguarded" in line
 
 
+def test_another_opacus_is_in_the_log(fake_opacus, tmp_path):
+    """A log that says that nothing was guarded is told from one that is lost."""
+    log = tmp_path / "log"
+    run(
+        "import opacus, dpguard",
+        python_path=[fake_opacus("1.7.0")],
+        DPGUARD="repair",
+        DPGUARD_LOG=str(log),
+    )
+    (path,) = log.glob("*/*.jsonl")
+    started, skipped, ended = map(json.loads, path.read_text().splitlines())
+    assert started["event_name"] == "dpguard.run.started"
+    assert skipped["event_name"] == "dpguard.patch.skipped"
+    assert skipped["dpguard.found"] == "1.7.0"
+    assert skipped["dpguard.requested"] == "1.0.2 to 1.6.0"
+    assert ended["event_name"] == "dpguard.run.ended"
+
+
+def test_a_guard_that_has_ended_guards_no_block():
+    """It says so, instead of leaving the block unguarded."""
+    guard = dpguard.install(mode="repair")
+    with guard:
+        assert dpguard.active() is guard
+    with pytest.raises(dpguard.DPGuardError, match="this guard has ended"), guard:
+        pass
+    with dpguard.install(mode="off") as off:
+        pass
+    with off:
+        assert dpguard.active() is None
+
+
 @pytest.mark.parametrize(
     ("version", "numbers"),
     [

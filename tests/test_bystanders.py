@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 
 import pytest
 import torch
@@ -98,6 +99,12 @@ def test_a_backbone_in_training_mode(kind, mode):
     assert one.modules == ("BatchNorm1d",)
     assert "1 BatchNorm layer(s) outside" in one.statement
     assert list(guard.violations) == found
+
+
+def test_processes_with_very_many_objects(monkeypatch):
+    """To look at them all would take longer than a step may."""
+    monkeypatch.setattr(sys, "getallocatedblocks", lambda: 6_000_000)
+    assert train(lambda: Training(backbone()))[0] == []
 
 
 @pytest.mark.parametrize(

@@ -263,6 +263,24 @@ def test_installed_in_the_middle():
         assert epsilon(guard, training) == training.engine.get_epsilon(1e-5)
 
 
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+def test_flushing_in_the_middle_of_a_step(mode):
+    """As another thread may: between the accountant's hook and the update."""
+    with dpguard.install(mode=mode) as guard:
+        training = Training()
+        account = training.optimizer.step_hook
+
+        def hook(optimizer):
+            account(optimizer)
+            guard.flush()
+
+        training.optimizer.attach_step_hook(hook)
+        training.epoch()
+        guard.flush()
+        assert {v.cause for v in guard.violations} == set()
+        assert len(history(training.engine.accountant)) == 1
+
+
 def test_two_optimizers_of_one_engine(guard):
     """One accountant hears of the steps of both, which draw with rates of their own."""
     one = Training()

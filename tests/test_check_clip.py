@@ -1261,3 +1261,46 @@ def test_a_rule_of_the_users_own_on_rows_in_half_precision(guard, rule, sound):
     else:
         with pytest.raises(dpguard.PrivacyViolation, match="max_grad_norm"):
             training.optimizer.step()
+
+
+def one_by_one(optimizer):
+    """By Opacus's rule, in code of ones own."""
+    norms = norms_of(optimizer)
+    factors = (optimizer.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+    for p in optimizer.params:
+        add(p, weighted(factors, rows_of(p)))
+
+
+@pytest.mark.parametrize("mode", ["observe", "repair"])
+@pytest.mark.parametrize("kind", ["own", pytest.param("ghost", marks=needs_ghost)])
+def test_verdicts_do_not_tell_which_batches_are_small(kind, mode):
+    """Nor how many: a rule is tried as often, whether there are two people to try it on or not."""
+
+    def verdicts(sizes):
+        with dpguard.install(mode=mode, oracle_every=0) as guard:
+            if kind == "own":
+                training = Training(
+                    type("Mine", (DPOptimizer,), {"clip_and_accumulate": one_by_one})
+                )
+                optimizer, backward = training.optimizer, training.backward
+            else:
+                called, optimizer, criterion, _ = private(
+                    MLP(), grad_sample_mode="ghost", criterion=nn.CrossEntropyLoss()
+                )
+
+                def backward(x):
+                    optimizer.zero_grad()
+                    criterion(called(x), torch.zeros(len(x), dtype=torch.long)).backward()
+
+            found = []
+            for size in sizes:
+                backward(torch.randn(size, *MLP.shape))
+                optimizer.step()
+                guard.flush()
+                found.append(guard.last_step.checks[SUM].verdict)
+            assert {v.cause for v in guard.violations} <= {"not_poisson"}
+        return found
+
+    few = verdicts([3, 1, 2, 1, 1, 4, 1, 2, 3, 1, 1, 1, 5, 2])
+    assert few == verdicts([3] * 14)
+    assert few[0] == "pass"

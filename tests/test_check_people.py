@@ -2000,3 +2000,40 @@ def test_a_signal_that_comes_while_others_are_dropped():
     signals._drop(Owner(), tags, queue, deliveries[:1])
     assert list(queue) == [False, True]
     assert tags == deliveries[1:2]
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_what_was_declared_for_another_training(is_new):
+    """Says nothing of one that begins after it, whether it declares its batches or not."""
+    with dpguard.install(mode="strict") as guard:
+        others = [Private() for _ in range(2)] if not is_new else []
+        first = Private()
+        for x, y in first.loader:
+            dpguard.batch_size(len(x))
+            first.step(plain(first, x, y))
+        second, third = others or (Private(), Private())
+        second.train()
+        x, y = next(iter(third.loader))
+        dpguard.batch_size(len(x) + 1)
+        with pytest.raises(dpguard.PrivacyViolation, match="people that was declared"):
+            third.step(plain(third, x, y))
+        assert {v.cause for v in guard.violations} == {diagnosis.NOT_AS_DECLARED}
+
+
+def test_two_optimizers_may_use_what_is_declared_once(guard):
+    """As a discriminator and its critic do; each by its own rows."""
+    one, other = Private(), Private()
+    for x, y in DataLoader(samples(), batch_size=7):
+        dpguard.batch_size(len(x))
+        one.step(plain(one, x, y))
+        other.step(plain(other, x, y))
+    assert diagnosis.NOT_AS_DECLARED not in causes(guard)
+
+
+@pytest.mark.parametrize("ids", ["abc", 5, ["alice@example.org", "bob@example.org"]])
+@pytest.mark.parametrize("mode", ["repair", "off"])
+def test_ids_that_are_none_are_refused_at_once_and_not_shown(mode, ids):
+    with dpguard.install(mode=mode), pytest.raises(ValueError, match="whole number") as caught:
+        dpguard.rows(ids=ids)
+    assert "alice" not in str(caught.value)
+    assert caught.value.__cause__ is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -179,3 +180,19 @@ def test_lists_of_names_are_cut_short():
     assert diagnosis.listed(names[:6]) == "p0, p1, p2, p3, p4, p5"
     assert diagnosis.listed(names) == "p0, p1, p2, p3, p4, p5 and 2 more"
     assert diagnosis.listed([]) == ""
+
+
+def test_the_readme_says_what_each_field_is():
+    def below(cls):
+        return [cls, *(found for sub in cls.__subclasses__() for found in below(sub))]
+
+    keys = {
+        spec.metadata["key"]
+        for cls in below(Event)
+        if cls.__module__ == Event.__module__
+        for spec in dataclasses.fields(cls)
+        if spec.metadata.get("key") is not None and spec.metadata["data"].is_loggable
+    }
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert len(keys) > 20
+    assert sorted(key for key in keys if f"`{key}`" not in readme) == []

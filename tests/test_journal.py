@@ -344,8 +344,18 @@ def test_sensitive_file_is_separate_and_marked(open_journal, tmp_path):
 def test_sensitive_without_a_log_directory(capfd):
     """Without a directory there is nowhere for them to go, stderr included."""
     journal = Journal.open(Settings(sensitive=True))
+    assert "DPGUARD_SENSITIVE is about a log, and there is none" in capfd.readouterr().err
     journal.write(Measured(sensitive=4711, data=4712))
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_failure_in_mid_run_does_not_time_steps(tmp_path):
+    """To the second, as all that is said while steps are taken; what comes before them is exact."""
+    journal = Journal.open(Settings(log_dir=tmp_path), run_id="run")
+    for action in ("applied", "failed"):
+        journal.write(PatchEvent(action=action, body="a patch"))
+    times = [json.loads(line)["timestamp"] for line in journal.path.read_text().splitlines()]
+    assert [bool("." in time) for time in times] == [True, False]
 
 
 # --- the log as a whole --------------------------------------------------------------------

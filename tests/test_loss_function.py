@@ -323,6 +323,61 @@ def test_a_loss_with_a_state():
     assert fresh.cause == diagnosis.LOSS_COUPLES
 
 
+def test_generators_of_other_devices_are_left_alone(monkeypatch):
+    """Noise that is drawn on a GPU later is nobody's to know."""
+    seeded = []
+    for name in ("manual_seed", "manual_seed_all"):
+        monkeypatch.setattr(torch.cuda, name, seeded.append)
+    monkeypatch.setattr(torch.random, "manual_seed", seeded.append)
+    monkeypatch.setattr(torch, "manual_seed", seeded.append)
+    before = torch.get_rng_state()
+    assert dpguard.check_loss(lambda o, y: F.cross_entropy(F.dropout(o), y), *batch())
+    assert seeded == []
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_messages_tell_no_values():
+    """Losses and gradients are those of people."""
+    outputs, labels = batch()
+    with pytest.raises(ValueError, match=r"returned Tensor of shape \(24,\), detached") as caught:
+        dpguard.check_loss(lambda o, y: each(o.detach(), y), outputs, labels)
+    assert "tensor([" not in str(caught.value)
+    with pytest.raises(ValueError, match="returned float") as caught:
+        dpguard.check_loss(lambda o, y: 0.4711, outputs, labels)
+    assert "4711" not in str(caught.value)
+
+
+def test_outputs_that_are_not_finite():
+    outputs, labels = batch()
+    outputs[3, 1] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        dpguard.check_loss(F.cross_entropy, outputs, labels)
+
+
+def test_how_many_people_there_are():
+    """What the outputs have as first dimension, or those of them that the data has as well."""
+    outputs, labels = batch()
+
+    def loss(o, y):
+        return F.cross_entropy(o["logits"], y) + o["weights"].square().sum() / PEOPLE
+
+    several = {"weights": torch.randn(10), "logits": outputs}
+    assert dpguard.check_loss(lambda o, y: F.cross_entropy(o["logits"], y), several, labels)
+    with pytest.raises(ValueError, match="first dimensions of the outputs are 10, 24; how many"):
+        dpguard.check_loss(lambda o: o["logits"].square().sum(), several)
+
+
+def test_inside_of_inference_mode():
+    with torch.inference_mode():
+        assert dpguard.check_loss(F.cross_entropy, *batch())
+
+
+@pytest.mark.parametrize("seed", ["x", None, 1.5])
+def test_a_seed_that_is_none(seed):
+    with pytest.raises(TypeError, match="seed must be an integer, not"):
+        dpguard.check_loss(F.cross_entropy, *batch(), seed=seed)
+
+
 def test_what_cannot_be_asked():
     """Each says what it is and what to give instead; exceptions of the loss are the host's."""
     outputs, labels = batch()

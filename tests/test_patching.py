@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import sys
+import threading
 import types
 import weakref
 
 import pytest
 
-from dpguard.patching import ABSENT, Patch, Transaction, put_back
+from dpguard.patching import ABSENT, Patch, Transaction, living, put_back
 
 
 def make():
@@ -239,3 +241,49 @@ def test_what_an_object_holds_is_put_back(before, now):
     """As it was, or not at all, whatever became of it in between."""
     put_back(now, "name", before.get("name", ABSENT))
     assert now == before
+
+
+def test_what_lives_is_found():
+    """Of a class and of those that inherit from it, young and old; nothing else is held."""
+
+    class Wanted:
+        pass
+
+    class Below(Wanted):
+        pass
+
+    class Other:
+        pass
+
+    old = [Wanted(), Below(), Other()]
+    gc.collect()
+    young = [Below(), Other(), Wanted()]
+    before = [sys.getrefcount(found) for found in (*old, *young)]
+    found = living([Wanted])
+    assert set(map(id, found)) == {id(old[0]), id(old[1]), id(young[0]), id(young[2])}
+    assert len(found) == 4
+    del found
+    assert [sys.getrefcount(found) for found in (*old, *young)] == before
+    assert gc.isenabled()
+
+
+def test_what_others_are_making_is_not_held():
+    """A tuple that is not complete must not be held by anybody, or whoever makes it fails."""
+    failed, is_done = [], threading.Event()
+
+    def make():
+        while not is_done.is_set():
+            try:
+                tuple(number for number in range(40))
+            except SystemError as error:
+                failed.append(error)
+
+    maker = threading.Thread(target=make)
+    maker.start()
+    try:
+        for _ in range(30):
+            living([threading.Thread])
+    finally:
+        is_done.set()
+        maker.join()
+    assert failed == []

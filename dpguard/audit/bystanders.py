@@ -13,6 +13,7 @@ cannot be told from that.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ from dpguard.patching import living
 __all__ = ["Bystanders"]
 
 _LOOKS = frozenset((8, 256))
-"""Before these steps, of all DP optimizers together: to look all objects up takes a while."""
+"""Before these steps, of all DP optimizers together: to look all objects up takes a while,"""
+_BLOCKS_AT_MOST = 5_000_000
+"""with more small objects than that too long for a step: a data set of Python objects, say."""
 _INTERVALS = 3
 
 
@@ -65,6 +68,8 @@ class Bystanders(Check):
 
     def _found(self) -> list[torch.nn.Module]:
         """Layers that are in training mode and that nobody trains."""
+        if sys.getallocatedblocks() > _BLOCKS_AT_MOST:
+            return []
         both = living((batchnorm._BatchNorm, _compat.torch_optimizer_class()))
         layers = [one for one in both if isinstance(one, torch.nn.Module)]
         if not layers:

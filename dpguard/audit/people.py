@@ -282,8 +282,8 @@ class People(Check):
         """
         declared = self._deliveries.declared(logical.reader)
         said = explain(sizes, declared) if declared else None
-        if said is None:
-            return declared, None
+        if said is None:  # what somebody else has used may be for nobody else
+            return [d for d in declared if not d.used], None
         known = _seen(sizes, [*logical.reader.passed, *private], notes)
         if known or explain(sizes, private) or joined(sizes, private, declared=False):
             self._deliveries.use(logical.reader, said[-1])

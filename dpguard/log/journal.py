@@ -42,7 +42,8 @@ _SCHEMA = "1"
 _MAX_DEPTH = 8
 _STEP = "dpguard.step"
 _TIMED = (RunStarted, RunEnded, PatchEvent)
-"""Events that do not come while steps are taken, and are told to the microsecond."""
+"""Events that do not come while steps are taken (but that a part failed), which are told to the
+microsecond."""
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
 
 
@@ -110,6 +111,9 @@ class Journal:
         if settings.log_dir is not None:
             check_log_dir(settings.log_dir)
             check_log_dir(settings.log_dir / run_id, mode=0o700)
+        elif settings.sensitive or settings.key_file is not None:
+            names = "DPGUARD_SENSITIVE" if settings.sensitive else "DPGUARD_KEY_FILE"
+            say(f"dpguard: {names} is about a log, and there is none: set DPGUARD_LOG as well.")
         return cls(settings, run_id=run_id, rank=_rank(), max_bytes=max_bytes)
 
     @property
@@ -307,7 +311,9 @@ class _Renderer:
             text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
             self._second = (second, text)
         # Times in a training, told exactly, depend on the data: batch sizes can be read off them.
-        return f"{text}.{micros:06d}Z" if isinstance(event, _TIMED) else f"{text}Z"
+        is_failure = isinstance(event, PatchEvent) and event.action == "failed"
+        is_timed = isinstance(event, _TIMED) and not is_failure
+        return f"{text}.{micros:06d}Z" if is_timed else f"{text}Z"
 
 
 class _Stderr:

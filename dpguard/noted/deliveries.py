@@ -281,7 +281,8 @@ class Deliveries:
 
     def made(self, optimizer: Any) -> None:
         """A DP optimizer was made just now."""
-        self.reader(optimizer).born = self.serial
+        reader = self.reader(optimizer)
+        reader.born = reader.declared_until = self.serial
 
     def add(self, delivery: Delivery, data: Any) -> list[torch.Tensor]:
         """A loader has delivered ``data``; the tensors in it, if it is a private batch."""
@@ -385,10 +386,12 @@ class Deliveries:
         return self.reader(optimizer).places.batches or self.untied.places.batches
 
     def declared(self, reader: Reader) -> list[Delivery]:
-        """Declared batches that were not used yet."""
+        """Declared batches that were not used yet, but the last by anybody: it may be for two."""
         if not self._declared:
             return []
-        return [d for d in self._declared if (d.serial or 0) > reader.declared_until]
+        last = self._declared[-1]
+        since = [d for d in self._declared if (d.serial or 0) > reader.declared_until]
+        return [d for d in since if d is last or not d.used]
 
     def use(self, reader: Reader, used: Delivery) -> None:
         """A batch was taken; those before it are not waited for any more, but may come later."""
@@ -396,6 +399,8 @@ class Deliveries:
         serial = used.serial or 0
         if used.iteration is DECLARED:
             reader.declared_until = serial
+            for declared in self._declared:
+                declared.used = declared.used or (declared.serial or 0) <= serial
             return
         reader.last, used.used = used, True
         if used in reader.passed:

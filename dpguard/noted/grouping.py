@@ -176,13 +176,22 @@ def grouping_of(arrangement: str | None, group_size: int | None, ids: Any, layou
         return Concatenated()
     if group_size is not None:
         return EqualGroups(group_size, blocks=layout == "blocks")
+    return PersonIds(person_ids(ids))
+
+
+def person_ids(ids: Any) -> torch.Tensor:
+    """The ids of :func:`dpguard.rows` as a tensor of shape ``(B,)``.
+
+    Raises:
+        ValueError: they are something else. They are somebody's, so it does not show them.
+    """
     try:
         whose = ids if isinstance(ids, torch.Tensor) else torch.as_tensor(ids, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(
             "rows: ids must be one whole number for each row, of shape (B,), as a list or a "
-            f"tensor, not {ids!r:.200}: {error}"
-        ) from error
+            f"tensor, not a {type(ids).__name__} of something else"
+        ) from None
     if whose is not ids and not whose.numel():
         whose = whose.long()  # of nobody: torch takes an empty list for floats
     if whose.dim() != 1 or whose.is_floating_point() or whose.is_complex():
@@ -190,7 +199,7 @@ def grouping_of(arrangement: str | None, group_size: int | None, ids: Any, layou
             "rows: ids must be one whole number for each row, of shape (B,), not a tensor of "
             f"{whose.dtype} of {whose.dim()} dimensions"
         )
-    return PersonIds(whose)
+    return whose
 
 
 def owners(grouping: Grouping | None, rows: int, device: torch.device) -> torch.Tensor:

@@ -7,9 +7,21 @@ from typing import Any
 
 import torch
 
-__all__ = ["autocast_of", "computed_in", "full_precision", "note_precision", "precision_of"]
+__all__ = [
+    "autocast_of",
+    "computed_in",
+    "full_precision",
+    "is_float",
+    "note_precision",
+    "precision_of",
+]
 
 _COMPUTED_IN = "_dpguard_computed_in"
+
+
+def is_float(value: Any) -> bool:
+    """Whether it is a tensor of floating-point numbers."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def note_precision(rows: torch.Tensor, dtype: torch.dtype) -> None:

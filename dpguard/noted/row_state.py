@@ -34,10 +34,10 @@ __all__ = [
 UNKNOWN = -1
 """Segment of rows that are not from here."""
 
+_detach = _compat.plain_detach()
 _SAMPLED = 256
 _MOMENTS_KEPT = 64
 _PROBES_AT_MOST = 4096
-_detach = torch._C.TensorBase.detach
 
 
 def owned_rows(rows: torch.Tensor, lenders: Sequence[Any]) -> torch.Tensor:

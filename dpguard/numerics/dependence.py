@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ __all__ = ["Dependence", "measure"]
 _TIMES = 12
 _ROUNDINGS = 128
 _SEED = 20_011
-_detach = torch._C.TensorBase.detach
+_detach = _compat.plain_detach()
 
 
 @dataclass
@@ -69,6 +69,11 @@ def measure(
     asked = _Asked(loss, outputs, data)
     weight = 1 / asked.rows if mean else 1.0
     first, again = asked.gradients(), asked.gradients()
+    if not all(bool(one.isfinite().all()) for one in first):
+        raise ValueError(
+            "check_loss: gradients of the loss are not finite: give outputs and data without inf "
+            "and NaN, for which the loss is finite"
+        )
     unit = max(_compat.unit_roundoff(one.dtype) for one in first)
     found = Dependence(bound=_ROUNDINGS * unit)
     if not any(bool(one.any()) for one in first):
@@ -130,13 +135,14 @@ class _Asked:
         self._outputs = outputs
         self._data = tuple(data)
         tensors = [one for one in _tensors(outputs) if one.is_floating_point() and one.dim()]
+        given = [one for one in _tensors(self._data) if one.dim()]
         if not tensors:
             raise ValueError(
                 f"check_loss: outputs are {type(outputs).__name__} without a floating-point tensor "
                 "of shape (B, ...); give what the model returns for B people"
             )
-        self.rows = len(tensors[0])
-        self._devices = sorted({one.device.index or 0 for one in tensors if one.is_cuda})
+        self.rows = _people(sorted(set(map(len, tensors))), set(map(len, given)))
+        self._generators = _compat.generators_of(one.device for one in (*tensors, *given))
         if self.rows <= 1:
             raise ValueError(f"check_loss: outputs of {self.rows} people; give those of several")
 
@@ -147,7 +153,8 @@ class _Asked:
         leaves: list[torch.Tensor] = []
 
         def leaf(tensor: torch.Tensor) -> torch.Tensor:
-            mine = _detach(tensor) if order is None else _detach(tensor)[order]
+            alone: torch.Tensor = _detach(tensor)
+            mine = alone if order is None else alone[order]
             if not mine.is_floating_point():
                 return mine.clone()
             leaves.append(mine.clone().requires_grad_())
@@ -158,14 +165,17 @@ class _Asked:
         def own(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.clone() if whose is None else tensor[whose]
 
-        with self._seeded(seed), torch.enable_grad():
+        with self._seeded(seed), torch.inference_mode(mode=False), torch.enable_grad():
             outputs = _mapped(self._outputs, self.rows, leaf, None)
             data = [_mapped(one, self.rows, own, whose) for one in self._data]
             value = self._loss(outputs, *data)
             if not isinstance(value, torch.Tensor) or not value.requires_grad:
+                kind = type(value).__name__
+                if isinstance(value, torch.Tensor):
+                    kind += f" of shape {tuple(value.shape)}, detached from the graph"
                 raise ValueError(
-                    f"check_loss: the loss returned {type(value).__name__} "
-                    f"{value!r:.80}, which no gradient leads from to the outputs"
+                    f"check_loss: the loss returned {kind}, which no gradient leads from to the "
+                    "outputs"
                 )
             found: Sequence[Any] = torch.autograd.grad(value.sum(), leaves, allow_unused=True)
         pairs = zip(found, leaves, strict=True)
@@ -173,10 +183,29 @@ class _Asked:
 
     @contextlib.contextmanager
     def _seeded(self, seed: int) -> Iterator[None]:
-        """Draw the same numbers as before, and none of the host's."""
-        with torch.random.fork_rng(self._devices):
-            torch.manual_seed(_SEED + seed)
+        """Draw the same numbers as before, and none of the host's.
+
+        By the generators of the devices at hand: ``torch.manual_seed`` would set those of all.
+        """
+        states = [generator.get_state() for generator in self._generators]
+        try:
+            for generator in self._generators:
+                generator.manual_seed(_SEED + seed)
             yield
+        finally:
+            for generator, state in zip(self._generators, states, strict=True):
+                generator.set_state(state)
+
+
+def _people(sizes: Sequence[int], of_data: Collection[int]) -> int:
+    """How many there are, by the first dimensions of outputs and data."""
+    likely = [size for size in sizes if size in of_data] if len(sizes) > 1 else sizes
+    if len(likely) != 1:
+        raise ValueError(
+            f"check_loss: first dimensions of the outputs are {', '.join(map(str, sizes))}; how "
+            "many people are there? What belongs to none of them is given by a closure"
+        )
+    return likely[0]
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

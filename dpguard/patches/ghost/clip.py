@@ -37,6 +37,8 @@ __all__ = ["Factors", "watch"]
 _RULE, _NORMS = "get_clipping_coef", "get_norm_sample"
 _NOTED = ("per_sample_gradient_norms", "_per_sample_gradient_norms")
 """Where Opacus keeps what it was asked for; that of 1.6 is behind a property."""
+_Alone: Any = object()
+"""Nothing can be tried on fewer than two people."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Factors:
         dtype: the lowest precision among those of the factors and of the norms.
         rule: what tells this rule from others.
         sensitivity: if the rule was tried, by how many bounds one person can move its sum.
-        unproved: it was to be tried, and could not.
+        unproved: it was to be tried, and could not;
+        is_alone: because there are no two people.
     """
 
     hooks: weakref.ref[Any]
@@ -60,10 +63,11 @@ class Factors:
     rule: Any
     sensitivity: torch.Tensor | None = None
     unproved: bool = False
+    is_alone: bool = False
 
     def joined(self, other: Factors) -> Factors | None:
         """What is known of both batches together, if they were clipped alike and not tried."""
-        if any(f.sensitivity is not None or f.unproved for f in (self, other)):
+        if any(f.sensitivity is not None or f.unproved or f.is_alone for f in (self, other)):
             return None
         alike = self.hooks() is other.hooks() and self.rule == other.rule
         if not (
@@ -94,7 +98,7 @@ def watch(
         return
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if own.get(_RULE) is call:
+        if own.get(_RULE) is mine():
             put_back(own, _RULE, before)
         tried: list[Any] = []
         # Whoever repairs has the noise follow the bound that is clipped to.
@@ -121,11 +125,13 @@ def watch(
                     rule,
                     found if isinstance(found, torch.Tensor) else None,
                     unproved=found is Unproved,
+                    is_alone=found is _Alone,
                 )
             )
         return factors
 
     own[_RULE] = call
+    mine = weakref.ref(call)  # a function that holds itself would hold the loss and its graph
     try:
         yield
     finally:
@@ -169,8 +175,8 @@ def _try(
         return None
     held = [p._norm_sample for p in parameters]
     count, device = len(held[0]), held[0].device
-    if count < 2:  # noqa: PLR2004 - nobody else is there
-        return None
+    if count < 2:  # noqa: PLR2004
+        return _Alone
     most = min(torch.finfo(norm.dtype).max for norm in held)
     people = People.made_up(count, turn, device)
     norms, later = ((bound * n.abs()).clamp(max=most / 4) for n in (people.norms, people.later))

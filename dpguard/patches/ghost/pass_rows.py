@@ -18,7 +18,7 @@ import torch
 
 from dpguard import _compat
 from dpguard.noted.passes import Differing
-from dpguard.noted.precision import autocast_of, full_precision
+from dpguard.noted.precision import autocast_of, full_precision, is_float
 from dpguard.numerics.probes import Probes
 from dpguard.numerics.rounding import BETWEEN_BACKWARDS, LAMBDA
 
@@ -101,7 +101,7 @@ class PassRows:
             return
         kinds = autocast_of(backprops), record.cast
         self._kinds |= {backprops.dtype, *filter(None, kinds)}
-        self._kinds |= {a.dtype for a in record.activations or () if _is_float(a)}
+        self._kinds |= {a.dtype for a in record.activations or () if is_float(a)}
         with full_precision(rows):
             sketch = _sketch_of(rows)
         length = rows.numel() // len(rows)
@@ -153,10 +153,10 @@ class PassRows:
         if len(shape) and shape[0] in rows.shape[1:]:
             features = shape[0]
         first: Any = next(iter(record.activations or ()), None)
-        if isinstance(first, torch.Tensor) and not _is_float(first):
+        if isinstance(first, torch.Tensor) and not is_float(first):
             return None, length / rows.shape[-1]
         places = length / max(1, features)
-        if _is_float(first) and record.kind.measure is None and first.dim() > record.dimension:
+        if is_float(first) and record.kind.measure is None and first.dim() > record.dimension:
             inputs = first.movedim(record.dimension, 0) if record.dimension else first
             if len(inputs) == len(rows):
                 return _lengths(inputs), places
@@ -214,17 +214,13 @@ class PassRows:
 
     def _roundings(self, lengths: Sequence[int]) -> tuple[torch.Tensor, float, torch.Tensor]:
         """What backprops may differ by: relative, that of low precision, and at least."""
-        kinds = self._kinds | {p.dtype for p in self._hooks._module.parameters() if _is_float(p)}
+        kinds = self._kinds | {p.dtype for p in self._hooks._module.parameters() if is_float(p)}
         unit = max(_compat.unit_roundoff(_compat.at_least_single(kind)) for kind in kinds)
         low = max(_compat.operand_roundoff(k, self._device, convolves=True) for k in kinds)
         least = max(map(_compat.underflow, kinds))
         roots = self._column(lengths).sqrt()
         low *= 4 * LAMBDA
         return LAMBDA * unit * roots + low, low, LAMBDA * least * roots
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _lengths(rows: torch.Tensor) -> torch.Tensor:

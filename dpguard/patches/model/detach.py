@@ -114,7 +114,7 @@ class _Attribution:
 
 def _unseen_by_host(tensor: torch.Tensor) -> Any:
     """Where a class of tensors, or a mode, of the host's would be told what we ask of a tensor."""
-    return torch._C.DisableTorchFunction() if has_torch_function_unary(tensor) else nullcontext()
+    return _compat.plain_operations() if has_torch_function_unary(tensor) else nullcontext()
 
 
 def nearest_calls(start: Any) -> frozenset[CallKey]:

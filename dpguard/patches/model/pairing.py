@@ -28,8 +28,8 @@ from dpguard.patching import living
 
 __all__ = ["Pairing", "Registry"]
 
-_detach = torch._C.TensorBase.detach
 _autograd = _compat.autograd()
+_detach = _compat.plain_detach()
 _probes = Probes()
 _ENOUGH_FOR_A_MEAN = 64
 _DRAWS = 16

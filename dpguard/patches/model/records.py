@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ForwardHook", "Record", "differentiable", "no_hook", "plain_hook"]
 
-_detach = torch._C.TensorBase.detach
+_detach = _compat.plain_detach()
 _inside_transform = _compat.transform_test()
 _unsafe_view = torch.ops.aten._unsafe_view.default
 

@@ -8,6 +8,7 @@ same.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -123,13 +124,14 @@ class Mechanism:
         run = getattr(self, f"_{name}")
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if own.get(name) is call:
+            if own.get(name) is mine():
                 put_back(own, name, before)
             stock = not args and not kwargs and self._is_stock(original, instance, name)
             return run(
                 instance, lambda: original(*args, **kwargs), instance.params if stock else None
             )
 
+        mine = weakref.ref(call)  # a function that holds itself would hold the optimizer
         call.__wrapped__ = original  # type: ignore[attr-defined]
         return call
 

@@ -31,7 +31,7 @@ from dpguard import _compat
 from dpguard._errors import DPGuardError
 from dpguard.noted.conditioning import conditions
 from dpguard.noted.grouping import Grouping, owners, squares_of_people
-from dpguard.noted.precision import precision_of
+from dpguard.noted.precision import is_float, precision_of
 from dpguard.numerics.rounding import LAMBDA
 from dpguard.patches.oracle.divisors import Divided, Divisors
 from dpguard.patches.oracle.draws import Draws, scattered
@@ -218,14 +218,14 @@ class NormDraw:
             node = _compat.nodes().current()  # type: ignore[union-attr]
             self._calls[id(node)] = _Call(node, record.index, dimension)
         inputs = record.activations or ()
-        kinds = {precision_of(t) for t in (*inputs, backprops) if _is_float(t)}
+        kinds = {precision_of(t) for t in (*inputs, backprops) if is_float(t)}
         is_ghost = people is None and _compat.norm_sampler(pairing.hooks, module) is not None
         scale: torch.Tensor | None = None
         square: torch.Tensor | None = None
         if backprops.dim() > dimension and backprops.shape[dimension] == self.rows:
             row = self._row if people is None else None
             scale, square = self._strength(inputs, backprops, dimension, row)
-        record.measure([a.movedim(dimension, 0) if _is_float(a) else a for a in inputs])
+        record.measure([a.movedim(dimension, 0) if is_float(a) else a for a in inputs])
         for parameter in record.trained:
             layer = self._layer_of(parameter)
             layer.kinds |= kinds
@@ -522,10 +522,6 @@ def _condition(record: Record, parameter: torch.nn.Parameter) -> torch.Tensor | 
     if moments is None or parameter is not record.module._parameters.get("weight"):
         return 1.0
     return conditions([moments])[0].clamp(min=1)
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _is_plain(grad: Any) -> bool:
