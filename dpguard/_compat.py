@@ -619,7 +619,7 @@ def batch_dimension(module: torch.nn.Module, *, batch_first: bool) -> int:
     """
     if is_rnn_linear(module):
         return 0
-    if type(module) is _sequence_bias():
+    if is_sequence_bias(module):
         return 0 if module.batch_first else 1
     if _transposing_attention() is not None and module in _TIME_FIRST:
         return 1
@@ -647,7 +647,12 @@ def _transposing_attention() -> Any:
 
 def has_own_batch_dimension(module: torch.nn.Module) -> bool:
     """Whether layers of this class each say where their batch is."""
-    return type(module) is _sequence_bias() or _transposing_attention() is not None
+    return is_sequence_bias(module) or _transposing_attention() is not None
+
+
+def is_sequence_bias(module: Any) -> bool:
+    """Whether it puts a step at the end of each sequence, which may be time first."""
+    return type(module) is _sequence_bias()
 
 
 @functools.lru_cache(maxsize=1)

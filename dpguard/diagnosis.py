@@ -43,6 +43,7 @@ ROW_SHAPE = "row_shape"
 ROW_DTYPE = "row_dtype"
 ROW_DEVICE = "row_device"
 ROWS_NOT_FINITE = "rows_not_finite"
+LAYER_NOT_FINITE = "layer_not_finite"
 ROWS_REPLACED = "rows_replaced"
 NOT_CONSERVED = "rows_do_not_add_up"
 NORMS_INCOMPLETE = "norms_miss_a_part"
@@ -185,6 +186,7 @@ DRAWN_TOO_MANY = "drawn_too_many"
 DRAWN_DEPENDENTLY = "drawn_dependently"
 BATCH_UNDELIVERED = "batch_undelivered"
 SIGNAL_OF_OTHERS = "signal_of_others"
+SIGNALS_LEFT = "signals_left"
 BATCHES_MERGED = "logical_batches_merged"
 BATCH_IN_STEPS = "logical_batch_in_steps"
 SUMS_LOST = "clipped_sums_lost"
@@ -410,7 +412,15 @@ _DIAGNOSES = {
     ROWS_NOT_FINITE: Diagnosis(
         "per-sample gradients are not finite",
         "find the samples that make the loss overflow; where they are not counted as zero, one of "
-        "them makes the whole update NaN",
+        "them makes the whole update NaN. If it is everybody in every batch, look at what the "
+        "layer computes of one sample alone",
+    ),
+    LAYER_NOT_FINITE: Diagnosis(
+        "no per-sample gradient of the layer is finite though the gradient of the batch is, step "
+        "after step: everybody counts as zero, and the layer or model learns from noise alone",
+        "look at what the layer computes of one sample alone, as its rows are (the standard "
+        "deviation of one value is NaN: no statistics over the batch), or register a grad sampler "
+        "for it that is right",
     ),
     NOT_CONSERVED: Diagnosis(
         "the per-sample gradients do not add up to the gradient that autograd computed for the "
@@ -1425,6 +1435,15 @@ _DIAGNOSES = {
         "leave optimizer.signal_skip_step() to BatchMemoryManager; a batch that shall not count is "
         "stepped with a loss times zero",
         Severity.CRITICAL,
+    ),
+    SIGNALS_LEFT: Diagnosis(
+        "more skip signals are given than steps are taken, so each physical batch meets the "
+        "signal of an earlier one, and steps are made in other places, and less often, than is "
+        "accounted",
+        "call step() on the DP optimizer itself, once after each signal_skip_step(): a wrapper "
+        "that accumulates by itself, as that of accelerate, leaves steps out (unwrap it by its "
+        "type: hasattr(wrapper, 'signal_skip_step') is true of it here)",
+        Severity.ERROR,
     ),
     SPLIT_FOR_ANOTHER: Diagnosis(
         "BatchMemoryManager was given another optimizer than the one that steps, which therefore "

@@ -15,7 +15,7 @@ from opacus import GradSampleModule, PrivacyEngine
 from opacus.accountants import RDPAccountant
 from opacus.optimizers import DPOptimizer
 from opacus.utils.batch_memory_manager import BatchMemoryManager
-from releases import LEAN, needs_adaptive, needs_ghost, needs_reshaping
+from releases import LEAN, needs_adaptive, needs_functorch, needs_ghost, needs_reshaping
 from shuffled import is_ok, violations
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -1230,3 +1230,96 @@ def test_no_synchronisation_on_cuda(mode):
         guard.flush()
         assert guard.last_step.step == 5
         assert covered(guard.last_step) == dict.fromkeys(coverage.CHECKS, CheckCount(passed=5))
+
+
+class StandardDeviation(nn.Module):
+    """Of the batch, which is not a number for one sample alone: so functorch computes rows."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(features))
+
+    def forward(self, x):
+        centred = x - x.mean(0)
+        deviation = (centred.square().sum(0) / (len(x) - 1)).sqrt()
+        return centred / (deviation + 1e-3) * self.gain
+
+
+@needs_functorch
+def test_a_layer_of_which_nobody_has_a_finite_row(guard):
+    """That is not by anybody's data: it is said, by name, and not only on the channel for data."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), StandardDeviation(6), nn.Linear(6, 2))
+    called = GradSampleModule(model)
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        expected_batch_size=8,
+    )
+    for _ in range(8):
+        optimizer.zero_grad()
+        called(torch.randn(8, 4)).square().mean().backward()
+        optimizer.step()
+    guard.flush()
+    (found,) = {v.cause: v for v in guard.violations if not v.confidential}.values()
+    assert found.cause == diagnosis.LAYER_NOT_FINITE
+    assert found.parameters == ("1.gain",)
+
+
+def test_people_whose_rows_are_not_finite_are_no_fault_of_a_layer(guard):
+    """Be it one in each batch or everybody in some of them: that is by their data."""
+    torch.manual_seed(0)
+    called = GradSampleModule(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)))
+    optimizer = DPOptimizer(
+        torch.optim.SGD(called.parameters(), lr=0.1),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        expected_batch_size=8,
+    )
+    for number in range(8):
+        x = torch.randn(8, 4)
+        x[: 1 if number % 2 else 8] = float("nan")
+        optimizer.zero_grad()
+        called(x).square().mean().backward()
+        optimizer.step()
+    guard.flush()
+    assert {v.cause for v in guard.violations} == {diagnosis.ROWS_NOT_FINITE}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"grad_sample_mode": "ghost"}, marks=needs_ghost)],
+    ids=["hooks", "ghost"],
+)
+def test_steps_leave_nothing_to_be_collected(options):
+    """Else the losses and graphs of steps live on until the next collection, if there is one."""
+    data = torch.utils.data.TensorDataset(torch.randn(64, 4), torch.randint(2, (64,)))
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+    with dpguard.install(mode="repair", oracle_every=0):
+        criterion = nn.CrossEntropyLoss()
+        called, optimizer, *rest = PrivacyEngine().make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=torch.utils.data.DataLoader(data, batch_size=8),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            poisson_sampling=False,
+            **(options | {"criterion": criterion} if options else {}),
+        )
+        criterion = rest[0] if options else criterion
+        alive = []
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(3):
+                for x, y in rest[-1]:
+                    optimizer.zero_grad()
+                    outputs = called(x)
+                    alive.append(weakref.ref(outputs))
+                    criterion(outputs, y).backward()
+                    del outputs
+                    optimizer.step()
+            assert sum(one() is not None for one in alive[:-1]) == 0
+        finally:
+            gc.enable()

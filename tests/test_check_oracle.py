@@ -15,6 +15,7 @@ import torch
 from healthy import private
 from models import CNN, MLP, Functorch, InPlaceCNN, Recurrent, SimSiam
 from opacus import GradSampleModule, PrivacyEngine
+from opacus.layers import DPMultiheadAttention
 from opacus.optimizers import DPOptimizer
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from oracle_models import BATCH, Attention, Between, Unexpanded, inputs_of
@@ -989,3 +990,27 @@ def test_as_many_of_something_else_as_people(how):
         looked = bool(guard.last_step.checks[ORACLE].passed)
     assert guard.violations == ()
     assert looked == (how == "batch first")
+
+
+class WithBias(nn.Module):
+    """Attention that puts a learned step at the end of each sequence, with the time first."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.steps = steps
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.attention = DPMultiheadAttention(8, 2, add_bias_kv=True, batch_first=True)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last((h + self.attention(h, h, h, need_weights=False)[0]).mean(1))
+
+
+@pytest.mark.skipif(MISTAKES_ATTENTION, reason="this Opacus mistakes time for the batch")
+@pytest.mark.parametrize("steps", [BATCH - 2, BATCH - 1, BATCH, BATCH + 1])
+def test_a_step_more_than_there_are_may_be_as_many_as_people(guard, steps):
+    training = Training(WithBias(steps))
+    for _ in range(3):
+        training.step(torch.randn(BATCH, steps, 5))
+    guard.flush()
+    assert guard.violations == ()

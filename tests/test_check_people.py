@@ -2037,3 +2037,100 @@ def test_ids_that_are_none_are_refused_at_once_and_not_shown(mode, ids):
         dpguard.rows(ids=ids)
     assert "alice" not in str(caught.value)
     assert caught.value.__cause__ is None
+
+
+def prefetched(batches, depth):
+    """Drawn so many ahead, in this thread."""
+    waiting = []
+    for batch in batches:
+        waiting.append(batch)
+        if len(waiting) > depth:
+            yield waiting.pop(0)
+    yield from waiting
+
+
+def in_halves(private, x, y):
+    for part in range(2):
+        private.optimizer.signal_skip_step(do_skip=not part)
+        private.step(private.criterion(private.model(x[part::2]), y[part::2]))
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3, 99])
+@pytest.mark.parametrize("copied", [False, True])
+def test_batches_that_are_divided_by_hand_and_drawn_ahead(copied, depth):
+    """A half may have as many rows as the next batch has people."""
+    with dpguard.install(mode="strict") as guard:
+        private = Private(samples(200))
+        for _ in range(2):
+            for x, y in prefetched(private.loader, depth):
+                in_halves(private, *((x.clone(), y.clone()) if copied else (x, y)))
+        guard.flush()
+        assert guard.violations == ()
+
+
+@pytest.mark.parametrize("left_out", ["some", "an evaluation", "the end"])
+def test_batches_that_are_divided_by_hand_after_others_were_left_out(left_out):
+    chance = random.Random(3)
+    with dpguard.install(mode="strict") as guard:
+        private = Private(samples(200))
+        for _ in range(4):
+            for number, (x, y) in enumerate(private.loader):
+                if left_out == "the end" and number == 18:
+                    break
+                if left_out == "some" and chance.random() < 0.3:
+                    continue
+                in_halves(private, x.clone(), y.clone())
+            if left_out == "an evaluation":
+                with torch.no_grad():
+                    [private.model(x) for x, _ in private.loader]
+        guard.flush()
+        assert guard.violations == ()
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_two_batches_in_one_step_that_are_drawn_ahead(guard, depth):
+    """Are two draws still."""
+    private = Private(samples(200))
+    with pytest.raises(dpguard.PrivacyViolation):
+        for number, (x, y) in enumerate(prefetched(private.loader, depth)):
+            private.optimizer.signal_skip_step(do_skip=number % 2 == 0)
+            private.step(plain(private, x, y))
+
+
+class Swallowing:
+    """Steps the optimizer in one of four calls, as accelerate's does when it accumulates."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.calls = optimizer, 0
+
+    def step(self):
+        self.calls += 1
+        if self.calls % 4 == 0:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+def test_signals_that_no_step_takes(mode):
+    """Later steps are made by the signals of earlier ones, and less often than is accounted."""
+
+    def run(step_all):
+        private = Private(samples(64), poisson=False)
+        wrapper = private.optimizer if step_all else Swallowing(private.optimizer)
+        for number in range(32):
+            x, y = torch.randn(4, 6), torch.randint(4, (4,))
+            private.optimizer.signal_skip_step(do_skip=number % 4 != 3)
+            plain(private, x, y).backward()
+            wrapper.step()
+            if step_all:
+                private.optimizer.zero_grad()
+
+    for step_all in (True, False):
+        with dpguard.install(mode=mode) as guard:
+            if mode == "strict" and not step_all:
+                with pytest.raises(dpguard.PrivacyViolation, match="not called as often"):
+                    run(step_all)
+            else:
+                run(step_all)
+            found = [v for v in guard.violations if v.cause == diagnosis.SIGNALS_LEFT]
+            assert len(found) == (not step_all)

@@ -75,6 +75,7 @@ if TYPE_CHECKING:
 __all__ = ["AMPLIFIED", "CONSERVATION", "FAINT", "RowValues", "factors", "finiteness", "floor"]
 
 CONSERVATION = "conservation"
+_SEVERAL = 2
 PROBE_EVERY = 50
 """How many audited steps there are to one in which the strength of the rows is probed."""
 
@@ -140,6 +141,8 @@ class RowValues(Check):
         self._updates: IdentityMap[list[tuple[Any, int]]] = IdentityMap()
         """What ``p.grad`` was in the last step of each optimizer, weakly, and its version."""
         self._said = IdentitySet()
+        self._broken: IdentityMap[int] = IdentityMap()
+        """Of parameters that had rows that were not finite: in how many steps."""
         self._chosen = Turns()
 
     def before_clip(self, step: Step, optimizer: Any) -> Failures:
@@ -258,9 +261,14 @@ class RowValues(Check):
     ) -> None:
         step.run(FINITE)
         scales = torch.mm(found.shares.unsqueeze(0), found.norms)
+        self._look_at_broken(step, found)
         if not compared:
             names = step.names
-            step.collect((FINITE,), [scales], lambda found: finiteness(names, map(isfinite, found)))
+
+            def look(values: list[float]) -> Failures:
+                return self._note_broken(step, finiteness(names, map(isfinite, values)))
+
+            step.collect((FINITE,), [scales], look)
             return
         step.run_on(CONSERVATION, len(compared))
         limits = self._limit(step, found.rows, compared, residuals[0].dtype)
@@ -277,10 +285,43 @@ class RowValues(Check):
         root = math.sqrt(sum(sizes))
         off = self._ledger.unhooked
         unhooked = {i for i in compared if id(step.parameters[i]) in off} if off else ()
-        receive = functools.partial(
+        verdict = functools.partial(
             _verdict, step, compared, limits, root, scaling=scaling, unhooked=unhooked
         )
+
+        def receive(values: list[float]) -> Failures:
+            return self._note_broken(step, verdict(values))
+
         step.collect((FINITE, CONSERVATION), figures, receive)
+
+    def _note_broken(self, step: Step, failures: Failures) -> Failures:
+        """Have parameters whose rows are not finite looked at more closely."""
+        for failure in failures:
+            if failure.cause == diagnosis.ROWS_NOT_FINITE:
+                for parameter, name in zip(step.parameters, step.names, strict=True):
+                    if name in failure.parameters:
+                        self._broken[parameter] = self._broken.get(parameter, 0) + 1
+        return failures
+
+    def _look_at_broken(self, step: Step, found: Clipping | Survey) -> None:
+        """Where nobody's row is finite, and their sum is: that is not by anybody's data."""
+        if not self._broken or sum(found.rows.sizes) < _SEVERAL:
+            return
+        names: list[str] = []
+        figures: list[torch.Tensor] = []
+        for i, (parameter, state) in enumerate(zip(step.parameters, step.states, strict=True)):
+            grad = state.batch_gradient(parameter)
+            if self._broken.get(parameter, 0) >= _SEVERAL and type(grad) is torch.Tensor:
+                names.append(step.names[i])
+                figures += [found.norms[:, i].isfinite().any(), grad.isfinite().all()]
+
+        def receive(values: list[float]) -> Failures:
+            each = zip(names, values[::2], values[1::2], strict=True)
+            wrong = tuple(name for name, any_row, whole in each if whole and not any_row)
+            return [Failure(FINITE, diagnosis.LAYER_NOT_FINITE, wrong)] if wrong else []
+
+        if names:
+            step.collect((FINITE,), figures, receive)
 
     def _strengths(
         self, step: Step, found: Clipping | Survey, compared: Sequence[int], total: torch.Tensor

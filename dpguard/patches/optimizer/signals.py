@@ -18,7 +18,8 @@ anything of a pass of which a thread of its own fetches the batches: that is ahe
 likes, and hands on all of them in their order.
 
 A signal that somebody else gives (``signal_skip_step(True)`` for a batch whose loss is bad) is one
-too many for good. It cannot be known what was meant by it: that is refused.
+too many for good. It cannot be known what was meant by it: that is refused. Where all are given by
+hand they may be given ahead, but not more and more of them.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from dpguard.verdicts import Verdicts
 __all__ = ["BATCHES", "Signals"]
 
 BATCHES = "people.batches"
+_GROWN = 3
 
 
 class Signals:
@@ -65,6 +67,9 @@ class Signals:
         """The logical batch of which each optimizer has summed parts, and made no step yet."""
         self._paired = IdentitySet()
         """Optimizers whose signals were all those of batches, in the step before."""
+        self._piles: IdentityMap[tuple[int, int]] = IdentityMap()
+        """How many signals that are given by hand were there before the last step of an optimizer,
+        and for how many steps on end they were more than before."""
 
     def before_step(self, optimizer: Any) -> None:
         """A physical batch is about to be clipped: its signal must be the first in the queue.
@@ -75,6 +80,7 @@ class Signals:
         tags = self._tags.get(optimizer)
         self._in_hand.pop(optimizer)
         if not tags:
+            self._look_at_pile(optimizer)
             return
         queue = _compat.skip_signals(optimizer)
         if not queue:
@@ -107,6 +113,17 @@ class Signals:
             self._keep_apart(optimizer, in_hand)
             self._keep_together(optimizer, in_hand)
         self._summed[optimizer] = in_hand.batch
+
+    def _look_at_pile(self, optimizer: Any) -> None:
+        signals = len(_compat.skip_signals(optimizer))
+        before, grown = self._piles.get(optimizer, (1, 0))
+        grown = grown + 1 if signals > before else 0
+        if signals or optimizer in self._piles:
+            self._piles[optimizer] = signals, grown
+        if grown == _GROWN:
+            name, cause = type(optimizer).__name__, diagnosis.SIGNALS_LEFT
+            body = f"{name}.step() is not called as often as {name}.signal_skip_step()."
+            self._verdicts.complain(BATCHES, cause, body)
 
     def _before_fetched(self, optimizer: Any, tags: list[Delivery], queue: list[bool]) -> None:
         """Likewise, where a thread may be about to add to one of both: only passes are left out."""

@@ -88,7 +88,10 @@ class Draw:
 
     def watch(self, node: Any, arrived: list[Parts | None]) -> None:
         """See at the output of a layer whether her share is in her row."""
-        if self.people is not None or not node.metadata.get(TALLY):
+        tallies = node.metadata.get(TALLY)
+        if self.people is not None or not tallies:
+            return
+        if any(_compat.is_sequence_bias(tally.module()) for tally in tallies):
             return
         for pair in arrived:
             if pair is not None and pair[0].dim() and len(pair[0]) == self.rows:
