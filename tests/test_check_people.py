@@ -2091,7 +2091,7 @@ def test_batches_that_are_divided_by_hand_after_others_were_left_out(left_out):
 def test_two_batches_in_one_step_that_are_drawn_ahead(guard, depth):
     """Are two draws still."""
     private = Private(samples(200))
-    with pytest.raises(dpguard.PrivacyViolation):
+    with pytest.raises(dpguard.PrivacyViolation):  # noqa: PT012
         for number, (x, y) in enumerate(prefetched(private.loader, depth)):
             private.optimizer.signal_skip_step(do_skip=number % 2 == 0)
             private.step(plain(private, x, y))
