@@ -1393,7 +1393,8 @@ _DIAGNOSES = {
         "loader has delivered; if they had been used before, the accountant, which takes each step "
         "for one on a batch that was drawn anew, reports less than was spent",
         "draw a new batch for each step: loop over the loader that make_private returned and call "
-        "optimizer.step() once for each of its batches",
+        "optimizer.step() once for each of its batches. If the rows are nobody's (samples of a "
+        "generator), say so by dpguard.batch_size(n) with their number",
         Severity.WARNING,
     ),
     BATCHES_MERGED: Diagnosis(

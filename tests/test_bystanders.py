@@ -101,6 +101,16 @@ def test_a_backbone_in_training_mode(kind, mode):
     assert list(guard.violations) == found
 
 
+@pytest.mark.parametrize("freezes", [True, False])
+def test_a_teacher_that_was_trained_before(freezes):
+    """Its optimizer still lives: only where it is frozen nobody trains it."""
+    teacher = backbone()
+    optimizer = torch.optim.SGD(teacher.parameters(), lr=0.1)
+    teacher.requires_grad_(requires_grad=not freezes)
+    assert len(train(lambda: Teacher(teacher))[0]) == freezes
+    assert optimizer.param_groups
+
+
 def test_processes_with_very_many_objects(monkeypatch):
     """To look at them all would take longer than a step may."""
     monkeypatch.setattr(sys, "getallocatedblocks", lambda: 6_000_000)

@@ -111,7 +111,14 @@ def of_one_layer(model):
         model[2].weight.add_(model[2].weight.grad, alpha=-0.1)
 
 
-BY_HAND = [in_place, of_data, of_data_in_place, of_signs, of_one_layer]
+def and_free(model):
+    """As the optimizers that update in the backward do, to save the memory of the gradients."""
+    in_place(model)
+    for p in model.parameters():
+        p.grad = None
+
+
+BY_HAND = [in_place, of_data, of_data_in_place, of_signs, of_one_layer, and_free]
 
 
 @pytest.mark.parametrize("change", BY_HAND, ids=lambda f: f.__name__)

@@ -7,8 +7,8 @@ on modules of others sees it. So those that live are looked up now and then, and
 steps: one that counts its batches in training mode between each two of them runs along with the
 training, whatever it is given.
 
-One with parameters in an optimizer is trained by somebody, as the generator of a GAN; what has none
-cannot be told from that.
+One with parameters in an optimizer is trained by somebody, as the generator of a GAN, unless they
+are frozen; what has none cannot be told from that.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ class Bystanders(Check):
         if not getattr(layer, "training", False) or layer in self._batches.of_models:
             return False
         parameters = [p for p in vars(layer).get("_parameters", {}).values() if p is not None]
-        return bool(parameters) and not any(id(p) in trained for p in parameters)
+        return bool(parameters) and not any(
+            id(p) in trained and p.requires_grad for p in parameters
+        )
 
     def _compare(self) -> None:
         """Keep those that have run since."""

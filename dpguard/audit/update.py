@@ -33,7 +33,7 @@ from dpguard.audit.check import Check, Failure, Failures, PerOwner, Receiver, St
 from dpguard.identity import IdentityMap, version_of
 from dpguard.interrupts import let_through
 from dpguard.noted.ledger import Ledger
-from dpguard.noted.row_state import ParameterState, awaits_its_step, sample_of
+from dpguard.noted.row_state import ParameterState, awaits_its_step, sample_of, sample_of_rows
 from dpguard.numerics.rows import Clipping
 from dpguard.turns import Turns
 
@@ -181,22 +181,18 @@ class Update(Check):
     def _measure(self, kept: Sequence[tuple[torch.Tensor, ParameterState]]) -> None:
         names, figures, sizes = [], [], []
         for parameter, state in kept:
-            grad, held = parameter.grad, state.kept
+            grad, held = _sampled_gradient(parameter), state.kept
             if (
-                type(grad) is torch.Tensor
+                grad is not None
                 and held is not None
-                and grad.layout is torch.strided
-                and grad.shape == parameter.shape
                 and not parameter.is_complex()
                 and grad.device == held.device == parameter.device
             ):
                 value = sample_of(parameter)
-                if value.shape == held.shape:
+                if value.shape == held.shape == grad.shape:
                     names.append(state.name)
                     change, suspect = value - held, state.suspect or _has_changed(parameter, state)
-                    figures.append(
-                        self._products(parameter, held, change, sample_of(grad), suspect=suspect)
-                    )
+                    figures.append(self._products(parameter, held, change, grad, suspect=suspect))
                     sizes.append(value.numel())
         if names:
             self._mine.pending.append((_judge(tuple(names), sizes, figures), figures))
@@ -400,6 +396,17 @@ def trained_by(step: Step) -> Callable[[torch.nn.Module], bool]:
 def _trained_with(parameters: Iterable[torch.Tensor]) -> Callable[[torch.nn.Module], bool]:
     mine = {id(p) for p in parameters}
     return lambda model: any(id(p) in mine for p in model.parameters())
+
+
+def _sampled_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
+    """Some values of that of the batch, or of the sum of its rows where somebody has freed it."""
+    grad = parameter.grad
+    if grad is None:
+        return sample_of_rows(parameter)  # who updates in the backward does so (LOMO)
+    is_plain = type(grad) is torch.Tensor and grad.layout is torch.strided
+    if is_plain and grad.shape == parameter.shape and grad.device == parameter.device:
+        return sample_of(grad)
+    return None
 
 
 def _has_changed(parameter: torch.Tensor, state: ParameterState) -> bool:
