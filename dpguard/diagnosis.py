@@ -299,7 +299,9 @@ _DIAGNOSES = {
         "has no per-sample gradients",
         "call the module that owns the parameter instead of using the parameter directly "
         "(F.linear(x, layer.weight) becomes layer(x)), and wrap the model with Opacus only "
-        "after its last parameter is in place",
+        "after its last parameter is in place. A module that returns its parameter returns it "
+        "once for each sample (p.expand(len(x), -1)). A forward that ran before dpguard was "
+        "installed was not seen either: run it again",
     ),
     WEIGHT_NORM: Diagnosis(
         "torch.nn.utils.weight_norm computes the weight in a hook before the module is called, so "
@@ -394,7 +396,9 @@ _DIAGNOSES = {
         "parameters have different numbers of per-sample gradients in one batch, so the rows do "
         "not belong to the same people",
         "feed every layer inputs whose batch dimension is the number of samples "
-        "(batch_first as declared; position ids expanded to the batch)",
+        "(batch_first as declared; position ids expanded to the batch). A layer that only some "
+        "samples pass (a mixture of experts) is given all of them, and what it makes of the "
+        "others is multiplied by zero",
         Severity.CRITICAL,
     ),
     ROW_SHAPE: Diagnosis(
@@ -429,9 +433,10 @@ _DIAGNOSES = {
         "DP-SGD, which makes the update from the per-sample gradients only: drop them (use "
         "weight_decay of the optimizer for a penalty, max_grad_norm for clipping). Otherwise check "
         "what is special about the layer: a weight that is used outside of its module, an input "
-        "or keyword argument that its grad sampler ignores, padding modes, scale_grad_by_freq, "
-        "with expanded weights padding_idx. Rows that you have changed in place between backward() "
-        "and step() are not those of autograd, and nobody sees whether each is still made of one "
+        "or keyword argument that its grad sampler ignores, padding modes, scale_grad_by_freq, an "
+        "item that is twice in one bag of an EmbeddingBag, with expanded weights padding_idx. Rows "
+        "that you have changed in place between backward() and step() are not those of autograd, "
+        "and nobody sees whether each is still made of one "
         "person's data",
     ),
     ROWS_REPLACED: Diagnosis(

@@ -14,11 +14,16 @@ from dpguard.patching import Transaction
 __all__ = [
     "EagerWrapper",
     "MethodWrapper",
+    "OwnProperty",
     "TransparentWrapper",
     "Wrapper",
     "patch_function",
     "wrap_new",
 ]
+
+
+class OwnProperty(property):
+    """A property of ours in the place of one of the host's."""
 
 
 class _Bound(wrapt.BoundFunctionWrapper[..., Any]):

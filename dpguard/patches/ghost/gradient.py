@@ -23,7 +23,7 @@ from dpguard.parts import Part
 from dpguard.patches.ghost import clip as ghost_clip
 from dpguard.patches.optimizer.amp import is_scaled
 from dpguard.patches.oracle.broadcasts import are_broadcast
-from dpguard.patches.wrapping import EagerWrapper
+from dpguard.patches.wrapping import EagerWrapper, OwnProperty
 from dpguard.patching import Transaction
 from dpguard.verdicts import Verdicts
 
@@ -292,7 +292,12 @@ class _Wrappers:
     def accumulate(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         if self._repairs:
             _complete(self._ledger, list(instance.params))
-        result = wrapped(*args, **kwargs)
+        is_stock = not args and not kwargs and _compat.is_opacus_method(instance, "accumulate")
+        if self._repairs and is_stock:
+            _accumulate(instance.params)
+            result = None
+        else:
+            result = wrapped(*args, **kwargs)
         _spend(self._ledger, instance, repairs=self._repairs)
         return result
 
@@ -343,6 +348,15 @@ def _complete(ledger: Ledger, parameters: list[torch.nn.Parameter]) -> None:
     _adopt(parameters)
 
 
+def _accumulate(parameters: Iterable[Any]) -> None:
+    """What Opacus does, which has ``copy.deepcopy`` make the first sum."""
+    for parameter in parameters:
+        if parameter.summed_grad is not None:
+            parameter.summed_grad.add_(parameter.grad.data)
+        else:
+            parameter.summed_grad = parameter.grad.data.clone()
+
+
 def _spend(ledger: Ledger, optimizer: Any, *, repairs: bool) -> None:
     """The clipped sums were added to ``p.summed_grad``: no later step may take them again."""
     for group in optimizer.param_groups:
@@ -358,13 +372,9 @@ def _spend(ledger: Ledger, optimizer: Any, *, repairs: bool) -> None:
                 parameter.summed_grad = summed.clone()
 
 
-class _Counted(property):
-    """``accumulated_iterations`` of ghost clipping, as in hooks mode."""
-
-
 def _count_batches(transaction: Transaction, ledger: Ledger, owner: Any) -> None:
     original = vars(owner).get("accumulated_iterations")
-    if not isinstance(original, property) or isinstance(original, _Counted):
+    if not isinstance(original, property) or isinstance(original, OwnProperty):
         return
 
     def counted(self: Any) -> int:
@@ -374,4 +384,4 @@ def _count_batches(transaction: Transaction, ledger: Ledger, owner: Any) -> None
         said: int = original.__get__(self)
         return max([said, *found])
 
-    transaction.patch(owner, "accumulated_iterations", _Counted(counted))
+    transaction.patch(owner, "accumulated_iterations", OwnProperty(counted))

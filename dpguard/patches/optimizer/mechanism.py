@@ -16,11 +16,13 @@ from typing import Any, Protocol
 from dpguard import _compat
 from dpguard.numerics.rows import Clipping, Look, Rows
 from dpguard.patches.optimizer import lean
+from dpguard.patches.wrapping import OwnProperty
 from dpguard.patching import ABSENT, put_back
 
 __all__ = ["Mechanism", "Observer"]
 
-_IN_ORDER = ("clip_and_accumulate", "add_noise", "scale_grad")
+_SCALE = "scale_grad"
+_IN_ORDER = ("clip_and_accumulate", "add_noise", _SCALE)
 _PARTS = frozenset(_IN_ORDER)
 _READ = frozenset(("params", "grad_samples", "_get_flat_grad_sample"))
 """Through what Opacus's code reaches the rows; where one is overridden, that code runs."""
@@ -137,7 +139,9 @@ class Mechanism:
 
     def _is_stock(self, method: Any, instance: Any, name: str) -> bool:
         function = getattr(method, "__func__", None)
-        return function is self._stock.get(name, ABSENT) and self._reads_plainly(instance)
+        if function is not self._stock.get(name, ABSENT):
+            return False
+        return self._reads_plainly(instance) or (name == _SCALE and _counts_by_us(instance))
 
     def _reads_plainly(self, instance: Any) -> bool:
         """Whether the rows are reached as Opacus does it."""
@@ -201,6 +205,17 @@ class Mechanism:
             return original()
         lean.scale_grad(instance, parameters)
         return None
+
+
+def _counts_by_us(instance: Any) -> bool:
+    """Whether it is all one how often the batches of a step are counted.
+
+    In ghost clipping they are by our code, which looks at each parameter; Opacus asks for each.
+    """
+    name = "accumulated_iterations"
+    return isinstance(getattr(type(instance), name, None), OwnProperty) and name not in vars(
+        instance
+    )
 
 
 def _is_lean(rows: Rows) -> bool:
