@@ -1347,7 +1347,7 @@ _DIAGNOSES = {
         "for several augmentations), so that one person has several rows that are clipped apart",
         "name each once in a batch, or sum a person's rows before they are clipped: "
         "dpguard.rows(ids=...)",
-        Severity.WARNING,
+        Severity.ERROR,
     ),
     RANKS_SHARE_PEOPLE: Diagnosis(
         "processes of a group have the same people in the same batch: each of them clips their "

@@ -9,8 +9,11 @@ import weakref
 
 import pytest
 import torch
+from opacus import PrivacyEngine
 from opacus.accountants import RDPAccountant
 from test_by_hand import Parts
+from torch import nn
+from torch.utils.data import TensorDataset
 
 import dpguard
 from dpguard import diagnosis
@@ -109,9 +112,9 @@ def test_indices_that_are_no_places():
     assert not passes.are_orderly
 
 
-def accounted(own, rate, told):
+def accounted(own, rate, told, mode="strict"):
     """What is found of a training with a loader of somebody's own, accounted with this rate."""
-    with dpguard.install(mode="strict") as guard:
+    with dpguard.install(mode=mode) as guard:
         parts, accountant = Parts(), RDPAccountant()
         parts.loader = torch.utils.data.DataLoader(parts.loader.dataset, **own)
 
@@ -130,12 +133,12 @@ def accounted(own, rate, told):
 def test_the_accountant_hears_of_it(way, told):
     """An accountant of Poisson sampling is told of batches that are not drawn so: a warning, once."""
     rate = 1.0 if way == "all" else SIZE / PEOPLE
-    found = accounted({"batch_sampler": Own(way)}, rate, told)
+    mode = "repair" if way == "with repeats" else "strict"
+    found = accounted({"batch_sampler": Own(way)}, rate, told, mode)
     causes = [diagnosis.NAMED_TWICE] if way == "with repeats" else []
     causes += [diagnosis.NOT_POISSON] if way in ORDERLY else []
-    assert [(v.check, v.cause, v.severity.name) for v in found] == [
-        (SAMPLING, cause, "WARNING") for cause in causes
-    ]
+    assert [(v.check, v.cause) for v in found] == [(SAMPLING, cause) for cause in causes]
+    assert all((v.severity.name == "ERROR") == (v.cause == diagnosis.NAMED_TWICE) for v in found)
 
 
 class Twice(torch.utils.data.Sampler):
@@ -169,9 +172,11 @@ NAMED_TWICE = {
 @pytest.mark.parametrize("told", ["by a hook", "by hand"])
 @pytest.mark.parametrize("kind", NAMED_TWICE)
 def test_somebody_who_is_twice_in_a_batch(kind, told):
-    """However little sampling is accounted: one person has two rows. Said once."""
-    found = accounted(NAMED_TWICE[kind](), 1.0, told)
+    """However little sampling is accounted: one person has two rows. Said once, an error."""
+    found = accounted(NAMED_TWICE[kind](), 1.0, told, "repair")
     assert [(v.check, v.cause) for v in found] == [(SAMPLING, diagnosis.NAMED_TWICE)]
+    with pytest.raises(dpguard.PrivacyViolation, match="names somebody several times"):
+        accounted(NAMED_TWICE[kind](), 1.0, told, "strict")
 
 
 @pytest.mark.parametrize("own", [{"shuffle": True}, {"shuffle": False}, {}])
@@ -258,3 +263,29 @@ def test_samplers_are_not_kept_and_need_no_hash():
         gc.collect()
         assert gone() is None
     assert guard.status().parts_off == ()
+
+
+@pytest.mark.parametrize("kind", NAMED_TWICE)
+def test_somebody_who_is_twice_in_a_batch_and_whose_rows_are_summed(kind):
+    """As the remedy says: she is one person then, and nothing is to be said."""
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(PEOPLE, 6), torch.arange(PEOPLE))
+    with dpguard.install(mode="strict") as guard:
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+        model, optimizer, loader = PrivacyEngine().make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=torch.utils.data.DataLoader(data, **NAMED_TWICE[kind]()),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            poisson_sampling=False,
+        )
+        for _ in range(3):
+            for x, ids in loader:
+                optimizer.zero_grad()
+                with dpguard.rows(ids=ids):
+                    nn.functional.cross_entropy(model(x), ids % 4).backward()
+                optimizer.step()
+        guard.flush()
+        causes = {v.cause for v in guard.violations}
+        assert causes <= {diagnosis.NOT_POISSON, diagnosis.RATE_EXCEEDED, diagnosis.MEAN_UNKNOWN}

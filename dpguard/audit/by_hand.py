@@ -246,7 +246,7 @@ def drawn_wrong(step: Step, rate: float) -> list[Failure]:
     if share is not None:
         step.run(RATE, count=1)
         failures.append(Failure(RATE, diagnosis.RATE_EXCEEDED, figure=share, bound=rate))
-    if step.passes.repeats:
+    if step.passes.repeats and not step.is_grouped:
         step.run(SAMPLING, count=1)
         failures.append(Failure(SAMPLING, diagnosis.NAMED_TWICE))
     return failures

@@ -129,6 +129,8 @@ class Step:
     """Identity of the data set of the last private batch, if there was one."""
     is_whole: bool = False
     """It has as many people at once as the data set that the optimizer was made for."""
+    is_grouped: bool = False
+    """It is declared which rows are of one person; their sums are clipped."""
     beside: Sequence[Any] = ()
     """Optimizers for which the batch was drawn that this one takes as well."""
     instead: Sequence[Any] = ()

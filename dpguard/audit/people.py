@@ -167,6 +167,7 @@ class People(Check):
         step.people += sum(sizes)
         logical = self._logical.of(optimizer)
         logical.rounds = len(sizes)
+        step.is_grouped = any(note.people is not None for note in notes)
         step.is_whole = sum(sizes) >= logical.reader.size
         if notes and optimizer.loss_reduction == "mean":
             step.rows_per_person = _rows_per_person(notes)

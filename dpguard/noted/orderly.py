@@ -76,7 +76,7 @@ class Passes:
                 self.repeats, self.may_repeat = True, False
             if are_places and not self.are_orderly:
                 self._look(batch, is_new=is_new)
-        self._drawn.append(len(batch))
+        self._drawn.append(len(set(batch)) if self.repeats else len(batch))
         if len(self._drawn) == planned:
             self._close()
 

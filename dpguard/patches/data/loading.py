@@ -223,7 +223,7 @@ class LoadingPatch:
                     iteration.parts = []
                 self.tags.setdefault(splitter, []).append(delivery)
         if not rate and splitter is None and people is not None:
-            self._note_order(iteration, iterator, index)
+            self._note_order(delivery, iterator, index)
         if iteration.readers:
             self._collating.run(self._collating.begin, iterator, people)
 
@@ -240,8 +240,9 @@ class LoadingPatch:
         number = delivery.iteration.number
         delivery.drawn = rate.draw(indices, count, delivery.rate, number)
 
-    def _note_order(self, iteration: Iteration, iterator: Any, index: Any) -> None:
+    def _note_order(self, delivery: Delivery, iterator: Any, index: Any) -> None:
         """What a batch tells of how it was drawn that is not known to be of Poisson sampling."""
+        iteration: Iteration = delivery.iteration
         sampler, dataset = iterator._index_sampler, iterator._dataset
         if not _is_key(sampler):
             return
@@ -254,8 +255,10 @@ class LoadingPatch:
             )
         if iteration.passes is None and _compat.tells_its_length(sampler):
             iteration.planned = _length(sampler)
-        iteration.passes = passes
-        passes.take(list(_numbers(index)), iteration.number, iteration.planned)
+        iteration.passes, numbers = passes, list(_numbers(index))
+        passes.take(numbers, iteration.number, iteration.planned)
+        if passes.repeats:
+            delivery.people = len(set(numbers))
 
     def _delivered(self, iterator: Any, data: Any, look: Look | None) -> None:
         iteration = self._iterations.get(iterator)
