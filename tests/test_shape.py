@@ -114,3 +114,23 @@ def test_no_false_alarm_of_extremes(seed):
 def test_nothing_to_judge(values):
     """What is not finite says nothing."""
     assert not Shape().take(values, 1.0)
+
+
+@pytest.mark.parametrize(("bound", "within"), [(1.8, 3), (2.0, 4), (2.5, 12), (3.0, 60)])
+def test_noise_that_is_clamped_has_the_same_largest_value_in_each_step(bound, within):
+    """That is another matter than noise that stays, of which the norm stays as well."""
+    generator, shape = torch.Generator().manual_seed(3), Shape()
+    scale = torch.randn(1_000_000, generator=generator).clamp(-bound, bound).std()
+
+    def take(values):
+        extremes = [values.min().item(), values.max().item()]
+        return shape.take(extremes, 1.0, len(values) - 2, values.norm().item())
+
+    draws = (torch.randn(640, generator=generator).clamp(-bound, bound) for _ in range(within))
+    assert any(take(values / scale) for values in draws)
+
+
+def test_noise_that_stays_is_taken_in_once():
+    values, shape = torch.randn(640, generator=torch.Generator().manual_seed(3)), Shape()
+    extremes, norm = [values.min().item(), values.max().item()], values.norm().item()
+    assert not any(shape.take(extremes, 1.0, 638, norm) for _ in range(300))

@@ -404,7 +404,9 @@ def _received(
     if exact and shares:
         most = max(shares.values())
         return [Failure(SCALE, diagnosis.NOISE_IN_PART, tuple(shares), figure=most, bound=_BARE)]
-    return _misshapen(group, names, std, samples, extremes) if exact and samples else []
+    if not exact or not samples:
+        return []
+    return _misshapen(group, names, std, samples, extremes=extremes, norms=norms)
 
 
 def _misshapen(
@@ -412,14 +414,16 @@ def _misshapen(
     names: tuple[str, ...],
     std: float,
     samples: list[list[float]],
+    *,
     extremes: list[float],
+    norms: list[float],
 ) -> list[Failure]:
     """Whether values are too small or too large for Gaussian noise."""
-    seen, between = dict(zip(group.sampled, samples, strict=True)), 0
+    seen, between, norm = dict(zip(group.sampled, samples, strict=True)), 0, math.nan
     if extremes and group.longest is not None:
         seen[group.longest] = extremes
-        between = group.sizes[group.longest] - len(extremes)
-    if not group.shape.take(itertools.chain(*seen.values()), std, between):
+        between, norm = group.sizes[group.longest] - len(extremes), norms[group.longest]
+    if not group.shape.take(itertools.chain(*seen.values()), std, between, norm):
         return []
     who = tuple(names[group.indices[k]] for k in sorted(seen))
     return [Failure(SCALE, diagnosis.NOISE_SCALE, who)]

@@ -59,15 +59,18 @@ class Shape:
     _late: _Span = field(default_factory=_Span)
     _anew_at: int = _ANEW_FROM
     _former: float = math.nan
-    """The largest value of the step before."""
+    """The norm of the step before."""
 
-    def take(self, values: Iterable[float], std: float, between: int = 0) -> bool:
+    def take(
+        self, values: Iterable[float], std: float, between: int = 0, norm: float = math.nan
+    ) -> bool:
         """Take in values of one step; whether they are too small, or too large, for Gaussian noise.
 
         Args:
             values: of the noise.
             std: the standard deviation that is due.
             between: number of further values that lie between the smallest and the largest one.
+            norm: of the tensor in which they do.
         """
         scaled = [value / std for value in values]
         if not scaled or not all(map(math.isfinite, scaled)):
@@ -75,8 +78,8 @@ class Shape:
         if self._all.count >= self._anew_at:
             self._late, self._anew_at = _Span(), 2 * self._anew_at
         largest = max(map(abs, scaled))
-        former, self._former = self._former, largest
-        if between and math.isclose(largest, former, rel_tol=_SAME):
+        former, self._former = self._former, norm
+        if between and math.isclose(norm, former, rel_tol=_SAME):
             return False  # noise that stays says nothing new, and is another fault
         count = len(scaled) + between
         wrong = [span.take(count, largest) for span in (self._all, self._late)]
