@@ -553,24 +553,28 @@ class Tokens(nn.Module):
         return self.head(self.table(tokens).mean(1))
 
 
-def mask_of(training, mask):
+def mask_of(training, mask, *, sparse=False):
     """Before the wrapped optimizer steps, ``p.grad`` of the table is kept where ``mask`` says."""
     weight, steps = training.raw.table.weight, []
 
     def apply(*_):
         steps.append(None)
         weight.grad.mul_(mask(weight, len(steps)))
+        if sparse:
+            weight.grad = weight.grad.to_sparse(1)
 
     training.optimizer.original_optimizer.register_step_pre_hook(apply)
 
 
 @pytest.mark.parametrize("mode", ["repair", "strict", "observe"])
+@pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("kind", ["flat", pytest.param("ghost", marks=needs_ghost)])
-def test_noise_that_is_taken_off_unused_rows_is_said(kind, mode):
+def test_noise_that_is_taken_off_unused_rows_is_said(kind, mode, sparse):
     """What is left tells which rows the batch has used; unless somebody has chosen these."""
     with dpguard.install(mode=mode) as guard:
         training = Training(kind, model=Tokens)
-        mask_of(training, lambda weight, _: (weight.summed_grad.view_as(weight) != 0).float())
+        used = lambda weight, _: (weight.summed_grad.view_as(weight) != 0).float()  # noqa: E731
+        mask_of(training, used, sparse=sparse)
         if mode == "strict":
             with pytest.raises(dpguard.DPGuardError, match=r"update\.private.*nobody in the batch"):
                 training.run(10)

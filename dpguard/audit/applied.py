@@ -241,7 +241,7 @@ class Applied(Check):
 
     def _look_after(self, step: Step, state: _Noised) -> None:
         """Somebody changes gradients after their noise: does it tell who is in the batch?"""
-        samples, noised = Samples.of([p.grad for p in state.parameters]), state.samples
+        samples, noised = Samples.of([_dense(p.grad) for p in state.parameters]), state.samples
         if samples is None or noised is None:
             return
         self._compare_zeros(step, state, samples, noised)
@@ -318,6 +318,12 @@ class Applied(Check):
             chosen, figures, verdict = whole
             who = tuple(names[i] for i in chosen) if names else ()
             _tell(step, (figures, verdict), diagnosis.NOISE_TAKEN_OUT, who, shown=(0, 2))
+
+
+def _dense(grad: Any) -> Any:
+    """A gradient with all its values; somebody may have kept those that are not zero."""
+    is_sparse = type(grad) is torch.Tensor and grad.layout is torch.sparse_coo
+    return grad.to_dense() if is_sparse else grad
 
 
 def _tell(
