@@ -681,11 +681,11 @@ def test_the_number_of_products(guard):
         training.step()
         found = dict(training.model.named_parameters())
         ledger = guard._runtime.ledger
-        assert {n: ledger.summands_of(found[n]) for n in terms} == terms
+        assert {n: ledger.known(found[n]).summands for n in terms} == terms
     training = bench("dplstm")
     training.step()
     cell = next(m for m in training.model.modules() if type(m).__name__ == "RNNLinear").weight
-    assert guard._runtime.ledger.summands_of(cell) == 16
+    assert guard._runtime.ledger.known(cell).summands == 16
 
 
 def test_the_number_of_products_where_opacus_computes_the_rows():
@@ -698,7 +698,7 @@ def test_the_number_of_products_where_opacus_computes_the_rows():
                 for _ in range(2):
                     training.step()
                 ledger = guard._runtime.ledger
-                seen.append([ledger.summands_of(p) for p in training.model.parameters()])
+                seen.append([ledger.known(p).summands for p in training.model.parameters()])
     assert seen[:3] == seen[3:]
     assert max(map(max, seen)) > 1
 

@@ -92,7 +92,8 @@ class Dead:
 class Ledger:
     """All open calls and published rows of one process.
 
-    It holds no tensor: activations belong to the autograd graph, rows to ``p.grad_sample``.
+    It holds no activations and no rows: those belong to the autograd graph, these to
+    ``p.grad_sample``. Of ghost clipping it holds numbers and sketches until a step takes them.
     """
 
     def __init__(self) -> None:
@@ -251,6 +252,7 @@ class Ledger:
             if both is not None:
                 self.factors[i] = both
                 return
+        self.factors = [known for known in self.factors if known.hooks() is not None]
         self.factors.append(found)
 
     def note_pass(self, sketched: Any) -> None:
@@ -264,11 +266,6 @@ class Ledger:
         parts = [found.parted(wanted) for found in self._passes]
         self._passes = deque((rest for _, rest in parts if rest is not None), _PASSES_KEPT)
         return [mine for mine, _ in parts if mine is not None]
-
-    def summands_of(self, parameter: torch.Tensor) -> int:
-        """Of how many products an element of a row of ``parameter`` is the sum."""
-        state = self.known(parameter)
-        return state.summands if state is not None else 1
 
     def close(self) -> None:
         """A call was backpropagated: the next forward begins a segment."""
