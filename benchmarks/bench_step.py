@@ -9,7 +9,7 @@ checks but the row oracle, whose cost is told by itself, and writes an event of 
 
     python benchmarks/bench_step.py [--rounds N] [--device cpu|cuda] [--batch 16 64 256]
                                     [--models NAME ...] [--part PART] [--against PLAIN]
-                                    [--mode hooks|ew]
+                                    [--mode hooks|ew|ghost]
 
 Parts: ``step`` (default); ``pairing``, forward and backward alone; ``optimizer``, the step of the
 optimizer alone; ``accumulated``, four physical batches to a step. ``--against unaudited`` compares
@@ -201,8 +201,23 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]]]
 WRAPPERS = {
     "hooks": GradSampleModule,
     "ew": getattr(grad_sample, "GradSampleModuleExpandedWeights", None),  # from Opacus 1.2 on
+    "ghost": getattr(grad_sample, "GradSampleModuleFastGradientClipping", None),  # from 1.5 on
 }
 SMALL = ("mlp", "cnn", "transformer", "dplstm")
+
+
+def ghost_optimizer() -> Any:
+    """The class of optimizers of ghost clipping."""
+    from opacus.optimizers import DPOptimizerFastGradientClipping
+
+    return DPOptimizerFastGradientClipping
+
+
+def ghost_loss(model: Any, optimizer: Any, criterion: nn.Module) -> Any:
+    """A criterion whose ``backward`` goes back twice."""
+    from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+
+    return DPLossFastGradientClipping(model, optimizer, criterion)
 
 
 class Training:
@@ -213,20 +228,24 @@ class Training:
     ) -> None:
         make, inputs = MODELS[name]
         self.device = device
-        self.model = wrapper(make().to(device))
-        self.optimizer = DPOptimizer(
+        is_ghost = wrapper is WRAPPERS["ghost"]
+        self.model = wrapper(make().to(device), **({"max_grad_norm": 1.0} if is_ghost else {}))
+        self.optimizer = (ghost_optimizer() if is_ghost else DPOptimizer)(
             torch.optim.SGD(self.model.parameters(), lr=0.01),
             noise_multiplier=1.0,
             max_grad_norm=1.0,
             expected_batch_size=batch,
         )
+        self.loss: Callable[..., Any] = nn.functional.cross_entropy
+        if is_ghost:
+            self.loss = ghost_loss(self.model, self.optimizer, nn.CrossEntropyLoss())
         self.x = inputs(batch).to(device)
         self.y = torch.randint(10, (batch,), device=device)
 
     def pairing(self) -> None:
         """Forward and backward, which compute the per-sample gradients."""
         self.optimizer.zero_grad()
-        nn.functional.cross_entropy(self.model(self.x), self.y).backward()
+        self.loss(self.model(self.x), self.y).backward()
 
     def step(self) -> None:
         """One training step."""
@@ -237,7 +256,7 @@ class Training:
         """One training step on four physical batches."""
         self.optimizer.zero_grad()
         for _ in range(ACCUMULATED):
-            nn.functional.cross_entropy(self.model(self.x), self.y).backward()
+            self.loss(self.model(self.x), self.y).backward()
         self.optimizer.step()
 
     def warm_up(self) -> None:
