@@ -384,6 +384,7 @@ def test_path_of_the_log_is_never_broken():
     assert last == f"Audit log: {log}"
 
 
+@pytest.mark.slow
 def test_output_where_the_locale_has_no_greek(tmp_path):
     """The table comes after a minute of training, so a letter must not lose it."""
     script = (

@@ -274,7 +274,7 @@ assert (dpguard.active() is not None) == {guarded}
 """
 
 
-@pytest.mark.parametrize("mode", ["off", "repair"])
+@pytest.mark.parametrize("mode", [pytest.param("off", marks=pytest.mark.slow), "repair"])
 def test_in_another_process(mode, tmp_path):
     """Whether that is guarded or not."""
     with dpguard.install(mode="repair"):
