@@ -167,7 +167,8 @@ class People(Check):
         step.people += sum(sizes)
         logical = self._logical.of(optimizer)
         logical.rounds = len(sizes)
-        step.is_grouped = any(note.people is not None for note in notes)
+        grouped = [note.people for note in notes if note.people is not None]
+        step.is_grouped = any(not people.joins for people in grouped)
         step.is_whole = sum(sizes) >= logical.reader.size
         if notes and optimizer.loss_reduction == "mean":
             step.rows_per_person = _rows_per_person(notes)

@@ -399,8 +399,10 @@ class Deliveries:
         serial = used.serial or 0
         if used.iteration is DECLARED:
             reader.declared_until = serial
-            for declared in self._declared:
-                declared.used = declared.used or (declared.serial or 0) <= serial
+            for declared in reversed(self._declared):
+                if declared.used:
+                    break
+                declared.used = (declared.serial or 0) <= serial
             return
         reader.last, used.used = used, True
         if used in reader.passed:
