@@ -37,7 +37,7 @@ __all__ = ["Factors", "watch"]
 _RULE, _NORMS = "get_clipping_coef", "get_norm_sample"
 _NOTED = ("per_sample_gradient_norms", "_per_sample_gradient_norms")
 """Where Opacus keeps what it was asked for; that of 1.6 is behind a property."""
-_Alone: Any = object()
+_ALONE: Any = object()
 """Nothing can be tried on fewer than two people."""
 
 
@@ -125,7 +125,7 @@ def watch(
                     rule,
                     found if isinstance(found, torch.Tensor) else None,
                     unproved=found is Unproved,
-                    is_alone=found is _Alone,
+                    is_alone=found is _ALONE,
                 )
             )
         return factors
@@ -176,7 +176,7 @@ def _try(
     held = [p._norm_sample for p in parameters]
     count, device = len(held[0]), held[0].device
     if count < 2:  # noqa: PLR2004
-        return _Alone
+        return _ALONE
     most = min(torch.finfo(norm.dtype).max for norm in held)
     people = People.made_up(count, turn, device)
     norms, later = ((bound * n.abs()).clamp(max=most / 4) for n in (people.norms, people.later))
