@@ -72,9 +72,9 @@ class _Sum:
 
     def __init__(self, parameter: torch.nn.Parameter) -> None:
         self.parameter = parameter
-        wide = _wide(parameter)
-        self.sketch = torch.zeros((), dtype=wide, device=parameter.device)
-        self.scale = self.rounded = self.sketch
+        self.sketch: torch.Tensor | None = None
+        self.scale: Any = None
+        self.rounded: Any = None
         self.summands = 0
         self.dtype = parameter.dtype
 
@@ -85,11 +85,15 @@ class _Sum:
         summands: int,
         moments: Moments | None = None,
     ) -> None:
-        self.sketch = self.sketch + sketch
-        self.scale = self.scale + scale
+        rounded = scale
         if moments is not None:
-            scale = scale * conditions([moments])[0].clamp(min=1)
-        self.rounded = self.rounded + scale
+            rounded = scale * conditions([moments])[0].clamp(min=1)
+        if self.sketch is None:
+            self.sketch, self.scale, self.rounded = sketch, scale, rounded
+        else:
+            is_plain = rounded is scale and self.rounded is self.scale
+            self.sketch, self.scale = self.sketch + sketch, self.scale + scale
+            self.rounded = self.scale if is_plain else self.rounded + rounded
         self.summands += summands
 
 
@@ -177,20 +181,20 @@ class PassSums:
             averaged: identities of parameters of which that may be of all processes by now.
         """
         found: list[_Sum] = []
-        figures: list[torch.Tensor] = []
+        differences: list[torch.Tensor] = []
         for key, mine in self._sums.items():
-            grad = mine.parameter.grad
-            if key not in self._spoiled and key not in averaged and _is_plain(grad):
-                with full_precision(grad):
-                    difference = (mine.sketch - _sketch_of(mine.parameter, grad)).abs()
-                found.append(mine)
-                scales = mine.scale.float(), mine.rounded.float()
-                figures.append(torch.stack((difference.float(), *scales)))
+            grad, sketch = mine.parameter.grad, mine.sketch
+            if sketch is None or key in self._spoiled or key in averaged or not _is_plain(grad):
+                continue
+            with full_precision(grad):
+                differences.append(sketch - _sketch_of(mine.parameter, grad))
+            found.append(mine)
         if not found or len({mine.parameter.device for mine in found}) > 1:
             return None
+        scales, rounded = [mine.scale for mine in found], [mine.rounded for mine in found]
         return Sketched(
             tuple(weakref.ref(mine.parameter) for mine in found),
-            torch.stack(figures, dim=1),
+            torch.stack([_column(differences).abs(), _column(scales), _column(rounded)]),
             tuple(mine.summands + _length(mine.parameter) for mine in found),
             tuple(mine.dtype for mine in found),
         )
@@ -202,6 +206,13 @@ class PassSums:
         if torch.finfo(dtype).eps > torch.finfo(mine.dtype).eps:
             mine.dtype = dtype
         return mine
+
+
+def _column(values: list[torch.Tensor]) -> torch.Tensor:
+    """Numbers as a vector in single precision."""
+    if len({value.dtype for value in values}) > 1:
+        values = [value.float() for value in values]
+    return torch.stack(values).float()
 
 
 def _is_plain(grad: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
