@@ -47,7 +47,9 @@ def take(case, how, at=lambda x: x, model_at=lambda model: model):
         return checks, [parameter.detach() for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("how", [HOW[0], *GHOSTS[:1]])
+@pytest.mark.parametrize(
+    "how", [HOW[0], *(pytest.param(how, marks=pytest.mark.slow) for how in GHOSTS[:1])]
+)
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_steps(monkeypatch, name, how):
     """As on the CPU, to rounding, the noise included; the host waits for nothing."""

@@ -441,6 +441,7 @@ def test_a_block_after_a_mere_import(mode):
 # -- modes --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_uninstall_while_opacus_is_imported():
     """Another thread may uninstall in the middle of an activation: nothing stays patched."""
     done = run(
@@ -859,6 +860,7 @@ def test_reloading_dpguard():
     assert output(done) == ["guarded", "guarded", "plain", "guarded"]
 
 
+@pytest.mark.slow
 def test_reloading_opacus():
     """After a reload of the top-level package everything is guarded, once, and restored."""
     done = run(
@@ -968,6 +970,7 @@ def test_script_that_imports_dpguard_under_a_set_variable():
     assert int(targets) > 10
 
 
+@pytest.mark.slow
 def test_a_module_that_installs_at_import():
     """``import dpguard`` in mode ``off`` leaves the choice to ``install``."""
     done = run(
