@@ -1554,29 +1554,29 @@ def poisson_samplers() -> tuple[type, ...]:
 
 def plain_detach() -> Callable[[Any], Any]:
     """What ``Tensor.detach`` is without anybody's patch."""
-    found: Callable[[Any], Any] = importlib.import_module("torch")._C.TensorBase.detach
+    found: Callable[[Any], Any] = _torch()._C.TensorBase.detach
     return found
 
 
 def plain_operations() -> Any:
     """A block in which no class of tensors and no mode of somebody's is told of operations."""
-    return importlib.import_module("torch")._C.DisableTorchFunction()
+    return _torch()._C.DisableTorchFunction()
 
 
 def code_of_module_calls() -> CodeType:
     """The code of torch's that calls the ``forward`` of a module."""
-    code: CodeType = importlib.import_module("torch.nn").Module._call_impl.__code__
+    code: CodeType = _torch().nn.Module._call_impl.__code__
     return code
 
 
 def generators_of(devices: Iterable[torch.device]) -> list[torch.Generator]:
     """The generators from which torch draws on the CPU and on these devices."""
-    torch: Any = importlib.import_module("torch")
-    found: list[torch.Generator] = [torch.default_generator]
+    torch_ = _torch()
+    found: list[torch.Generator] = [torch_.default_generator]
     for device in sorted(set(devices), key=str):
         if device.type == "cpu":
             continue
-        module = torch.get_device_module(device)
+        module = torch_.get_device_module(device)
         of_kind = getattr(module, "default_generators", ())  # once it is in use; not on MPS
         index: int | None = device.index
         index = module.current_device() if index is None else index

@@ -100,10 +100,11 @@ class _Book:
         self.steps = steps_in(entries)
         return False
 
-    def lacks(self, entries: Sequence[Entry]) -> bool:
-        """Whether steps that were observed are not among these of a history."""
-        has = merged(entries)
-        return any(has.get(key, 0) < steps for key, steps in merged(self.observed).items())
+    def lacks(self, history: Sequence[Any]) -> bool:
+        """Whether steps that were observed are not in a history, to which others may add."""
+        observed = merged(self.observed)
+        has = merged([entry_of(found) for found in history])
+        return any(has.get(key, 0) < steps for key, steps in observed.items())
 
     def added(self, history: Sequence[Any]) -> int | None:
         """How many steps the history says there were, ``None`` if it makes no sense."""
@@ -301,12 +302,9 @@ class Accounting(Check):
         found = []
         for state in self._states.values():
             for told in state.accountants:
-                book = told.book
-                observed, history = merged(book.observed), _history_of(told)
-                if history is not None and book.seen is not None:
-                    entries = merged([entry_of(found) for found in history])
-                    if any(entries.get(key, 0) < steps for key, steps in observed.items()):
-                        found += [(state.number, failure) for failure in _say_gone(book)]
+                book, history = told.book, _history_of(told)
+                if history is not None and book.seen is not None and book.lacks(history):
+                    found += [(state.number, failure) for failure in _say_gone(book)]
         return found
 
     # -- asked -----------------------------------------------------------------------------------
@@ -316,8 +314,7 @@ class Accounting(Check):
         book = self._books.get(accountant)
         if book is not None and book.seen is not None:
             history = _compat.history_of(accountant)
-            entries = None if history is None else [entry_of(found) for found in history]
-            if entries is not None and book.lacks(entries) and _say_gone(book):
+            if history is not None and book.lacks(history) and _say_gone(book):
                 return diagnosis.HISTORY_CHANGED
         return self._by_hand.asked(accountant)
 
