@@ -26,6 +26,7 @@ BYPASSED = "bypassed_module"
 WEIGHT_NORM = "weight_norm_hook"
 DOUBLE_BACKWARD = "double_backward"
 GRAPH_FREED = "graph_freed"
+GRADIENT_TAKEN = "gradient_taken"
 INPUT_CHANGED = "input_changed"
 CHECKPOINTED = "checkpointed"
 SEVERAL_OUTPUTS = "several_outputs"
@@ -318,6 +319,13 @@ _DIAGNOSES = {
         "a call was backpropagated a second time after its graph had been freed, so its "
         "captured inputs are gone",
         "pass retain_graph=True to the first backward",
+    ),
+    GRADIENT_TAKEN: Diagnosis(
+        "the gradient was taken out of p.grad while ghost clipping ran its backwards: in the first "
+        "it is not clipped, in neither is there noise, and an optimizer that updates in the "
+        "backward (LOMO, register_post_accumulate_grad_hook) has applied it",
+        "remove the hook that sets p.grad to None, and call optimizer.step() after the backward",
+        Severity.CRITICAL,
     ),
     CHECKPOINTED: Diagnosis(
         "a layer with expanded weights was called inside of torch.utils.checkpoint, which computes "

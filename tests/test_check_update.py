@@ -182,6 +182,57 @@ def test_an_update_by_hand_that_comes_late(change, guard):
     assert causes(guard) == {diagnosis.RAW_UPDATE}
 
 
+class Regression(Training):
+    """Of 20 features, on another eight people each step."""
+
+    def __init__(self):
+        super().__init__(lambda: nn.Linear(20, 1), shape=(20,))
+        self.public = torch.randn(64, 20), torch.randn(64)
+
+    def loss(self, model, x, y):
+        return nn.functional.mse_loss(model(x).squeeze(1), y)
+
+    def backward(self):
+        self.optimizer.zero_grad()
+        self.loss(self.called, torch.randn(8, 20), torch.randn(8)).backward()
+
+
+def of_public_data(training):
+    """Of which nobody keeps the gradient; it is much like that of the batch."""
+    parameters = list(training.model.parameters())
+    gradients = torch.autograd.grad(training.loss(training.model, *training.public), parameters)
+    with torch.no_grad():
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.sub_(0.1 * gradient)
+
+
+@pytest.mark.parametrize("change", [in_place, of_data, of_signs, and_free])
+@pytest.mark.usefixtures("by_the_clock")
+def test_an_update_by_hand_of_a_small_model(change, guard):
+    """Its 20 elements prove nothing in one batch, in many they do."""
+    training, done = Regression(), 0
+    with pytest.raises(dpguard.PrivacyViolation, match="between backward and step"):  # noqa: PT012
+        for _ in range(40):
+            training.backward()
+            change(training.model)
+            training.optimizer.step()
+            done += 1
+    assert done > 3
+    assert causes(guard) == {diagnosis.RAW_UPDATE}
+
+
+def test_updates_of_a_small_model_on_public_data(guard):
+    """Between backward and step as well, and each time along a gradient like that of the batch."""
+    training = Regression()
+    for _ in range(100):
+        training.backward()
+        training.called.disable_hooks()
+        of_public_data(training)
+        training.called.enable_hooks()
+        training.optimizer.step()
+    assert guard.violations == ()
+
+
 def test_an_update_by_hand_in_a_skipped_batch(guard):
     """The raw gradient of a physical batch that only accumulates is no better."""
     training = Training()

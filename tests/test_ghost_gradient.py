@@ -1224,6 +1224,46 @@ def test_a_parameter_that_took_no_part_gets_noise(guard):
     assert violations(guard) == ()
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["hooked before", "hooked after"])
+@pytest.mark.parametrize("backward", [1, 2])
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+def test_updates_in_the_backward_that_free_the_gradient_are_refused(mode, backward, before):
+    """As LOMO makes them: without clipping in the first backward, without noise in the second.
+
+    Such a parameter did take part. Of a single layer torch does not notice that its weight has
+    changed between the two backwards.
+    """
+    calls = []
+
+    def update(p):
+        calls.append(p)
+        if len(calls) > 2 * (backward - 1):
+            with torch.no_grad():
+                p.sub_(p.grad)
+            p.grad = None
+
+    def hook():
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(update)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5)).double()
+    with dpguard.install(mode=mode) as guard:
+        if before:
+            hook()
+        called, optimizer, criterion = private(model)
+        if not before:
+            hook()
+        x, y = batch()
+        optimizer.zero_grad()
+        with pytest.raises(PrivacyViolation, match=r"taken out of p\.grad"):
+            criterion(called(x), y).backward()
+        (found,) = violations(guard)
+        assert (found.check, found.cause) == ("update.private", diagnosis.GRADIENT_TAKEN)
+        assert set(found.parameters) == {"0.weight", "0.bias"}
+        assert others(guard) == ()
+
+
 def test_uninstalling_leaves_nothing_on_parameters():
     """No hook of ours stays on a parameter."""
     model = mlp()

@@ -12,7 +12,9 @@ a factor does, or that of the batch before, once all that may be made of what wa
 taken off both: the weights, what they have moved by since they were seen first and last, the last
 change of this kind. The cosine of unrelated vectors of ``n`` elements exceeds ``ALONG`` with a
 probability below ``exp(-n ALONG**2 / 2)``, and updates that were released have noise in them. So
-from a change on values are kept, and the step is refused once it is proved.
+from a change on values are kept, and the step is refused once it is proved. Of a small parameter
+one batch proves little. What counts there is what the gradient of the one before does not explain,
+and the elements of batches that follow each other are added up.
 """
 
 from __future__ import annotations
@@ -179,7 +181,7 @@ class Update(Check):
 
     @torch.no_grad()
     def _measure(self, kept: Sequence[tuple[torch.Tensor, ParameterState]]) -> None:
-        names, figures, sizes = [], [], []
+        seen, figures, sizes = [], [], []
         for parameter, state in kept:
             grad, held = _sampled_gradient(parameter), state.kept
             if (
@@ -190,12 +192,12 @@ class Update(Check):
             ):
                 value = sample_of(parameter)
                 if value.shape == held.shape == grad.shape:
-                    names.append(state.name)
+                    seen.append(state)
                     change, suspect = value - held, state.suspect or _has_changed(parameter, state)
                     figures.append(self._products(parameter, held, change, grad, suspect=suspect))
                     sizes.append(value.numel())
-        if names:
-            self._mine.pending.append((_judge(tuple(names), sizes, figures), figures))
+        if seen:
+            self._mine.pending.append((_judge(seen, sizes, figures), figures))
 
     def _products(
         self,
@@ -415,7 +417,7 @@ def _has_changed(parameter: torch.Tensor, state: ParameterState) -> bool:
 
 
 def _judge(
-    names: tuple[str, ...], sizes: Sequence[int], figures: Sequence[torch.Tensor]
+    states: Sequence[ParameterState], sizes: Sequence[int], figures: Sequence[torch.Tensor]
 ) -> Receiver:
     """What to make of the products of each parameter, see :meth:`Update._products`."""
     counts = [math.isqrt(2 * len(found)) for found in figures]  # k (k + 1) / 2 pairs of k
@@ -423,10 +425,18 @@ def _judge(
     def receive(values: list[float]) -> Failures:
         rest = iter(values)
         cosines = [_along(_square(rest, count)) for count in counts]
-        moved = [i for i, cosine in enumerate(cosines) if cosine > ALONG]
-        if sum(sizes[i] for i in moved if sizes[i] >= _FEW) < _ENOUGH:
+        moved = [i for i, both in enumerate(cosines) if max(both) > ALONG]
+        tells = [i for i in moved if sizes[i] >= _FEW]
+        for i, state in enumerate(states):
+            is_own = i in tells and cosines[i][1] > ALONG
+            state.followed = state.followed + sizes[i] - counts[i] if is_own else 0
+        for i in tells:
+            states[i].suspect = states[i].keeps = True  # its version may not tell
+        at_once, together = sum(sizes[i] for i in tells), sum(s.followed for s in states)
+        if max(at_once, together) < _ENOUGH:
             return ()
-        who, figure = tuple(names[i] for i in moved), min(cosines[i] for i in moved)
+        who = tuple(states[i].name for i in moved)
+        figure = min(max(cosines[i]) for i in moved)
         return [Failure(PRIVATE, diagnosis.RAW_UPDATE, who, figure=figure, bound=ALONG)]
 
     return receive
@@ -440,7 +450,7 @@ def _square(values: Iterator[float], count: int) -> list[list[float]]:
     return products
 
 
-def _along(products: list[list[float]]) -> float:
+def _along(products: list[list[float]]) -> tuple[float, float]:
     """The cosine of a change with a gradient, or its signs, less what was there before.
 
     That is with this one and the one before, then with this one less the one before.
@@ -469,7 +479,7 @@ def _along(products: list[list[float]]) -> float:
         take_off(k)
     whole = largest()
     take_off(_FORMER)
-    return max(whole, largest())
+    return whole, largest()
 
 
 def _learning(optimizer: Any) -> set[int]:

@@ -318,6 +318,7 @@ class ParameterState:
         "entries",
         "epoch",
         "expanded",
+        "followed",
         "keeps",
         "kept",
         "model",
@@ -385,6 +386,8 @@ class ParameterState:
         """Whether its values are wanted as well."""
         self.accounted = False
         """Whether steps that trained it were accounted."""
+        self.followed = 0
+        """In how many elements it has followed the gradients of the last batches in that time."""
         self.suspect = False
         """Whether it was ever changed in place between backward and step."""
         self.kept: torch.Tensor | None = None

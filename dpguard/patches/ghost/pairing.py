@@ -94,11 +94,15 @@ class GhostPairing(Pairing):
         self._hidden: set[int] = set()
         """Parameters that are called in checkpoints, which may yet recompute a call."""
         self._fired: list[Record] = []
+        self._met: set[int] = set()
+        """Parameters of which a call was met in the first backward."""
         self._watched_here: set[int] = set()
         """Where Opacus computes norms: the parameters of which it has computed some."""
         self._condemned: dict[str, list[str]] = {}
         self._doubled: dict[str, None] = {}
         """Parameters of which gradients were taken that can be backpropagated themselves."""
+        self._taken: list[str] = []
+        """Parameters of which somebody has taken the gradient within the backward."""
         self._overlapping: dict[str, None] = {}
         self._batch = 0
         self._losses: int | None = None
@@ -232,6 +236,8 @@ class GhostPairing(Pairing):
         done = False
         try:
             result = backward()
+            self._find_taken()
+            self._refuse_taken()
             done = True
             blanked = self._blank()
         finally:
@@ -429,8 +435,10 @@ class GhostPairing(Pairing):
     def begin(self) -> None:
         """A first backward starts: what an earlier one left unfinished does not count."""
         self._found = {}
+        self._met = set()
         self._watched_here = set()
         self._condemned = {}
+        self._taken = []
         self._overlapping = {}
         self._reopened = set()
         self._received = {}
@@ -472,7 +480,9 @@ class GhostPairing(Pairing):
         wanted: list[torch.nn.Parameter],
     ) -> None:
         self._enter_round(record)
-        task.published.update(id(p) for p in wanted)
+        identities = [id(p) for p in wanted]
+        task.published.update(identities)
+        self._met.update(identities)
         self._batch = max(self._batch, record.batch)
         if self._stage is Stage.NORMS:
             self._fired.append(record)
@@ -556,12 +566,20 @@ class GhostPairing(Pairing):
         self.ledger.end_task(task)
         self._condemn_bypassed(task)
         if self._stage is Stage.NORMS and not self.ledger.is_running(self):
+            self._find_taken()
             states = zip(self._parameters, self._states, strict=True)
             averaged = {id(parameter) for parameter, state in states if state.averaged}
             with torch.no_grad():
                 self._compared.append(self._attempt(self._sums.compare, averaged))
         if self._stage is Stage.OUTSIDE:
             self._show_norms()
+
+    def _find_taken(self) -> None:
+        """What a backward of calls that were met has left in no gradient, somebody has taken."""
+        for parameter in self._parameters:
+            missing = id(parameter) in self._met and parameter.grad is None
+            if missing and not _compat.is_sharded(parameter):  # FSDP puts it there later
+                self._taken.append(self.ledger.name_of(parameter))
 
     def _show_norms(self) -> None:
         """Leave norms where Opacus leaves them: whoever calls backward may look at them."""
@@ -676,6 +694,7 @@ class GhostPairing(Pairing):
         for cause, names in self._condemned.items():
             what = "No per-sample gradient norms"
             self._refuse(cause, what, names, PerSampleGradientError, "coverage.present")
+        self._refuse_taken()
         if self._overlapping:
             self._refuse(diagnosis.LOSSES_OVERLAP, "Refused", list(self._overlapping))
         expected = self._batch if self._losses is None else self._losses
@@ -686,6 +705,10 @@ class GhostPairing(Pairing):
         whole = len(odd) == len(counts) and len(set(counts.values())) == 1
         cause = diagnosis.LOSS_SHAPE if whole else diagnosis.ROW_COUNT
         self._refuse(cause, "There are not as many losses as rows", names)
+
+    def _refuse_taken(self) -> None:
+        if self._taken:
+            self._refuse(diagnosis.GRADIENT_TAKEN, "Refused", self._taken, check="update.private")
 
     def _norms_of(self, parameter: torch.Tensor) -> torch.Tensor:
         found = self._found.get(id(parameter))
