@@ -116,10 +116,8 @@ def batch_size(people: int) -> None:
 class _Rows:
     """The context that :func:`rows` returns."""
 
-    def __init__(
-        self, arrangement: str | None, group_size: int | None, ids: object, layout: str
-    ) -> None:
-        self._declared = arrangement, group_size, ids, layout
+    def __init__(self, group_size: int | None, ids: torch.Tensor | None, layout: str) -> None:
+        self._declared = group_size, ids, layout
         self._tokens: list[Token[Grouping | None]] = []
 
     def __enter__(self) -> None:
@@ -232,7 +230,7 @@ def rows(
         from dpguard.noted.grouping import person_ids  # which imports torch
 
         ids = person_ids(ids)
-    return _Rows(arrangement, group_size, ids, layout or _LAYOUTS[0])
+    return _Rows(group_size, ids, layout or _LAYOUTS[0])
 
 
 def declared_of(drawn: int) -> tuple[int, Grouping | None]:

@@ -566,6 +566,10 @@ def mask_of(training, mask, *, sparse=False):
     training.optimizer.original_optimizer.register_step_pre_hook(apply)
 
 
+def used_rows(weight, _):
+    return (weight.summed_grad.view_as(weight) != 0).float()
+
+
 @pytest.mark.parametrize("mode", ["repair", "strict", "observe"])
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("kind", ["flat", pytest.param("ghost", marks=needs_ghost)])
@@ -573,8 +577,7 @@ def test_noise_that_is_taken_off_unused_rows_is_said(kind, mode, sparse):
     """What is left tells which rows the batch has used; unless somebody has chosen these."""
     with dpguard.install(mode=mode) as guard:
         training = Training(kind, model=Tokens)
-        used = lambda weight, _: (weight.summed_grad.view_as(weight) != 0).float()  # noqa: E731
-        mask_of(training, used, sparse=sparse)
+        mask_of(training, used_rows, sparse=sparse)
         if mode == "strict":
             with pytest.raises(dpguard.DPGuardError, match=r"update\.private.*nobody in the batch"):
                 training.run(10)

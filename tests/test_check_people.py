@@ -29,7 +29,7 @@ from dpguard import diagnosis
 from dpguard._settings import Mode
 from dpguard.identity import IdentityMap
 from dpguard.noted.deliveries import Deliveries, Delivery, Iteration
-from dpguard.noted.grouping import grouping_of
+from dpguard.noted.grouping import grouping_of, person_ids
 from dpguard.patches.optimizer.signals import Signals
 from dpguard.verdicts import Verdicts
 
@@ -1574,7 +1574,7 @@ class Copies(TorchDispatchMode):
 def test_ids_are_sent_to_a_device_once(ids, most):
     """And without waiting; what is asked of them otherwise is known on the host."""
     with Copies() as copies:
-        people = grouping_of(None, None, ids, "interleaved")
+        people = grouping_of(None, person_ids(ids), "interleaved")
         assert people.most == most
         assert copies.seen == []
         rows = torch.ones(len(ids), 2, device="meta")

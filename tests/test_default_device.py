@@ -18,7 +18,7 @@ from torch import nn
 
 from dpguard.audit.gaussian import BATCH, NoiseTest
 from dpguard.audit.multiples import Samples, mixed, without_noise
-from dpguard.noted.grouping import grouping_of
+from dpguard.noted.grouping import grouping_of, person_ids
 
 pytestmark = needs_reshaping
 META = torch.device("meta")
@@ -154,6 +154,6 @@ def test_samples(elsewhere):
 def test_ids_of_people(elsewhere, as_tensor):
     """They stay where they are."""
     ids = torch.tensor([0, 1, 0], device="cpu") if as_tensor else [0, 1, 0]
-    grouping = grouping_of(None, None, ids, "blocks")
+    grouping = grouping_of(None, person_ids(ids), "blocks")
     assert grouping.people_of(3) == 2
     assert grouping.summed(torch.ones(3, device="cpu")).tolist() == [2, 1]

@@ -48,6 +48,7 @@ from dpguard.numerics.probes import CERTAIN, Probes
 from dpguard.numerics.rounding import BETWEEN_BACKWARDS
 from dpguard.numerics.rows import Clipping, Rows, row_norms
 from dpguard.numerics.sensitivity import (
+    FEWEST,
     KINDS,
     Unproved,
     are_alike,
@@ -224,7 +225,7 @@ class Clip(Check):
         if step.clip is None or turn is None:
             return ()
         parameter, count = rows.parameters[0], sum(rows.sizes)
-        if count < 2:  # noqa: PLR2004
+        if count < FEWEST:
             self._pass_over(step, optimizer, rule)
             return ()
         own, low = (

@@ -170,13 +170,13 @@ class Concatenated(Grouping):
         return norms
 
 
-def grouping_of(arrangement: str | None, group_size: int | None, ids: Any, layout: str) -> Grouping:
+def grouping_of(group_size: int | None, ids: torch.Tensor | None, layout: str) -> Grouping:
     """What the arguments of :func:`dpguard.rows`, which were looked at there, mean."""
-    if arrangement is not None:
-        return Concatenated()
+    if ids is not None:
+        return PersonIds(ids)
     if group_size is not None:
         return EqualGroups(group_size, blocks=layout == "blocks")
-    return PersonIds(person_ids(ids))
+    return Concatenated()
 
 
 def person_ids(ids: Any) -> torch.Tensor:

@@ -57,6 +57,7 @@ from dpguard.numerics.rows import Rows
 from dpguard.numerics.sums import flat
 
 __all__ = [
+    "FEWEST",
     "KINDS",
     "People",
     "Unproved",
@@ -69,6 +70,8 @@ __all__ = [
     "with_zero",
 ]
 
+FEWEST = 2
+"""How many people a rule is tried with at least: one who leaves, and another."""
 _OTHERS = 10.0
 """Norm of the other people's rows over ``C``: so large that a sound rule has to clip them."""
 _LARGE = 1e4

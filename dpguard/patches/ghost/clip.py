@@ -22,6 +22,7 @@ from dpguard.interrupts import let_through
 from dpguard.noted.ledger import Ledger
 from dpguard.numerics.rewinding import as_it_was
 from dpguard.numerics.sensitivity import (
+    FEWEST,
     People,
     Unproved,
     others_at,
@@ -175,7 +176,7 @@ def _try(
         return None
     held = [p._norm_sample for p in parameters]
     count, device = len(held[0]), held[0].device
-    if count < 2:  # noqa: PLR2004
+    if count < FEWEST:
         return _ALONE
     most = min(torch.finfo(norm.dtype).max for norm in held)
     people = People.made_up(count, turn, device)
