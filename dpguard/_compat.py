@@ -1552,6 +1552,25 @@ def poisson_samplers() -> tuple[type, ...]:
     return tuple(_present(*found))
 
 
+_NOBODY_SINCE = (1, 3)
+
+
+def samplers_that_leave_out() -> tuple[type, ...]:
+    """Those among them that deliver no batch where nobody was drawn."""
+    name = "DistributedUniformWithReplacementSampler"
+    return tuple(_present(_attribute_of("opacus.utils.uniform_sampler", name)))
+
+
+def delivers_nobody() -> bool:
+    """Whether a loader of Opacus's, and what splits its batches, can deliver one of nobody."""
+    return _release(opacus_version()) >= _NOBODY_SINCE
+
+
+def private_loader_class() -> Any:
+    """The loader that ``make_private`` returns."""
+    return _attribute_of("opacus.data_loader", "DPDataLoader")
+
+
 def plain_detach() -> Callable[[Any], Any]:
     """What ``Tensor.detach`` is without anybody's patch."""
     found: Callable[[Any], Any] = _torch()._C.TensorBase.detach

@@ -59,6 +59,7 @@ from dpguard.noted.ledger import Ledger
 from dpguard.parts import Part
 from dpguard.patches import accountants
 from dpguard.patches.data import sampling
+from dpguard.patches.data.left_out import LeftOut
 from dpguard.patches.data.loading import LoadingPatch
 from dpguard.patches.expanded.models import ExpandedModels
 from dpguard.patches.expanded.outputs import ExpandedOutputs
@@ -132,6 +133,7 @@ class Runtime:
         self._loading = LoadingPatch(
             self._deliveries, self.ledger, self._calls.watch, verdicts, report
         )
+        self._left_out = LeftOut(verdicts, report)
         self._forwarding = AttributeForwarding(verdicts)
         self.optimizer = OptimizerPatch(
             self.ledger,
@@ -284,9 +286,11 @@ class Runtime:
             self._verdicts,
             _weakly(self.report_internal),
         )
+        self._left_out.install(self._transaction)
         sampling.install(
             self._transaction,
             self.accounting,
+            self._left_out.draw,
             self._loading.keep_whole,
             _weakly(self.report_internal),
         )

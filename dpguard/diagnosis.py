@@ -116,6 +116,7 @@ TWO_OPTIMIZERS = "two_optimizers"
 RATE_EXCEEDED = "rate_exceeded"
 NOT_POISSON = "not_poisson"
 SAMPLER_DROPPED = "sampler_dropped"
+BATCHES_LEFT_OUT = "batches_left_out"
 LOADER_BYPASSED = "loader_bypassed"
 STEP_HOOK = "step_hook"
 STEP_HOOK_REPLACED = "step_hook_replaced"
@@ -775,6 +776,13 @@ _DIAGNOSES = {
         "give make_private a loader of torch.utils.data.Subset(dataset, indices), without a "
         "sampler; weights of records cannot be accounted for",
         Severity.WARNING,
+    ),
+    BATCHES_LEFT_OUT: Diagnosis(
+        "Opacus's sampler for several processes leaves out batches in which nobody was drawn: "
+        "processes take other steps than they draw together, wait for each other at the end of a "
+        "pass, and no step is one of nobody, as the accountant assumes that some are",
+        "nothing to do; each process gets such a batch with no rows and takes part in its step. To "
+        "have fewer of them, raise the batch size",
     ),
     LOADER_BYPASSED: Diagnosis(
         "the batch came from another loader than the one that make_private returned, so it "

@@ -392,6 +392,52 @@ def loaded():
     }
 
 
+def _few(most=None):
+    """One person for each rank on average, so that in a third of its batches it draws nobody."""
+    before = len(guard.violations)
+    torch.manual_seed(distributed.get_rank())
+    images, labels = (t[:24] for t in digits().tensors)
+    torch.manual_seed(0)
+    model = DifferentiallyPrivateDistributedDataParallel(nn.Linear(64, 10))
+    torch.manual_seed(distributed.get_rank())
+    engine = PrivacyEngine()
+    world = distributed.get_world_size()
+    model, optimizer, loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(images.flatten(1), labels), batch_size=world
+        ),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    parts, sizes = contextlib.nullcontext(loader), []
+    if most is not None:
+        parts = BatchMemoryManager(
+            data_loader=loader, max_physical_batch_size=most, optimizer=optimizer
+        )
+    with parts as batches:
+        for x, y in (batch for _ in range(3) for batch in batches):
+            sizes.append(len(x))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    guard.flush()
+    return {
+        "planned": 3 * len(loader),
+        "batches": len(sizes),
+        "nobody": sizes.count(0),
+        "accounted": sum(steps for *_, steps in engine.accountant.history),
+        "weights": [p.detach().sum().item() for p in model.parameters()],
+        "causes": [v.cause for v in list(guard.violations)[before:]],
+    }
+
+
+def few():
+    """Batches of nobody, as they are drawn and divided by a batch splitter."""
+    return {"whole": _few(), "divided": _few(most=1)}
+
+
 def _refusal(step):
     try:
         step()
@@ -423,6 +469,7 @@ def _main():
     found["sharded"] = sharded()
     found["sharded in parts"] = sharded_in_parts()
     found["loaded"] = loaded()
+    found["few"] = few()
     found["internal"] = [str(error) for _, error in guard.internal_errors]
     Path(result).write_text(json.dumps(found))
     distributed.destroy_process_group()

@@ -114,7 +114,7 @@ def owners():
         torch.amp.GradScaler,
         AbstractGradSampleModule,
     ]
-    found += [_compat.loader_iterator_class(), _compat.engine_class()]
+    found += [_compat.loader_iterator_class(), _compat.private_loader_class()]
     return [*dict.fromkeys(found)]
 
 

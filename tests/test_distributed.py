@@ -15,6 +15,8 @@ import pytest
 import torch
 from opacus.accountants import RDPAccountant
 
+from dpguard import _compat
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -192,6 +194,20 @@ def test_ranks_are_compared(ranks):
             "bounds": ["ranks_bounds_differ"] * several,
             "lower": [],
         }
+
+
+@pytest.mark.skipif(not _compat.delivers_nobody(), reason="this Opacus delivers no empty batch")
+@pytest.mark.parametrize("kind", ["whole", "divided"])
+def test_each_rank_takes_part_in_each_step(ranks, kind):
+    """Also if it has drawn nobody: else the others would wait for it at the end."""
+    found = [rank["few"][kind] for rank in ranks]
+    for rank in found:
+        assert rank["accounted"] == rank["planned"]
+        assert rank["nobody"] > 0
+        assert rank["weights"] == found[0]["weights"]
+        assert rank["causes"] == []
+        if kind == "whole":
+            assert rank["batches"] == rank["planned"]
 
 
 def test_of_sharded_parameters_the_accounting_is_audited_and_the_rest_is_said(ranks):

@@ -36,6 +36,7 @@ class Sampled(Protocol):
 def install(
     transaction: Transaction,
     observer: Sampled,
+    draw: Callable[[Any, Any], Iterator[Any]],
     keep: Callable[[Any, Any], None],
     report: Callable[[str, Exception], None],
 ) -> None:
@@ -44,19 +45,20 @@ def install(
     Args:
         transaction: remembers how to undo it.
         observer: is told.
+        draw: from the ``__iter__`` of a sampler, and the sampler, to its batches.
         keep: is given each sampler with the indices of each batch, before anybody divides it.
         report: is given an internal error, after which nothing is told any more.
     """
     telling = Part("sampling", report)
 
-    def iterate(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
+    def iterate(wrapped: Callable[..., Any], instance: Any, _args: Any, _kwargs: Any) -> Any:
         def told(batches: Iterator[Any]) -> Iterator[Any]:
             for batch in batches:
                 telling.run(observer.drawn, instance)
                 telling.run(keep, instance, batch)
                 yield batch
 
-        return told(wrapped(*args, **kwargs))
+        return told(draw(wrapped, instance))
 
     def prepare(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
         loader = wrapped(*args, **kwargs)
