@@ -781,9 +781,9 @@ _DIAGNOSES = {
         "Opacus's sampler for several processes leaves out batches in which nobody was drawn: "
         "processes take other steps than they draw together, wait for each other at the end of a "
         "pass, and no step is one of nobody, as the accountant assumes that some are",
-        "have the model and the loop take a batch of no rows, which each process gets now and then, "
-        "as with Opacus in one process: x.flatten(1), not x.view(len(x), -1). To have fewer of them, "
-        "raise the batch size",
+        "have the model and the loop take a batch of no rows, which each process gets now and "
+        "then, as with Opacus in one process: x.flatten(1), not x.view(len(x), -1). To have fewer "
+        "of them, raise the batch size",
     ),
     LOADER_BYPASSED: Diagnosis(
         "the batch came from another loader than the one that make_private returned, so it "

@@ -14,6 +14,8 @@ from typing import Any
 
 __all__ = ["let_through"]
 
+_SILENT = frozenset({Exception, RuntimeError, TimeoutError})
+"""Kinds of Python's own that nobody raises without a word."""
 _BELOW = frozenset({"dpguard", "torch", "opacus", "numpy", "wrapt", "structlog"})
 """Besides Python's own what runs inside of our code, and raises errors of its own kinds only."""
 
@@ -23,8 +25,10 @@ def let_through(error: BaseException) -> None:
     codes, last = set(), None
     traceback = error.__traceback__
     while traceback is not None:
-        last = traceback.tb_frame
-        codes.add(last.f_code)
+        frame = traceback.tb_frame
+        codes.add(frame.f_code)
+        if last is None or not frame.f_code.co_filename.startswith("<"):
+            last = frame  # what is generated has a module of any name
         traceback = traceback.tb_next
     if last is not None and _is_sent(error, last):
         raise error
@@ -34,8 +38,12 @@ def let_through(error: BaseException) -> None:
 
 
 def _is_sent(error: BaseException, frame: FrameType) -> bool:
-    """Whether nobody there can have raised it: it is of a kind that only the host knows."""
-    return not _is_below(type(error).__module__) and _is_below(frame.f_globals.get("__name__", ""))
+    """Whether nobody there can have raised it: it is of a kind that only the host knows.
+
+    Or says nothing at all, as one that is made from its class by who sends it.
+    """
+    known = _is_below(type(error).__module__) and (error.args or type(error) not in _SILENT)
+    return not known and _is_below(frame.f_globals.get("__name__", ""))
 
 
 def _is_below(module: str) -> bool:

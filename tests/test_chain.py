@@ -218,20 +218,24 @@ def test_write_failing_at_any_byte(tmp_path, monkeypatch, room):
     assert [r["n"] for r in records[-2:]] == [3, 4]
 
 
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, TimeoutError])
 @pytest.mark.parametrize("after", [False, True])
-def test_interrupt_in_the_middle_of_a_write(file, monkeypatch, after):
-    """After Ctrl-C around the system call the chain goes on from what is on disk."""
+def test_interrupt_in_the_middle_of_a_write(file, monkeypatch, after, kind):
+    """After Ctrl-C or a time limit around the system call the chain goes on from what is on disk.
+
+    A ``TimeoutError`` is an ``OSError``, but none of the system's.
+    """
     write(file, 0)
     real = os.write
 
     def interrupted(fd, data):
         if after:
             real(fd, data)
-        raise KeyboardInterrupt
+        raise kind
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(kind):
             write(file, 1)
     write(file, 2)
     assert [r["n"] for r in verify(file.path)] == ([0, 1, 2] if after else [0, 2])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import re
+import sys
 import warnings
 
 import opacus
@@ -21,6 +23,8 @@ from truth import assert_rows_equal, plain_copy, rows_of
 
 import dpguard
 from dpguard import PerSampleGradientError, PrivacyViolation, diagnosis
+from dpguard.patches.ghost import clip
+from dpguard.patches.ghost.pairing import GhostPairing
 
 pytest.importorskip("opacus.utils.fast_gradient_clipping_utils")
 # Models hooked without a wrapper came with Opacus 1.6.
@@ -1262,6 +1266,73 @@ def test_updates_in_the_backward_that_free_the_gradient_are_refused(mode, backwa
         assert (found.check, found.cause) == ("update.private", diagnosis.GRADIENT_TAKEN)
         assert set(found.parameters) == {"0.weight", "0.bias"}
         assert others(guard) == ()
+
+
+def lines_of(function, first, last):
+    """Numbers of the lines from that with ``first`` to that with ``last``."""
+    source, start = inspect.getsourcelines(function)
+    found = [next(i for i, line in enumerate(source) if text in line) for text in (first, last)]
+    return range(start + found[0], start + found[1] + 1)
+
+
+PLACES = [
+    (GhostPairing.run, number)
+    for number in lines_of(GhostPairing.run, "carried = Carried(", "blanked = self._blank()")
+] + [
+    (clip.watch.__wrapped__, number)
+    for number in lines_of(clip.watch.__wrapped__, "own = vars(hooks)", "yield")
+]
+
+
+def interrupted_at(function, number):
+    """A function for ``sys.settrace``: Ctrl-C, once, before that line."""
+    done = []
+
+    def trace(frame, event, _):
+        is_there = frame.f_code is function.__code__ and frame.f_lineno == number
+        if is_there and event == "line" and not done:
+            done.append(number)
+            raise KeyboardInterrupt
+        return trace if "dpguard" in frame.f_code.co_filename else None
+
+    return trace
+
+
+def train_interrupted(place):
+    """Six steps without noise on batches of several sizes, one of which is broken off."""
+    model = mlp()
+    called, optimizer, criterion = private(model)
+    broken = 0
+    for step, size in enumerate((4, 5, 3, 6, 4, 7)):
+        x, y = batch(size, seed=step)
+        x[0] *= 10 * step
+        if step == 2 and place is None:
+            continue
+        try:
+            if step == 2:
+                sys.settrace(interrupted_at(*place))
+            optimizer.zero_grad()
+            criterion(called(x), y).backward()
+        except KeyboardInterrupt:
+            broken += 1
+            continue
+        finally:
+            sys.settrace(None)
+        optimizer.step()
+    return values(model), broken
+
+
+def test_an_interrupt_anywhere_in_both_backwards(guard):
+    """The batch is lost, and nothing else: the next ones are clipped by their own norms."""
+    expected, _ = train_interrupted(None)
+    broken = 0
+    for place in PLACES:
+        found, count = train_interrupted(place)
+        if count:
+            broken += 1
+            assert all(map(torch.equal, expected, found)), place
+    assert broken > len(PLACES) // 2
+    assert violations(guard) == ()
 
 
 def test_uninstalling_leaves_nothing_on_parameters():

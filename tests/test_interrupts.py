@@ -69,24 +69,36 @@ def train(steps):
     return timeouts
 
 
-def busy():
+def busy(kind):
     """Code of ours in which arrives what another thread might send as well."""
-    thread, kind = ctypes.c_ulong(threading.get_ident()), ctypes.py_object(Timeout)
+    thread, kind = ctypes.c_ulong(threading.get_ident()), ctypes.py_object(kind)
     for number in range(1000):
         if number == 10:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, kind)
     return "not interrupted"
 
 
-ours = types.FunctionType(busy.__code__, busy.__globals__ | {"__name__": "dpguard.audit.rows"})
+def calls(function, kind):
+    return function(kind)
 
 
-def test_an_exception_that_another_thread_has_sent():
+OURS = busy.__globals__ | {"__name__": "dpguard.audit.rows"}
+ours = types.FunctionType(busy.__code__, OURS)
+of_ours = types.FunctionType(calls.__code__, OURS)
+made = busy.__code__.replace(co_filename="<string>")
+generated = types.FunctionType(made, busy.__globals__ | {"__name__": "namedtuple_Expected"})
+"""As what makes a named tuple: its code is generated, and its module has any name."""
+
+
+@pytest.mark.parametrize("kind", [Timeout, TimeoutError, Exception])
+def test_an_exception_that_another_thread_has_sent(kind):
     """It is the host's; one that our own code raises is not."""
     failures = []
     part = Part("rows", lambda name, error: failures.append((name, error)))
-    with pytest.raises(Timeout):
-        part.run(ours)
+    with pytest.raises(kind):
+        part.run(ours, kind)
+    with pytest.raises(kind):
+        part.run(of_ours, generated, kind)
     assert part.on
     assert part.run(raises, ValueError()) is None
     assert not part.on

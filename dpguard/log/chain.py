@@ -151,7 +151,8 @@ class ChainedFile:
         before = self._status
         try:
             now = os.fstat(self._fd)
-        except OSError:
+        except OSError as error:
+            _let_through(error)
             return False
         if before is None or now.st_ino != before.st_ino or now.st_dev != before.st_dev:
             return False
@@ -162,7 +163,8 @@ class ChainedFile:
         """Whether the name still leads to our file; some file systems count no links at all."""
         try:
             return os.path.samestat(os.lstat(self.target), os.fstat(self._fd))
-        except OSError:
+        except OSError as error:
+            _let_through(error)
             return False
 
     def _examine(self) -> int:
@@ -270,8 +272,18 @@ def _write(fd: int, data: bytes) -> tuple[int, OSError | None]:
                 return done, OSError(errno.EIO, os.strerror(errno.EIO))
             done += count
     except OSError as error:
+        _let_through(error)
         return done, error
     return done, None
+
+
+def _let_through(error: OSError) -> None:
+    """Raise what is not the system's: a time limit of the host's (``TimeoutError``) has no number.
+
+    Nobody knows then what was done.
+    """
+    if error.errno is None:
+        raise error
 
 
 def _claim(fd: int) -> bool:
@@ -280,8 +292,8 @@ def _claim(fd: int) -> bool:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:
-        return True
+    except OSError as error:
+        _let_through(error)
     return True
 
 

@@ -131,9 +131,9 @@ def watch(
             )
         return factors
 
-    own[_RULE] = call
     mine = weakref.ref(call)  # a function that holds itself would hold the loss and its graph
     try:
+        own[_RULE] = call
         yield
     finally:
         if own.get(_RULE) is call:

@@ -227,20 +227,21 @@ class GhostPairing(Pairing):
         self.begin()
         self._losses = len(losses) if losses.dim() else None
         self._people = None
-        carried.set_aside()
-        self._attempt(self._sums.start_from, parameters)
         enabled = self.hooks.hooks_enabled
-        self._stage = Stage.NORMS
-        self._draw = self._someone(losses, reduction)
-        self._both = self._attempt(PassRows.of, self, losses)
         done = False
         try:
+            carried.set_aside()
+            self._attempt(self._sums.start_from, parameters)
+            self._stage = Stage.NORMS
+            self._draw = self._someone(losses, reduction)
+            self._both = self._attempt(PassRows.of, self, losses)
             result = backward()
             self._find_taken()
             self._refuse_taken()
             done = True
             blanked = self._blank()
         finally:
+            # An exception of the host's may come between any two calls: no call comes before these.
             clipped, self._stage = self._stage is Stage.CLIPPED, Stage.OUTSIDE
             fired, draw, self._draw = self._fired, self._draw, None
             compared, both = self._compared, self._both
