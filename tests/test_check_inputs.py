@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -14,7 +15,7 @@ from opacus.layers import DPLSTM
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from releases import GHOST, MIXED, POISSON
 from torch import nn
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import dpguard
 from dpguard import diagnosis
@@ -53,8 +54,8 @@ def train(model, data=None, *, mode="hooks", epochs=3, prepare=None, around=None
     made = PrivacyEngine().make_private(
         module=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.05),
-        data_loader=torch.utils.data.DataLoader(
-            torch.utils.data.TensorDataset(data, torch.arange(len(data)) % 3)
+        data_loader=DataLoader(
+            TensorDataset(data, torch.arange(len(data)) % 3)
             if isinstance(data, torch.Tensor)
             else data,
             batch_size=options.pop("batch_size", BATCH),
@@ -111,6 +112,47 @@ def test_a_mean_over_the_batch_is_said_once(what, mode):
         (STATISTICS, diagnosis.BATCH_CENTRED, (layer,))
     ]
     assert guard.violations[0].step == 2
+
+
+class Signs(nn.Module):
+    """Signs of random projections of each person's data, and two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("projections", torch.randn(13, 16))
+        self.hidden, self.out = nn.Linear(16, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.hidden((x @ self.projections).sign())))
+
+
+@pytest.mark.parametrize("physical", [None, 4])
+@pytest.mark.parametrize("seed", range(3))
+def test_features_of_few_values_add_up_to_zero_now_and_then(seed, physical):
+    """Their mean, over a few people, is exactly zero in one of some ten batches."""
+    torch.manual_seed(seed)
+    data = TensorDataset(torch.randn(600, 13), torch.arange(600) % 4)
+    with dpguard.install(mode="strict") as guard:
+        model = Signs()
+        called, optimizer, loader = PrivacyEngine().make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=DataLoader(data, batch_size=4 if physical is None else 64),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+        )
+        parts = contextlib.nullcontext(loader)
+        if physical is not None:
+            parts = BatchMemoryManager(
+                data_loader=loader, max_physical_batch_size=physical, optimizer=optimizer
+            )
+        with parts as batches:
+            for x, y in itertools.islice((b for _ in range(9) for b in batches), 300):
+                optimizer.zero_grad()
+                F.cross_entropy(called(x), y).backward()
+                optimizer.step()
+        guard.flush()
+        assert guard.violations == ()
 
 
 @pytest.mark.parametrize("poisson", [True, False])
@@ -587,7 +629,7 @@ def private(data, collate):
     made = PrivacyEngine().make_private(
         module=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.05),
-        data_loader=torch.utils.data.DataLoader(data, batch_size=BATCH, collate_fn=collate),
+        data_loader=DataLoader(data, batch_size=BATCH, collate_fn=collate),
         noise_multiplier=1.0,
         max_grad_norm=1.0,
     )
@@ -597,7 +639,7 @@ def private(data, collate):
 def test_batches_that_are_split():
     torch.manual_seed(2)
     with dpguard.install(mode="repair") as guard:
-        data = torch.utils.data.TensorDataset(images(), torch.arange(COUNT) % 3)
+        data = TensorDataset(images(), torch.arange(COUNT) % 3)
         model, optimizer, loader = private(data, collating_with(mixup))
         with BatchMemoryManager(
             data_loader=loader, max_physical_batch_size=5, optimizer=optimizer
@@ -614,7 +656,7 @@ def test_batches_that_are_split():
 
 def test_loaders_that_are_not_private():
     with dpguard.install(mode="strict"):
-        loader = torch.utils.data.DataLoader(
+        loader = DataLoader(
             images(), batch_size=BATCH, collate_fn=lambda batch: mixup(torch.stack(batch))
         )
         iterator = iter(loader)
@@ -653,7 +695,7 @@ def test_batches_are_the_same():
 
     def batches():
         torch.manual_seed(6)
-        data = torch.utils.data.TensorDataset(images(), torch.arange(COUNT) % 3)
+        data = TensorDataset(images(), torch.arange(COUNT) % 3)
         return [x for x, _ in private(data, collating_with(mixup_in_place))[2]]
 
     before = batches()

@@ -4,9 +4,11 @@ See :mod:`dpguard.noted.inputs`. An input is centred if each of its features add
 the batch, up to rounding. That is a fault where the data that it is made of are not: what a layer
 is given without parameters on the way is compared with what the loader delivered, what a collate
 function has returned with the items that it was given, another input with what such layers were
-given. A single feature is by chance, once in ten thousand batches, so it has to be so three times
-running. Where each batch is all of the data, a constant that is subtracted may be their mean, and
-nothing is said of that. No row is a linear mixture of others by chance.
+given. A single feature is by chance, once in ten thousand batches, and far more often where it has
+few values: signs of four people add up to zero, exactly, in three of eight batches. So it has to be
+so in each call of a step, three times running, and exact zeros of :data:`_ENOUGH` features in all.
+Where each batch is all of the data, a constant that is subtracted may be their mean, and nothing is
+said of that. No row is a linear mixture of others by chance.
 """
 
 from __future__ import annotations
@@ -29,6 +31,10 @@ __all__ = ["InputValues"]
 _FIRST = 3
 _EVERY = 50
 _TIMES = 3
+_ENOUGH = 24
+"""Features that have to add up to zero exactly, one after the other,"""
+_COUNTED = 8
+"""of which so many count in a call, for they may be alike; as much does what rounding has left."""
 _CENTRED = 1e-5
 _ROUNDINGS = 8.0
 _NOT_CENTRED = 1e-2
@@ -48,8 +54,26 @@ class _Known:
 
     def __init__(self) -> None:
         self.steps = 0
-        self.times: dict[tuple[str, str], int] = {}
+        self.times: dict[tuple[str, str], tuple[int, int]] = {}
+        """How many steps running, and of how many features in all."""
         self.said: set[str] = set()
+
+    def add(self, found: dict[tuple[str, str], int]) -> None:
+        """What was found in a step, by cause and layer; the rest ends where it was."""
+        before, self.times = self.times, {}
+        for key, features in found.items():
+            if key[0] not in self.said:
+                times, total = before.get(key, (0, 0))
+                self.times[key] = times + 1, total + features
+
+    def certain_of(self, cause: str) -> set[tuple[str, str]]:
+        """Where it was found often enough."""
+        least = (_TIMES, _ENOUGH) if cause == diagnosis.BATCH_CENTRED else (1, 0)
+        return {
+            key
+            for key, (times, features) in self.times.items()
+            if key[0] == cause and times >= least[0] and features >= least[1]
+        }
 
 
 class InputValues(Check):
@@ -115,22 +139,25 @@ class InputValues(Check):
             for one, (sums, _, _) in zip(given, inputs, strict=True)
             if one.is_raw and one.name != COLLATE
         ]
-        found: set[tuple[str, str]] = set()
+        found: dict[tuple[str, str], int] = {}
+        centred: dict[str, _Centred] = {}
         for one, (sums, delivered, mixture) in zip(given, inputs, strict=True):
             # Of whole numbers, inputs of an embedding, nothing is known: they are not centred.
             references = [delivered] if one.is_raw else raw
-            if all(map(_is_clear, references)) and _is_centred(sums, one.roundoff):
-                if not is_whole:
-                    found.add((diagnosis.BATCH_CENTRED, one.name))
-            elif mixture and _is_mixed(*mixture):
-                found.add((diagnosis.BATCH_MIXED, one.name))
+            call = _Centred(sums, one.roundoff)
+            is_clear = all(map(_is_clear, references))
+            if is_clear and not is_whole:
+                centred[one.name] = call.joined(centred.get(one.name))
+            if mixture and _is_mixed(*mixture) and not (is_clear and call.features):
+                found[diagnosis.BATCH_MIXED, one.name] = 0
+        for name, calls in centred.items():
+            if calls.features:
+                found[diagnosis.BATCH_CENTRED, name] = calls.features
         known = self._known.of(owner)
-        known.times = {
-            key: known.times.get(key, 0) + 1 for key in found if key[0] not in known.said
-        }
+        known.add(found)
         failures = []
-        for cause, enough in ((diagnosis.BATCH_CENTRED, _TIMES), (diagnosis.BATCH_MIXED, 1)):
-            certain = {key for key, times in known.times.items() if times >= enough}
+        for cause in (diagnosis.BATCH_CENTRED, diagnosis.BATCH_MIXED):
+            certain = known.certain_of(cause)
             where = [one for one in given if (cause, one.name) in certain]
             if where:
                 known.said.add(cause)
@@ -154,22 +181,46 @@ def _used_by(step: Step, optimizer: Any) -> Callable[[Any], bool]:
     return is_used
 
 
-def _ways(sums: list[float]) -> list[float]:
-    """The largest share of each way to tell features apart that there is something to tell of."""
-    return [
-        share
-        for share, count, size in zip(sums[::3], sums[1::3], sums[2::3], strict=True)
+def _ways(sums: list[float]) -> dict[int, tuple[float, int]]:
+    """Of each way to tell features apart the largest share, and how many features there are.
+
+    Where there is something to tell of.
+    """
+    ways = zip(sums[::3], sums[1::3], sums[2::3], strict=True)
+    return {
+        way: (share, int(count))
+        for way, (share, count, size) in enumerate(ways)
         if count and size > _SOMETHING and math.isfinite(share)
-    ]
+    }
 
 
-def _is_centred(sums: list[float], roundoff: float) -> bool:
-    return any(share <= max(_CENTRED, _ROUNDINGS * roundoff) for share in _ways(sums))
+class _Centred:
+    """In which ways all features add up to zero over the batch, in a call or several of them."""
+
+    def __init__(self, sums: list[float], roundoff: float) -> None:
+        least = max(_CENTRED, _ROUNDINGS * roundoff)
+        self._known = {
+            way: (_COUNTED if share else min(count, _COUNTED)) if share <= least else 0
+            for way, (share, count) in _ways(sums).items()
+        }
+        """How many features count, of each way; 0 if they do not all."""
+
+    @property
+    def features(self) -> int:
+        """How many features count, in the way in which most of them do."""
+        return max(self._known.values(), default=0)
+
+    def joined(self, other: _Centred | None) -> _Centred:
+        """With the calls of ``other``: a way in which one of them is not centred is none."""
+        for way, count in other._known.items() if other is not None else ():
+            mine = self._known.get(way)
+            self._known[way] = count if mine is None else (mine + count if mine and count else 0)
+        return self
 
 
 def _is_clear(sums: list[float]) -> bool:
     """Whether it certainly is not."""
-    return bool(sums) and all(share >= _NOT_CENTRED for share in _ways(sums))
+    return bool(sums) and all(share >= _NOT_CENTRED for share, _ in _ways(sums).values())
 
 
 def _is_mixed(far: float, second: float, apart: float) -> bool:
