@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import pickle
@@ -180,6 +181,25 @@ def test_an_update_by_hand_that_comes_late(change, guard):
             done += 1
     assert done <= (1 if "data" not in change.__name__ else KEEP_EVERY)
     assert causes(guard) == {diagnosis.RAW_UPDATE}
+
+
+@pytest.mark.parametrize(("share", "refused"), [(1.0, False), (0.1, True), (0.0, True)])
+def test_a_step_by_hand_with_its_noise_is_no_raw_update(share, refused, guard):
+    """Where batches are large the noise is little beside the gradient, and enough all the same."""
+    training, sigma = Training(sigma=0.05), 0.05
+    with contextlib.ExitStack() as stack:
+        if refused:
+            stack.enter_context(pytest.raises(dpguard.PrivacyViolation, match="neither clipped"))
+        for _ in range(5):
+            training.optimizer.zero_grad()
+            (10 * training.called(training.x)).mean().backward()
+            with torch.no_grad():
+                for p in training.model.parameters():
+                    noise = share * sigma * 1.0 / 8 * torch.randn_like(p)
+                    assert noise.norm() < 0.1 * p.grad.norm()
+                    p.sub_(0.1 * (p.grad + noise))
+        training.optimizer.zero_grad()
+    assert causes(guard) == ({diagnosis.RAW_UPDATE} if refused else set())
 
 
 class Regression(Training):

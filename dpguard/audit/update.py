@@ -14,7 +14,9 @@ change of this kind. The cosine of unrelated vectors of ``n`` elements exceeds `
 probability below ``exp(-n ALONG**2 / 2)``, and updates that were released have noise in them. So
 from a change on values are kept, and the step is refused once it is proved. Of a small parameter
 one batch proves little. What counts there is what the gradient of the one before does not explain,
-and the elements of batches that follow each other are added up.
+and the elements of batches that follow each other are added up. Who takes steps by hand may well
+clip and add noise, which is little where batches are large; such a change is off the gradient by
+that much, and none of these.
 """
 
 from __future__ import annotations
@@ -58,8 +60,12 @@ _FEW = 16
 """Of fewer elements little is left once what was there before is taken off: they prove nothing."""
 _NOTHING = 1e-9
 """What is left of the square of a length when nothing but rounding is."""
+_NOISED = 0.25
+"""As much of the square of the noise that is due is there in steps that somebody takes by hand."""
+_SIGNS = 2
+"""Among the vectors the place of the signs of the gradient,"""
 _FORMER = 3
-"""Among the vectors the place of the gradient before, or of this one again if none is kept."""
+"""and that of the gradient before, or of this one again if none is kept."""
 MOVES_WITHIN = 10
 _BETWEEN = 7
 
@@ -197,7 +203,15 @@ class Update(Check):
                     figures.append(self._products(parameter, held, change, grad, suspect=suspect))
                     sizes.append(value.numel())
         if seen:
-            self._mine.pending.append((_judge(seen, sizes, figures), figures))
+            noise = max(map(_noise_of, self._optimizers_of(kept)), default=0.0)
+            self._mine.pending.append((_judge(seen, sizes, figures, noise), figures))
+
+    def _optimizers_of(self, kept: Sequence[tuple[torch.Tensor, ParameterState]]) -> Iterator[Any]:
+        """The DP optimizers of these parameters, whether they have ever stepped or not."""
+        mine = {id(parameter) for parameter, _ in kept}
+        for optimizer in self._ledger.optimizers:
+            if not mine.isdisjoint(map(id, getattr(optimizer, "params", ()))):
+                yield optimizer
 
     def _products(
         self,
@@ -416,15 +430,33 @@ def _has_changed(parameter: torch.Tensor, state: ParameterState) -> bool:
     return state.version != version_of(parameter)
 
 
+def _noise_of(optimizer: Any) -> float:
+    """Standard deviation of what the noise of a step adds to each element of the gradient."""
+    found = [
+        _compat.plain_number(getattr(optimizer, name, None))
+        for name in ("noise_multiplier", "max_grad_norm", "expected_batch_size")
+    ]
+    sigma, bound, expected = (0.0 if number is None else number for number in found)
+    if getattr(optimizer, "loss_reduction", None) != "mean":
+        return sigma * bound
+    return sigma * bound / expected if expected else 0.0
+
+
 def _judge(
-    states: Sequence[ParameterState], sizes: Sequence[int], figures: Sequence[torch.Tensor]
+    states: Sequence[ParameterState],
+    sizes: Sequence[int],
+    figures: Sequence[torch.Tensor],
+    noise: float,
 ) -> Receiver:
     """What to make of the products of each parameter, see :meth:`Update._products`."""
     counts = [math.isqrt(2 * len(found)) for found in figures]  # k (k + 1) / 2 pairs of k
 
     def receive(values: list[float]) -> Failures:
         rest = iter(values)
-        cosines = [_along(_square(rest, count)) for count in counts]
+        cosines = [
+            _along(_square(rest, count), size * noise**2)
+            for count, size in zip(counts, sizes, strict=True)
+        ]
         moved = [i for i, both in enumerate(cosines) if max(both) > ALONG]
         tells = [i for i in moved if sizes[i] >= _FEW]
         for i, state in enumerate(states):
@@ -450,15 +482,22 @@ def _square(values: Iterator[float], count: int) -> list[list[float]]:
     return products
 
 
-def _along(products: list[list[float]]) -> tuple[float, float]:
+def _along(products: list[list[float]], noise: float) -> tuple[float, float]:
     """The cosine of a change with a gradient, or its signs, less what was there before.
 
-    That is with this one and the one before, then with this one less the one before.
+    That is with this one and the one before, then with this one less the one before. None if the
+    change is off such a gradient by as much as a step is that has its noise, whose square is
+    ``noise`` in the units of the gradient.
     """
     lengths = [products[i][i] for i in range(len(products))]
 
     def is_left(i: int) -> bool:
         return products[i][i] > _NOTHING * lengths[i]
+
+    def is_noised(i: int) -> bool:
+        rate = products[0][i] / products[i][i]
+        off = products[0][0] - rate * products[0][i]
+        return off > _NOISED * rate**2 * noise > 0
 
     def take_off(k: int) -> None:
         if is_left(k):
@@ -471,7 +510,7 @@ def _along(products: list[list[float]]) -> tuple[float, float]:
         cosines = [
             abs(products[0][i]) / math.sqrt(products[0][0] * products[i][i])
             for i in range(1, _FORMER + 1)
-            if is_left(0) and is_left(i)
+            if is_left(0) and is_left(i) and not (i != _SIGNS and is_noised(i))
         ]
         return max(cosines, default=0.0)
 

@@ -28,6 +28,7 @@ import torch
 
 from dpguard import _compat
 from dpguard._declare import declares_one_batch
+from dpguard.identity import IdentitySet
 from dpguard.noted.batches import Batches
 from dpguard.noted.graph_task import GraphTask
 from dpguard.noted.inputs import Inputs
@@ -113,6 +114,8 @@ class Ledger:
         self.batches = Batches()
         self.unhooked: set[int] = set()
         """Identities of parameters that were used while Opacus's hooks were disabled."""
+        self.optimizers = IdentitySet()
+        """All DP optimizers that are known, and what stands for them."""
         self.before_clearing: Callable[[Sequence[torch.Tensor]], None] | None = None
         """Called with parameters whose gradients are about to be cleared."""
         self.forgets: list[Callable[[Sequence[torch.Tensor]], Any]] = []

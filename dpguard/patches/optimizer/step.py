@@ -14,7 +14,6 @@ import torch
 
 from dpguard import _compat
 from dpguard._errors import DPGuardError
-from dpguard.identity import IdentitySet
 from dpguard.noted.ledger import Ledger
 from dpguard.parts import Part
 from dpguard.patches.optimizer.amp import LossScale
@@ -103,7 +102,7 @@ class OptimizerPatch:
         self._mechanism = Mechanism(_Guarded(self), lean=verdicts.repairs)
         self._active = True
         self._inside: set[int] = set()
-        self._instances = IdentitySet()
+        self._instances = ledger.optimizers
         self._transaction: Transaction | None = None
         self._wrapped: set[tuple[type, str]] = set()
         self._bases: set[type] = set()
