@@ -131,14 +131,20 @@ def test_a_healthy_run(options, mode, deviations, monkeypatch):
 
 
 @pytest.mark.usefixtures("by_the_clock")
-def test_how_often(guard, deviations):
-    """Norms are compared in each step, values in the first and then every so often."""
+@pytest.mark.parametrize("parts", [1, 3])
+def test_how_often(guard, deviations, parts):
+    """Norms are compared in each step, values in the first and then every so often.
+
+    Of how many parts a batch has, which depends on how many people were drawn, the log tells nothing.
+    """
     training = Training()
     for number in range(SKETCH_EVERY + 2):
-        training.step()
+        for part in range(parts):
+            training.optimizer.signal_skip_step(do_skip=part < parts - 1)
+            training.step()
         assert passed(guard, BOUND) == 5
         assert (passed(guard, SUM) == 5) == (number % SKETCH_EVERY == 0)
-    assert len(deviations) == 2
+    assert len(deviations) == 2 * parts
 
 
 def test_accumulation_and_physical_batches(guard, deviations, monkeypatch):

@@ -109,9 +109,14 @@ class Clip(Check):
     def __init__(self, ledger: Ledger, *, blanks: bool) -> None:
         self._ledger = ledger
         self._blanks = blanks
-        ledger.tries_clipping = self._trial
+        ledger.tries_clipping = self._trial_of_factors
         self._mine = _Mine()
-        self._turns: IdentityMap[int] = IdentityMap()
+        self._turns: IdentityMap[tuple[int, int]] = IdentityMap()
+        """For each optimizer the last audited step, and how many there were before it."""
+        self._steps: IdentityMap[int] = IdentityMap()
+        """How many steps a model in ghost clipping has been in."""
+        self._models: IdentityMap[IdentitySet] = IdentityMap()
+        """Those of each optimizer whose step has begun."""
         self._chosen = Turns()
         self._rules: IdentityMap[tuple[Any, int]] = IdentityMap()
         """By which rule each optimizer, or model in ghost clipping, has clipped last, and how often
@@ -121,11 +126,16 @@ class Clip(Check):
         self._compares: IdentityMap[bool] = IdentityMap()
         """Whether both backwards of ghost clipping were compared in the last batch of anybody."""
 
-    def _is_turn(self, optimizer: Any) -> bool:
-        """Whether it is time for what is not done in each step."""
-        turn = self._turns.get(optimizer, 0)
-        self._turns[optimizer] = turn + 1
-        return self._chosen.has(turn, SKETCH_EVERY)
+    def _turn(self, step: Step, optimizer: Any) -> int:
+        """How many audited steps have been.
+
+        Not physical batches: the log would tell how many people were drawn.
+        """
+        last, turn = self._turns.get(optimizer, (-1, -1))
+        if last != step.number:
+            turn += 1
+            self._turns[optimizer] = step.number, turn
+        return turn
 
     # -- our own code clips ----------------------------------------------------------------------
 
@@ -139,7 +149,8 @@ class Clip(Check):
                 self._compare(step, optimizer, before)
             return ()
         self._bound(step, optimizer, clipping)
-        if self._is_turn(optimizer) and _are_of_one_type(clipping.rows):
+        chosen = self._chosen.has(self._turn(step, optimizer), SKETCH_EVERY)
+        if chosen and _are_of_one_type(clipping.rows):
             self._sketch(step, clipping)
         return ()
 
@@ -205,14 +216,25 @@ class Clip(Check):
             return self._measure(step, optimizer, rows)
         return ()
 
-    def _trial(self, owner: Any, rule: Any) -> int | None:
+    def _trial(self, owner: Any, rule: Any, turn: int) -> int | None:
         """Which trial of a rule this is; ``None`` if it is not to be measured.
 
-        It is now and then, and while it has not passed as often: a person who is drawn may be the
-        only one of a group of rows that are clipped together.
+        It is now and then, in the first steps, and while it has not passed as often: a person who
+        is drawn may be the only one of a group of rows that are clipped together.
         """
         passed = self._passed(owner, rule)
-        return passed if self._is_turn(owner) or passed < TRIALS else None
+        is_due = min(passed, turn) < TRIALS or self._chosen.has(turn, SKETCH_EVERY)
+        return passed if is_due else None
+
+    def _trial_of_factors(self, hooks: Any, rule: Any) -> int | None:
+        """The same of how a model in ghost clipping makes its factors."""
+        return self._trial(hooks, rule, self._steps.get(hooks, 0))
+
+    def before_noise(self, step: Step, optimizer: Any) -> Failures:
+        """The next batch of these models is that of another step."""
+        for hooks in self._models.pop(optimizer) or ():
+            self._steps[hooks] = self._steps.get(hooks, 0) + 1
+        return ()
 
     def _passed(self, owner: Any, rule: Any) -> int:
         known, passed = self._rules.get(owner, (None, 0))
@@ -221,7 +243,7 @@ class Clip(Check):
     def _measure(self, step: Step, optimizer: Any, rows: Rows) -> Failures:
         """How much one person can change by the rule that is about to be used."""
         rule = _compat.code_of(optimizer, "clip_and_accumulate")
-        turn = None if step.clip is None else self._trial(optimizer, rule)
+        turn = self._trial(optimizer, rule, self._turn(step, optimizer))
         if step.clip is None or turn is None:
             return ()
         parameter, count = rows.parameters[0], sum(rows.sizes)
@@ -299,6 +321,9 @@ class Clip(Check):
         if _compat.clips_rows(optimizer):
             return ()
         mine = self._take_factors(step)
+        self._models.setdefault(optimizer, IdentitySet()).update(
+            hooks for found in mine if (hooks := found.hooks()) is not None
+        )
         if not step.audited:
             return ()
         if not mine:
