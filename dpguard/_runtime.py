@@ -369,11 +369,11 @@ class Runtime:
 
     def emit(self, event: Event) -> None:
         """Remember an event where the user can ask for it, and write it."""
+        # The log must not tell how many there were that it may not tell.
         if isinstance(event, Intervention):
-            self._intervened += 1
+            self._intervened += not event.confidential
             self.interventions.append(event)
         elif isinstance(event, Violation):
-            # The log must not tell how many there were that it may not tell.
             self._violated += not event.confidential
             self.violations.append(event)
         self.journal.write(event)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import opacus.grad_sample
 import pytest
 import torch
@@ -12,6 +14,8 @@ from releases import needs_adaptive
 from torch import nn
 from torch.nn import functional as F
 from truth import TOLERANCE, assert_rows_equal, flat_rows, relative_error, rows_of
+
+import dpguard
 
 HAS_HOOKS = hasattr(opacus.grad_sample, "GradSampleHooks")  # as of 1.6
 DTYPE = torch.float64
@@ -365,6 +369,31 @@ def test_dropped_layers_and_early_exits(guard):
             assert not torch.equal(p, old)
     assert {i.kind for i in guard.interventions} == {"unused_parameter"}
     assert guard.violations == ()
+
+
+def test_the_log_does_not_tell_which_expert_nobody_was_sent_to(tmp_path):
+    """Which parameters took no part may be of the data; of the first step it is told."""
+    with dpguard.install(log_dir=tmp_path, sensitive=True) as guard:
+        torch.manual_seed(0)
+        model = Deep()
+        called, optimizer = private(model, sigma=1.0)
+        for leaves in (2, 2, 0, 1, 2):
+            optimizer.zero_grad()
+            called(torch.randn(4, 6), (0, 1, 2), leaves).square().mean().backward()
+            optimizer.step()
+        assert [i.step for i in guard.interventions] == [0, 1, 2, 3, 4]
+    lines = [
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted(tmp_path.glob("*/*.jsonl"))
+    ]
+    plain, sensitive = lines
+    found = [e for e in plain if e["event_name"] == "dpguard.intervention.unused_parameter"]
+    assert [(e["dpguard.step"], len(e["dpguard.parameters"])) for e in found] == [(0, 4)]
+    audited = [e for e in plain if e["event_name"] == "dpguard.step.audited"]
+    assert [e.get("dpguard.interventions", 0) for e in audited] == [1, 0, 0, 0, 0]
+    assert plain[-1]["dpguard.interventions"] == 1
+    told = [e["dpguard.step"] for e in sensitive if len(e.get("dpguard.parameters", ())) == 4]
+    assert told == [1, 2, 3, 4]
 
 
 # -- changes in place (L13), new tensors in place of parameters (L10) ------------------------------

@@ -449,6 +449,10 @@ class StepAuditor:
             )
 
     def _say_unused(self, step: Step, alignment: Alignment) -> None:
+        """Which these are may depend on the data (experts to whom nobody was sent).
+
+        The log has those of the first step only, and does not tell what becomes of them.
+        """
         if alignment.unused:
             names = alignment.unused
             self._intervene(
@@ -457,11 +461,14 @@ class StepAuditor:
                 f"{len(names)} trainable parameter(s) took no part in the loss and have "
                 f"per-sample gradients of zero: {diagnosis.listed(names)}.",
                 parameters=names,
+                confidential=step.number > 0,
             )
 
-    def _intervene(self, step: Step, kind: str, body: str, **details: Any) -> None:
+    def _intervene(
+        self, step: Step, kind: str, body: str, *, confidential: bool = False, **details: Any
+    ) -> None:
         repaired = self._settings.mode.changes_the_host
-        step.interventions += 1
+        step.interventions += not confidential
         self._emit(
             Intervention(
                 kind=kind,
@@ -471,6 +478,7 @@ class StepAuditor:
                 step=step.number,
                 cause=kind,
                 remedy=diagnosis.explain(kind).remedy,
+                confidential=confidential,
                 **details,
             )
         )
