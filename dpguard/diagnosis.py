@@ -440,7 +440,8 @@ _DIAGNOSES = {
         "batch, so they are wrong, or p.grad was changed by something that has no rows",
         "a penalty on weights in the loss and clip_grad_norm_ before the step have no effect with "
         "DP-SGD, which makes the update from the per-sample gradients only: drop them (use "
-        "weight_decay of the optimizer for a penalty, max_grad_norm for clipping). Otherwise check "
+        "weight_decay of the optimizer for a penalty, max_grad_norm for clipping; trainers clip by "
+        "themselves, Hugging Face's unless TrainingArguments(max_grad_norm=0)). Otherwise check "
         "what is special about the layer: a weight that is used outside of its module, an input "
         "or keyword argument that its grad sampler ignores, padding modes, scale_grad_by_freq, an "
         "item that is twice in one bag of an EmbeddingBag, with expanded weights padding_idx. Rows "
@@ -845,9 +846,12 @@ _DIAGNOSES = {
     ),
     LEARNS_OUTSIDE: Diagnosis(
         "parameters outside of the private model learn from its losses, with gradients that are "
-        "neither clipped nor noised nor accounted: epsilon says nothing about them",
+        "neither clipped nor noised nor accounted: epsilon says nothing about them, nor about what "
+        "the private model learns of one person through them",
         "make them part of the module that make_private is given, whose DP optimizer then trains "
-        "them. If they are never released (a head that stays with its user), nothing is to be done",
+        "them. It is not enough that they are never released: where people share them (an encoder, "
+        "a head), one person changes through them what all others' rows are. Only what is one "
+        "person's alone, and stays with that person, needs nothing",
         Severity.WARNING,
     ),
     FROZEN_LATE: Diagnosis(

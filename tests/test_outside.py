@@ -105,7 +105,7 @@ def run(loss_of, kind="hooks", mode="repair", step=None):
 @pytest.mark.parametrize("mode", ["repair", "observe", "strict"])
 @pytest.mark.parametrize("name", LEARNING)
 def test_what_learns_is_said_once(name, mode):
-    """A warning: parameters that are never released are nobody's business."""
+    """A warning: parameters that are one person's alone are nobody's business."""
     found, guard, learners = run(LEARNING[name], mode=mode)
     (one,) = found
     assert one.severity.value == "WARNING"
