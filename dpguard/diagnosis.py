@@ -189,6 +189,7 @@ DRAWN_DEPENDENTLY = "drawn_dependently"
 BATCH_UNDELIVERED = "batch_undelivered"
 SIGNAL_OF_OTHERS = "signal_of_others"
 SIGNALS_LEFT = "signals_left"
+SIGNALS_TAKEN = "signals_taken"
 BATCHES_MERGED = "logical_batches_merged"
 BATCH_IN_STEPS = "logical_batch_in_steps"
 SUMS_LOST = "clipped_sums_lost"
@@ -1461,6 +1462,15 @@ _DIAGNOSES = {
         "under one noise draw",
         "leave optimizer.signal_skip_step() to BatchMemoryManager; a batch that shall not count is "
         "stepped with a loss times zero",
+        Severity.CRITICAL,
+    ),
+    SIGNALS_TAKEN: Diagnosis(
+        "skip signals of batches that are still to be stepped were taken out of the optimizer's "
+        "queue, so from here on each physical batch meets the signal of a later one: parts of two "
+        "logical batches are merged under one noise draw",
+        "leave optimizer._step_skip_queue alone: it holds the signals of all batches that are "
+        "fetched ahead, and those of batches that are left out are dropped here. Of a trainer that "
+        "fetches ahead by itself, let it accumulate nothing (gradient_accumulation_steps=1)",
         Severity.CRITICAL,
     ),
     SIGNALS_LEFT: Diagnosis(

@@ -1241,6 +1241,56 @@ def test_a_signal_that_the_loop_gives(mode, when, workers):
     assert diagnosis.SIGNAL_OF_OTHERS in causes(guard)
 
 
+def fetched_ahead(loader):
+    """As some loops do to know which batch is the last."""
+    batches = iter(loader)
+    in_hand = next(batches)
+    for following in batches:
+        yield in_hand
+        in_hand = following
+    yield in_hand
+
+
+@pytest.mark.parametrize("at", [0, 3])
+@pytest.mark.parametrize("mode", ["repair", "strict", "observe"])
+def test_a_signal_that_the_loop_takes(mode, at):
+    """As a trainer that takes what waits in the queue for what an earlier pass has left there."""
+    with dpguard.install(mode=mode) as guard:
+        private = Private(batch=16)
+        optimizer, stepped, causes_at = private.optimizer, 0, []
+        refused = pytest.raises(dpguard.PrivacyViolation, match="were taken out")
+        with (
+            refused if mode != "observe" else contextlib.nullcontext(),
+            BatchMemoryManager(
+                data_loader=private.loader, max_physical_batch_size=4, optimizer=optimizer
+            ) as loader,
+        ):
+            for x, y in fetched_ahead(loader):
+                if stepped == at:
+                    optimizer._step_skip_queue.pop(0)
+                private.step(plain(private, x, y))
+                stepped += 1
+                causes_at.append(causes(guard))
+    assert causes_at[:at] == [[]] * at
+    assert stepped == at or mode == "observe"
+    assert diagnosis.SIGNALS_TAKEN in causes(guard)
+
+
+def test_signals_of_batches_that_a_loop_leaves_out_and_takes_away(guard):
+    """It does by hand what is done here else."""
+    private = Private(batch=16)
+    optimizer = private.optimizer
+    with BatchMemoryManager(
+        data_loader=private.loader, max_physical_batch_size=4, optimizer=optimizer
+    ) as loader:
+        for number, (x, y) in enumerate(loader):
+            if number in (2, 3) and optimizer._step_skip_queue[0]:
+                optimizer._step_skip_queue.pop(0)
+                continue
+            private.step(plain(private, x, y))
+    assert diagnosis.SIGNALS_TAKEN not in causes(guard)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_break_between_logical_batches(guard, workers):
     """Signals that workers drew ahead are gone with their iterator."""

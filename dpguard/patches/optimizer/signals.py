@@ -18,7 +18,8 @@ anything of a pass of which a thread of its own fetches the batches: that is ahe
 likes, and hands on all of them in their order.
 
 A signal that somebody else gives (``signal_skip_step(True)`` for a batch whose loss is bad) is one
-too many for good. It cannot be known what was meant by it: that is refused. Where all are given by
+too many for good, and one that somebody takes out of the queue is missing for good. It cannot be
+known what was meant by it: that is refused. Where all are given by
 hand they may be given ahead, but not more and more of them.
 """
 
@@ -67,6 +68,8 @@ class Signals:
         """The logical batch of which each optimizer has summed parts, and made no step yet."""
         self._paired = IdentitySet()
         """Optimizers whose signals were all those of batches, in the step before."""
+        self._taken = IdentitySet()
+        """Optimizers whose last step has taken its signal."""
         self._piles: IdentityMap[tuple[int, int]] = IdentityMap()
         """How many signals that are given by hand were there before the last step of an optimizer,
         and for how many steps on end they were more than before."""
@@ -90,9 +93,7 @@ class Signals:
         if _is_fetched(tags[-1]):
             self._before_fetched(optimizer, tags, queue)
             return
-        if len(queue) > len(tags) and optimizer in self._paired:
-            self._refuse(optimizer, diagnosis.SIGNAL_OF_OTHERS)
-            self._paired.discard(optimizer)  # it goes on, and is said once
+        self._refuse_strangers(optimizer, tags, queue)
         _follow(tags, queue)
         if len(tags) == len(queue):
             self._paired.add(optimizer)
@@ -113,6 +114,17 @@ class Signals:
             self._keep_apart(optimizer, in_hand)
             self._keep_together(optimizer, in_hand)
         self._summed[optimizer] = in_hand.batch
+
+    def _refuse_strangers(
+        self, optimizer: Any, tags: Sequence[Delivery], queue: Sequence[bool]
+    ) -> None:
+        """Somebody else has given signals, or has taken some."""
+        if len(queue) > len(tags) and optimizer in self._paired:
+            self._refuse(optimizer, diagnosis.SIGNAL_OF_OTHERS)
+            self._paired.discard(optimizer)  # it goes on, and is said once
+        if _was_robbed(tags, queue, optimizer in self._taken):
+            self._refuse(optimizer, diagnosis.SIGNALS_TAKEN)
+        self._taken.discard(optimizer)
 
     def _look_at_pile(self, optimizer: Any) -> None:
         signals = len(_compat.skip_signals(optimizer))
@@ -145,6 +157,7 @@ class Signals:
         Raises:
             PrivacyViolation: it is, and more of its logical batch will follow.
         """
+        self._taken.add(optimizer)
         in_hand = self._in_hand.pop(optimizer)
         self._open.pop(optimizer)
         if in_hand is None or in_hand.skip is None:
@@ -242,6 +255,24 @@ def _is_fetched(tag: Delivery) -> bool:
 def _was_broken_off(iteration: Iteration, by: Iteration) -> bool:
     """Whether a pass came to no end before the one by which batches are delivered now."""
     return iteration.number < by.number and not iteration.finished
+
+
+def _was_robbed(tags: Sequence[Delivery], queue: Sequence[bool], taken: int) -> bool:
+    """Whether somebody else has taken signals of batches that are still to be stepped.
+
+    ``taken`` were by the step before. Who takes those of batches that a loop has left out means
+    well, where it takes each batch as it is delivered.
+    """
+    missing = tags[taken : max(taken, len(tags) - len(queue))]
+    last = next((tag for tag in reversed(tags) if tag.serial is not None), None)
+    if last is None:
+        return False
+    return any(
+        tag is last
+        or tag.serial is None
+        or (tag.iteration is last.iteration and last.iteration.lag != 0)
+        for tag in missing
+    )
 
 
 def _follow(tags: list[Delivery], queue: Sequence[bool]) -> None:
