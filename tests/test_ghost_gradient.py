@@ -1335,6 +1335,45 @@ def test_an_interrupt_anywhere_in_both_backwards(guard):
     assert violations(guard) == ()
 
 
+@pytest.mark.parametrize("times", [1, 2], ids=["first backward", "second backward"])
+@pytest.mark.parametrize("then", ["uninstall", "observe", "strict"])
+def test_a_guard_that_ends_within_both_backwards(then, times):
+    """What Opacus makes of the rest is not clipped by the norms of this batch: nothing is left."""
+    guard = dpguard.install(mode="repair")
+    model = mlp()
+    called, optimizer, criterion = private(model, criterion=nn.CrossEntropyLoss())
+
+    def step(size, seed, change=None):
+        x, y = batch(size, seed=seed)[0], torch.arange(size) % 5
+        optimizer.zero_grad()
+        out, calls = called(x), []
+
+        def on_gradient(_):
+            calls.append(None)
+            if change is not None and len(calls) == times:
+                change()
+
+        out.register_hook(on_gradient)
+        criterion(out, y).backward()
+        optimizer.step()
+
+    def end():
+        if then == "uninstall":
+            guard.uninstall()
+        else:
+            dpguard.install(mode=then)
+
+    step(4, 0)
+    before = values(model)
+    with pytest.raises(PrivacyViolation, match="while ghost clipping ran its two backwards"):
+        step(5, 1, end)
+    assert all(map(torch.equal, before, values(model)))
+    assert all(p.grad is None for p in model.parameters())
+    step(4, 2)
+    assert not any(map(torch.equal, before, values(model)))
+    dpguard.install(mode="repair").uninstall()
+
+
 def test_uninstalling_leaves_nothing_on_parameters():
     """No hook of ours stays on a parameter."""
     model = mlp()

@@ -40,6 +40,11 @@ if TYPE_CHECKING:
 
 __all__ = ["GhostPairing"]
 
+_LEFT = (
+    "dpguard was uninstalled, or given another mode, while ghost clipping ran its two backwards, "
+    "so nothing is known of the gradient of this batch, which is dropped. Remedy: call zero_grad() "
+    "and go on with the next batch; uninstall dpguard between two steps."
+)
 Arranged = tuple[list[Any], torch.Tensor]
 
 
@@ -83,6 +88,9 @@ class _Contribution:
 
 class GhostPairing(Pairing):
     """The pairing of a model in ghost clipping or fast gradient clipping mode."""
+
+    _was_left = False
+    """Whether it was released while both backwards ran."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -145,7 +153,11 @@ class GhostPairing(Pairing):
             self._watch_parameter(parameter)
 
     def release(self) -> None:
-        """Put Opacus's hooks back and look at no gradient any more."""
+        """Put Opacus's hooks back and look at no gradient any more.
+
+        Between Opacus's two backwards its hooks know nothing of the first, see :meth:`run`.
+        """
+        self._was_left = self._stage is not Stage.OUTSIDE and self.computes
         for reference, handle in self._watched.values():
             handle.remove()
             parameter = reference()
@@ -235,7 +247,7 @@ class GhostPairing(Pairing):
             self._stage = Stage.NORMS
             self._draw = self._someone(losses, reduction)
             self._both = self._attempt(PassRows.of, self, losses)
-            result = backward()
+            result = self._guarded(backward)
             self._find_taken()
             self._refuse_taken()
             done = True
@@ -260,6 +272,19 @@ class GhostPairing(Pairing):
             self._keep(draw)
         else:
             carried.give_back()  # a loss that reached no parameter is no batch
+        return result
+
+    def _guarded(self, backward: Callable[[], Any]) -> Any:
+        """Both backwards, unless dpguard goes in the middle: then Opacus may stumble as well."""
+        self._was_left = False
+        try:
+            result = backward()
+        except Exception as error:
+            if self._was_left:
+                raise PrivacyViolation(_LEFT) from error
+            raise
+        if self._was_left:
+            raise PrivacyViolation(_LEFT)
         return result
 
     def _mean_over(self, record: Record) -> int:
@@ -308,6 +333,8 @@ class GhostPairing(Pairing):
 
     def _take_back(self, carried: Carried, *, hooks_enabled: bool) -> None:
         """A backward failed: what it has left in ``p.grad`` so far is not a clipped sum."""
+        for parameter in self.hooks._module.parameters() if self._was_left else ():
+            parameter.grad = None
         for parameter, _ in self._received.values():
             parameter.grad = None
         carried.give_back()
