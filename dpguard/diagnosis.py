@@ -87,6 +87,7 @@ NOISE_REPEATED = "noise_repeated"
 NOISE_SET_BACK = "noise_set_back"
 NOISE_DEPENDENT = "noise_dependent"
 NOISE_WITHIN = "noise_repeats_within"
+NOISE_NEIGHBOURS = "noise_neighbours"
 NOISE_NOT_DUE = "noise_not_due"
 NOISE_UNKNOWN = "noise_unknown"
 NOISE_UNSEEN = "noise_unseen"
@@ -603,6 +604,13 @@ _DIAGNOSES = {
         "does: values occur several times in it, or its standard deviation is itself random",
         "draw a value of its own for each element of each parameter, as Opacus's add_noise() does, "
         "and none in a smaller shape that is broadcast or copied",
+        Severity.CRITICAL,
+    ),
+    NOISE_NEIGHBOURS: Diagnosis(
+        "elements of the noise depend on their neighbours, or on those of another parameter, so in "
+        "some directions there is less of it than is accounted",
+        "draw a value of its own for each element of each parameter, as Opacus's add_noise() does; "
+        "noise that is smoothed, or made of a few values, is another mechanism",
         Severity.CRITICAL,
     ),
     NOISE_SET_BACK: Diagnosis(

@@ -538,6 +538,37 @@ def depending(correlation):
     return make
 
 
+def neighbours(correlation):
+    """Each element has a part of the one before it, and is as large as declared."""
+    share = (1 - (1 - 4 * correlation**2) ** 0.5) / (2 * correlation)
+
+    def add_noise(optimizer):
+        for p in optimizer.params:
+            drawn = torch.normal(0.0, 0.5, (p.numel() + 1,), dtype=p.dtype)
+            noise = (drawn[1:] + share * drawn[:-1]) / (1 + share**2) ** 0.5
+            p.grad = p.summed_grad + noise.view_as(p)
+
+    return add_noise
+
+
+def parameters(correlation):
+    """Each parameter has a part of the noise of the first one."""
+
+    def add_noise(optimizer):
+        first = None
+        for p in optimizer.params:
+            noise = torch.normal(0.0, 0.5, (p.numel(),), dtype=p.dtype)
+            if first is None:
+                first = noise
+            else:
+                shared = first[: len(noise)]
+                noise[: len(shared)] *= (1 - correlation**2) ** 0.5
+                noise[: len(shared)] += correlation * shared
+            p.grad = p.summed_grad + noise.view_as(p)
+
+    return add_noise
+
+
 def each_value_twice(optimizer):
     for p in optimizer.params:
         half = torch.normal(0.0, 0.5, (p.numel() // 2,), dtype=p.dtype)
@@ -585,8 +616,16 @@ FAULTS = {
     "cached for one parameter": (cached_for_one_parameter, diagnosis.NOISE_REPEATED, BATCH),
     "each value twice": (lambda: each_value_twice, diagnosis.NOISE_WITHIN, 199),
     "of another size": (lambda: of_another_size_each_step, diagnosis.NOISE_WITHIN, BATCH),
+    "of neighbours": (lambda: neighbours(0.3), diagnosis.NOISE_NEIGHBOURS, 199),
+    "against neighbours": (lambda: neighbours(-0.3), diagnosis.NOISE_NEIGHBOURS, 199),
+    "of the first parameter": (lambda: parameters(0.5), diagnosis.NOISE_NEIGHBOURS, 199),
 }
-FRESHNESS = (diagnosis.NOISE_REPEATED, diagnosis.NOISE_DEPENDENT, diagnosis.NOISE_WITHIN)
+FRESHNESS = (
+    diagnosis.NOISE_REPEATED,
+    diagnosis.NOISE_DEPENDENT,
+    diagnosis.NOISE_WITHIN,
+    diagnosis.NOISE_NEIGHBOURS,
+)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -1241,16 +1241,6 @@ def test_a_signal_that_the_loop_gives(mode, when, workers):
     assert diagnosis.SIGNAL_OF_OTHERS in causes(guard)
 
 
-def fetched_ahead(loader):
-    """As some loops do to know which batch is the last."""
-    batches = iter(loader)
-    in_hand = next(batches)
-    for following in batches:
-        yield in_hand
-        in_hand = following
-    yield in_hand
-
-
 @pytest.mark.parametrize("at", [0, 3])
 @pytest.mark.parametrize("mode", ["repair", "strict", "observe"])
 def test_a_signal_that_the_loop_takes(mode, at):
@@ -1265,7 +1255,7 @@ def test_a_signal_that_the_loop_takes(mode, at):
                 data_loader=private.loader, max_physical_batch_size=4, optimizer=optimizer
             ) as loader,
         ):
-            for x, y in fetched_ahead(loader):
+            for x, y in ahead(loader):
                 if stepped == at:
                     optimizer._step_skip_queue.pop(0)
                 private.step(plain(private, x, y))

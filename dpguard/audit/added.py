@@ -28,6 +28,7 @@ __all__ = [
     "along",
     "bare",
     "differences",
+    "near",
     "norms_of",
     "tensors_of",
 ]
@@ -45,6 +46,8 @@ _ENOUGH = 32
 _CHUNK = 1 << 22
 _ACCURATE = 1 << 18
 """Norms of more elements than these are put together of several: they are sums in float32."""
+_NEAR_AT_MOST = 1 << 18
+"""So many elements are compared with their neighbours."""
 _LINE = 8
 """So many elements of a row or column are not by chance without noise in all."""
 
@@ -70,6 +73,7 @@ class Group:
         due: in how many steps they are sent again; one less than 0 in the second step on end.
         along: what there is in noise of somebody's own along the clipped sum, and along the
             gradient of the batch.
+        near: what elements of the noise have of their neighbours, and of another parameter's.
     """
 
     dtype: torch.dtype
@@ -87,6 +91,7 @@ class Group:
     halves: frozenset[int] = frozenset()
     due: int = 0
     along: tuple[Along, Along] = field(default_factory=lambda: (Along(), Along()))
+    near: tuple[Along, Along] = field(default_factory=lambda: (Along(), Along()))
 
     @property
     def is_rich(self) -> bool:
@@ -110,6 +115,7 @@ class Group:
         made = cls(dtype, kind[0], indices, shapes, sizes, parts, sampled, often, long, test)
         if former is not None:
             made.shape, made.along, made.grain = former.shape, former.along, former.grain
+            made.near = former.near
         return made
 
 
@@ -121,6 +127,7 @@ class Drawn:
         norms: for each parameter.
         values: first values of some parameters, by their places.
         extremes: smallest and largest value of some, likewise.
+        near: see :func:`near`, if the noise of all was drawn at once.
     """
 
     def __init__(self, groups: Iterable[Group]) -> None:
@@ -129,10 +136,12 @@ class Drawn:
         self.norms: list[torch.Tensor] = []
         self.values: dict[int, torch.Tensor] = {}
         self.extremes: dict[int, tuple[torch.Tensor, ...]] = {}
+        self.near: Sequence[torch.Tensor] = ()
         rich = [group for group in groups if group.indices and group.is_rich]
         self._wanted = {
             group.indices[k]: min(VALUES, group.sizes[k]) for group in rich for k in group.sampled
         }
+        self._is_rich = bool(rich)
         self._longest = [group.indices[g] for group in rich if (g := group.longest) is not None]
 
     def take(self, noises: list[torch.Tensor]) -> None:
@@ -145,6 +154,7 @@ class Drawn:
         if not all(noise.dtype in WIDE for noise in noises):
             noises = [n if n.is_complex() else n.to(torch.float32) for n in noises]
         self.norms += norms_of(noises)
+        self.near = near(noises) if self._is_rich and not start and len(set(kinds)) == 1 else ()
         for i, count in self._wanted.items():
             if 0 <= i - start < len(noises):
                 noise = noises[i - start]  # of another size if layers were frozen since
@@ -189,22 +199,52 @@ def tensors_of(
 
 def differences(
     group: Group, noised: list[torch.Tensor], before: list[torch.Tensor], *, rich: bool
-) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """The norms of what was added, first values of some of it, and the extremes of the longest."""
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], Sequence[torch.Tensor]]:
+    """The norms of what was added, first values of some of it, extremes of the longest, and near.
+
+    The last is that of :func:`near`, of the first part.
+    """
     norms: list[torch.Tensor] = []
+    beside: Sequence[torch.Tensor] = ()
     samples: list[torch.Tensor] = []
     extremes: list[torch.Tensor] = []
     for part in group.parts:
         added = torch._foreach_sub(noised[part], before[part])
         norms += norms_of(added)
         if rich:
+            beside = beside or near(added)
             for k in group.sampled:
                 if part.start <= k < part.stop:
                     count = min(VALUES, group.sizes[k])
                     samples.append(added[k - part.start].as_strided((count,), (1,)).clone())
             if group.longest is not None and part.start <= group.longest < part.stop:
                 extremes += torch.aminmax(added[group.longest - part.start])
-    return norms, samples, extremes
+    return norms, samples, extremes, beside
+
+
+def _centred(values: torch.Tensor) -> torch.Tensor:
+    return values - values.mean()
+
+
+def near(noises: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Products of noise with its neighbours, and with that of the longest tensor; and squares.
+
+    Of the latter, every second element with the one that follows it, and the square of the former.
+    Then all others with its first elements, and the squares of these. Less the mean of what is
+    squared, since noise that has one is another fault.
+    """
+    longest = max(noises, key=torch.Tensor.numel)
+    flat = longest.flatten()[:_NEAR_AT_MOST]
+    if len(flat) < _ENOUGH:
+        return ()
+    even = _centred(flat[: len(flat) // 2 * 2 : 2])
+    found = [even @ flat[1::2], even @ even]
+    others = [n.flatten()[: len(flat)] for n in noises if n is not longest and n.numel()]
+    mine = [_centred(flat[: len(other)]) for other in others]
+    products = [other @ same for other, same in zip(others, mine, strict=True)]
+    squares = [same @ same for same in mine]
+    none = [flat.new_zeros(())]
+    return [*found, torch.stack(products or none).sum(), torch.stack(squares or none).sum()]
 
 
 def norms_of(tensors: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> list[torch.Tensor]:

@@ -27,7 +27,7 @@ from dpguard import _compat, diagnosis
 from dpguard.audit import added
 from dpguard.audit.added import Drawn, Group, Kind
 from dpguard.audit.check import NOTHING, Check, Failure, Failures, Noted, PerOwner, Step
-from dpguard.audit.gaussian import ALONG_EVIDENCE, NoiseVerdict
+from dpguard.audit.gaussian import ALONG_EVIDENCE, NEAR_EVIDENCE, NoiseVerdict
 from dpguard.identity import version_of
 from dpguard.noted.ledger import Ledger
 from dpguard.turns import Turns
@@ -41,6 +41,8 @@ SCALE = "noise.scale"
 FRESH = "noise.fresh"
 
 _EXACT = 1000.0
+_DOT = 2e-6
+"""What a product of long vectors may be off by, relative to their lengths."""
 _FEW_BARE, _BARE = 4, 0.01
 """Elements of a parameter, and their share, in which noise may be rounded away."""
 _STREAM_FIRST, _STREAM_EVERY = 2, 8
@@ -288,16 +290,18 @@ class Noise(Check):
         silent, rich = isinstance(std, float) and not std, group.is_rich
         bare: list[torch.Tensor] = []
         extremes: Sequence[torch.Tensor] = ()
+        near: Sequence[torch.Tensor] = ()
         if drawn is None:
             noised, before = added.tensors_of(group, grads, sums)
             rich = rich and not silent
-            scalars, samples, extremes = added.differences(group, noised, before, rich=rich)
+            scalars, samples, extremes, near = added.differences(group, noised, before, rich=rich)
             if state.others and not silent:
                 bare = [n for pair in zip(noised, before, strict=True) for n in added.bare(*pair)]
                 bare += added.along(noised, before, [raw[i] for i in group.indices])
         else:
             scalars = [drawn.norms[i] for i in group.indices]
             samples = [drawn.values[group.indices[k]] for k in group.sampled] if rich else []
+            near = drawn.near if rich else ()
             if rich and group.longest is not None:
                 extremes = drawn.extremes[group.indices[group.longest]]
         if silent:
@@ -313,9 +317,9 @@ class Noise(Check):
         if isinstance(std, torch.Tensor):
             scalars.append(std.detach().to(group.dtype, copy=True))
             std = None
-        scalars += [*bare, *extremes]
+        scalars += [*bare, *extremes, *near]
         same = all(sums[i].dtype is group.noised is group.dtype for i in group.indices)
-        counts = len(bare), len(extremes)
+        counts = len(bare), len(extremes), len(near)
         receive = functools.partial(
             _received, group, names, std, bound, counts=counts, is_fine=same
         )
@@ -345,7 +349,7 @@ def _received(
     bound: float | None,
     values: list[float],
     *,
-    counts: tuple[int, int],
+    counts: tuple[int, int, int],
     is_fine: bool,
 ) -> list[Failure]:
     """What the figures of one step say.
@@ -357,7 +361,8 @@ def _received(
         bound: of the norm of the sums, if there is one.
         values: the figures.
         counts: how many numbers there are of elements and lines in which nothing was added, and of
-            what was added along the clipped sum and the gradient; and how many extremes.
+            what was added along the clipped sum and the gradient; how many extremes; and how many
+            products of noise with other noise, and squares.
         is_fine: whether the sums are in single or double precision, before as after.
     """
     count = len(group.sizes)
@@ -366,6 +371,7 @@ def _received(
         std, rest = rest[0], rest[1:]
     bare, rest = rest[: counts[0]], rest[counts[0] :]
     extremes, rest = rest[: counts[1]], rest[counts[1] :]
+    near, rest = rest[: counts[2]], rest[counts[2] :]
     bare, along = bare[: -added.ALONG], bare[-added.ALONG :]
     size = math.sqrt(sum(map(mul, norms, norms)))
     noised = mark if bound is None else bound + size
@@ -406,7 +412,22 @@ def _received(
         return [Failure(SCALE, diagnosis.NOISE_IN_PART, tuple(shares), figure=most, bound=_BARE)]
     if not exact or not samples:
         return []
-    return _misshapen(group, names, std, samples, extremes=extremes, norms=norms)
+    found = _neighbours(group, names, std, near)
+    return found or _misshapen(group, names, std, samples, extremes=extremes, norms=norms)
+
+
+def _neighbours(
+    group: Group, names: tuple[str, ...], std: float, near: list[float]
+) -> list[Failure]:
+    """Whether elements depend on their neighbours, or on those of another parameter."""
+    for test, product, square in zip(group.near, near[::2], near[1::2], strict=False):
+        length = math.sqrt(square)
+        evidence = test.take(product, length, std, _DOT * length / std)
+        if evidence >= NEAR_EVIDENCE:
+            who = tuple(names[i] for i in group.indices)
+            cause, bound = diagnosis.NOISE_NEIGHBOURS, NEAR_EVIDENCE
+            return [Failure(FRESH, cause, who, figure=evidence, bound=bound)]
+    return []
 
 
 def _misshapen(

@@ -60,12 +60,16 @@ _FEW = 16
 """Of fewer elements little is left once what was there before is taken off: they prove nothing."""
 _NOTHING = 1e-9
 """What is left of the square of a length when nothing but rounding is."""
+_ROUNDED = 2e-7
+"""What rounding may change, relative to the values: of a smaller noise it cannot be told."""
 _NOISED = 0.25
 """As much of the square of the noise that is due is there in steps that somebody takes by hand."""
 _SIGNS = 2
 """Among the vectors the place of the signs of the gradient,"""
 _FORMER = 3
-"""and that of the gradient before, or of this one again if none is kept."""
+"""that of the gradient before, or of this one again if none is kept,"""
+_HELD = 4
+"""and that of the values before."""
 MOVES_WITHIN = 10
 _BETWEEN = 7
 
@@ -497,7 +501,7 @@ def _along(products: list[list[float]], noise: float) -> tuple[float, float]:
     def is_noised(i: int) -> bool:
         rate = products[0][i] / products[i][i]
         off = products[0][0] - rate * products[0][i]
-        return off > _NOISED * rate**2 * noise > 0
+        return off > _NOISED * rate**2 * noise > _ROUNDED**2 * lengths[_HELD]
 
     def take_off(k: int) -> None:
         if is_left(k):
@@ -514,7 +518,7 @@ def _along(products: list[list[float]], noise: float) -> tuple[float, float]:
         ]
         return max(cosines, default=0.0)
 
-    for k in range(_FORMER + 1, len(products)):
+    for k in range(_HELD, len(products)):
         take_off(k)
     whole = largest()
     take_off(_FORMER)
