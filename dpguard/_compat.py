@@ -1280,10 +1280,14 @@ def set_device_stream(device: torch.device, state: Any) -> None:
         _torch().cuda.set_rng_state(state, device)
 
 
-@functools.lru_cache(maxsize=64)
 def _noise_of(cls: Any) -> tuple[str, bool]:
     """By which rule a class of optimizers makes its noise, and whether only one rank does."""
-    names = {base.__name__ for base in cls.__mro__}
+    # A cache of classes would keep those alive that are made for each optimizer.
+    return _noise_by_names(tuple(base.__name__ for base in cls.__mro__))
+
+
+@functools.lru_cache(maxsize=64)
+def _noise_by_names(names: tuple[str, ...]) -> tuple[str, bool]:
     rule = "plain"
     if "FSDPOptimizerFastGradientClipping" in names:
         rule = "parts"  # noises its own copy of the sum

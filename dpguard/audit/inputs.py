@@ -146,10 +146,10 @@ class InputValues(Check):
             references = [delivered] if one.is_raw else raw
             call = _Centred(sums, one.roundoff)
             is_clear = all(map(_is_clear, references))
-            if is_clear and not is_whole:
-                centred[one.name] = call.joined(centred.get(one.name))
             if mixture and _is_mixed(*mixture) and not (is_clear and call.features):
                 found[diagnosis.BATCH_MIXED, one.name] = 0
+            if is_clear and not is_whole:
+                centred[one.name] = call.joined(centred.get(one.name))
         for name, calls in centred.items():
             if calls.features:
                 found[diagnosis.BATCH_CENTRED, name] = calls.features

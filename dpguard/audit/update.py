@@ -436,14 +436,11 @@ def _has_changed(parameter: torch.Tensor, state: ParameterState) -> bool:
 
 def _noise_of(optimizer: Any) -> float:
     """Standard deviation of what the noise of a step adds to each element of the gradient."""
-    found = [
-        _compat.plain_number(getattr(optimizer, name, None))
-        for name in ("noise_multiplier", "max_grad_norm", "expected_batch_size")
-    ]
-    sigma, bound, expected = (0.0 if number is None else number for number in found)
-    if getattr(optimizer, "loss_reduction", None) != "mean":
-        return sigma * bound
-    return sigma * bound / expected if expected else 0.0
+    std = _compat.plain_number(_compat.noise_std(optimizer, of_all=True)) or 0.0
+    if optimizer.loss_reduction != "mean":
+        return std
+    expected = _compat.plain_number(optimizer.expected_batch_size)
+    return std / expected if expected else 0.0
 
 
 def _judge(
@@ -489,8 +486,8 @@ def _square(values: Iterator[float], count: int) -> list[list[float]]:
 def _along(products: list[list[float]], noise: float) -> tuple[float, float]:
     """The cosine of a change with a gradient, or its signs, less what was there before.
 
-    That is with this one and the one before, then with this one less the one before. None if the
-    change is off such a gradient by as much as a step is that has its noise, whose square is
+    That is with this one and the one before, then with this one less the one before. Left out is
+    a gradient that the change is off by as much as a step is that has its noise, whose square is
     ``noise`` in the units of the gradient.
     """
     lengths = [products[i][i] for i in range(len(products))]

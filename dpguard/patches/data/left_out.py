@@ -83,10 +83,8 @@ class LeftOut:
 
     def draw(self, wrapped: Any, sampler: Any) -> Iterator[Any]:
         """The batches of one pass; ``wrapped`` is the sampler's ``__iter__``."""
-        if not self._verdicts.repairs or sampler not in self._samplers:
-            yield from wrapped()
-            return
-        made = self._part.run(_counted, sampler)
+        delivers = self._verdicts.repairs and sampler in self._samplers
+        made = self._part.run(_counted, sampler) if delivers else None
         if made is None:
             yield from wrapped()
             return

@@ -19,8 +19,8 @@ likes, and hands on all of them in their order.
 
 A signal that somebody else gives (``signal_skip_step(True)`` for a batch whose loss is bad) is one
 too many for good, and one that somebody takes out of the queue is missing for good. It cannot be
-known what was meant by it: that is refused. Where all are given by
-hand they may be given ahead, but not more and more of them.
+known what was meant by it: that is refused. Where all are given by hand they may be given ahead,
+but not more and more of them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Signals:
         self._paired = IdentitySet()
         """Optimizers whose signals were all those of batches, in the step before."""
         self._taken = IdentitySet()
-        """Optimizers whose last step has taken its signal."""
+        """Optimizers whose last step has taken the signal of a batch."""
         self._piles: IdentityMap[tuple[int, int]] = IdentityMap()
         """How many signals that are given by hand were there before the last step of an optimizer,
         and for how many steps on end they were more than before."""
@@ -122,7 +122,7 @@ class Signals:
         if len(queue) > len(tags) and optimizer in self._paired:
             self._refuse(optimizer, diagnosis.SIGNAL_OF_OTHERS)
             self._paired.discard(optimizer)  # it goes on, and is said once
-        if _was_robbed(tags, queue, optimizer in self._taken):
+        if _was_robbed(tags, queue, int(optimizer in self._taken)):
             self._refuse(optimizer, diagnosis.SIGNALS_TAKEN)
         self._taken.discard(optimizer)
 
@@ -157,7 +157,8 @@ class Signals:
         Raises:
             PrivacyViolation: it is, and more of its logical batch will follow.
         """
-        self._taken.add(optimizer)
+        if self._tags.get(optimizer):
+            self._taken.add(optimizer)
         in_hand = self._in_hand.pop(optimizer)
         self._open.pop(optimizer)
         if in_hand is None or in_hand.skip is None:
@@ -260,8 +261,8 @@ def _was_broken_off(iteration: Iteration, by: Iteration) -> bool:
 def _was_robbed(tags: Sequence[Delivery], queue: Sequence[bool], taken: int) -> bool:
     """Whether somebody else has taken signals of batches that are still to be stepped.
 
-    ``taken`` were by the step before. Who takes those of batches that a loop has left out means
-    well, where it takes each batch as it is delivered.
+    So many were ``taken`` by the step before. Who takes those of batches that a loop has left out
+    means well, where it takes each batch as it is delivered.
     """
     missing = tags[taken : max(taken, len(tags) - len(queue))]
     last = next((tag for tag in reversed(tags) if tag.serial is not None), None)
