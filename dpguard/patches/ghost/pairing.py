@@ -30,6 +30,7 @@ from dpguard.patches.ghost.blank import Blanks
 from dpguard.patches.ghost.gradient import Carried, refuse_losses
 from dpguard.patches.ghost.pass_rows import PassRows
 from dpguard.patches.ghost.pass_sums import PassSums, Sketched
+from dpguard.patches.ghost.taken import Taken
 from dpguard.patches.model.pairing import Pairing
 from dpguard.patches.model.records import Record
 from dpguard.patches.oracle.norm_draws import NormDraw, NormDraws
@@ -109,8 +110,7 @@ class GhostPairing(Pairing):
         self._condemned: dict[str, list[str]] = {}
         self._doubled: dict[str, None] = {}
         """Parameters of which gradients were taken that can be backpropagated themselves."""
-        self._taken: list[str] = []
-        """Parameters of which somebody has taken the gradient within the backward."""
+        self._taken = Taken()
         self._overlapping: dict[str, None] = {}
         self._batch = 0
         self._losses: int | None = None
@@ -248,8 +248,8 @@ class GhostPairing(Pairing):
             self._draw = self._someone(losses, reduction)
             self._both = self._attempt(PassRows.of, self, losses)
             result = self._guarded(backward)
-            self._find_taken()
-            self._refuse_taken()
+            self._taken.find(self._parameters_met())
+            self._taken.judge(self._refuse_taken)
             done = True
             blanked = self._blank()
         finally:
@@ -374,15 +374,20 @@ class GhostPairing(Pairing):
     def _on_accumulated(self, parameter: torch.nn.Parameter) -> None:
         """Autograd has added something to ``p.grad``, whoever asked it to."""
         grad = parameter.grad
-        if grad is None or not parameter.requires_grad:
+        if not parameter.requires_grad:
             return  # torch calls this for one that was frozen since, and adds nothing
         if self._stage is not Stage.OUTSIDE:
-            self._received[id(parameter)] = (parameter, grad._version)
+            if grad is not None:
+                self._received[id(parameter)] = (parameter, grad._version)
             return
-        state = self.ledger.state(parameter)
         hooked = bool(self.hooks.hooks_enabled)
         if self._by_hand is not None and self._by_hand.spent:
             self._norms_read, self._by_hand = False, None  # a step has taken that batch
+        if hooked or self._norms_read:
+            self._taken.expect(parameter, self._refuse_taken)  # two backwards written by hand
+        if grad is None:
+            return  # a hook that came before has taken it
+        state = self.ledger.state(parameter)
         if self._norms_read and not hooked:
             # Opacus's two backwards written out by hand.
             former = state.clipped
@@ -466,7 +471,7 @@ class GhostPairing(Pairing):
         self._met = set()
         self._watched_here = set()
         self._condemned = {}
-        self._taken = []
+        self._taken.begin()
         self._overlapping = {}
         self._reopened = set()
         self._received = {}
@@ -594,7 +599,7 @@ class GhostPairing(Pairing):
         self.ledger.end_task(task)
         self._condemn_bypassed(task)
         if self._stage is Stage.NORMS and not self.ledger.is_running(self):
-            self._find_taken()
+            self._taken.find(self._parameters_met())
             states = zip(self._parameters, self._states, strict=True)
             averaged = {id(parameter) for parameter, state in states if state.averaged}
             with torch.no_grad():
@@ -602,12 +607,8 @@ class GhostPairing(Pairing):
         if self._stage is Stage.OUTSIDE:
             self._show_norms()
 
-    def _find_taken(self) -> None:
-        """What a backward of calls that were met has left in no gradient, somebody has taken."""
-        for parameter in self._parameters:
-            missing = id(parameter) in self._met and parameter.grad is None
-            if missing and not _compat.is_sharded(parameter):  # FSDP puts it there later
-                self._taken.append(self.ledger.name_of(parameter))
+    def _parameters_met(self) -> list[torch.nn.Parameter]:
+        return [p for p in self._parameters if id(p) in self._met]
 
     def _show_norms(self) -> None:
         """Leave norms where Opacus leaves them: whoever calls backward may look at them."""
@@ -722,7 +723,7 @@ class GhostPairing(Pairing):
         for cause, names in self._condemned.items():
             what = "No per-sample gradient norms"
             self._refuse(cause, what, names, PerSampleGradientError, "coverage.present")
-        self._refuse_taken()
+        self._taken.judge(self._refuse_taken)
         if self._overlapping:
             self._refuse(diagnosis.LOSSES_OVERLAP, "Refused", list(self._overlapping))
         expected = self._batch if self._losses is None else self._losses
@@ -734,9 +735,9 @@ class GhostPairing(Pairing):
         cause = diagnosis.LOSS_SHAPE if whole else diagnosis.ROW_COUNT
         self._refuse(cause, "There are not as many losses as rows", names)
 
-    def _refuse_taken(self) -> None:
-        if self._taken:
-            self._refuse(diagnosis.GRADIENT_TAKEN, "Refused", self._taken, check="update.private")
+    def _refuse_taken(self, parameters: list[torch.nn.Parameter]) -> None:
+        names = list(map(self.ledger.name_of, parameters))
+        self._refuse(diagnosis.GRADIENT_TAKEN, "Refused", names, check="update.private")
 
     def _norms_of(self, parameter: torch.Tensor) -> torch.Tensor:
         found = self._found.get(id(parameter))
