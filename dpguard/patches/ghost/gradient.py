@@ -349,12 +349,16 @@ def _complete(ledger: Ledger, parameters: list[torch.nn.Parameter]) -> None:
 
 
 def _accumulate(parameters: Iterable[Any]) -> None:
-    """What Opacus does, which has ``copy.deepcopy`` make the first sum."""
+    """What Opacus does, which has ``copy.deepcopy`` make the first sum.
+
+    The audit goes by how often a sum was changed, which is as often as there.
+    """
     for parameter in parameters:
+        grad = parameter.grad.data
         if parameter.summed_grad is not None:
-            parameter.summed_grad.add_(parameter.grad.data)
+            parameter.summed_grad.add_(grad)
         else:
-            parameter.summed_grad = parameter.grad.data.clone()
+            parameter.summed_grad = torch.empty_like(grad).copy_(grad)
 
 
 def _spend(ledger: Ledger, optimizer: Any, *, repairs: bool) -> None:
