@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import itertools
 import weakref
@@ -784,21 +785,22 @@ class Few(Flat):
 
 
 @pytest.mark.parametrize(
-    ("make", "data"), [(Flat, images()), (Few, small())], ids=["flattened", "few"]
+    ("make", "data", "step"), [(Flat, images(), 1), (Few, small(), 0)], ids=["flattened", "few"]
 )
-def test_mixtures_in_a_training_loop_of_other_shapes(make, data):
+def test_mixtures_in_a_training_loop_of_other_shapes(make, data, step):
+    """With many elements, those of the batch before have to be none."""
     with dpguard.install(mode="repair") as guard:
         train(make(), data, prepare=lambda x: mixup(x, 0.3))
         guard.flush()
     assert [(v.cause, v.modules, v.step) for v in guard.violations] == [
-        (diagnosis.BATCH_MIXED, ("first",), 0)
+        (diagnosis.BATCH_MIXED, ("first",), step)
     ]
 
 
 SINES = torch.sin(torch.arange(48) / 4 + 6.28 * torch.rand(COUNT, 1))
 
 
-@pytest.mark.parametrize("noise", [0.0, 3e-4])
+@pytest.mark.parametrize("noise", [0.0, 3e-4, 8e-4])
 @pytest.mark.parametrize("size", [6, 40])
 @pytest.mark.parametrize("change", [lambda x: x.roll(1, 1), lambda x: x.flip(1)])
 def test_data_of_which_everything_is_a_mixture(change, size, noise):
@@ -808,3 +810,19 @@ def test_data_of_which_everything_is_a_mixture(change, size, noise):
         train(nn.Linear(48, 3), data, prepare=change, batch_size=size)
         guard.flush()
     assert [v for v in guard.violations if v.check == STATISTICS] == []
+
+
+@pytest.mark.parametrize("waves", [1, 3])
+def test_data_of_as_few_waves_as_people(waves):
+    """Each row is a mixture of a batch with twice as many people as waves; so are others' rows."""
+    times = torch.arange(60) * 2 * torch.pi / 60
+    for seed in range(4):
+        torch.manual_seed(seed)
+        phases = 2 * torch.pi * torch.rand(waves, 200, 1)
+        parts = [torch.sin((k + 1) * times + phase) for k, phase in enumerate(phases)]
+        data = torch.stack([torch.randn(200, 1) * part for part in parts]).sum(0)
+        with dpguard.install(mode="strict") as guard:
+            model, roll = nn.Linear(60, 3), functools.partial(torch.roll, shifts=7, dims=1)
+            train(model, data, prepare=roll, batch_size=2 * waves, epochs=1)
+            guard.flush()
+        assert [v for v in guard.violations if v.check == STATISTICS] == []

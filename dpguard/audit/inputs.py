@@ -8,7 +8,8 @@ given. A single feature is by chance, once in ten thousand batches, and far more
 few values: signs of four people add up to zero, exactly, in three of eight batches. So it has to be
 so in each call of a step, three times running, and exact zeros of :data:`_ENOUGH` features in all.
 Where each batch is all of the data, a constant that is subtracted may be their mean, and nothing is
-said of that. No row is a linear mixture of others by chance.
+said of that. No row is a linear mixture of others by chance, unless all of the data are of that
+many others: then rows of the batch before are mixtures of this one's as well.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dpguard.audit.update import STATISTICS, trained_by
 from dpguard.noted.deliveries import Reader
 from dpguard.noted.inputs import COLLATE, Given
 from dpguard.noted.ledger import Ledger
+from dpguard.numerics.inputs import SHARE
 from dpguard.turns import Turns
 
 __all__ = ["InputValues"]
@@ -41,12 +43,14 @@ _NOT_CENTRED = 1e-2
 _SOMETHING = 1e-3
 """How large means of a person's elements are, relative to these, unless they are zero."""
 _MIXTURE = 1e-3
-_SHARE = 0.02
-"""As much of another person in a row is no rounding,"""
 _TOLD_APART = 1e-4
-"""if the rows of the batch are as different as that,"""
+"""The rows of the batch must be as different as that,"""
 _LEFT = 0.01
 """and what is left of a row is no more than that of how different they are."""
+_OTHERS = 10
+"""Others' rows must be so many times farther."""
+_AGAIN = 4
+"""So many times running it is one where nothing can be learnt from another batch."""
 
 
 class _Known:
@@ -55,7 +59,7 @@ class _Known:
     def __init__(self) -> None:
         self.steps = 0
         self.times: dict[tuple[str, str], tuple[int, int]] = {}
-        """How many steps running, and of how many features in all."""
+        """How many steps running, and of how many features in all, or how often for certain."""
         self.said: set[str] = set()
 
     def add(self, found: dict[tuple[str, str], int]) -> None:
@@ -68,11 +72,15 @@ class _Known:
 
     def certain_of(self, cause: str) -> set[tuple[str, str]]:
         """Where it was found often enough."""
-        least = (_TIMES, _ENOUGH) if cause == diagnosis.BATCH_CENTRED else (1, 0)
         return {
             key
             for key, (times, features) in self.times.items()
-            if key[0] == cause and times >= least[0] and features >= least[1]
+            if key[0] == cause
+            and (
+                (times >= _TIMES and features >= _ENOUGH)
+                if cause == diagnosis.BATCH_CENTRED
+                else (times >= _AGAIN or features)
+            )
         }
 
 
@@ -147,7 +155,8 @@ class InputValues(Check):
             call = _Centred(sums, one.roundoff)
             is_clear = all(map(_is_clear, references))
             if mixture and _is_mixed(*mixture) and not (is_clear and call.features):
-                found[diagnosis.BATCH_MIXED, one.name] = 0
+                is_certain = mixture[-1] >= 0
+                found[diagnosis.BATCH_MIXED, one.name] = int(is_certain)
             if is_clear and not is_whole:
                 centred[one.name] = call.joined(centred.get(one.name))
         for name, calls in centred.items():
@@ -223,5 +232,7 @@ def _is_clear(sums: list[float]) -> bool:
     return bool(sums) and all(share >= _NOT_CENTRED for share, _ in _ways(sums).values())
 
 
-def _is_mixed(far: float, second: float, apart: float) -> bool:
-    return far <= min(_MIXTURE, _LEFT * apart) and second >= _SHARE and apart >= _TOLD_APART
+def _is_mixed(far: float, second: float, apart: float, of_others: float) -> bool:
+    near = min(_MIXTURE, _LEFT * apart)
+    is_mixture = far <= near and second >= SHARE and apart >= _TOLD_APART
+    return is_mixture and not 0 <= of_others <= _OTHERS * near

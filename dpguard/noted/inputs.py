@@ -68,7 +68,11 @@ class Items:
         self._fields = [(centring(stacked), Sample(stacked)) for stacked in _stacked(items)]
 
     def compare(
-        self, batch: Iterable[torch.Tensor | None], owner: weakref.ref[Any], site: str | None
+        self,
+        batch: Iterable[torch.Tensor | None],
+        owner: weakref.ref[Any],
+        site: str | None,
+        former: Items | None,
     ) -> Iterator[Given]:
         """What was made of them: they are found by the size of what a person has, then by order.
 
@@ -76,7 +80,9 @@ class Items:
             batch: made of them.
             owner: see :class:`Given`,
             site: likewise.
+            former: those of the batch before, if they were looked at.
         """
+        before = [] if former is None else [sample for _, sample in former._fields]
         met: dict[int, int] = {}
         for tensor in batch:
             if tensor is None or not _is_compared(tensor):
@@ -86,9 +92,11 @@ class Items:
             if fields:
                 place = met[elements] = met.get(elements, -1) + 1
                 sample = fields[min(place, len(fields) - 1)][1]
+                place = next(i for i, (_, one) in enumerate(self._fields) if one is sample)
+                earlier = before[place] if place < len(before) else None
                 sums = torch.cat([sums for sums, _ in fields])
                 roundoff = _compat.unit_roundoff(tensor.dtype)
-                figures = centring(tensor), sums, sample.mixture(tensor)
+                figures = centring(tensor), sums, sample.mixture(tensor, earlier)
                 yield Given(owner, COLLATE, True, *figures, roundoff, site)
 
 
@@ -108,6 +116,10 @@ class Inputs(Part):
         self._given: dict[tuple[int, str], list[Given]] = {}
         self._delivered: torch.Tensor | None = None
         self._sample: Sample | None = None
+        self._former: Sample | None = None
+        """The batch before it, if that was looked at."""
+        self._items: dict[int, Items] = {}
+        """Those of the last batch of each reader, likewise."""
 
     @property
     def has_news(self) -> bool:
@@ -118,6 +130,7 @@ class Inputs(Part):
         """A loader has delivered a private batch: inputs first, then targets."""
         first = next((t for t in batch if t is not None and _is_compared(t)), None)
         self._delivered = None if first is None else centring(first)
+        self._former = self._sample or self._former
         self._sample = None if first is None else Sample(first)
 
     def note(
@@ -146,7 +159,7 @@ class Inputs(Part):
         is_raw = not given.requires_grad
         mixture = None
         if is_raw and people is None and self._sample is not None:
-            mixture = self._sample.mixture(given)
+            mixture = self._sample.mixture(given, self._former)
         roundoff = _compat.unit_roundoff(given.dtype)
         if people is not None:
             if people.misfit(len(given)):
@@ -171,7 +184,8 @@ class Inputs(Part):
         if len(calls) >= _CALLS:
             self.wanted = False
             return
-        calls += items.compare(batch, weakref.ref(reader), site)
+        former, self._items[id(reader)] = self._items.get(id(reader)), items
+        calls += items.compare(batch, weakref.ref(reader), site, former)
 
     def take(self, wanted: Callable[[Any], bool]) -> list[Given]:
         """What was noted of the owners that are wanted; it is noted no longer."""
@@ -185,7 +199,8 @@ class Inputs(Part):
 
     def rest(self) -> None:
         """No figures are wanted until further notice."""
-        self.wanted, self._delivered, self._sample = False, None, None
+        self.wanted, self._delivered, self._sample, self._former = False, None, None, None
+        self._items.clear()
 
 
 def _is_compared(given: Any) -> bool:

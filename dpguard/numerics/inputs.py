@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["Sample", "centring"]
+__all__ = ["SHARE", "Sample", "centring"]
 
 _FEATURES = 4096
 """As many elements of a person are looked at one by one, evenly spread."""
@@ -20,6 +20,9 @@ _PAIRS_OF = 4
 """nor with fewer people, unless there are many elements."""
 _ROWS = 8
 """So many rows are compared with each pair of people."""
+SHARE = 0.02
+"""As much of another person in a row is no rounding."""
+_UNKNOWN = -1.0
 _ALIKE = 1e-3
 _ONE = 1e-6
 """People who differ by less are one."""
@@ -60,6 +63,8 @@ class Sample:
 
     There are twice as many of each person as people, if they have so many: what is no mixture of
     the rows, and a constant, is then far from all of them. Else mixtures of two are looked for.
+    Where data are few waves, say, everything is a mixture of as many people, and so are those of
+    another batch.
 
     Attributes:
         elements: how many a person has.
@@ -67,23 +72,29 @@ class Sample:
 
     def __init__(self, batch: torch.Tensor) -> None:
         self.elements = batch.shape[1:].numel()
-        self._wanted = 2 * (len(batch) + 1) + _SPARE
-        self._spans = self.elements >= self._wanted
+        wanted = 2 * (len(batch) + 1) + _SPARE
+        self._spans = self.elements >= wanted
+        self._wanted = 1 << (wanted - 1).bit_length()  # for another batch mostly the same
         pairs = self.elements >= _FEWEST and len(batch) >= _PAIRS_OF
         enough = len(batch) <= _PEOPLE and (self._spans or pairs)
         spread = _spread(batch.detach().flatten(1), self._wanted)
         self._values = spread.to(torch.float64, copy=True) if enough else None
 
     @torch.no_grad()
-    def mixture(self, given: torch.Tensor) -> torch.Tensor | None:
+    def mixture(self, given: torch.Tensor, former: Sample | None = None) -> torch.Tensor | None:
         """Whether rows of ``given`` are linear mixtures of several rows of the batch.
 
+        Args:
+            given: of shape ``(B, ...)``.
+            former: another batch of the same data.
+
         Returns:
-            Of shape ``(3,)``: how far the worst row is from being a mixture, relative to its
+            Of shape ``(4,)``: how far the worst row is from being a mixture, relative to its
             length; what at least one of four rows has of a person besides the one that it has
-            most of, likewise; and how well the rows of the batch can be told apart, 1 at best.
-            ``None`` if rows of ``given`` have another number of elements, or if there are too few
-            of them.
+            most of, likewise; how well the rows of the batch can be told apart, 1 at best; and how
+            far the worst of a few rows of the other batch is from being a mixture of several,
+            negative if that is not known. ``None`` if rows of ``given`` have another number of
+            elements, or if there are too few of them.
         """
         if self._values is None or given.shape[1:].numel() != self.elements:
             return None
@@ -93,6 +104,8 @@ class Sample:
         mine = _spread(given.flatten(1), self._wanted).double()
         if not self._spans:
             return _pairing(rows, mine[:: max(1, len(mine) // _ROWS)][:_ROWS])
+        others = self._others(former, rows)
+        mine = torch.cat([mine, others])
         rows = torch.cat([rows, rows.new_ones(1, rows.shape[1])])
         scales = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         rows = rows / scales
@@ -102,8 +115,20 @@ class Sample:
         far = torch.linalg.vector_norm(mine - weights @ rows, dim=1) / lengths
         second = weights[:, :-1].abs().topk(2, dim=1).values[:, 1] / lengths
         pivots = factor.diagonal()
-        second = second.sort(descending=True).values[len(second) // _MIXED]
-        return torch.stack([far.amax(), second, pivots.amin() / pivots.amax()])
+        count = len(given)
+        of_others = torch.where(second[count:] >= SHARE, far[count:], _UNKNOWN)
+        of_others = torch.cat([of_others, rows.new_full((1,), _UNKNOWN)]).amax()
+        far, second = far[:count].amax(), second[:count].sort(descending=True).values
+        apart = pivots.amin() / pivots.amax()
+        return torch.stack([far, second[count // _MIXED], apart, of_others])
+
+    def _others(self, former: Sample | None, rows: torch.Tensor) -> torch.Tensor:
+        """The same elements of a few people of another batch."""
+        values = None if former is None else former._values
+        if former is None or values is None or former.elements != self.elements:
+            return rows[:0]
+        others = values[:_ROWS].to(rows.device, non_blocking=True)
+        return others if others.shape[1] == rows.shape[1] else rows[:0]
 
 
 def _pairing(rows: torch.Tensor, mine: torch.Tensor) -> torch.Tensor:
@@ -137,6 +162,7 @@ def _pairing(rows: torch.Tensor, mine: torch.Tensor) -> torch.Tensor:
             far.masked_fill(alone, 0.0).amax(),
             second.masked_fill(alone, 0.0).median(),
             following.masked_fill(alone, 1.0).amin(),
+            following.new_ones(()),  # as the second pair tells
         ]
     )
 
