@@ -12,7 +12,7 @@ __all__ = ["Turns"]
 
 
 class Turns:
-    """The first steps, and from then on one of each ``every`` steps, drawn at random.
+    """The first steps, and one of each ``every`` steps, drawn at random.
 
     No generator of the host's is touched.
     """
@@ -25,8 +25,6 @@ class Turns:
         if number < first:
             return True
         window, place = divmod(number, every)
-        if not window:
-            return False  # the first steps stand for this one
         # The hash of a tuple of numbers will not do: its last digits are much alike from one window
         # to the next, so that some steps are not drawn in a hundred windows.
         return place == hash(b"%d %d" % (self._secret, window)) % every

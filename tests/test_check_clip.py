@@ -656,6 +656,7 @@ SOUND = [
 
 @pytest.mark.parametrize("rule", SOUND, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("how", ["subclass", "instance"])
+@pytest.mark.usefixtures("by_the_clock")
 def test_a_sound_rule_of_the_users_own(rule, how, monkeypatch):
     """It is not refused, it is proved as often as the standard one, and changes nothing."""
     ends = []

@@ -691,6 +691,7 @@ def test_outputs_whose_first_dimension_is_not_the_batch():
     assert guard.last_step.checks[LOSS].not_run
 
 
+@pytest.mark.usefixtures("by_the_clock")
 def test_one_more_look_is_not_for_ever():
     """Where each batch is as large as the first, nothing is certain and it is left at that."""
     with dpguard.install(mode="repair") as guard:

@@ -453,7 +453,7 @@ def test_steps_that_are_probed_are_drawn(monkeypatch):
             training.step()
             steps += 1
     assert {v.parameters for v in guard.violations} == {("1.bias",)}
-    assert steps > PROBE_EVERY, "it is seen where the step is probed only"
+    assert guard.violations[0].step % 2 == 1
 
 
 class OwnLinear(nn.Linear):

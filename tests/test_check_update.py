@@ -388,6 +388,7 @@ def test_the_gradient_of_the_batch_before(begin, both, guard):
 
 @pytest.mark.parametrize("begin", [0, 1, 5, 12])
 @pytest.mark.parametrize("make", [with_momentum, at_rates, with_decay, sharpened])
+@pytest.mark.usefixtures("by_the_clock")
 def test_what_is_made_of_the_gradient_and_of_what_was_there(make, begin, guard):
     """In the first step; later at its second time, and with momentum at its third."""
     training, done = Classified(), []

@@ -104,6 +104,7 @@ class _Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.usefixtures("by_the_clock")
 def test_steps_share_a_product(guard):
     """16 steps of two layers take two products each, and one for the sequences of the head."""
     called, optimizer, _ = made(DPLSTM, 40, dtype=torch.float32)

@@ -16,12 +16,14 @@ from dpguard.turns import Turns
 @pytest.mark.parametrize("every", [1, 2, 7, 50])
 @pytest.mark.parametrize("first", [1, 3])
 def test_one_of_each(every, first):
-    """The first steps, and one of each ``every`` from then on; each place is as likely."""
-    places = [0] * every
+    """The first steps, and one of each ``every``; each place is as likely."""
+    places, beyond = [0] * every, 0
     for _ in range(200):
         turns = Turns()
         drawn = [n for n in range(12 * every) if turns.has(n, every, first)]
         assert drawn[:first] == list(range(first))
+        assert len([n for n in drawn if first <= n < every]) <= 1
+        beyond += len([n for n in drawn if first <= n < every])
         later = [n for n in drawn if n >= max(every, first)]
         windows = [n // every for n in later]
         assert windows == sorted(set(windows))
@@ -29,6 +31,10 @@ def test_one_of_each(every, first):
             assert windows == list(range(1, 12))
         for n in later:
             places[n % every] += 1
+    if (
+        every == 50
+    ):  # that of the first steps as well, unless it is one of those, which are looked at
+        assert 150 < beyond <= 200
     expected, others = sum(places) / every, every - 1
     deviation = sum((p - expected) ** 2 / expected for p in places)
     # A chi-squared variable is larger once in 10^8 (Laurent and Massart, 2000, Lemma 1).
