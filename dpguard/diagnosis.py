@@ -185,6 +185,7 @@ NAMED_TWICE = "named_twice"
 RANKS_SHARE_PEOPLE = "ranks_share_people"
 RANKS_APART = "ranks_apart"
 RANKS_BOUNDS_DIFFER = "ranks_bounds_differ"
+RANKS_RATES_DIFFER = "ranks_rates_differ"
 DRAWN_TOO_MANY = "drawn_too_many"
 DRAWN_DEPENDENTLY = "drawn_dependently"
 BATCH_UNDELIVERED = "batch_undelivered"
@@ -1398,9 +1399,18 @@ _DIAGNOSES = {
     ),
     RANKS_BOUNDS_DIFFER: Diagnosis(
         "a process of a group clips to more than rank 0, which makes the noise for all of them "
-        "(max_grad_norm, divided by expected_batch_size if the loss is a mean)",
-        "make the DP optimizer with the same max_grad_norm and expected_batch_size on each rank",
+        "(max_grad_norm, if the loss is a mean divided by expected_batch_size and by the number of "
+        "batches that a step accumulates)",
+        "make the DP optimizer with the same max_grad_norm and expected_batch_size on each rank, "
+        "and accumulate as many batches",
         Severity.CRITICAL,
+    ),
+    RANKS_RATES_DIFFER: Diagnosis(
+        "a process of a group draws people with a larger sample rate than rank 0, so that more is "
+        "spent of them than rank 0's accountant reports",
+        "give make_private() loaders with the same sample rate on each rank, or report the largest "
+        "epsilon of all ranks",
+        Severity.WARNING,
     ),
     DRAWN_TOO_MANY: Diagnosis(
         "more people are drawn than the sampler's sample_rate lets expect, and that is the rate "

@@ -438,6 +438,51 @@ def few():
     return {"whole": _few(), "divided": _few(most=1)}
 
 
+class Outer(torch.optim.Optimizer):
+    """Has another optimizer take its steps, as those that look ahead or share state do."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.inner.step()
+
+
+def _others_step(clear):
+    before = len(guard.violations), len(guard.interventions)
+    torch.manual_seed(0)
+    model = DifferentiallyPrivateDistributedDataParallel(nn.Linear(SIZE, 4))
+    model, optimizer, *_ = PrivacyEngine().make_private(
+        module=model,
+        optimizer=Outer(torch.optim.SGD(model.parameters(), lr=0.1)),
+        data_loader=torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(torch.randn(48, SIZE), torch.arange(48) % 4),
+            batch_size=24,
+        ),
+        noise_multiplier=1.0,
+        max_grad_norm=0.1,
+    )
+    torch.manual_seed(5 + distributed.get_rank())
+    for _ in range(3):
+        x, y = torch.randn(6, SIZE), torch.arange(6) % 4
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        (optimizer if clear == "optimizer" else model).zero_grad()
+    guard.flush()
+    return {
+        "weights": [p.detach().sum().item() for p in model.parameters()],
+        "kinds": sorted({i.kind for i in list(guard.interventions)[before[1] :]}),
+        "causes": [v.cause for v in list(guard.violations)[before[0] :]],
+    }
+
+
+def others_step():
+    """An optimizer that has another one step; gradients that only the model clears."""
+    return {clear: _others_step(clear) for clear in ("optimizer", "model")}
+
+
 def _refusal(step):
     try:
         step()
@@ -470,6 +515,7 @@ def _main():
     found["sharded in parts"] = sharded_in_parts()
     found["loaded"] = loaded()
     found["few"] = few()
+    found["others step"] = others_step()
     found["internal"] = [str(error) for _, error in guard.internal_errors]
     Path(result).write_text(json.dumps(found))
     distributed.destroy_process_group()

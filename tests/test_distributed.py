@@ -210,6 +210,16 @@ def test_each_rank_takes_part_in_each_step(ranks, kind):
             assert rank["batches"] == rank["planned"]
 
 
+@pytest.mark.parametrize("clear", ["optimizer", "model"])
+def test_each_rank_knows_gradients_that_have_noise(ranks, clear):
+    """Opacus marks sums that were used on the rank that makes the noise only."""
+    found = [rank["others step"][clear] for rank in ranks]
+    for rank in found:
+        assert rank["weights"] == found[0]["weights"]
+        assert rank["causes"] == []
+        assert ("left_over_sum" in rank["kinds"]) == (clear == "model")
+
+
 def test_of_sharded_parameters_the_accounting_is_audited_and_the_rest_is_said(ranks):
     for rank in seen(ranks, "sharded"):
         assert rank == {"causes": ["sharded"], "accounted": 1, "off": []}

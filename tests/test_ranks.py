@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from opacus.optimizers import DPOptimizer
 from releases import needs_reshaping
 
 from dpguard import _compat, diagnosis
@@ -25,6 +26,7 @@ class DistributedOptimizer:
     """What is asked of one."""
 
     loss_reduction = "mean"
+    accumulated_iterations = DPOptimizer.accumulated_iterations
 
     def __init__(self, bound=1.0, expected=4):
         self.max_grad_norm, self.expected_batch_size = bound, expected
@@ -35,7 +37,7 @@ class Rank:
     def __init__(self, optimizer):
         self.optimizer, self.deliveries = optimizer, Deliveries()
         self.check = Ranks(self.deliveries)
-        self.number = 0
+        self.number, self.rates = 0, ()
 
     def deliver(self, batch, indices, data):
         places = self.deliveries.reader(self.optimizer).places
@@ -43,6 +45,7 @@ class Rank:
 
     def step(self, *, refused=False):
         step = Step(self.number, audited=True, optimizer="", physical=1)
+        step.parameters, step.rates = self.optimizer.params, set(self.rates)
         failures = self.check.begin(step, self.optimizer)
         if not refused:
             self.number += 1
@@ -52,19 +55,20 @@ class Rank:
 
 @pytest.fixture
 def group(monkeypatch):
-    """Makes two ranks of optimizers, and takes a step on both, the second one first."""
-    store, at_hand = torch.distributed.HashStore(), [0]
+    """Makes a rank of each optimizer, and takes a step on all, the last one first."""
+    store, at_hand, world = torch.distributed.HashStore(), [0], [2]
     monkeypatch.setattr(_compat, "store_of_group", lambda: store)
-    monkeypatch.setattr(_compat, "place_in_group", lambda: (at_hand[0], 2))
+    monkeypatch.setattr(_compat, "place_in_group", lambda: (at_hand[0], world[0]))
 
     def make(*optimizers):
         ranks = [Rank(optimizer) for optimizer in optimizers]
+        world[0] = len(ranks)
 
         def step():
             found = {}
-            for at_hand[0] in (1, 0):
+            for at_hand[0] in reversed(range(len(ranks))):
                 found[at_hand[0]] = ranks[at_hand[0]].step()
-            return [found[0], found[1]]
+            return [found[rank] for rank in range(len(ranks))]
 
         return *ranks, step
 
@@ -73,9 +77,10 @@ def group(monkeypatch):
 
 def run(step, steps=80):
     """What both ranks have found, and when first."""
-    first, found = None, (set(), set())
+    first, found = None, None
     for number in range(steps):
         causes = step()
+        found = found or [set() for _ in causes]
         for known, new in zip(found, causes, strict=True):
             known.update(new)
         first = number if first is None and any(causes) else first
@@ -113,6 +118,46 @@ def test_bounds(group, settings, differ):
     first, *found = run(step)
     assert found == [{diagnosis.RANKS_BOUNDS_DIFFER} if differ else set()] * 2
     assert first == (1 if differ else None)
+
+
+@pytest.mark.parametrize("world", [3, 4, 9])
+@pytest.mark.parametrize("larger", [None, 0, 1, 2])
+def test_bounds_in_larger_groups(group, world, larger):
+    """Each compares itself with rank 0, and rank 0 those that follow with itself."""
+    *_, step = group(*(DistributedOptimizer(1.0 + (rank == larger)) for rank in range(world)))
+    _, *found = run(step)
+    who = {0, larger} if larger else set()
+    assert found == [{diagnosis.RANKS_BOUNDS_DIFFER} if r in who else set() for r in range(world)]
+
+
+@pytest.mark.parametrize("pieces", [1, 4])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_batches_that_are_accumulated(group, rank, pieces):
+    """The sum is divided by their number, on each rank by its own; noise is by that of rank 0."""
+    *ranks, step = group(*(DistributedOptimizer() for _ in range(2)))
+    ranks[rank].optimizer.params[0].grad_sample = [torch.zeros(1, 2)] * pieces
+    _, *found = run(step)
+    differ = pieces > 1 and rank == 0
+    assert found == [{diagnosis.RANKS_BOUNDS_DIFFER} if differ else set()] * 2
+
+
+@pytest.mark.parametrize(
+    ("rates", "differ"),
+    [
+        (((0.1,), (0.1,)), False),
+        (((0.1,), (0.2,)), True),
+        (((0.2,), (0.1,)), False),
+        (((0.1, 0.2), (0.2,)), False),
+        (((0.1,), ()), False),
+    ],
+)
+def test_sample_rates(group, rates, differ):
+    """What rank 0 reports is spent of all people, or less."""
+    *ranks, step = group(*(DistributedOptimizer() for _ in range(2)))
+    for rank, mine in zip(ranks, rates, strict=True):
+        rank.rates = mine
+    _, *found = run(step)
+    assert found == [{diagnosis.RANKS_RATES_DIFFER} if differ else set()] * 2
 
 
 def test_a_schedule_that_one_rank_does_not_follow(group):

@@ -4,9 +4,10 @@ Opacus's distributed optimizers sum what each rank has clipped, and rank 0 adds 
 it. That is right if no rank clips to more than rank 0, and if each person is in the batch of one
 rank only. Both are settings of each process by itself: a loader that was not made for a group
 draws from the whole data set on each rank, so that somebody counts as often as there are ranks.
+And the epsilon of rank 0 is that of all people if no rank draws them with a larger sample rate.
 
 In the first steps each rank leaves in the store of the group what it clips to and which records it
-has (:mod:`dpguard.noted.places`), and reads what rank 0 and the next rank have left. Nobody waits:
+has (:mod:`dpguard.noted.places`), and reads what rank 0 and the next few have left. Nobody waits:
 what is not there is looked for in the next step. That a rank has taken the step before is known to
 all that have, so it is there one step later.
 
@@ -22,10 +23,11 @@ import json
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from dpguard import _compat, diagnosis
 from dpguard.audit.accounting import SAMPLING
+from dpguard.audit.by_hand import RATE
 from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.clip import BOUND
 from dpguard.audit.update import OWNED
@@ -34,6 +36,8 @@ from dpguard.noted.places import BATCHES
 
 __all__ = ["Ranks"]
 
+_NEAR = 4
+"""So many ranks that follow are read: in groups of nine each is compared with each."""
 _PATIENCE = 64
 _AGREED = 3
 _DISTINCT = 0.9
@@ -56,6 +60,18 @@ class Store(Protocol):
         """What was left."""
 
 
+class _Set(NamedTuple):
+    """What a rank is set to in a step.
+
+    Attributes:
+        bound: what a person is clipped to.
+        rate: with which people are drawn.
+    """
+
+    bound: float | None
+    rate: float | None
+
+
 @dataclass
 class _State:
     """What one optimizer has left and read.
@@ -65,7 +81,7 @@ class _State:
         prefix: of its keys.
         rank: of this process.
         others: ranks that it reads of.
-        bounds: what a person is clipped to here, in each step.
+        set: what this rank is set to, in each step.
         noted: how many records were left already, of each batch.
         awaited: ranks and steps of which nothing was read yet.
         records: of each of the others, as in :class:`dpguard.noted.places.Places`.
@@ -76,7 +92,7 @@ class _State:
     prefix: str = ""
     rank: int = 0
     others: tuple[int, ...] = ()
-    bounds: dict[int, float | None] = field(default_factory=dict)
+    set: dict[int, _Set] = field(default_factory=dict)
     noted: dict[int, int] = field(default_factory=dict)
     awaited: list[tuple[int, int]] = field(default_factory=list)
     records: dict[int, dict[int, dict[str, str]]] = field(default_factory=dict)
@@ -104,8 +120,12 @@ class Ranks(Check):
         rank, world = _compat.place_in_group()
         named = [type(optimizer).__qualname__, [list(p.shape) for p in optimizer.params]]
         prefix = f"dpguard/{hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]}"
-        prefix += f"/{store.add(f'{prefix}/{rank}', 1)}"  # of several that are alike
-        others = tuple({0, (rank + 1) % world} - {rank})
+        try:
+            prefix += f"/{store.add(f'{prefix}/{rank}', 1)}"  # of several that are alike
+        except RuntimeError:
+            return _State()  # torch's fake group has a store that keeps nothing
+        near = {(rank + k) % world for k in range(1, _NEAR + 1)}
+        others = tuple(sorted({0, *near} - {rank}))
         return _State(weakref.ref(store), prefix, rank, others)
 
     def begin(self, step: Step, optimizer: Any) -> Failures:
@@ -137,10 +157,10 @@ class Ranks(Check):
         for batch, known in self._deliveries.places(optimizer).items():
             records[batch] = dict(list(known.items())[state.noted.get(batch, 0) :])
             state.noted[batch] = len(known)
-        bound = _bound(optimizer)
-        left = json.dumps({"bound": bound, "records": records})
+        mine = _Set(_bound(step, optimizer), max(step.rates, default=None))
+        left = json.dumps({"set": mine, "records": records})
         store.set(state.key(state.rank, step.number), left)
-        state.bounds[step.number] = bound
+        state.set[step.number] = mine
         state.awaited += [(rank, step.number) for rank in state.others]
 
     def _read(self, state: _State, store: Store, optimizer: Any) -> list[Failure]:
@@ -155,13 +175,11 @@ class Ranks(Check):
             left = json.loads(store.get(key))
             for batch, known in left["records"].items():
                 state.records.setdefault(rank, {}).setdefault(int(batch), {}).update(known)
-            bounds = {state.rank: state.bounds[number], rank: left["bound"]}
-            first, other = bounds.pop(0, None), *bounds.values()
-            if first is not None and other is not None and other > first * (1 + _EXACT):
-                differ = diagnosis.RANKS_BOUNDS_DIFFER
-                failures.append(Failure(BOUND, differ, figure=other, bound=first))
-        mine = self._deliveries.places(optimizer)
-        if any(_are_shared(mine, theirs) for theirs in state.records.values()):
+            if 0 in (rank, state.rank):
+                known = [_Set(*left["set"]), state.set[number]]
+                failures += _compare(*(known[::-1] if rank else known))
+        records = self._deliveries.places(optimizer)
+        if any(_are_shared(records, theirs) for theirs in state.records.values()):
             failures.append(Failure(SAMPLING, diagnosis.RANKS_SHARE_PEOPLE))
         return failures
 
@@ -173,12 +191,26 @@ def _are_apart(step: Step, optimizer: Any) -> bool:
     return any(state.averaged for state in step.states)
 
 
-def _bound(optimizer: Any) -> float | None:
+def _compare(first: _Set, other: _Set) -> list[Failure]:
+    """What is wrong if rank 0 is set to the former, and another rank to the latter."""
+    pairs = [
+        (BOUND, diagnosis.RANKS_BOUNDS_DIFFER, first.bound, other.bound),
+        (RATE, diagnosis.RANKS_RATES_DIFFER, first.rate, other.rate),
+    ]
+    return [
+        Failure(check, cause, figure=theirs, bound=mine)
+        for check, cause, mine, theirs in pairs
+        if mine is not None and theirs is not None and theirs > mine * (1 + _EXACT)
+    ]
+
+
+def _bound(step: Step, optimizer: Any) -> float | None:
     """By how much one person may move the sum of the ranks, if the host knows that."""
     bound = _compat.plain_number(optimizer.max_grad_norm)
     if optimizer.loss_reduction == "mean":
         expected = _compat.plain_number(optimizer.expected_batch_size)
-        return bound / expected if bound is not None and expected else None
+        batches = _compat.accumulated_iterations(optimizer, step.parameters)
+        return bound / (expected * batches) if bound is not None and expected and batches else None
     return bound
 
 

@@ -2,7 +2,8 @@
 
 A batch of a loader that came out of ``make_private`` is *private* to the optimizer that came with
 it: the rows of its next steps must be these people. The same goes for any loader that draws with
-one of Opacus's samplers, as long as there is only one DP optimizer, which was there when it drew.
+one of Opacus's samplers, as long as there is only one DP optimizer, which was there when it drew,
+and of the loader of another one that takes no steps, as long as there is no other loader.
 What other loaders deliver is weak evidence: nobody knows what it is for.
 
 Kept are numbers of people, never indices, and for as long as the delivered tensors of a private
@@ -211,6 +212,7 @@ class Reader:
         places: the records that its first batches had, in a group of processes.
         optimizer: the optimizer, weakly.
         born: serial of the last batch that was delivered before the optimizer was made.
+        heir: what one that takes steps has not used yet of it, where this optimizer takes none.
     """
 
     def __init__(self) -> None:
@@ -226,6 +228,22 @@ class Reader:
         self.places = Places()
         self.optimizer: Callable[[], Any] = lambda: None
         self.born = 0
+        self.heir: Reader | None = None
+
+    def inherit(self, idle: Reader) -> None:
+        """What was delivered for an optimizer that takes no steps is used by this one's."""
+        idle.heir = self
+        self.dataset, self.size = idle.dataset, idle.size
+        for delivery in idle.pending:
+            if (delivery.serial or 0) > self.born:
+                self.add(delivery)
+
+    def disown(self) -> None:
+        """Its optimizer takes steps, or it is not clear any more whose the batches are."""
+        if self.heir is not None:
+            self.heir.forget()
+            self.heir.people, self.heir.size, self.heir.dataset = 0.0, math.inf, lambda: None
+            self.heir = None
 
     def add(self, delivery: Delivery) -> None:
         """A batch was delivered."""
@@ -304,7 +322,8 @@ class Deliveries:
             delivery.indices = ()
         iteration.count += 1
         self._recent.append(delivery)
-        for reader in iteration.readers:
+        heirs = [reader.heir for reader in iteration.readers if reader.heir is not None]
+        for reader in (*iteration.readers, *heirs):
             reader.add(delivery)
             self.unclear = self.unclear or reader.fresh or len(reader.pending) > 1
         return tensors
@@ -348,10 +367,23 @@ class Deliveries:
     def steps(self, optimizer: Any) -> Reader:
         """``optimizer`` is one of those that take steps; what is kept for it."""
         self._steppers.add(optimizer)
+        if len(self._steppers) > 1:
+            for reader in self._readers.values():
+                reader.disown()
         return self.reader(optimizer)
+
+    def _inherit(self, reader: Reader) -> None:
+        """Only one optimizer takes steps, there is one loader, and that belongs to another one."""
+        if reader.people or self.others or len(self._steppers) > 1:
+            return
+        readers = self._readers.values()
+        idle = [other for other in readers if other is not reader and other.pending]
+        if len(idle) == 1 and idle[0].heir is None:
+            reader.inherit(idle[0])
 
     def pending(self, reader: Reader) -> list[Delivery]:
         """Private batches that were not used yet, in the order of their delivery."""
+        self._inherit(reader)
         untied = self.untied.pending
         if not untied:
             return list(reader.pending)

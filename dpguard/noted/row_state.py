@@ -24,6 +24,7 @@ __all__ = [
     "Entry",
     "ParameterState",
     "awaits_its_step",
+    "is_used",
     "note_used",
     "owned_rows",
     "sample_of",
@@ -280,6 +281,14 @@ def note_used(parameter: Any) -> None:
     total = getattr(parameter, "summed_grad", None)
     if total is not None:
         total._dpguard_used = True
+
+
+def is_used(total: Any) -> bool:
+    """Whether noise was added to a clipped sum, or a step made of it.
+
+    In a group of processes Opacus marks it on the rank that makes the noise only.
+    """
+    return _compat.is_processed(total) or hasattr(total, "_dpguard_used")
 
 
 def awaits_its_step(parameter: Any) -> bool:

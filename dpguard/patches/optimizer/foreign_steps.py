@@ -17,7 +17,7 @@ from typing import Any
 from dpguard import _callsite, _compat, diagnosis
 from dpguard.identity import IdentitySet
 from dpguard.noted.ledger import Ledger
-from dpguard.noted.row_state import awaits_its_step, note_used
+from dpguard.noted.row_state import awaits_its_step, is_used, note_used
 from dpguard.parts import Part
 from dpguard.patches.optimizer.outside import Outside
 from dpguard.patching import Transaction
@@ -183,7 +183,7 @@ class ForeignSteps:
         if parameter.grad is None:
             return False
         state = self._ledger.known(parameter)
-        if _compat.is_processed(getattr(parameter, "summed_grad", None)):
+        if is_used(getattr(parameter, "summed_grad", None)):
             came_since = state is not None and state.version is not None
             if awaits_its_step(parameter) or not came_since:
                 return False

@@ -17,6 +17,7 @@ from typing import Any
 
 from dpguard import _compat, diagnosis
 from dpguard._errors import UnsupportedError
+from dpguard.noted.row_state import is_used
 from dpguard.patches.optimizer.copies import Copying
 from dpguard.patches.optimizer.together import Together
 from dpguard.patching import Transaction
@@ -116,7 +117,7 @@ class Protocol:
             rows = getattr(parameter, "grad_sample", None)
             if not hasattr(parameter, "summed_grad"):
                 parameter.summed_grad = None
-            elif _is_processed(parameter.summed_grad):
+            elif is_used(parameter.summed_grad):
                 forgotten += _forget_used(parameter, rows)
         if forgotten:
             self._verdicts.intervene(
@@ -139,10 +140,6 @@ class Protocol:
                 vars(parameter.grad).pop(_APPLIED, None)
 
 
-def _is_processed(found: Any) -> bool:
-    return hasattr(found, "_processed")
-
-
 def _forget_used(parameter: Any, rows: Any) -> bool:
     """Clear what a step that is done has left of ``parameter``, if its gradient was cleared.
 
@@ -150,11 +147,11 @@ def _forget_used(parameter: Any, rows: Any) -> bool:
     that the step has left. Without proof Opacus refuses the step, and rightly so.
     """
     if isinstance(rows, list):
-        fresh = [tensor for tensor in rows if not _is_processed(tensor)]
+        fresh = [tensor for tensor in rows if not _compat.is_processed(tensor)]
         if fresh and len(fresh) < len(rows) and not hasattr(parameter.grad, _APPLIED):
             parameter.grad_sample = rows = fresh[0] if len(fresh) == 1 else fresh
     tensors = rows if isinstance(rows, list) else [rows]
-    if any(tensor is None or _is_processed(tensor) for tensor in tensors):
+    if any(tensor is None or _compat.is_processed(tensor) for tensor in tensors):
         return False
     parameter.summed_grad = None
     return True
