@@ -168,7 +168,8 @@ def rows(
     * ``"concat"``: the calls inside of this block have other people than those in other such
       blocks. Put one block round the forward of each of two batches that enter one loss: their
       rows are concatenated instead of added. They must come from different data sets, or one
-      person could be in both.
+      person could be in both. Where losses are means, add those of the blocks: one mean over the
+      rows of all is refused.
 
     **Convention.** A person's row is the gradient of the *sum* of the losses of the person's rows,
     with a mean loss as with a sum: it must not depend on how many rows others have. The update is

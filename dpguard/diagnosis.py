@@ -200,6 +200,7 @@ SPLIT_FOR_ANOTHER = "batch_split_for_another"
 PEOPLE_IN_ROUNDS = "people_in_rounds"
 ROUNDS_IN_GHOST = "rounds_in_ghost_clipping"
 MEAN_UNKNOWN = "mean_over_unknown"
+MEAN_OF_BLOCKS = "mean_of_blocks"
 GROUPS_MISFIT = "groups_misfit"
 GROUPS_DIFFER = "groups_differ"
 GROUPS_ADAPTIVE = "groups_in_adaptive_clipping"
@@ -1525,6 +1526,13 @@ _DIAGNOSES = {
         "make one loss per sample of all rounds (their sum) and call backward once, or use "
         "grad_sample_mode='hooks'",
         Severity.CRITICAL,
+    ),
+    MEAN_OF_BLOCKS: Diagnosis(
+        'the loss is one mean over several blocks of rows("concat"), so a person\'s part of it is '
+        "smaller the more others there are in the other block, and clipping would not bound what "
+        "one person changes",
+        "take the mean of each block by itself and add them: "
+        "criterion(out_a, y_a) + criterion(out_b, y_b)",
     ),
     MEAN_UNKNOWN: Diagnosis(
         "it is not seen whether the loss is a mean over rows or over people, who have different "

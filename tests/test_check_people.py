@@ -481,13 +481,14 @@ class Stream(IterableDataset):
         yield from samples()
 
 
-def by_hand(model=None):
-    called = GradSampleModule(model or mlp())
+def by_hand(model=None, reduction="mean"):
+    called = GradSampleModule(model or mlp(), loss_reduction=reduction)
     optimizer = DPOptimizer(
         torch.optim.SGD(called.parameters(), lr=0.1),
         noise_multiplier=0.0,
         max_grad_norm=C,
         expected_batch_size=8,
+        loss_reduction=reduction,
     )
     return called, optimizer
 
@@ -1805,6 +1806,25 @@ def test_blocks_are_concatenated(guard, poisson, backwards):
             torch.testing.assert_close(parameter.grad, expected, rtol=1e-9, atol=1e-12)
             assert len(parameter.grad_sample) == 13
     assert violations(guard) == ()
+
+
+@pytest.mark.parametrize("sizes", [(8, 5), (6, 6)])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_blocks_of_one_mean_are_refused(guard, sizes, reduction):
+    """Removing somebody would change everybody's rows; a sum does not."""
+    called, optimizer = by_hand(mlp().double(), reduction=reduction)
+    x, y = samples(sum(sizes)).tensors
+    outs = []
+    for part in x.double().split(sizes):
+        with dpguard.rows("concat"):
+            outs.append(called(part))
+    nn.functional.cross_entropy(torch.cat(outs), y, reduction=reduction).backward()
+    if reduction == "sum":
+        optimizer.step()
+        assert violations(guard) == ()
+        return
+    with pytest.raises(dpguard.PerSampleGradientError, match="one mean over several blocks"):
+        optimizer.step()
 
 
 def mlp_state(called):

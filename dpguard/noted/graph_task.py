@@ -33,6 +33,7 @@ class GraphTask:
 
     __slots__ = (
         "_roles",
+        "blocks",
         "cast",
         "id",
         "keeps_graph",
@@ -55,6 +56,8 @@ class GraphTask:
         """Identities of the models of which a call was met in this backward."""
         self.waiting: dict[tuple[int, int], Any] = {}
         """Calls whose rows are computed together, by the identities of the model and the layer."""
+        self.blocks: dict[int, int] = {}
+        """Rows of each block that is declared to be other people, by its segment."""
         self.terms: dict[int, int] = {}
         """Where rows are not computed here: of how many products those of a parameter are sums."""
         self._roles: dict[int, int] = {}

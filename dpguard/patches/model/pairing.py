@@ -372,6 +372,7 @@ class Pairing(Hooked):
         block = people is not None and people.joins
         if block:
             ledger.blocks.add(opened)
+            task.blocks[opened] = record.batch
             now = opened  # rows of a block are of no other segment, whenever they come
         if record.kind.registered is None:  # more may be within than a layer that is known
             for parameter in wanted:
@@ -545,10 +546,20 @@ class Pairing(Hooked):
     def _on_backward_end(self, task: GraphTask) -> None:
         """Notice parameters that this backward gave a gradient but no rows."""
         self._catch_up(task)
+        self._condemn_shared_mean(task)
         self.ledger.end_task(task)
         self._condemn_bypassed(task)
         if self.orders:
             self.ledger.agree_on_order(self._parameters)
+
+    def _condemn_shared_mean(self, task: GraphTask) -> None:
+        """Each block's rows were multiplied by their number, and not by what divided the loss."""
+        if len(task.blocks) < 2 or self.loss_reduction != "mean":  # noqa: PLR2004
+            return
+        sizes = {size for shape in self.ledger.means for size in shape}
+        if sum(task.blocks.values()) in sizes and not sizes.issuperset(task.blocks.values()):
+            for parameter in task.reached(self._parameters):
+                self._condemn(parameter, diagnosis.MEAN_OF_BLOCKS)
 
     def _condemn_bypassed(self, task: GraphTask) -> None:
         for parameter in task.reached(self._parameters):
