@@ -365,6 +365,7 @@ def test_uninstalling_leaves_the_facade_plain(make):
         assert not [name for name in vars(found) if name.startswith("_dpguard")]
         assert found.param_groups is training.dp.original_optimizer.param_groups
         assert getattr(found, "noise_multiplier", 0.5) == 0.5
+    assert facade.noise_multiplier == 0.5, "it was given one of its own"
     after = vars(type(facade))
     assert set(after) <= names
     assert not [n for n in after if type(after[n]).__module__.startswith("dpguard")]

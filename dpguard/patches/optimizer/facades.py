@@ -193,6 +193,8 @@ class Facades:
         self._seen: weakref.WeakSet[type] = weakref.WeakSet()
         self._told: IdentityMap[set[str]] = IdentityMap()
         """Of each DP optimizer what was said once."""
+        self._forwarded: IdentityMap[set[str]] = IdentityMap()
+        """Of each façade what it was given and does not keep itself."""
 
     def install(self, transaction: Transaction) -> None:
         """Let Opacus's schedulers and batch splitters hold the DP optimizer itself."""
@@ -237,11 +239,17 @@ class Facades:
         return self._family.is_dp(found)
 
     def give_back(self, found: Any) -> None:
-        """Let a façade that has copies of its own show what is applied now."""
+        """Let a façade that has copies of its own, or would have, show what is applied now."""
         real = self.owner(found)
         if real is not found:
             own, applied = vars(found), vars(real)
-            own.update({name: applied[name] for name in KNOBS if name in own and name in applied})
+            mine = {name for name in KNOBS if name in own} | (self._forwarded.pop(found) or set())
+            own.update({name: applied[name] for name in mine if name in applied})
+
+    def give_back_forwarded(self) -> None:
+        """Have all façades keep themselves what they were given."""
+        for found in self._forwarded.owners():
+            self.give_back(found)
 
     def write(self, instance: Any, name: str, value: Any) -> None:
         """Set an attribute where it is applied, and say so if that changed something.
@@ -254,6 +262,8 @@ class Facades:
             vars(instance)[name] = value
             return
         before = getattr(real, name, ABSENT)
+        if self._repairs:
+            self._forwarded.setdefault(instance, set()).add(name)
         if before is value and self._repairs:
             setattr(real, name, value)
             return

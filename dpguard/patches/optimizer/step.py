@@ -227,6 +227,7 @@ class OptimizerPatch:
 
     def _give_back_all(self) -> None:
         self._transaction = None
+        self._facades.give_back_forwarded()
         # Façades that copy what an optimizer holds have our notes too, and were made unseen.
         unseen = [found for found in living(self._bases) if found not in self._instances]
         for instance in (*self._instances, *unseen):
