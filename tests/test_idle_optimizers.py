@@ -136,3 +136,27 @@ def test_a_loader_beside_it():
         assert [v for v in guard.violations if v.check == "people.rows"] == []
         assert kept is not None
         assert first is not None
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_steps_that_are_told_by_hand(told):
+    """To the accountant of the idle optimizer, whose hook tells nothing."""
+    with dpguard.install(mode="repair") as guard:
+        engine, model, first, loader = private()
+        optimizer = DPOptimizer(
+            torch.optim.Adam(model.parameters(), lr=1e-3),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            expected_batch_size=SIZE,
+        )
+        for _ in range(2):
+            for x, y in loader:
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                if told:
+                    engine.accountant.step(noise_multiplier=1.0, sample_rate=loader.sample_rate)
+        guard.flush()
+        expected = set() if told else {diagnosis.NOBODY_TOLD}
+        assert {v.cause for v in guard.violations} == expected
+        assert first is not None

@@ -509,9 +509,11 @@ class Accounting(Check):
         return self._by_hand.look(step, optimizer, state.sigma, of_engine=due)
 
     def _is_hooked(self, accountant: Any) -> bool:
+        """Whether a step hook tells it; that of an optimizer that takes no steps tells nothing."""
         return any(
             told.accountant() is accountant
             for state in self._states.values()
+            if state.parameter() is not GONE
             for told in (*state.accountants, *state.others)
         )
 
