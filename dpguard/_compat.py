@@ -912,17 +912,19 @@ def wraps_an_optimizer(cls: type) -> bool:
     """Whether objects of ``cls``, no DP optimizer, are made round another optimizer.
 
     Told by what such classes have in common: groups that are shown and not held, or a
-    constructor that takes an optimizer and no parameters.
+    constructor that takes something else first than parameters. Others may be told so as well.
     """
     if cls.__module__.partition(".")[0] == "torch":
         return False
     if inspect.isdatadescriptor(inspect.getattr_static(cls, "param_groups", None)):
         return True
     try:
-        names = list(inspect.signature(cls).parameters)
+        first = next(iter(inspect.signature(cls).parameters.values()), None)
     except (TypeError, ValueError):  # a constructor that cannot be looked at
         return False
-    return bool(names) and "optim" in names[0].lower()
+    if first is None or first.kind is inspect.Parameter.VAR_POSITIONAL:
+        return False
+    return "param" not in first.name.lower()
 
 
 def holders_of_optimizers() -> list[tuple[type, str | None]]:

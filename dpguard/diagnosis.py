@@ -343,8 +343,7 @@ _DIAGNOSES = {
         "the input of a layer was changed in place between its call and the backward; with "
         "expanded weights, torch does not notice and computes per-sample gradients from what it "
         "is now",
-        "change a copy (x = x + y instead of x += y, relu(x) instead of relu_(x)), or use "
-        "grad_sample_mode='hooks'",
+        "change a copy (x = x + y instead of x += y, relu(x) instead of relu_(x))",
     ),
     SEVERAL_OUTPUTS: Diagnosis(
         "a module has several differentiable outputs and the loss used another than the first; "
@@ -354,8 +353,8 @@ _DIAGNOSES = {
     INPUTS_DROPPED: Diagnosis(
         "a module without a registered grad sampler was called with further inputs; Opacus "
         "replays its forward with the first positional argument only, which gives wrong rows",
-        "pass one tensor (bind the other inputs before the call), or register a grad sampler "
-        "for the module with opacus.grad_sample.register_grad_sampler",
+        "pass one tensor (stack the inputs and take them apart within), or register a grad "
+        "sampler for the module with opacus.grad_sample.register_grad_sampler",
     ),
     NO_TENSOR_INPUT: Diagnosis(
         "a module without a registered grad sampler was called with something else than a tensor "
@@ -447,7 +446,8 @@ _DIAGNOSES = {
         "weight_decay of the optimizer for a penalty, max_grad_norm for clipping; trainers clip by "
         "themselves, Hugging Face's unless TrainingArguments(max_grad_norm=0)). Otherwise check "
         "what is special about the layer: a weight that is used outside of its module, an input "
-        "or keyword argument that its grad sampler ignores, padding modes, scale_grad_by_freq, an "
+        "or keyword argument that its grad sampler ignores, padding modes other than zeros (pad "
+        "with torch.nn.functional.pad before a layer without padding), scale_grad_by_freq, an "
         "item that is twice in one bag of an EmbeddingBag, with expanded weights padding_idx. Rows "
         "that you have changed in place between backward() and step() are not those of autograd, "
         "and nobody sees whether each is still made of one "
@@ -459,7 +459,8 @@ _DIAGNOSES = {
         "of one person's data",
         "see to it that each row is made of the rows of the same person only (two gradients of "
         "that person combined, a projection that public data gives, zeros), and that none is "
-        "multiplied by what depends on others; what the loss can say, say there",
+        "multiplied by what depends on others; what the loss can say, say there. It is said of "
+        "sound rows as well, since nobody sees that they are: strict has no such rows",
     ),
     GRADIENT_HOOK: Diagnosis(
         "a hook on the parameter (register_hook) changes the gradient that autograd computes, and "
@@ -560,9 +561,9 @@ _DIAGNOSES = {
     NORMS_REORDERED: Diagnosis(
         "losses and rows of layers are in different orders, so the norms of one person make the "
         "clip factor of another person's loss",
-        "keep the samples in one order from the inputs of every layer to the losses: undo a "
-        "permutation (a sort by length, a shuffle) before the criterion, or apply it to the batch "
-        "and its targets before the model",
+        "keep the samples in one order from the inputs of every layer to the losses: apply a "
+        "permutation (a sort by length, a shuffle) to the batch and its targets before the model, "
+        "and do not undo it before the criterion",
         Severity.CRITICAL,
     ),
     NOISE_MISSING: Diagnosis(
@@ -763,7 +764,7 @@ _DIAGNOSES = {
         "up to the root of two times the bound that an accountant is told of",
         "train all of a model with one DP optimizer, and each model on batches that are drawn for "
         "it; else let each have a noise multiplier larger by the root of two, and account for one "
-        "of them with the smaller one",
+        "of them with the smaller one (which is said all the same)",
         Severity.WARNING,
     ),
     RATE_EXCEEDED: Diagnosis(
@@ -777,8 +778,9 @@ _DIAGNOSES = {
     NOT_POISSON: Diagnosis(
         "batches are not drawn by Opacus's Poisson sampler, which the accountant assumes; its "
         "epsilon is that of another way of sampling",
-        "leave poisson_sampling=True, or account for the sampling that is used (for shuffled "
-        "batches, GaussianAccountant.get_epsilon(delta, poisson=False))",
+        "leave poisson_sampling=True. No accountant of Opacus knows shuffled batches, and "
+        "get_epsilon(delta, poisson=False) is less than these spend: report the epsilon of an "
+        "accountant of your own that is told of one step with sample_rate=1 for each pass",
         Severity.WARNING,
     ),
     SAMPLER_DROPPED: Diagnosis(
@@ -1190,7 +1192,7 @@ _DIAGNOSES = {
         "records: who has M of them is in a step with probability 1 - (1 - q)^M and not q, so "
         "epsilon is that of a record and not that of a person",
         "draw people: a data set whose items are all records of one person each; or account for "
-        "the larger rate",
+        "the larger rate (which is said all the same)",
         Severity.WARNING,
     ),
     CHOSEN_BY_SIZE: Diagnosis(
@@ -1282,8 +1284,8 @@ _DIAGNOSES = {
     SAMPLES_ADDED: Diagnosis(
         "the samples of a batch were given to the model one part after the other before the "
         "backward, so the per-sample gradients of different people were added and clipped as one",
-        "give the model the whole batch at once, or backpropagate each part before the forward of "
-        "the next one",
+        "give the model the whole batch at once, or have BatchMemoryManager split it, which says "
+        "which parts are one logical batch, and backpropagate each before the next forward",
         Severity.CRITICAL,
     ),
     ROWS_SUMMED: Diagnosis(
@@ -1305,7 +1307,8 @@ _DIAGNOSES = {
     ),
     ROWS_LEFT_OUT: Diagnosis(
         "there are fewer per-sample gradients than people in the batch that the data loader "
-        "delivered; if samples were left out this is private, if people were added up it is not",
+        "delivered; if people were added up this is not private, and if samples were left out it "
+        "is only if that hangs on each of them alone (not on how many others there are)",
         "if samples are left out on purpose, declare the number of those that are used with "
         "dpguard.batch_size(n) before the backward; otherwise give each layer inputs with one "
         "entry for each person in the first dimension",

@@ -75,6 +75,20 @@ class Slotted(torch.optim.Optimizer):
         self.inside.zero_grad(set_to_none)
 
 
+class Terse(torch.optim.Optimizer):
+    """Holds its own names for what the other one has, and does not say that it takes one."""
+
+    def __init__(self, o):
+        self.o, self.state, self.defaults = o, o.state, o.defaults
+        self.param_groups = o.param_groups
+
+    def step(self, closure=None):
+        return self.o.step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.o.zero_grad(set_to_none)
+
+
 class Deriving(DPOptimizer):
     """Is a DP optimizer by its class, with a constructor that runs no other."""
 
@@ -118,7 +132,7 @@ def _nested(optimizer):
     return Holding(FallingThrough(optimizer))
 
 
-IMITATIONS = (Copied, FallingThrough, Holding, Slotted, Deriving, _nested)
+IMITATIONS = (Copied, FallingThrough, Holding, Slotted, Terse, Deriving, _nested)
 REAL = {"accelerate": _accelerated, "pytorch_lightning": _lightning, "lightning_fabric": _fabric}
 
 
