@@ -60,9 +60,9 @@ def check_loss(
 
     Clipping the row of a person bounds what she can change only if the rows of others are the same
     without her. A running training shows most losses that break this, but not what was detached,
-    read as a number, or made of everybody's labels. Here the loss is called some forty times
-    with the outputs, and the data, of other people replaced or left out, and gradients are
-    compared. Ask once, in a test or before the training.
+    read as a number, or made of everybody's labels. Here the loss is called some fifty times
+    with the outputs, and the data, of other people replaced, moved far away or left out, and
+    gradients are compared. Ask once, in a test or before the training.
 
     No random number of torch's is taken from the host (by losses that draw on the devices of
     outputs and data, as all do), and nothing is accumulated. A loss that

@@ -1164,6 +1164,7 @@ def test_caches_and_counters_are_no_buffers_of_data(step, mode):
         assert guard.violations == ()
 
 
+@pytest.mark.usefixtures("by_the_clock")
 def test_models_without_buffers_keep_no_hook_for_them(guard):
     """It is taken off after the first forwards, also of a copy."""
     training = Training()
@@ -1311,6 +1312,7 @@ def test_a_warm_up_from_zero(guard):
 # -- cost ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("by_the_clock")
 def test_nothing_is_kept_between_the_steps_that_keep(guard):
     """In most steps only versions are noted: no copy of any parameter."""
     training = Training()

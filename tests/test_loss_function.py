@@ -241,6 +241,24 @@ def test_one_s_own(name, dtype):
         assert found.figure <= found.bound
 
 
+SWITCHED = {
+    "clamped": lambda o, y: F.cross_entropy(o, y).clamp(max=5.0),
+    "flooded": lambda o, y: (F.cross_entropy(o, y) - 0.3).abs() + 0.3,
+    "a margin": lambda o, y: F.relu(F.cross_entropy(o, y) - 0.3),
+    "a condition": lambda o, y: torch.where(F.cross_entropy(o, y) > 0.5, 1.0, 0.0) * each(o, y),
+    "a number": lambda o, y: F.cross_entropy(o, y) * float(F.cross_entropy(o, y).item() > 0.5),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHED)
+def test_what_the_mean_of_all_switches(name):
+    """The batch at hand is on one side of it; a training comes to the other."""
+    for seed in range(5):
+        found = dpguard.check_loss(SWITCHED[name], *batch(), seed=seed)
+        assert found.cause in {diagnosis.LOSS_COUPLES, diagnosis.LOSS_SCALED}
+        assert found.figure > found.bound
+
+
 def test_reductions():
     """A sum is none of a mean's, and the other way round; losses of each person are summed up."""
     outputs, labels = batch()

@@ -74,6 +74,7 @@ def train(mix, kind, steps, *, batch=20, model=None):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mix", MEET)
+@pytest.mark.usefixtures("by_the_clock")
 def test_people_who_meet(mix, kind):
     """With the oracle as it is by default: found within the first steps."""
     with dpguard.install(mode="observe") as guard:

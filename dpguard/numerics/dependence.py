@@ -1,9 +1,12 @@
 """How far the gradients of some people's outputs change with the outputs and data of others.
 
 A loss is called with those of half of the people, drawn at random, replaced by those of somebody,
-and with the other half alone. Where each person has one term of her own, the gradients of the half
-that stays are what they were: to roundings of the precision, relative to their length or to the
-weight of one term, whichever is more. A change by one factor for all is told from others.
+and with the other half alone. A few times the outputs of all but one are moved, far along their
+gradient and against it, so that the loss of all gets large or small, as it does over a training:
+what is switched by it (a loss that is clamped, or kept above a flood level) shows. Where each
+person has one term of her own, the gradients of the half that stays are what they were: to
+roundings of the precision, relative to their length or to the weight of one term, whichever is
+more. A change by one factor for all is told from others.
 """
 
 from __future__ import annotations
@@ -22,6 +25,14 @@ from dpguard import _compat
 __all__ = ["Dependence", "measure"]
 
 _TIMES = 12
+_MOVED = 3
+"""In so many of them outputs are moved,"""
+_MOVES = (10.0, -0.3, -1.0, -10.0)
+"""by so many times their own length."""
+_SWITCHED = 0.05
+"""A gradient that is switched changes by more, and rounding next to what is far does by less,"""
+_PRECISE = 1e-6
+"""unless the precision is lower than that."""
 _ROUNDINGS = 128
 _SEED = 20_011
 _detach = _compat.plain_detach()
@@ -53,7 +64,7 @@ class Dependence:
 def measure(
     loss: Callable[..., Any], outputs: Any, data: Sequence[Any], *, mean: bool, seed: int
 ) -> Dependence:
-    """Call the loss some forty times.
+    """Call the loss some fifty times.
 
     Args:
         loss: of the outputs and the data.
@@ -86,7 +97,7 @@ def measure(
         )
     is_random = not _distance(asked.gradients(seed=1), first, weight)[0] <= found.bound
     chance = random.Random(seed)  # noqa: S311 - nobody's secret
-    for _ in range(_TIMES):
+    for number in range(_TIMES):
         rows, order = list(range(asked.rows)), list(range(asked.rows))
         chance.shuffle(rows)
         watched = sorted(rows[: asked.rows // 2])
@@ -101,6 +112,12 @@ def measure(
                 found.data = _larger(found.data, rest)
             else:
                 found.outputs = _larger(found.outputs, rest)
+        for by in _MOVES if number < _MOVED and unit < _PRECISE else ():
+            moved = asked.moves(first, rows[1:], by)
+            now, mine = asked.gradients(moves=moved), rows[:1]
+            changed, rest = _distance(_rows(now, mine), _rows(first, mine), weight)
+            found.factor = _larger(found.factor, changed if changed > _SWITCHED else 0.0)
+            found.outputs = _larger(found.outputs, rest if rest > _SWITCHED else 0.0)
         if not is_random:  # else numbers are drawn for another shape
             _look_alone(found, asked, watched, before, mean=mean, weight=weight)
     return found
@@ -146,10 +163,33 @@ class _Asked:
         if self.rows <= 1:
             raise ValueError(f"check_loss: outputs of {self.rows} people; give those of several")
 
-    def gradients(
-        self, order: list[int] | None = None, *, with_data: bool = True, seed: int = 0
+    def moves(
+        self, gradients: Sequence[torch.Tensor], rows: list[int], by: float
     ) -> list[torch.Tensor]:
-        """By the outputs of people in this order, with their data or with that of those before."""
+        """How these people's outputs change along their gradients, by so many of their lengths."""
+        moves = [torch.zeros_like(one) for one in gradients]
+        tensors = [one for one in _tensors(self._outputs) if one.is_floating_point() and one.dim()]
+        mine = [one for one in tensors if len(one) == self.rows]
+        for move, one, output in zip(moves, gradients, mine, strict=True):
+            along, values = (t[rows].reshape(len(rows), -1).double() for t in (one, output))
+            lengths = along.norm(dim=1, keepdim=True)
+            far = by * (values.norm(dim=1, keepdim=True) + math.sqrt(values.shape[1]))
+            steps = torch.where(lengths > 0, along / lengths * far, 0.0)
+            move[rows] = steps.reshape_as(one[rows]).to(one.dtype)
+        return moves
+
+    def gradients(
+        self,
+        order: list[int] | None = None,
+        *,
+        with_data: bool = True,
+        seed: int = 0,
+        moves: Sequence[torch.Tensor] | None = None,
+    ) -> list[torch.Tensor]:
+        """By the outputs of people in this order, with their data or with that of those before.
+
+        Outputs are moved by ``moves``, if there are any.
+        """
         leaves: list[torch.Tensor] = []
 
         def leaf(tensor: torch.Tensor) -> torch.Tensor:
@@ -157,7 +197,8 @@ class _Asked:
             mine = alone if order is None else alone[order]
             if not mine.is_floating_point():
                 return mine.clone()
-            leaves.append(mine.clone().requires_grad_())
+            placed = mine.clone() if moves is None else mine + moves[len(leaves)]
+            leaves.append(placed.requires_grad_())
             return leaves[-1].clone()  # which may be changed in place
 
         whose = order if with_data else None
