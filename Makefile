@@ -34,7 +34,7 @@ RELEASE_TESTS = grad_sample ghost ghost_gradient ghost_models ghost_by_hand late
 	check_ghost_gradients oracle_autocast ranks stream orderly divided \
 	passes_differ pickles dry_runs samplers_dropped losses_in_ghost outside bystanders \
 	means_over_people internal_errors loss_function loaders_of_others copied_together \
-	left_out
+	left_out idle_optimizers
 # Releases of Lightning that stand for an optimizer in other ways than the pinned one.
 LIGHTNING = 1.9.5 2.0.9 2.1.4
 OPACUS_TESTS ?=
