@@ -37,15 +37,19 @@ def private():
     )
 
 
-def second_optimizer():
-    """On the same parameters, with the accountant of the first, which is still there."""
-    engine, model, first, loader = private()
-    optimizer = DPOptimizer(
+def optimizer_of(model):
+    return DPOptimizer(
         torch.optim.Adam(model.parameters(), lr=1e-3),
         noise_multiplier=1.0,
         max_grad_norm=1.0,
         expected_batch_size=SIZE,
     )
+
+
+def second_optimizer():
+    """On the same parameters, with the accountant of the first, which is still there."""
+    engine, model, first, loader = private()
+    optimizer = optimizer_of(model)
     optimizer.attach_step_hook(engine.accountant.get_optimizer_hook_fn(loader.sample_rate))
     return model, optimizer, loader, first
 
@@ -143,12 +147,7 @@ def test_steps_that_are_told_by_hand(told):
     """To the accountant of the idle optimizer, whose hook tells nothing."""
     with dpguard.install(mode="repair") as guard:
         engine, model, first, loader = private()
-        optimizer = DPOptimizer(
-            torch.optim.Adam(model.parameters(), lr=1e-3),
-            noise_multiplier=1.0,
-            max_grad_norm=1.0,
-            expected_batch_size=SIZE,
-        )
+        optimizer = optimizer_of(model)
         for _ in range(2):
             for x, y in loader:
                 optimizer.zero_grad()

@@ -72,16 +72,10 @@ class _Known:
 
     def certain_of(self, cause: str) -> set[tuple[str, str]]:
         """Where it was found often enough."""
-        return {
-            key
-            for key, (times, features) in self.times.items()
-            if key[0] == cause
-            and (
-                (times >= _TIMES and features >= _ENOUGH)
-                if cause == diagnosis.BATCH_CENTRED
-                else (times >= _AGAIN or features)
-            )
-        }
+        found = [(key, *counts) for key, counts in self.times.items() if key[0] == cause]
+        if cause == diagnosis.BATCH_CENTRED:
+            return {key for key, times, total in found if times >= _TIMES and total >= _ENOUGH}
+        return {key for key, times, total in found if times >= _AGAIN or total}
 
 
 class InputValues(Check):

@@ -60,7 +60,7 @@ class Store(Protocol):
         """What was left."""
 
 
-class _Set(NamedTuple):
+class _Settings(NamedTuple):
     """What a rank is set to in a step.
 
     Attributes:
@@ -81,7 +81,7 @@ class _State:
         prefix: of its keys.
         rank: of this process.
         others: ranks that it reads of.
-        set: what this rank is set to, in each step.
+        settings: what this rank is set to, in each step.
         noted: how many records were left already, of each batch.
         awaited: ranks and steps of which nothing was read yet.
         records: of each of the others, as in :class:`dpguard.noted.places.Places`.
@@ -92,7 +92,7 @@ class _State:
     prefix: str = ""
     rank: int = 0
     others: tuple[int, ...] = ()
-    set: dict[int, _Set] = field(default_factory=dict)
+    settings: dict[int, _Settings] = field(default_factory=dict)
     noted: dict[int, int] = field(default_factory=dict)
     awaited: list[tuple[int, int]] = field(default_factory=list)
     records: dict[int, dict[int, dict[str, str]]] = field(default_factory=dict)
@@ -157,10 +157,10 @@ class Ranks(Check):
         for batch, known in self._deliveries.places(optimizer).items():
             records[batch] = dict(list(known.items())[state.noted.get(batch, 0) :])
             state.noted[batch] = len(known)
-        mine = _Set(_bound(step, optimizer), max(step.rates, default=None))
-        left = json.dumps({"set": mine, "records": records})
+        mine = _Settings(_bound(step, optimizer), max(step.rates, default=None))
+        left = json.dumps({"settings": mine, "records": records})
         store.set(state.key(state.rank, step.number), left)
-        state.set[step.number] = mine
+        state.settings[step.number] = mine
         state.awaited += [(rank, step.number) for rank in state.others]
 
     def _read(self, state: _State, store: Store, optimizer: Any) -> list[Failure]:
@@ -176,7 +176,7 @@ class Ranks(Check):
             for batch, known in left["records"].items():
                 state.records.setdefault(rank, {}).setdefault(int(batch), {}).update(known)
             if 0 in (rank, state.rank):
-                known = [_Set(*left["set"]), state.set[number]]
+                known = [_Settings(*left["settings"]), state.settings[number]]
                 failures += _compare(*(known[::-1] if rank else known))
         records = self._deliveries.places(optimizer)
         if any(_are_shared(records, theirs) for theirs in state.records.values()):
@@ -191,7 +191,7 @@ def _are_apart(step: Step, optimizer: Any) -> bool:
     return any(state.averaged for state in step.states)
 
 
-def _compare(first: _Set, other: _Set) -> list[Failure]:
+def _compare(first: _Settings, other: _Settings) -> list[Failure]:
     """What is wrong if rank 0 is set to the former, and another rank to the latter."""
     pairs = [
         (BOUND, diagnosis.RANKS_BOUNDS_DIFFER, first.bound, other.bound),

@@ -67,6 +67,12 @@ class Items:
     def __init__(self, items: Sequence[Any]) -> None:
         self._fields = [(centring(stacked), Sample(stacked)) for stacked in _stacked(items)]
 
+    def thinned(self) -> list[Sample]:
+        """What is asked of them when another batch has come."""
+        for _, sample in self._fields:
+            sample.thin()
+        return [sample for _, sample in self._fields]
+
     def compare(
         self,
         batch: Iterable[torch.Tensor | None],
@@ -82,7 +88,7 @@ class Items:
             site: likewise.
             former: those of the batch before, if they were looked at.
         """
-        before = [] if former is None else [sample for _, sample in former._fields]
+        before = [] if former is None else former.thinned()
         met: dict[int, int] = {}
         for tensor in batch:
             if tensor is None or not _is_compared(tensor):
@@ -130,7 +136,9 @@ class Inputs(Part):
         """A loader has delivered a private batch: inputs first, then targets."""
         first = next((t for t in batch if t is not None and _is_compared(t)), None)
         self._delivered = None if first is None else centring(first)
-        self._former = self._sample or self._former
+        if self._sample is not None:
+            self._former = self._sample
+            self._former.thin()
         self._sample = None if first is None else Sample(first)
 
     def note(

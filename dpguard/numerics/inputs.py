@@ -80,13 +80,18 @@ class Sample:
         spread = _spread(batch.detach().flatten(1), self._wanted)
         self._values = spread.to(torch.float64, copy=True) if enough else None
 
+    def thin(self) -> None:
+        """Keep what is asked of another batch."""
+        if self._values is not None:
+            self._values = self._values[:_ROWS].clone()
+
     @torch.no_grad()
     def mixture(self, given: torch.Tensor, former: Sample | None = None) -> torch.Tensor | None:
         """Whether rows of ``given`` are linear mixtures of several rows of the batch.
 
         Args:
             given: of shape ``(B, ...)``.
-            former: another batch of the same data.
+            former: another batch of the same data, thinned.
 
         Returns:
             Of shape ``(4,)``: how far the worst row is from being a mixture, relative to its
@@ -127,7 +132,7 @@ class Sample:
         values = None if former is None else former._values
         if former is None or values is None or former.elements != self.elements:
             return rows[:0]
-        others = values[:_ROWS].to(rows.device, non_blocking=True)
+        others = values.to(rows.device, non_blocking=True)
         return others if others.shape[1] == rows.shape[1] else rows[:0]
 
 
