@@ -92,6 +92,8 @@ class GhostPairing(Pairing):
 
     _was_left = False
     """Whether it was released while both backwards ran."""
+    _has_values = True
+    """Whether there is something to compare, and shapes or memory are not only estimated."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -318,14 +320,9 @@ class GhostPairing(Pairing):
             self.ledger.note_pass(self._attempt(both.compare))
 
     def _attempt(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run what compares both backwards, without which the host can go on.
-
-        Not where tensors have no values, as where shapes or memory are only estimated.
-        """
+        """Run what compares both backwards, without which the host can go on."""
         part: Part | None = self.ledger.pass_rows
-        if part is None or any(map(_compat.has_no_values, self._parameters[:1])):
-            return None
-        return part.run(function, *args)
+        return part.run(function, *args) if part is not None and self._has_values else None
 
     def _keep(self, draw: NormDraw | None) -> None:
         if draw is not None:
@@ -478,6 +475,7 @@ class GhostPairing(Pairing):
         self._fired = []
         self._compared = []
         self._blanks, self._judged = None, False
+        self._has_values = not any(map(_compat.has_no_values, self._parameters[:1]))
         if self._both is not None:
             self._both.close()
             self._both = None

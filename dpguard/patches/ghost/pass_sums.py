@@ -168,11 +168,11 @@ class PassSums:
             self._spoiled.update(id(p) for p in wanted)
             return
         first = arranged[0][0]
-        for parameter in wanted:
-            mine = self._of(parameter, precision_of(backprops))
-            with full_precision(backprops):
-                sketch, scale = add(module, parameter, first, backprops)
-            mine.add(sketch * share, scale * share, max(1, _positions(backprops)))
+        precision, summands = precision_of(backprops), max(1, _positions(backprops))
+        with full_precision(backprops):
+            found = add(module, wanted, first, backprops)
+        for parameter, (sketch, scale) in zip(wanted, found, strict=True):
+            self._of(parameter, precision).add(sketch * share, scale * share, summands)
 
     def compare(self, averaged: Container[int]) -> Sketched | None:
         """All calls are in, and so is what autograd has added to each ``p.grad``.
@@ -231,26 +231,30 @@ _Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def _add_linear(
-    module: Any, parameter: torch.nn.Parameter, first: torch.Tensor, backprops: torch.Tensor
-) -> _Pair:
+    module: Any, wanted: list[torch.nn.Parameter], first: torch.Tensor, backprops: torch.Tensor
+) -> list[_Pair]:
     wide = _wide(backprops)
     across = backprops.to(wide) @ _weights(0, backprops.shape[-1], backprops, wide)
     size = torch.linalg.vector_norm(backprops, dtype=wide)
-    if parameter is not module.weight:
-        return across.sum(), size * across.numel() ** 0.5
-    inputs = first.to(wide)
-    along = inputs @ _weights(1, inputs.shape[-1], inputs, wide)
-    return (across * along).sum(), size * torch.linalg.vector_norm(inputs)
+    found = []
+    for parameter in wanted:
+        if parameter is not module.weight:
+            found.append((across.sum(), size * across.numel() ** 0.5))
+            continue
+        inputs = first.to(wide)
+        along = inputs @ _weights(1, inputs.shape[-1], inputs, wide)
+        found.append(((across * along).sum(), size * torch.linalg.vector_norm(inputs)))
+    return found
 
 
 def _add_embedding(
-    _module: Any, parameter: torch.nn.Parameter, first: torch.Tensor, backprops: torch.Tensor
-) -> _Pair:
+    _module: Any, wanted: list[torch.nn.Parameter], first: torch.Tensor, backprops: torch.Tensor
+) -> list[_Pair]:
     wide = _wide(backprops)
     along = backprops.to(wide) @ _weights(1, backprops.shape[-1], backprops, wide)
-    chosen = _weights(0, parameter.shape[0], backprops, wide)[first]
-    size = torch.linalg.vector_norm(backprops, dtype=wide)
-    return (along * chosen).sum(), size * along.numel() ** 0.5
+    size = torch.linalg.vector_norm(backprops, dtype=wide) * along.numel() ** 0.5
+    chosen = (_weights(0, parameter.shape[0], backprops, wide)[first] for parameter in wanted)
+    return [((along * one).sum(), size) for one in chosen]
 
 
 _ADDERS = {nn.Linear: _add_linear, nn.Embedding: _add_embedding}
