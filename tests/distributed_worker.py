@@ -248,6 +248,20 @@ def unreduced():
     return {"refused": _refusal(training.step) or _refusal(training.step)}
 
 
+def put_back():
+    """The clipped sums of the first rank are put where the noised ones of all were."""
+    training = _Training(DistributedDPOptimizer, 1.0)
+    training.dp.noise_multiplier = 1.0
+
+    def put(*_):
+        for p in training.dp.params:
+            p.grad.copy_(p.summed_grad / BATCH)
+
+    if distributed.get_rank() == 0:
+        training.inner.register_step_pre_hook(put)
+    return {"refused": _refusal(training.step) or _refusal(guard.flush)}
+
+
 def apart():
     """The group comes to a model that was made private without it."""
     before = len(guard.violations)
@@ -509,6 +523,7 @@ def _main():
     ]
     found = {scenario.__name__: scenario() for scenario in scenarios}
     found["violations"] = [v.cause for v in guard.violations]
+    found["put back"] = put_back()
     found["apart"] = apart()
     found["averaged at once"] = averaged_at_once()
     found["sharded"] = sharded()

@@ -181,6 +181,13 @@ def test_gradients_that_are_not_reduced_are_refused_where_they_have_no_noise(ran
     assert all("from a gradient without noise" in refused for refused in others)
 
 
+def test_sums_that_are_put_back_are_refused_where_they_are(ranks):
+    """In place, as ranks are added up."""
+    first, *others = (rank["put back"]["refused"] for rank in ranks)
+    assert "from a gradient without noise" in first
+    assert not any(others)
+
+
 def test_ranks_are_compared(ranks):
     """Who has the same people as another rank, or clips to more than the one that makes noise."""
     several = len(ranks) > 1
