@@ -316,6 +316,7 @@ def test_rows_that_are_not_finite(tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.usefixtures("by_the_clock")
 def test_the_audit_log_does_not_tell_whether_rows_were_finite(tmp_path):
     """The logs of a run with a NaN and of one without are the same but for time and chain."""
     logs = []

@@ -1280,6 +1280,7 @@ def one_by_one(optimizer):
 
 @pytest.mark.parametrize("mode", ["observe", "repair"])
 @pytest.mark.parametrize("kind", ["own", pytest.param("ghost", marks=needs_ghost)])
+@pytest.mark.usefixtures("by_the_clock")
 def test_verdicts_do_not_tell_which_batches_are_small(kind, mode):
     """Nor how many: a rule is tried as often, whether there are two people to try it on or not."""
 

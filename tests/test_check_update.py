@@ -369,6 +369,7 @@ def sharpened(model):
 
 @pytest.mark.parametrize("both", [True, False])
 @pytest.mark.parametrize("begin", [0, 1, 5])
+@pytest.mark.usefixtures("by_the_clock")
 def test_the_gradient_of_the_batch_before(begin, both, guard):
     """It was kept, and is applied by itself or with the one of this batch."""
     training, done, kept = Classified(), [], []
