@@ -460,7 +460,7 @@ _DIAGNOSES = {
         "see to it that each row is made of the rows of the same person only (two gradients of "
         "that person combined, a projection that public data gives, zeros), and that none is "
         "multiplied by what depends on others; what the loss can say, say there. It is said of "
-        "sound rows as well, since nobody sees that they are: strict has no such rows",
+        "sound rows as well, and strict refuses these, since nobody sees that they are",
     ),
     GRADIENT_HOOK: Diagnosis(
         "a hook on the parameter (register_hook) changes the gradient that autograd computes, and "

@@ -812,7 +812,7 @@ def test_data_of_which_everything_is_a_mixture(change, size, noise):
     assert [v for v in guard.violations if v.check == STATISTICS] == []
 
 
-@pytest.mark.skipif(not POISSON, reason="some batches have nobody")
+@pytest.mark.skipif(not POISSON, reason="empty batches of Opacus before 1.2 have other dtypes")
 @pytest.mark.parametrize("waves", [1, 3])
 def test_data_of_as_few_waves_as_people(waves):
     """Each row is a mixture of a batch with twice as many people as waves; so are others' rows."""

@@ -225,14 +225,13 @@ class Applied(Check):
             for i, parameter in enumerate(state.parameters)
             if parameter.grad is not noised[i] or version_of(noised[i]) - versions[i] > most
         ]
+        grouped = _compat.is_distributed()
+        if state.due and (grouped or not changed):
+            self._compare_all(step, state, range(len(state.parameters)))
         if not changed:
-            if state.due:
-                self._compare_all(step, state, range(len(state.parameters)))
             return  # nearly always
         grads = [parameter.grad for parameter in state.parameters]
-        if _compat.is_distributed():  # ranks are added up by more changes in place
-            if state.due:
-                self._compare_all(step, state, range(len(state.parameters)))
+        if grouped:  # ranks are added up by more changes in place
             changed = [i for i in changed if grads[i] is not state.grads.tensors[i]]
         changed = [i for i in changed if grads[i] is not None]
         now = [(id(grads[i]), version_of(grads[i])) for i in changed]

@@ -94,13 +94,13 @@ class Items:
             if tensor is None or not _is_compared(tensor):
                 continue
             elements = tensor.shape[1:].numel()
-            fields = [field for field in self._fields if field[1].elements == elements]
-            if fields:
-                place = met[elements] = met.get(elements, -1) + 1
-                sample = fields[min(place, len(fields) - 1)][1]
-                place = next(i for i, (_, one) in enumerate(self._fields) if one is sample)
+            alike = [i for i, (_, one) in enumerate(self._fields) if one.elements == elements]
+            if alike:
+                nth = met[elements] = met.get(elements, -1) + 1
+                place = alike[min(nth, len(alike) - 1)]
+                sample = self._fields[place][1]
                 earlier = before[place] if place < len(before) else None
-                sums = torch.cat([sums for sums, _ in fields])
+                sums = torch.cat([self._fields[i][0] for i in alike])
                 roundoff = _compat.unit_roundoff(tensor.dtype)
                 figures = centring(tensor), sums, sample.mixture(tensor, earlier)
                 yield Given(owner, COLLATE, True, *figures, roundoff, site)

@@ -112,15 +112,28 @@ def measure(
                 found.data = _larger(found.data, rest)
             else:
                 found.outputs = _larger(found.outputs, rest)
-        for by in _MOVES if number < _MOVED and unit < _PRECISE else ():
-            moved = asked.moves(first, rows[1:], by)
-            now, mine = asked.gradients(moves=moved), rows[:1]
-            changed, rest = _distance(_rows(now, mine), _rows(first, mine), weight)
-            found.factor = _larger(found.factor, changed if changed > _SWITCHED else 0.0)
-            found.outputs = _larger(found.outputs, rest if rest > _SWITCHED else 0.0)
+        if number < _MOVED and unit < _PRECISE:
+            _look_moved(found, asked, rows, first, weight=weight)
         if not is_random:  # else numbers are drawn for another shape
             _look_alone(found, asked, watched, before, mean=mean, weight=weight)
     return found
+
+
+def _look_moved(
+    found: Dependence,
+    asked: _Asked,
+    rows: list[int],
+    first: list[torch.Tensor],
+    *,
+    weight: float,
+) -> None:
+    """Move the outputs of all but the first of ``rows`` far away."""
+    mine, others = rows[:1], rows[1:]
+    for by in _MOVES:
+        now = asked.gradients(moves=asked.moves(first, others, by))
+        changed, rest = _distance(_rows(now, mine), _rows(first, mine), weight)
+        found.factor = _larger(found.factor, changed if changed > _SWITCHED else 0.0)
+        found.outputs = _larger(found.outputs, rest if rest > _SWITCHED else 0.0)
 
 
 def _look_alone(

@@ -554,7 +554,7 @@ class Pairing(Hooked):
 
     def _condemn_shared_mean(self, task: GraphTask) -> None:
         """Each block's rows were multiplied by their number, and not by what divided the loss."""
-        if len(task.blocks) < 2 or self.loss_reduction != "mean":  # noqa: PLR2004
+        if not task.blocks or self.loss_reduction != "mean":
             return
         sizes = {size for shape in self.ledger.means for size in shape}
         if sum(task.blocks.values()) in sizes and not sizes.issuperset(task.blocks.values()):

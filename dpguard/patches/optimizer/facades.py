@@ -262,16 +262,14 @@ class Facades:
             vars(instance)[name] = value
             return
         before = getattr(real, name, ABSENT)
-        if self._repairs:
-            self._forwarded.setdefault(instance, set()).add(name)
         if before is value and self._repairs:
-            setattr(real, name, value)
+            self._forward(instance, real, name, value)
             return
         changes = name.isidentifier() and name not in _TORCHS and not _equal(before, value)
         if not self._repairs:
             vars(instance)[name] = value
         elif not (changes and self._verdicts.is_strict):
-            setattr(real, name, value)
+            self._forward(instance, real, name, value)
         if not changes:
             return
         told = self._told.setdefault(real, set())
@@ -285,6 +283,10 @@ class Facades:
                 name,
                 **shown_values(name, before, value),
             )
+
+    def _forward(self, facade: Any, real: Any, name: str, value: Any) -> None:
+        setattr(real, name, value)
+        self._forwarded.setdefault(facade, set()).add(name)
 
     def pass_on(self, holder: Any, facade: Any, real: Any, name: str) -> None:
         """A scheduler was given a façade and writes to the DP optimizer instead.
