@@ -1531,11 +1531,11 @@ _DIAGNOSES = {
         Severity.CRITICAL,
     ),
     MEAN_OF_BLOCKS: Diagnosis(
-        'the loss is one mean over several blocks of rows("concat"), so a person\'s part of it is '
-        "smaller the more others there are in the other block, and clipping would not bound what "
-        "one person changes",
-        "take the mean of each block by itself and add them: "
-        "criterion(out_a, y_a) + criterion(out_b, y_b)",
+        'the loss is one mean over several blocks of rows("concat"), or means of blocks that are '
+        "weighted with how many people are in each, so a person's part of it hangs on how many "
+        "others there are in the other block, and clipping would not bound what one person changes",
+        "take the mean of each block by itself and add them, with weights that do not hang on the "
+        "batch: criterion(out_a, y_a) + criterion(out_b, y_b)",
     ),
     MEAN_UNKNOWN: Diagnosis(
         "it is not seen whether the loss is a mean over rows or over people, who have different "

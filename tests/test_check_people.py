@@ -1827,6 +1827,41 @@ def test_blocks_of_one_mean_are_refused(guard, sizes, reduction):
         optimizer.step()
 
 
+BLOCK_WEIGHTS = {
+    "by size": lambda loss, i, sizes: loss * sizes[i] / sum(sizes),
+    "part of all": lambda loss, i, sizes: loss * (sizes[i] / sum(sizes)),
+    "sizes alone": lambda loss, i, sizes: loss * sizes[i] / 64,
+    "fixed": lambda loss, i, sizes: loss * (2 / 3, 1 / 3)[i],
+    "even": lambda loss, i, sizes: loss / 2,
+    "of the step": lambda loss, i, sizes: loss * (1, 0.01 * sum(sizes))[i],
+}
+
+
+@pytest.mark.parametrize("backwards", [1, 2])
+@pytest.mark.parametrize("name", BLOCK_WEIGHTS)
+def test_weights_of_blocks(guard, name, backwards):
+    """Those that follow how many people are in each are refused, once there were two sizes."""
+    called, optimizer = by_hand(mlp().double())
+    x, y = samples(12).tensors
+    x = x.double()
+    follows = name in ("by size", "part of all", "sizes alone")
+    for sizes in [(8, 4), (8, 4), (6, 6), (5, 7), (8, 4)]:
+        optimizer.zero_grad()
+        losses = []
+        for i, (inputs, labels) in enumerate(zip(x.split(sizes), y.split(sizes), strict=True)):
+            with dpguard.rows("concat"):
+                losses.append(BLOCK_WEIGHTS[name](cross_entropy(called(inputs), labels), i, sizes))
+        for loss in [sum(losses)] if backwards == 1 else losses:
+            loss.backward()
+        if follows and sizes == (5, 7):
+            with pytest.raises(dpguard.PerSampleGradientError, match="weighted with how many"):
+                optimizer.step()
+            return
+        optimizer.step()
+    assert not follows
+    assert violations(guard) == ()
+
+
 def mlp_state(called):
     """The state before training, under the names of the wrapped model."""
     prefix = next(iter(called.state_dict())).partition("0.weight")[0]

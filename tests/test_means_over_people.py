@@ -278,7 +278,7 @@ def test_a_loss_of_which_it_is_not_known():
 
 def test_an_error_of_ours_ends_it(monkeypatch):
     monkeypatch.delenv("DPGUARD_RAISE_INTERNAL")
-    monkeypatch.setattr("dpguard.patches.model.means.rows_of_means", lambda *_: 1 / 0)
+    monkeypatch.setattr("dpguard.patches.model.means.means_of", lambda *_: 1 / 0)
     x, whose, y = graphs([2, 2])
     with dpguard.install(mode="repair") as guard:
         model = GradSampleModule(Pooled().double())

@@ -30,6 +30,7 @@ from dpguard import _compat
 from dpguard._declare import declares_one_batch
 from dpguard.identity import IdentitySet
 from dpguard.noted.batches import Batches
+from dpguard.noted.blocks import Mean
 from dpguard.noted.graph_task import GraphTask
 from dpguard.noted.inputs import Inputs
 from dpguard.noted.row_state import Entry, ParameterState
@@ -107,8 +108,8 @@ class Ledger:
         """Is given the record of each call that is backpropagated, if somebody wants it."""
         self.norm_draws: Any = None
         """Draws people in ghost clipping, see :mod:`dpguard.patches.oracle.norm_draws`."""
-        self.means: frozenset[tuple[int, ...]] = frozenset()
-        """While a backward runs, and rows were ever declared: over what its loss is a mean."""
+        self.means: frozenset[Mean] = frozenset()
+        """While a backward runs, and rows were ever declared: the means that its loss is of."""
         self.blocks: set[int] = set()
         """Segments of blocks that are declared to be other people than those in other blocks."""
         self.batches = Batches()

@@ -15,10 +15,11 @@ import torch
 
 from dpguard import _compat
 from dpguard._declare import DECLARED
+from dpguard.noted.blocks import Mean
 from dpguard.noted.ledger import Ledger
 from dpguard.parts import Part
 from dpguard.patches.model.detach import nearest_calls
-from dpguard.patches.oracle.reductions import rows_of_means
+from dpguard.patches.oracle.reductions import means_of
 from dpguard.patches.oracle.seeds import arguments_of, seeds_of
 from dpguard.patches.wrapping import EagerWrapper, patch_function
 from dpguard.patching import Transaction
@@ -58,9 +59,9 @@ class Means:
         finally:
             self._ledger.means = frozenset()
 
-    def _look(self, wrapped: Any, args: Any, kwargs: Any) -> frozenset[tuple[int, ...]]:
+    def _look(self, wrapped: Any, args: Any, kwargs: Any) -> frozenset[Mean]:
         seeds = seeds_of(arguments_of(wrapped, args, kwargs))
         if seeds is None:
             return frozenset()
-        found = rows_of_means(seeds, lambda node: bool(nearest_calls(node)))
-        return found or rows_of_means(seeds, lambda _: True)  # calls are hidden in a checkpoint
+        found = means_of(seeds, lambda node: bool(nearest_calls(node)))
+        return found or means_of(seeds, lambda _: True)  # calls are hidden in a checkpoint

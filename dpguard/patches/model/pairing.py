@@ -14,6 +14,7 @@ import torch
 
 from dpguard import _compat, diagnosis
 from dpguard._errors import PerSampleGradientError
+from dpguard.noted.blocks import Blocks
 from dpguard.noted.graph_task import GraphTask
 from dpguard.noted.grouping import Grouping, misfit_sentence
 from dpguard.noted.precision import autocast_of, note_precision
@@ -53,6 +54,7 @@ class Pairing(Hooked):
         self._sized = -1
         self._is_unsure = False
         """Whether it was said that it is not known over how many rows a loss is a mean."""
+        self._blocks = Blocks()
         self._roster = Roster()
         self._parameters: list[torch.nn.Parameter] = []
         self._states: list[ParameterState] = []
@@ -222,7 +224,7 @@ class Pairing(Hooked):
         if grouping is None or grouping.misfit(rows):
             return rows
         people = grouping.people_of(rows)
-        seen = {size for shape in self.ledger.means for size in shape} & {rows, people}
+        seen = {size for mean in self.ledger.means for size in mean.shape} & {rows, people}
         if len(seen) != 1 and grouping.is_uneven(rows) and not self._is_unsure:
             self._is_unsure = True
             self.verdicts.warn(
@@ -546,19 +548,23 @@ class Pairing(Hooked):
     def _on_backward_end(self, task: GraphTask) -> None:
         """Notice parameters that this backward gave a gradient but no rows."""
         self._catch_up(task)
-        self._condemn_shared_mean(task)
+        self._condemn_coupled(task)
         self.ledger.end_task(task)
         self._condemn_bypassed(task)
         if self.orders:
             self.ledger.agree_on_order(self._parameters)
 
-    def _condemn_shared_mean(self, task: GraphTask) -> None:
-        """Each block's rows were multiplied by their number, and not by what divided the loss."""
+    def _condemn_coupled(self, task: GraphTask) -> None:
+        """Each block's rows were multiplied by their number, and not by what divided the loss.
+
+        Or they were multiplied by it once more.
+        """
         if not task.blocks or self.loss_reduction != "mean":
             return
-        sizes = {size for shape in self.ledger.means for size in shape}
-        if sum(task.blocks.values()) in sizes and not sizes.issuperset(task.blocks.values()):
-            for parameter in task.reached(self._parameters):
+        reached = task.reached(self._parameters)
+        alive = {entry.first for p in reached for entry in self.ledger.entries_of(p)}
+        if self._blocks.are_coupled(task.blocks, self.ledger.means, alive):
+            for parameter in reached:
                 self._condemn(parameter, diagnosis.MEAN_OF_BLOCKS)
 
     def _condemn_bypassed(self, task: GraphTask) -> None:

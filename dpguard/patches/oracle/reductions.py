@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from dpguard import _compat
+from dpguard.noted.blocks import Mean
 from dpguard.patches.oracle.masks import MEAN, NONE
 from dpguard.patches.oracle.seeds import Seeds
 
-__all__ = ["divisors_of", "is_mean", "numbers_of_sum", "reduction_of", "rows_of_means"]
+__all__ = ["divisors_of", "is_mean", "means_of", "numbers_of_sum", "reduction_of"]
 
 _SUM = 2
 _REDUCTIONS = {MEAN: "mean", _SUM: "sum"}
@@ -95,8 +96,8 @@ def divisors_of(seeds: Seeds) -> tuple[float, ...]:
     return () if _reduction_at(node) == "sum" else tuple(found)
 
 
-def rows_of_means(seeds: Seeds, counts: Callable[[Any], bool]) -> frozenset[tuple[int, ...]]:
-    """Of the means that a loss is the sum of, over what each is, as far as that is known.
+def means_of(seeds: Seeds, counts: Callable[[Any], bool]) -> frozenset[Mean]:
+    """The means that a loss is the sum of, as far as that is known.
 
     A sum that is divided by a whole number is a mean over so many. Of a mean over a stack of
     numbers it is each of these that counts.
@@ -104,13 +105,10 @@ def rows_of_means(seeds: Seeds, counts: Callable[[Any], bool]) -> frozenset[tupl
     Args:
         seeds: of its backward.
         counts: whether a node, which is a mean or a sum, is one of samples.
-
-    Returns:
-        Shapes of what the means are over; of a sum the number by which it is divided.
     """
-    found: set[tuple[int, ...]] = set()
+    found: set[Mean] = set()
     nodes: Any = _compat.nodes()
-    ways: list[tuple[Any, frozenset[float]]] = [(root.grad_fn, frozenset()) for root, _ in seeds]
+    ways: list[tuple[Any, tuple[float, ...]]] = [(root.grad_fn, ()) for root, _ in seeds]
     seen = set[Any]()
     while ways:
         node, divisors = ways.pop()
@@ -128,13 +126,14 @@ def rows_of_means(seeds: Seeds, counts: Callable[[Any], bool]) -> frozenset[tupl
             if shapes == {()}:  # of one number: that
                 ways += [(above, divisors) for above, _ in node.next_functions]
             elif counts(node):
-                found |= shapes
+                found |= {Mean(shape, 1 / math.prod(divisors)) for shape in shapes}
         elif summed:
             whole = [number for number in map(_whole, divisors) if number]
-            found |= {(number,) for number in whole} if counts(node) else set()
+            if whole and counts(node):
+                found |= {Mean((number,), number / math.prod(divisors)) for number in whole}
         elif name in _SCALES | _SCALARS | _TERMS | _STACKS | _SAME and nodes.is_plain(node):
             divisor = _divisor(node) if name in _SCALES else _scalar_divisor(node)
-            further = divisors if divisor is None else divisors | {divisor}
+            further = divisors if divisor is None else (*divisors, divisor)
             ways += [(above, further) for above, _ in node.next_functions]
     return frozenset(found)
 
