@@ -31,7 +31,7 @@ RELEASE_TESTS = grad_sample ghost ghost_gradient ghost_models ghost_by_hand late
 	check_noise check_applied check_moved check_oracle check_oracle_ghost check_passes check_people \
 	check_rows check_scaling check_untouched check_update faults poisson shape stored time_steps \
 	due_sigma wrappers foreign_steps check_loss turns wrapper_writes expanded by_hand check_inputs \
-	check_ghost_gradients oracle_autocast ranks stream orderly divided \
+	check_ghost_gradients oracle_autocast ranks reduced stream orderly divided \
 	passes_differ pickles dry_runs samplers_dropped losses_in_ghost outside bystanders \
 	means_over_people internal_errors loss_function loaders_of_others copied_together \
 	left_out idle_optimizers

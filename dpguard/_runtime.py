@@ -35,6 +35,7 @@ from dpguard.audit.oracle import RowOracle
 from dpguard.audit.passes import PassValues
 from dpguard.audit.people import People, rows_at_hand
 from dpguard.audit.ranks import Ranks
+from dpguard.audit.reduced import Reduced
 from dpguard.audit.rows import RowValues
 from dpguard.audit.scaling import Scaling
 from dpguard.audit.sharded import Sharded
@@ -182,6 +183,7 @@ class Runtime:
             Bystanders(self.ledger.batches),
             InputValues(self.ledger),
             Applied(),
+            Reduced(),
             Moved(),
             self.accounting,
         ]

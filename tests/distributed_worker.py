@@ -35,6 +35,8 @@ from opacus.utils.batch_memory_manager import BatchMemoryManager  # noqa: E402
 from releases import GHOST  # noqa: E402
 
 BATCH, SIZE, RATE = 2, 40, 0.25
+UNNOISED = 19
+"""Steps after which it is known whether the noise of rank 0 is in what is applied."""
 
 
 class _Layers(nn.Module):
@@ -260,6 +262,29 @@ def put_back():
     if distributed.get_rank() == 0:
         training.inner.register_step_pre_hook(put)
     return {"refused": _refusal(training.step) or _refusal(guard.flush)}
+
+
+class Unnoised(DistributedDPOptimizer):
+    """Adds up what the ranks have clipped, and not what they have noised."""
+
+    def reduce_gradients(self):
+        for p in self.params:
+            p.grad = p.summed_grad / BATCH
+        super().reduce_gradients()
+
+
+def unnoised(cls):
+    """Each rank has people of its own, so that no rank's sum is a multiple of that of all."""
+    if distributed.get_world_size() == 1:
+        return None
+    before = len(guard.violations)
+    training = _Training(cls, 1.0)
+    training.dp.noise_multiplier = 1.0
+    for _ in range(UNNOISED):  # known in the last of them: nobody waits for a rank that has ended
+        training._backward(torch.randn(BATCH, SIZE))
+        training.dp.step()
+        refused = _refusal(training.dp.zero_grad)
+    return {"refused": refused, "causes": [v.cause for v in list(guard.violations)[before:]]}
 
 
 def apart():
@@ -524,6 +549,8 @@ def _main():
     found = {scenario.__name__: scenario() for scenario in scenarios}
     found["violations"] = [v.cause for v in guard.violations]
     found["put back"] = put_back()
+    found["noised"] = unnoised(DistributedDPOptimizer)
+    found["unnoised"] = unnoised(Unnoised)
     found["apart"] = apart()
     found["averaged at once"] = averaged_at_once()
     found["sharded"] = sharded()

@@ -59,7 +59,7 @@ def ranks(request, tmp_path_factory):
 def seen(ranks, kind):
     found = [rank[kind] for rank in ranks]
     if found[0] is None:
-        pytest.skip("this Opacus has no such optimizer, or one that cannot train")
+        pytest.skip("no group, or no such optimizer, or one that cannot train")
     return found
 
 
@@ -186,6 +186,14 @@ def test_sums_that_are_put_back_are_refused_where_they_are(ranks):
     first, *others = (rank["put back"]["refused"] for rank in ranks)
     assert "from a gradient without noise" in first
     assert not any(others)
+
+
+def test_sums_of_all_that_are_put_back_are_refused(ranks):
+    """Nobody knows what others have added; but the noise is known where it was made."""
+    first, *_ = seen(ranks, "unnoised")
+    assert "from a gradient without noise" in first["refused"]
+    assert first["causes"] == ["noise_taken_out"]
+    assert all(rank["noised"] == {"refused": None, "causes": []} for rank in ranks)
 
 
 def test_ranks_are_compared(ranks):

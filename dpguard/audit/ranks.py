@@ -34,7 +34,7 @@ from dpguard.audit.update import OWNED
 from dpguard.noted.deliveries import Deliveries
 from dpguard.noted.places import BATCHES
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "divisor_of"]
 
 _NEAR = 4
 """So many ranks that follow are read: in groups of nine each is compared with each."""
@@ -206,12 +206,17 @@ def _compare(first: _Settings, other: _Settings) -> list[Failure]:
 
 def _bound(step: Step, optimizer: Any) -> float | None:
     """By how much one person may move the sum of the ranks, if the host knows that."""
-    bound = _compat.plain_number(optimizer.max_grad_norm)
-    if optimizer.loss_reduction == "mean":
-        expected = _compat.plain_number(optimizer.expected_batch_size)
-        batches = _compat.accumulated_iterations(optimizer, step.parameters)
-        return bound / (expected * batches) if bound is not None and expected and batches else None
-    return bound
+    bound, divisor = _compat.plain_number(optimizer.max_grad_norm), divisor_of(step, optimizer)
+    return None if bound is None or divisor is None else bound / divisor
+
+
+def divisor_of(step: Step, optimizer: Any) -> float | None:
+    """By what Opacus divides the sum of this rank, before all ranks' are added."""
+    if optimizer.loss_reduction != "mean":
+        return 1.0
+    expected = _compat.plain_number(optimizer.expected_batch_size)
+    batches = _compat.accumulated_iterations(optimizer, step.parameters)
+    return expected * batches if expected and batches else None
 
 
 def _are_shared(mine: dict[int, dict[str, str]], theirs: dict[int, dict[str, str]]) -> bool:
