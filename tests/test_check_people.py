@@ -1005,10 +1005,14 @@ def test_a_batch_that_is_split_for_another_optimizer(whose, tied):
 # -- skipped physical batches --------------------------------------------------------------------
 
 
-def physical_batches(private, leave_out, workers=0):
+SPLIT = [None, pytest.param("ghost", marks=needs_ghost)]
+
+
+def physical_batches(private, leave_out, moved=lambda x: x):
     """Train with ``BatchMemoryManager``, leaving batches out; yields after each step.
 
-    Yields the logical batch of the physical one, and whether the optimizer has stepped.
+    Yields the logical batch of the physical one, whether the optimizer has stepped, and the signal
+    that was given for it. The model is called with what is ``moved``.
     """
     with BatchMemoryManager(
         data_loader=private.loader, max_physical_batch_size=4, optimizer=private.optimizer
@@ -1026,7 +1030,7 @@ def physical_batches(private, leave_out, workers=0):
                 logical = splits[:number].count(False)
                 if leave_out(number, splits):
                     continue
-                private.step(plain(private, x, y))
+                private.step(plain(private, moved(x), y))
                 yield logical, not private.optimizer._is_last_step_skipped, splits[number]
         finally:
             del sampler.optimizer.signal_skip_step
@@ -1041,6 +1045,56 @@ def test_a_skipped_physical_batch_shifts_nothing(guard, workers):
     assert all(stepped is not skip for _, stepped, skip in seen)
     assert {i.kind for i in guard.interventions} == {"skipped_batch"}
     assert violations(guard) == ()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("mode", SPLIT)
+def test_skipped_first_physical_batches_shift_nothing(guard, mode, count):
+    """As in a pass that is gone on with: the memory at hand is that of the last one delivered."""
+    private = Private(samples(128), batch=32, mode=mode)
+    seen = list(physical_batches(private, lambda n, _: n < count))
+    assert len(seen) >= 16
+    assert all(stepped is not skip for _, stepped, skip in seen)
+    assert {i.kind for i in guard.interventions} == {"skipped_batch"}
+    assert violations(guard) == ()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_skipped_first_physical_batches_of_copies(guard, count):
+    """As on another device. One has fewer rows before the first logical batch has ended."""
+    private = Private(samples(128), batch=30, poisson=False)
+    seen = list(physical_batches(private, lambda n, _: n < count, torch.clone))
+    assert len(seen) >= 16
+    assert all(stepped is not skip for _, stepped, skip in seen)
+    assert {i.kind for i in guard.interventions} == {"skipped_batch"}
+    assert violations(guard) == ()
+
+
+def test_skipped_first_physical_batches_that_are_known_late(guard):
+    """All have the same number of rows, but those of the last logical batch."""
+    private = Private(samples(62), batch=16, poisson=False)
+    with pytest.raises(dpguard.PrivacyViolation, match="another logical batch"):
+        list(physical_batches(private, lambda n, _: n < 1, torch.clone))
+    assert causes(guard) == [diagnosis.BATCHES_MERGED]
+    again = list(physical_batches(private, lambda *_: False, torch.clone))
+    assert all(stepped is not skip for _, stepped, skip in again)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_physical_batches_of_copies_that_are_fetched_ahead(guard, depth):
+    """Nobody was left out, whatever the number of rows lets think."""
+    for seed in range(6):
+        torch.manual_seed(seed)
+        private = Private(samples(128), batch=32)
+        with BatchMemoryManager(
+            data_loader=private.loader, max_physical_batch_size=4, optimizer=private.optimizer
+        ) as loader:
+            batches = loader
+            for _ in range(depth):
+                batches = ahead(batches)
+            for x, y in batches:
+                private.step(plain(private, x.clone(), y))
+    assert violations(guard) == guard.interventions == ()
 
 
 def test_without_a_guard_it_shifts():
@@ -1067,9 +1121,6 @@ def in_physical_batches(private):
         data_loader=private.loader, max_physical_batch_size=4, optimizer=private.optimizer
     ) as loader:
         private.train(loader=loader, epochs=2)
-
-
-SPLIT = [None, pytest.param("ghost", marks=needs_ghost)]
 
 
 @pytest.mark.parametrize("mode", SPLIT)

@@ -7,7 +7,10 @@ import itertools
 import pytest
 import torch
 from digits import Training
+from opacus import GradSampleModule
+from opacus.optimizers import DPOptimizer
 from releases import needs_ghost, needs_reshaping
+from torch import nn
 
 import dpguard
 from dpguard import diagnosis
@@ -335,3 +338,24 @@ def test_a_layer_that_rests_for_some_physical_batches():
         resting(training, lambda total: total.mul_(50))
         with pytest.raises(dpguard.PrivacyViolation, match="not what clipping has made"):
             training.run(12)
+
+
+@pytest.mark.parametrize("bound", [1e-4, 1e-2])
+def test_small_sums_in_half_precision(bound):
+    """Their squares are no numbers of that precision."""
+    with dpguard.install(mode="strict") as guard:
+        torch.manual_seed(1)
+        model = GradSampleModule(nn.Sequential(nn.Linear(6, 256), nn.Tanh(), nn.Linear(256, 4)))
+        model.half()
+        optimizer = DPOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            noise_multiplier=1.0,
+            max_grad_norm=bound,
+            expected_batch_size=8,
+        )
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.randn(8, 6).half()).logsumexp(1).mean().backward()
+            optimizer.step()
+        guard.flush()
+        assert [v for v in guard.violations if v.check == SUM] == []

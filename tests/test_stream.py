@@ -96,6 +96,31 @@ def test_a_run_that_is_begun_again():
         assert diagnosis.NOISE_SET_BACK not in {v.cause for v in guard.violations}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_that_raise_before_any_noise_is_drawn(kind, monkeypatch):
+    """As out of memory; nobody has set anything back."""
+    with dpguard.install(mode="strict") as guard:
+        training = Training(kind)
+        number = 0
+
+        def normal(*args, _original=torch.normal, **kwargs):
+            if number < 3:
+                raise MemoryError("out of memory")
+            return _original(*args, **kwargs)
+
+        monkeypatch.setattr(torch, "normal", normal)
+        for x, y in training.batches:
+            training.optimizer.zero_grad()
+            training.backward(x, y)
+            try:
+                training.optimizer.step()
+            except MemoryError:
+                number += not training.optimizer._is_last_step_skipped
+        assert number == 3
+        guard.flush()
+        assert guard.violations == ()
+
+
 @pytest.mark.parametrize("mode", ["strict", "observe"])
 def test_runs_of_one_step_from_one_seed(mode):
     """As tests have them: each has an optimizer of its own, however many there are."""

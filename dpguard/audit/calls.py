@@ -108,6 +108,12 @@ class Calls:
             )
         )
 
+    def origins(self, parameters: Sequence[torch.Tensor]) -> set[int]:
+        """Serials of the private batches that calls of these parameters have seen since then."""
+        wanted = set(map(id, parameters))
+        mine = [note for note in self._notes if not wanted.isdisjoint(note.parameters)]
+        return {note.origin for note in mine if note.origin is not None}
+
     def take(self, parameters: Sequence[torch.Tensor]) -> list[Note]:
         """The calls of these parameters since their last step, or since they were cleared."""
         if not self._notes:

@@ -212,6 +212,7 @@ class Noise(Check):
 
     def forget(self, optimizer: Any) -> None:
         """The sums of a step that is refused are not held any longer."""
+        self._ledger.stream.forget(optimizer)
         state = self._states.get(optimizer)
         if state is not None:
             state.begin()

@@ -371,12 +371,12 @@ def _compare(
     """Measure what of the sums is none of what they were."""
     columns = []
     for total, former in zip(found, were, strict=True):
-        rest = total
+        rest = flat = total.flatten().double()  # small numbers have no square in half precision
         if former is not None and former.shape == total.shape and former.device == total.device:
-            flat, was = total.flatten(), former.to(total.dtype).flatten()
+            was = former.flatten().double()
             share = torch.nan_to_num((flat @ was) / (was @ was)).clamp(0, 1)
             rest = flat - share * was
-        columns += [rest.norm().double(), total.norm().double()]
+        columns += [rest.norm(), flat.norm()]
 
     def receive(values: list[float]) -> Failures:
         pairs = zip(names, values[::2], values[1::2], strict=True)

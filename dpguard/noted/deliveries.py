@@ -93,14 +93,17 @@ class Iteration:
         finished: whether it has delivered its last batch.
         count: how many batches it has delivered.
         lag: how many batches are delivered ahead of the one that is used; ``None``: not known yet.
-        sure: whether ``lag`` is more than a guess.
+        lags: what that may be,
+        sure: if it is more than a guess.
+        guesses: for each of these of which logical batches parts were in hand since, then,
+        stepped: and whether a step was made.
         said: whether it was said that batches of it were left out.
     """
 
     __slots__ = (
-        "count", "counts", "dataset", "divided", "drawn", "fills", "finished", "from_start", "lag",
-        "logical", "number", "parts", "passes", "planned", "readers", "said", "sampler", "splitter",
-        "sure",
+        "count", "counts", "dataset", "divided", "drawn", "fills", "finished", "from_start",
+        "guesses", "lag", "lags", "logical", "number", "parts", "passes", "planned", "readers",
+        "said", "sampler", "splitter", "stepped", "sure",
     )  # fmt: skip
     _numbers = itertools.count()
 
@@ -131,6 +134,9 @@ class Iteration:
         self.finished = False
         self.count = 0
         self.lag: int | None = None
+        self.lags: set[int] = set()
+        self.guesses: dict[int, set[tuple[int, int]]] = {}
+        self.stepped = False
         self.sure = True
         self.said = False
 

@@ -46,6 +46,11 @@ class Stream:
         if self._is_where_it_began():
             self._begun = None
 
+    def forget(self, optimizer: Any) -> None:
+        """The step has raised, maybe before any noise was drawn."""
+        if self._owner() is optimizer:
+            self._begun = None
+
     def look(self) -> None:
         """A batch is about to be drawn, the first one since."""
         if self._begun is not None:

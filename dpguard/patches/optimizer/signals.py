@@ -13,9 +13,11 @@ one would merge two logical batches: that is refused.
 
 Which of several delivered batches is in hand? A loop takes each as it is delivered. A loader that
 is wrapped to fetch ahead delivers a constant number before the one that is used; it is learned in
-the first step of each pass, where the number of rows can tell, and else nothing is dropped. Nor is
-anything of a pass of which a thread of its own fetches the batches: that is ahead by as much as it
-likes, and hands on all of them in their order.
+the first step of each pass in which the memory that the model was called with, or else the number
+of rows, can tell. Until then nothing is dropped; if it turns out that batches were left out all the
+same, logical batches have been merged since, which is refused then. Nor is anything dropped of a
+pass of which a thread of its own fetches the batches: that is ahead by as much as it likes, and
+hands on all of them in their order.
 
 A signal that somebody else gives (``signal_skip_step(True)`` for a batch whose loss is bad) is one
 too many for good, and one that somebody takes out of the queue is missing for good. It cannot be
@@ -26,7 +28,7 @@ but not more and more of them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from dpguard import _compat, diagnosis
@@ -47,7 +49,8 @@ class Signals:
     Args:
         tags: for each optimizer the batches that its signals were given for, in order.
         deliveries: is told which batches were left out.
-        rows_of: the number of rows of the batches that an optimizer has at hand.
+        rows_of: the number of rows of the batches that an optimizer has at hand,
+        origins_of: and the serials of the private batches in whose memory they lie, if they do.
         verdicts: where it is said.
     """
 
@@ -56,11 +59,13 @@ class Signals:
         tags: IdentityMap[list[Delivery]],
         deliveries: Deliveries,
         rows_of: Callable[[Any], Sequence[int]],
+        origins_of: Callable[[Any], Collection[int]],
         verdicts: Verdicts,
     ) -> None:
         self._tags = tags
         self._deliveries = deliveries
         self._rows_of = rows_of
+        self._origins_of = origins_of
         self._verdicts = verdicts
         self._summed: IdentityMap[tuple[int, int]] = IdentityMap()
         self._in_hand: IdentityMap[Delivery] = IdentityMap()
@@ -104,12 +109,17 @@ class Signals:
         mine = [tag for tag in delivered if tag.iteration is iteration]
         if self._has_several(optimizer, mine):
             return  # the audit refuses it, for it knows whose rows they are; nobody was left out
+        was_sure = iteration.sure
         skipped = [tag for tag in tags if tag.iteration is not iteration]
         skipped += mine[: self._left_out(optimizer, iteration, mine)]
         if skipped:
             self._drop(optimizer, tags, queue, skipped)
         in_hand = next(tag for tag in mine if tag not in skipped)
-        if iteration.sure:
+        if skipped and not was_sure and _has_merged(iteration, in_hand):
+            self._refuse_merged(optimizer)
+        if not iteration.sure:
+            _guess(iteration, mine, steps=not queue[0])
+        else:
             self._in_hand[optimizer] = in_hand
             self._keep_apart(optimizer, in_hand)
             self._keep_together(optimizer, in_hand)
@@ -181,17 +191,25 @@ class Signals:
     def _left_out(self, optimizer: Any, iteration: Iteration, mine: list[Delivery]) -> int:
         """How many of the delivered batches, from the first on, were left out."""
         ahead = len(mine) - 1
-        if iteration.lag is None:
-            iteration.lag = 0
-            if ahead:
-                rows = sum(self._rows_of(optimizer))
-                fits = [i for i, tag in enumerate(mine) if tag.rows == rows]
-                iteration.sure = len(fits) == 1
-                iteration.lag = ahead - fits[0] if iteration.sure else ahead
-        left_out = max(0, ahead - iteration.lag)
+        if iteration.lag is None or not iteration.sure:
+            self._learn_lag(optimizer, iteration, mine)
+        left_out = max(0, ahead - (iteration.lag or 0))
         if left_out and mine[left_out].rows != mine[0].rows == sum(self._rows_of(optimizer)):
             iteration.lag, left_out = ahead, 0  # the loop has begun to fetch ahead
         return left_out
+
+    def _learn_lag(self, optimizer: Any, iteration: Iteration, mine: list[Delivery]) -> None:
+        """By how many batches it is ahead: the most that it may be, as long as that is not sure."""
+        ahead = len(mine) - 1
+        in_hand = self._origins_of(optimizer) if ahead else ()
+        fits = {ahead - i for i, tag in enumerate(mine) if tag.serial in in_hand}
+        if len(fits) != 1:
+            rows = sum(self._rows_of(optimizer))
+            fits = {ahead - i for i, tag in enumerate(mine) if tag.rows == rows}
+        lags = set(range(ahead + 1)) if iteration.lag is None else iteration.lags
+        iteration.lags = lags & fits or lags
+        iteration.lag = max(iteration.lags)
+        iteration.sure = len(iteration.lags) == 1
 
     def _drop(
         self, optimizer: Any, tags: list[Delivery], queue: list[bool], skipped: list[Delivery]
@@ -228,8 +246,10 @@ class Signals:
                 return
         if not _compat.has_sums(optimizer):
             return
-        if not self._rows_of(optimizer):
-            return  # nothing to add: Opacus will say why
+        if self._rows_of(optimizer):  # else there is nothing to add, and Opacus will say why
+            self._refuse_merged(optimizer)
+
+    def _refuse_merged(self, optimizer: Any) -> None:
         try:
             self._refuse(optimizer, diagnosis.BATCHES_MERGED)
         except DPGuardError:
@@ -246,6 +266,23 @@ class Signals:
         statement = diagnosis.explain(cause).statement
         name = type(optimizer).__name__
         self._verdicts.refuse(BATCHES, cause, f"A step of {name} is not private: {statement}.")
+
+
+def _guess(iteration: Iteration, mine: Sequence[Delivery], *, steps: bool) -> None:
+    """One of these is in hand, and with the signal that is taken for it a step may be made."""
+    iteration.stepped = iteration.stepped or steps
+    for lag in iteration.lags:
+        batches = iteration.guesses.setdefault(lag, set())
+        if len(batches) <= 1 and lag < len(mine):  # no more need be known
+            batches.add(mine[-1 - lag].batch)
+
+
+def _has_merged(iteration: Iteration, in_hand: Delivery) -> bool:
+    """Whether it was stepped, or begun with another logical batch, before this was in hand.
+
+    It is known now by how many batches it was ahead all the time.
+    """
+    return iteration.stepped or iteration.guesses[iteration.lag or 0] != {in_hand.batch}
 
 
 def _is_fetched(tag: Delivery) -> bool:
