@@ -918,6 +918,30 @@ def test_two_batches_in_the_same_rows_are_refused(guard, late, poisson, same):
     assert causes(guard) == [diagnosis.BATCHES_ADDED]
 
 
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("same", [True, False])
+def test_observe_says_that_two_batches_are_in_the_same_rows(late, same):
+    """It keeps no inputs of calls, but notes where they lie."""
+    with dpguard.install(mode="observe") as guard:
+        private = Private(poisson=False)
+        other = private.loader
+        if not same:
+            other = DPDataLoader.from_data_loader(DataLoader(samples(seed=7), batch_size=8))
+        semi_supervised((private, private.loader), other, late=late)
+        assert diagnosis.BATCHES_ADDED in causes(guard)
+        assert guard.internal_errors == ()
+
+
+@pytest.mark.parametrize("name", S09)
+def test_observe_says_why_rows_are_not_people(name):
+    """As ``repair`` does, from what the calls were given."""
+    program, cause = S09[name]
+    with dpguard.install(mode="observe") as guard:
+        Private(poisson=False).train(program)
+        found = [v for v in violations(guard) if v.check == ROWS]
+        assert [(v.cause, v.severity.value) for v in found][:1] == [(cause, "CRITICAL")]
+
+
 @needs_ghost
 def test_two_batches_in_the_same_norms_are_refused(guard):
     """Ghost clipping adds the rows of two calls as well."""
@@ -2142,7 +2166,7 @@ def test_a_signal_that_comes_while_others_are_dropped():
     queue, tags = Fed([True, False]), deliveries[:2]
     queue.added = [True]
     verdicts = Verdicts(lambda _: None, Mode.REPAIR)
-    signals = Signals(IdentityMap(), Deliveries(), lambda _: (), verdicts)
+    signals = Signals(IdentityMap(), Deliveries(), lambda _: (), lambda _: (), verdicts)
     signals._drop(Owner(), tags, queue, deliveries[:1])
     assert list(queue) == [False, True]
     assert tags == deliveries[1:2]

@@ -587,6 +587,16 @@ def test_structlog_is_left_alone(open_journal):
     assert all(after[key] is before[key] for key in before)
 
 
+def test_random_numbers_are_left_alone():
+    """rich, which structlog imports, draws one."""
+    pytest.importorskip("rich")
+    program = (
+        "import random, sys; random.seed(0); before = random.getstate(); import dpguard.log.journal;"
+        "assert 'rich' in sys.modules; assert random.getstate() == before"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=REPOSITORY)
+
+
 def test_structlog_configuration_of_the_host_does_not_reach_us(open_journal):
     """Neither the host's processors nor its context variables change a line."""
 

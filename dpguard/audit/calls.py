@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -38,7 +38,7 @@ class Note:
         parameters: identities of its parameters that are trained.
         opened: segment in which it was made.
         now: segment in which it was backpropagated.
-        rows: number of its rows; 0 if they are not computed here.
+        rows: number of its rows.
         drawn: serial of the last private batch when it was made; ``UNKNOWN`` if it is declared
             that all calls see the same people.
         origin: serial of the private batch in whose memory its inputs lie, if they do.
@@ -61,6 +61,14 @@ class Note:
     mean_over: int
 
 
+class _Sight(NamedTuple):
+    """What a call was given, see :class:`Note`."""
+
+    rows: int = 0
+    origin: int | None = None
+    second: int | None = None
+
+
 class Calls:
     """Notes calls, and tells from them what the number of rows does not.
 
@@ -75,7 +83,7 @@ class Calls:
     ) -> None:
         self._ledger = ledger
         self._deliveries = deliveries
-        self._part = Part("calls", report, partial(setattr, ledger, "watcher", None))
+        self._part = Part("calls", report, self._look_away)
         self._notes: list[Note] = []
         ledger.forgets.append(partial(self._part.run, self.take))
         self.watch()
@@ -84,13 +92,23 @@ class Calls:
         """Calls are to be noted from now on."""
         if self._part.on:
             self._ledger.watcher = partial(self._part.run, self._note)
+            self._ledger.sight = partial(self._part.run, self._sight)
+
+    def _look_away(self) -> None:
+        self._ledger.watcher = self._ledger.sight = None
+
+    def _sight(self, inputs: Sequence[Any], rows: int) -> _Sight:
+        """What a call was given."""
+        return _Sight(rows, self._deliveries.origin(inputs), _second(inputs))
 
     def _note(self, record: Record) -> None:
         """A call was backpropagated."""
         if len(self._notes) >= _AT_MOST:
             self._notes.clear()
-        inputs = record.activations or ()
-        rows = record.batch if record.activations is not None else 0
+        if record.activations is None:
+            sight = record.seen or _Sight()
+        else:
+            sight = self._sight(record.activations, record.batch)
         block = record.people is not None and record.people.joins
         self._notes.append(
             Note(
@@ -99,12 +117,12 @@ class Calls:
                 frozenset(map(id, record.trained)),
                 record.segment,
                 record.segment if block else self._ledger.segment,
-                rows,
+                sight.rows,
                 record.drawn,
-                self._deliveries.origin(inputs),
-                _second(inputs),
+                sight.origin,
+                sight.second,
                 record.people,
-                rows if record.mean_over is None else record.mean_over,
+                sight.rows if record.mean_over is None else record.mean_over,
             )
         )
 
@@ -128,7 +146,7 @@ class Calls:
         if self._ledger.watcher is not None:
             self._deliveries.rest()
             if not self._deliveries.unclear and not self._notes:
-                self._ledger.watcher = None
+                self._look_away()
 
     def mixed(self, notes: Sequence[Note], private: Sequence[Delivery]) -> Failure | None:
         """Whether calls that saw different people were added by row."""

@@ -14,10 +14,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
-
-import structlog
-from structlog.typing import EventDict, Processor
+from typing import TYPE_CHECKING, Any
 
 from dpguard import _compat
 from dpguard._settings import Settings
@@ -35,6 +32,10 @@ from dpguard.events import (
 from dpguard.interrupts import let_through
 from dpguard.log.chain import GENESIS, Line
 from dpguard.log.sink import MAX_BYTES, Sink, check_log_dir, read_key, say
+from dpguard.log.structured import structlog
+
+if TYPE_CHECKING:
+    from structlog.typing import EventDict, Processor
 
 __all__ = ["Journal"]
 

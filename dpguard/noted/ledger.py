@@ -105,7 +105,9 @@ class Ledger:
         self.drawn = 0
         """Serial of the last private batch that a data loader has delivered."""
         self.watcher: Callable[[Any], None] | None = None
-        """Is given the record of each call that is backpropagated, if somebody wants it."""
+        """Is given the record of each call that is backpropagated, if somebody wants it,"""
+        self.sight: Callable[[Sequence[Any], int], Any] | None = None
+        """and then the inputs of each call, with its number of rows, where they are not kept."""
         self.norm_draws: Any = None
         """Draws people in ghost clipping, see :mod:`dpguard.patches.oracle.norm_draws`."""
         self.means: frozenset[Mean] = frozenset()

@@ -58,6 +58,7 @@ class Record:
         "order",
         "outline",
         "people",
+        "seen",
         "segment",
         "shape",
         "structured",
@@ -102,6 +103,8 @@ class Record:
         ghost clipping and where rows are watched only."""
         self.moments: Moments | None = None
         """Of the inputs of a normalisation, once they are known."""
+        self.seen: Any = None
+        """What somebody wants to know of its inputs, where these are not kept."""
         self.mean_over: int | None = None
         """The number of rows by which a mean loss was divided, once that is known."""
 
@@ -132,6 +135,14 @@ class Record:
     def _note(self, given: Inputs, first: Any) -> None:
         model, name = self.hook.pairing.hooks._module, self.hook.name
         given.note(model, name, first, self.dimension, self.people)
+
+    def show(self, inputs: Sequence[Any]) -> None:
+        """Let be seen what the call was given, where that is not kept."""
+        sight = self.hook.pairing.ledger.sight
+        if sight is not None:
+            kind = self.hook.pairing.kind_of(self.module)
+            dimension = kind.batch_dimension(self.module)
+            self.seen = sight(inputs, kind.batch_size(self.module, list(inputs), dimension))
 
     @torch.no_grad()
     def measure(self, inputs: Sequence[Any]) -> torch.Tensor | None:
@@ -226,6 +237,7 @@ class ForwardHook:
             if record is not None:
                 record.cast = autocast_of(trained[0])
                 record.measure(args)  # there are no inputs later
+                record.show(_in_order(module, args, kwargs) if kwargs else args)
             return None
         inputs = _in_order(module, args, kwargs) if kwargs else args
         replaced = product = None
