@@ -653,6 +653,41 @@ def test_a_fault_is_found(fault, where):
             assert violation.parameters == ("body.2.weight",)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("every", [1, 5])
+@pytest.mark.parametrize("mode", ["repair", "strict"])
+def test_one_seed_in_half_precision(mode, dtype, every):
+    """What is measured when it is drawn is the same to the bit, however coarse it is."""
+    with dpguard.install(mode=mode) as guard:
+        generator = torch.Generator()
+        training = Training(dtype=dtype, generator=generator)
+        refused = []
+        for number in range(2 * every + 2):
+            generator.manual_seed(number % every)
+            try:
+                training.step()
+            except dpguard.PrivacyViolation as error:
+                refused.append(str(error))
+        assert "noise" in refused[0]
+        assert causes(guard) == {diagnosis.NOISE_REPEATED}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("by_values", [True, False])
+@pytest.mark.parametrize("sizes", [(1,), (2, 2), (1, 2, 3), (3,) * 8, (4, 40)])
+def test_coarse_noise_is_the_same_by_chance(dtype, by_values, sizes):
+    """A few values in half precision come again."""
+    torch.manual_seed(3)
+    sampled = tuple(range(len(sizes)))
+    test = NoiseTest(sizes, torch.finfo(dtype).eps / 2, sampled, by_values=by_values)
+    for number in range(1000):
+        noises = [torch.randn(size).to(dtype).float() for size in sizes]
+        norms = [noise.norm().item() for noise in noises]
+        values = [noise[:4].tolist() for noise in noises]
+        found = test.take(norms, 1.0, math.hypot(*norms), values, float(number), drawn=True)
+        assert not found.repeated
+
+
 def test_a_constant_is_no_noise():
     """Whatever its size, it is the same in each step and on each parameter."""
     with dpguard.install(mode="observe") as guard:

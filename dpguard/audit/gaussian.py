@@ -228,7 +228,7 @@ class NoiseTest:
         self.sizes = tuple(sizes)
         self._half_eps = half_eps
         self._steps: int = 0 if former is None else former._steps
-        self._pending: list[tuple[Sequence[float], float, float]] = []
+        self._pending: list[tuple[Sequence[float], float, float, float]] = []
         self._size = sum(sizes)
         self._squares = [0.0] * len(sizes)
         self._taken = 0
@@ -259,7 +259,9 @@ class NoiseTest:
         if former is not None and former._remembers(self):
             self._repeats = former._repeats
         else:
-            self._repeats = Repeats(self.sizes, sampled, by_values=by_values, step=self._steps)
+            self._repeats = Repeats(
+                self.sizes, sampled, by_values=by_values, step=self._steps, half_eps=half_eps
+            )
 
     def _remembers(self, other: NoiseTest) -> bool:
         """Whether the noise of the other test can be compared with what was there."""
@@ -273,6 +275,8 @@ class NoiseTest:
         noised: float,
         values: Sequence[Sequence[float]] = (),
         mark: float = math.nan,
+        *,
+        drawn: bool = False,
     ) -> NoiseVerdict:
         """Add one step.
 
@@ -282,22 +286,25 @@ class NoiseTest:
             noised: an upper bound of the norm of the noised sum of all parameters.
             values: of some parameters, the first values of what was added.
             mark: is the same in two steps that have the same clipped sums.
+            drawn: whether the noise was measured before it was added, so that it is the same to
+                the bit if it comes again.
         """
         total = math.sqrt(sum(map(mul, norms, norms)))
         if not (std > 0 and math.isfinite(total) and math.isfinite(noised)):
             return NOTHING
         self._steps += 1
         slip = self._half_eps * noised / std
+        moved = 0.0 if drawn else slip
         verdict = self._gross(norms, total, std, slip)
         if verdict is not NOTHING:
             # Chance is judged by the declared distribution, which other noise does not have.
             self._all.is_odd = True
             return verdict
-        self._pending.append((norms, std, slip))
+        self._pending.append((norms, std, slip, moved))
         for some in values:
             self._all.add_values(some, std, slip)
         self._compare_signs(values, slip * std, mark)
-        repeated = self._repeats.take(Print(norms, 1 / std, slip, values, mark))
+        repeated = self._repeats.take(Print(norms, 1 / std, moved, values, mark))
         self._all.is_odd = self._all.is_odd or bool(repeated)
         if len(self._pending) >= BATCH:
             verdict = self.evaluate()
@@ -410,7 +417,7 @@ class NoiseTest:
 
     def _take_in(self) -> tuple[int, ...]:
         """Add what is pending; returns which parameters' noise has stayed the same in it."""
-        norms, stds, slips = zip(*self._pending, strict=True)
+        norms, stds, slips, moved = zip(*self._pending, strict=True)
         self._pending = []
         roots = torch.tensor(norms, dtype=torch.float64, device="cpu")
         if stds.count(stds[0]) == len(stds):
@@ -426,7 +433,7 @@ class NoiseTest:
         self._all.slip += slip
         self._all.count += len(norms) * self._size
         self._spread.take(roots, slips)
-        staying, shared = self._repeats.streaks(roots, slips), self._repeats.twins(roots, slips)
+        staying, shared = self._repeats.streaks(roots, moved), self._repeats.twins(roots, moved)
         return tuple(sorted({*staying, *shared}))
 
     def _weigh(self) -> list[float]:

@@ -322,7 +322,14 @@ class Noise(Check):
         same = all(sums[i].dtype is group.noised is group.dtype for i in group.indices)
         counts = len(bare), len(extremes), len(near)
         receive = functools.partial(
-            _received, group, names, std, bound, counts=counts, is_fine=same
+            _received,
+            group,
+            names,
+            std,
+            bound,
+            counts=counts,
+            is_fine=same,
+            is_drawn=drawn is not None,
         )
         step.collect(self.names, [*scalars, *samples], receive)
 
@@ -352,6 +359,7 @@ def _received(
     *,
     counts: tuple[int, int, int],
     is_fine: bool,
+    is_drawn: bool,
 ) -> list[Failure]:
     """What the figures of one step say.
 
@@ -365,6 +373,7 @@ def _received(
             what was added along the clipped sum and the gradient; how many extremes; and how many
             products of noise with other noise, and squares.
         is_fine: whether the sums are in single or double precision, before as after.
+        is_drawn: whether the noise was measured when it was drawn.
     """
     count = len(group.sizes)
     norms, mark, rest = values[:count], values[count], values[count + 1 :]
@@ -382,7 +391,7 @@ def _received(
             length = min(added.VALUES, group.sizes[k])
             samples.append(rest[:length])
             rest = rest[length:]
-    verdict = group.test.take(norms, std, noised, samples, mark)
+    verdict = group.test.take(norms, std, noised, samples, mark, drawn=is_drawn)
     if verdict:
         return _failures(verdict, group, names)
     unit = _compat.unit_roundoff(group.noised)

@@ -33,7 +33,8 @@ class Print(NamedTuple):
     Attributes:
         norms: of each parameter's noise.
         scale: one over the declared standard deviation.
-        slip: by how much rounding may have moved a norm or a value, times ``scale``.
+        slip: by how much the rounding of noised sums may have moved a norm or a value, times
+            ``scale``; 0 of noise that was measured when it was drawn.
         values: of some parameters, the first values.
         mark: the same in two steps with the same clipped sums: then the steps are one and the same
             release, which gives nothing away that was not given away before.
@@ -54,14 +55,25 @@ class Repeats:
         sampled: indices of the parameters whose first values are given.
         by_values: whether a step is known by values instead of by norms.
         step: how many steps there were before.
+        half_eps: of the precision of the noise: values that far apart, and norms of a few of them,
+            are the same by chance.
     """
 
     def __init__(
-        self, sizes: Sequence[int], sampled: Sequence[int], *, by_values: bool, step: int = 0
+        self,
+        sizes: Sequence[int],
+        sampled: Sequence[int],
+        *,
+        by_values: bool,
+        step: int = 0,
+        half_eps: float = 0.0,
     ) -> None:
         self._by_values = by_values
         self._sampled = sampled
         self._rounding = [3e-7 + 1e-8 * math.sqrt(size) for size in sizes]
+        lumps = [(4 * half_eps) ** size for size in sizes]
+        self._chance = [max(both) for both in zip(self._rounding, lumps, strict=True)]
+        self._chance_of_values = max(3e-7, half_eps)
         self._smallest = min(range(len(sizes)), key=sizes.__getitem__)
         self._step = step
         self._width = _NARROWEST
@@ -69,6 +81,7 @@ class Repeats:
         self._kept = 0
         self._former: dict[int, list[Print]] = {}
         self._rounding_of_all = torch.tensor(self._rounding, dtype=torch.float64, device="cpu")
+        self._chance_of_all = torch.tensor(self._chance, dtype=torch.float64, device="cpu")
         self._last: torch.Tensor | None = None
         self._last_slip = 0.0
         self._marks: list[float] = []
@@ -131,23 +144,24 @@ class Repeats:
         chance = 0.0
         if self._by_values:
             chance = len(one.values) * _EITHER_SIGN
-            pairs: Iterator[tuple[float, float, float]] = (
-                (a * one.scale, b * other.scale, 3e-7)
+            pairs: Iterator[tuple[float, float, float, float]] = (
+                (a * one.scale, b * other.scale, 3e-7, self._chance_of_values)
                 for mine, theirs in zip(one.values, other.values, strict=False)
                 for a, b in zip(mine, theirs, strict=False)
             )
             density = _VALUE_DENSITY
         else:
             pairs = (
-                (a * one.scale, b * other.scale, rounding)
-                for a, b, rounding in zip(one.norms, other.norms, self._rounding, strict=True)
+                (a * one.scale, b * other.scale, rounding, lump)
+                for a, b, rounding, lump in zip(
+                    one.norms, other.norms, self._rounding, self._chance, strict=True
+                )
             )
             density = _NORM_DENSITY
-        for a, b, rounding in pairs:
-            reach = slip + rounding * (abs(a) + abs(b))
-            if abs(a - b) > reach:
+        for a, b, rounding, lump in pairs:
+            if abs(a - b) > slip + rounding * (abs(a) + abs(b)):
                 return False
-            chance += math.log(min(1.0, 2 * density * reach))
+            chance += math.log(min(1.0, 2 * density * (slip + lump * (abs(a) + abs(b)))))
         return chance <= self._needed(2 * _REMEMBERED)
 
     def _needed(self, comparisons: float, level: float = REPEAT_LEVEL / 2) -> float:
@@ -162,9 +176,9 @@ class Repeats:
         for before, after in itertools.pairwise(order):
             chance = _EITHER_SIGN
             for a, b in zip(scaled[before], scaled[after], strict=False):
-                reach = 2 * new.slip + 3e-7 * (abs(a) + abs(b))
-                if abs(a - b) > reach:
+                if abs(a - b) > 2 * new.slip + 3e-7 * (abs(a) + abs(b)):
                     break
+                reach = 2 * new.slip + self._chance_of_values * (abs(a) + abs(b))
                 chance += math.log(min(1.0, 2 * _VALUE_DENSITY * reach))
             else:
                 if chance <= needed:
@@ -191,6 +205,7 @@ class Repeats:
         if not bool(same.any()):
             self._staying.zero_()
             return ()
+        reach = both.unsqueeze(1) + 2 * self._chance_of_all * roots[1:]
         chances = (2 * _NORM_DENSITY * reach).clamp(max=1).log()
         needed = self._needed(len(self._rounding), STREAK_LEVEL)
         found: set[int] = set()
@@ -211,6 +226,7 @@ class Repeats:
             norms, order = roots[:, which].sort(dim=1)
             reach = slip + 2 * self._rounding[which[0]] * norms[:, 1:]
             same = (norms.diff(dim=1) <= reach) & (norms[:, :-1] > 0)
+            reach = slip + 2 * self._chance[which[0]] * norms[:, 1:]
             for step, place in same.nonzero().tolist():
                 one, other = sorted(which[k] for k in order[step, place : place + 2].tolist())
                 chance = 2 * _NORM_DENSITY * float(reach[step, place])
