@@ -1371,6 +1371,26 @@ def test_a_gradient_of_what_was_frozen_after_the_backward_is_refused(mode):
         assert torch.equal(before[0], training.model[0].weight)
 
 
+@pytest.mark.parametrize("mode", ["observe", "strict"])
+@pytest.mark.parametrize("late", [False, True])
+def test_what_was_frozen_before_its_gradient_was_cleared(mode, late):
+    """Opacus leaves zeros there, and in ``observe`` the rows of a batch before."""
+    with dpguard.install(mode=mode) as guard:
+        training = Training()
+        training.steps(3)
+        training.backward()
+        training.optimizer.step()
+        freeze_first(training)
+        for _ in range(2):
+            training.optimizer.zero_grad()
+            training.backward()
+            if late and mode == "observe":
+                training.model[0].weight.grad.add_(1)  # it is not what was cleared any more
+            training.optimizer.step()
+        found = {v.cause for v in violations(guard)}
+        assert (diagnosis.FROZEN_LATE in found) == (late and mode == "observe")
+
+
 def test_freezing_that_leaves_no_gradient():
     """Before the forward, or with the gradient removed, nothing of it is applied."""
     with dpguard.install(mode="strict") as guard:

@@ -11,11 +11,11 @@ or in a ``step`` of their own, goes round ``pre_step``, where steps are audited.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from dpguard import _callsite, _compat, diagnosis
-from dpguard.identity import IdentitySet
+from dpguard.identity import IdentityMap, IdentitySet, version_of
 from dpguard.noted.ledger import Ledger
 from dpguard.noted.row_state import awaits_its_step, is_used, note_used
 from dpguard.parts import Part
@@ -61,6 +61,8 @@ class ForeignSteps:
         self._is_missing = is_missing
         self._outside = outside
         self._unaudited = IdentitySet()
+        self._cleared: IdentityMap[tuple[int, int]] = IdentityMap()
+        """What is left of the gradients of frozen parameters that were cleared."""
         self._granted: dict[int, weakref.ref[Any]] = {}
         self._under_way: dict[int, weakref.ref[Any]] = {}
         """For what a DP optimizer wraps, while it may step, the DP optimizer."""
@@ -85,7 +87,7 @@ class ForeignSteps:
             PrivacyViolation: there is one.
         """
         parameters = [p for group in instance.param_groups for p in group["params"]]
-        late = [p for p in parameters if not p.requires_grad and self._is_raw(p)]
+        late = [p for p in parameters if not p.requires_grad and self._is_raw_since(p)]
         if late:
             self._verdicts.refuse(
                 "update.private",
@@ -109,6 +111,16 @@ class ForeignSteps:
         """Its gradients are cleared: a step that was granted and not taken is granted no more."""
         self._granted.pop(id(instance.original_optimizer), None)
         self._under_way.pop(id(instance.original_optimizer), None)
+
+    def cleared(self, parameters: Iterable[Any]) -> None:
+        """The gradients of these were: what is left of one that is frozen is nobody's."""
+        for parameter in parameters:
+            if not parameter.requires_grad and parameter.grad is not None:
+                self._cleared[parameter] = id(parameter.grad), version_of(parameter.grad)
+
+    def _is_raw_since(self, parameter: Any) -> bool:
+        now = id(parameter.grad), version_of(parameter.grad)
+        return self._cleared.get(parameter) != now and self._is_raw(parameter)
 
     @_compat.eager
     def _after(self, optimizer: Any, _args: Any, _kwargs: Any) -> None:

@@ -287,7 +287,9 @@ class OptimizerPatch:
                     if not instance._is_last_step_skipped and hasattr(parameter, "summed_grad"):
                         parameter.summed_grad = None
         self._parts["frozen"].run(self._foreign.revoke, instance)
-        return wrapped(*args, **kwargs)
+        result = wrapped(*args, **kwargs)
+        self._parts["frozen"].run(self._foreign.cleared, parameters)
+        return result
 
     def _forgive(self, instance: Any, parameters: list[Any]) -> None:
         self._ledger.forgive(parameters, between=not _compat.clips_rows(instance))
