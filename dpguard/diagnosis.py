@@ -21,6 +21,7 @@ ALIAS_DIVERGED = "alias_diverged"
 ALIAS_LOST = "alias_lost"
 ALIAS_OWN = "alias_own"
 ALIAS_OUTSIDE = "alias_outside"
+ALIAS_RATE = "alias_rate"
 
 BYPASSED = "bypassed_module"
 WEIGHT_NORM = "weight_norm_hook"
@@ -299,6 +300,12 @@ _DIAGNOSES = {
         "had that of the DP optimizer",
         "write to the DP optimizer itself, and read from it: give the class a property for each "
         "such attribute, or derive it from torch.optim.Optimizer, and dpguard forwards them",
+    ),
+    ALIAS_RATE: Diagnosis(
+        "what has a DP optimizer step keeps copies of its groups of parameters, and the learning "
+        "rate was changed in these",
+        "give it the groups themselves (self.param_groups = optimizer.param_groups), or have the "
+        "scheduler change those of the DP optimizer; if it is a learning rate of its own, nothing",
     ),
     BYPASSED: Diagnosis(
         "autograd computed a gradient for a parameter of which no module call was seen, so it "

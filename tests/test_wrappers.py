@@ -125,6 +125,53 @@ def test_groups_that_a_checkpoint_has_replaced_are_said():
         assert sum("Wrapper" in i.body for i in guard.interventions) == 1
 
 
+class Copying(torch.optim.Optimizer):
+    """Has groups of its own, as one that looks ahead may."""
+
+    def __init__(self, optimizer, lr=None):
+        self.optimizer = optimizer
+        groups = [dict(group, lr=lr or group["lr"]) for group in optimizer.param_groups]
+        super().__init__(groups, dict(optimizer.defaults))
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+
+class Sharing(Copying):
+    """Has the groups of the DP optimizer."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        torch.optim.Optimizer.__init__(self, optimizer.param_groups, {})
+
+
+@pytest.mark.parametrize("mode", ["strict", "observe"])
+@pytest.mark.parametrize("make", [Copying, Sharing])
+def test_a_learning_rate_in_groups_that_were_copied(mode, make):
+    """It is said once that it is not applied, and no step is refused: it may be another one."""
+    with dpguard.install(mode=mode) as guard:
+        training = Training(make)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(training.wrapper, 0.5)
+        for _ in range(4):
+            training.step()
+            scheduler.step()
+        assert training.inner.param_groups[0]["lr"] == (0.1 if make is Copying else 0.1 / 16)
+        said = [i for i in guard.interventions if i.attribute == "lr"]
+        assert [(i.action, i.before, i.after) for i in said] == (
+            [("observed", "0.1", "0.05")] if make is Copying else []
+        )
+
+
+def test_a_learning_rate_of_its_own(guard):
+    """Never the same as that of the DP optimizer."""
+    training = Training(lambda optimizer: Copying(optimizer, lr=0.7))
+    for _ in range(3):
+        training.step()
+        training.wrapper.param_groups[0]["lr"] *= 0.9
+        training.dp.param_groups[0]["lr"] *= 0.5
+    assert guard.interventions == ()
+
+
 def test_it_is_met_whenever_it_comes(guard):
     """A wrapper that is made later, in place of another one."""
     training = Training()

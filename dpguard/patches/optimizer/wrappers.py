@@ -5,6 +5,10 @@ happens to have a ``noise_multiplier`` in its settings, so nothing of it is forw
 known is that the ``step`` of an object has called that of a DP optimizer which it holds. Of such an
 object it is followed which of its values are those of the DP optimizer. One that was, and is then
 written on the object while the DP optimizer keeps what both had, is a value that is not applied.
+
+Groups of parameters are often copied, and a learning rate that is then scheduled in the copies is
+not applied either. An optimizer round another one may have a learning rate of its own, so that is
+only said.
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ class _Known:
         optimizer: which one.
         steps: how many there were.
         wrapper: the object that had it step, if it is one that is followed.
+        rates: learning rates that both had when last looked at, each in groups of its own.
         agreed: values of the wrapper that were those of the DP optimizer when last looked at,
             weakly: a step hook may have the optimizer at hand.
     """
@@ -47,6 +52,7 @@ class _Known:
         self.optimizer = optimizer
         self.steps = 0
         self.wrapper: weakref.ref[Any] | None = None
+        self.rates: list[Any] | None = None
         self.agreed: dict[str, Callable[[], Any]] = {}
         self.names: list[str] = []
         """What the wrapper had of its own when last looked at as a whole."""
@@ -96,7 +102,7 @@ class Wrappers:
         found = _whose_step(optimizer)
         former = None if known.wrapper is None else known.wrapper()
         if found is not None and found is not former:
-            known.agreed = {}
+            known.agreed, known.rates = {}, None
             try:
                 known.wrapper = weakref.ref(found)
             except TypeError:  # a class with slots
@@ -104,6 +110,9 @@ class Wrappers:
 
     def _compare(self, known: _Known, wrapper: Any, optimizer: Any) -> None:
         own, agreed = vars(wrapper), known.agreed
+        self._compare_rates(known, wrapper, optimizer)
+        if isinstance(wrapper, torch.optim.Optimizer):
+            return  # its attributes are owned
         if known.looks:
             known.names = [name for name in _NAMES if name in own]
         for name in known.names:
@@ -125,6 +134,30 @@ class Wrappers:
                     self._say(wrapper, optimizer, name, shown, lost=True)
             elif name in _CONTAINERS:
                 self._say(wrapper, optimizer, name, {}, lost=False)
+
+    def _compare_rates(self, known: _Known, wrapper: Any, optimizer: Any) -> None:
+        applied = _rates_of(optimizer.param_groups)
+        mine = _rates_of(vars(wrapper).get("param_groups"))
+        if mine is None or applied is None or len(mine) != len(applied):
+            return
+        if mine == applied:
+            known.rates = applied
+        elif known.rates == applied and "lr" not in known.told:
+            known.told.add("lr")
+            i = next(
+                i for i, pair in enumerate(zip(applied, mine, strict=True)) if len({*pair}) > 1
+            )
+            outer, inner = type(wrapper).__name__, type(optimizer).__name__
+            self._verdicts.alias(
+                f"The learning rate was changed in groups that {outer} has of its own; the one of "
+                f"{inner} is applied.",
+                diagnosis.ALIAS_RATE,
+                action="observed",
+                attribute="lr",
+                owner=inner,
+                before=repr(applied[i]),
+                after=repr(mine[i]),
+            )
 
     def _say(
         self, wrapper: Any, optimizer: Any, name: str, shown: dict[str, Any], *, lost: bool
@@ -152,10 +185,18 @@ def _agree(one: Any, other: Any) -> bool:
     return one is other or (isinstance(one, _PLAIN) and one == other)
 
 
+def _rates_of(groups: Any) -> list[Any] | None:
+    """The learning rate of each group, if all are plain numbers."""
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        return None
+    rates = [group.get("lr") for group in groups]
+    return rates if all(isinstance(rate, (int, float)) for rate in rates) else None
+
+
 def _whose_step(optimizer: Any) -> Any:
     """The object whose ``step`` has called that of the optimizer, which it holds.
 
-    Optimizers are left out, which have owned attributes, and so are modules.
+    Modules are left out.
     """
     frame: Any = sys._getframe(2)
     for _ in range(_DEPTH):
@@ -168,7 +209,7 @@ def _whose_step(optimizer: Any) -> Any:
         if frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "opacus"):
             continue
         found = frame.f_locals.get(code.co_varnames[0])
-        if isinstance(found, (torch.optim.Optimizer, torch.nn.Module)):
+        if found is optimizer or isinstance(found, torch.nn.Module):
             continue
         if any(value is optimizer for value in getattr(found, "__dict__", {}).values()):
             return found
