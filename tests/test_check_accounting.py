@@ -625,13 +625,27 @@ def test_hooks_of_the_users_own(change, late):
         assert guard.last_step.checks[STEPS].verdict == "pass"
 
 
+def part(begin, end):
+    return torch.utils.data.Subset(DATA, range(begin, end))
+
+
+OTHER_DATA = {
+    "other data": lambda: torch.utils.data.TensorDataset(*[t.clone() for t in DATA.tensors]),
+    "the same tensors": lambda: torch.utils.data.TensorDataset(*DATA.tensors),
+    "a part of it": lambda: part(0, 30),
+    "with other data": lambda: torch.utils.data.ConcatDataset([OTHER_DATA["other data"](), DATA]),
+}
+
+
 def again(training, how):
-    """The same model with a new engine."""
+    """The same model with a new engine, and maybe other data."""
     engine, data = make_engine(), DATA
     if how == "loaded":
         engine.accountant.history = list(history(training.engine.accountant))
-    elif how == "other data":
-        data = torch.utils.data.TensorDataset(*DATA.tensors)
+    elif how in OTHER_DATA:
+        data = OTHER_DATA[how]()
+    elif not isinstance(how, str):
+        data = how
     model = training.raw if how == "unwrapped" else training.model
     if how == "unwrapped":
         training.model.to_standard_module()
@@ -648,7 +662,7 @@ def again(training, how):
 
 
 @pytest.mark.skipif(not MODERN, reason="accountants of this Opacus have no history")
-@pytest.mark.parametrize("how", ["wrapped", "unwrapped", "loaded", "other data"])
+@pytest.mark.parametrize("how", ["wrapped", "unwrapped", "loaded", *OTHER_DATA])
 def test_a_new_engine_for_the_same_model_and_data_is_said(how):
     """Once for each, unless it has the steps of the former one."""
     with dpguard.install(mode="strict") as guard:
@@ -1433,3 +1447,16 @@ def test_what_is_patched_is_restored():
 def test_the_signature_is_known():
     """``poisson_sampling`` is what this file takes it for."""
     assert MAKE_PRIVATE["poisson_sampling"].default is True
+
+
+@pytest.mark.skipif(not MODERN, reason="accountants of this Opacus have no history")
+@pytest.mark.parametrize("begin", [20, 30])
+def test_a_new_engine_for_another_part_of_the_data(begin):
+    """Two parts that have nobody in common are two data sets."""
+    with dpguard.install(mode="strict") as guard:
+        training = Training()
+        for data in (part(0, 30), part(begin, 60)):
+            training = again(training, data)
+            training.epoch()
+        found = [v.cause for v in guard.violations]
+        assert found == [diagnosis.ACCOUNTED_ANEW] * (begin < 30)

@@ -41,6 +41,7 @@ from dpguard.audit.check import Check, Failure, Failures, PerOwner, Step
 from dpguard.audit.histories import Entry, Seen, entry_of, merged, steps_in
 from dpguard.audit.update import KEEP_EVERY, KEEP_FIRST
 from dpguard.identity import GONE, IdentityMap, weakly
+from dpguard.noted.datasets import share_records
 from dpguard.noted.marks import ACCOUNTED
 from dpguard.noted.row_state import UNKNOWN, sample_of
 
@@ -534,7 +535,8 @@ class Accounting(Check):
         missing = sum(
             max(0, steps - has.get(key, 0) + (0 if id(known) in beside else mine[key]))
             for known in books
-            if known.dataset() is not None and id(known.dataset()) == data
+            if (former := known.dataset()) is not None
+            and (id(former) == data or (dataset is not None and share_records(former, dataset)))
             # Of several that are told nobody knows whether one that no engine has is asked.
             if dataset is not None or id(known) not in beside
             for key, steps in merged(known.observed).items()

@@ -1,4 +1,4 @@
-"""Whether a data set has the same record at several places, as far as its structure shows.
+"""Whether a record is at several places, or in two data sets, as far as their structure shows.
 
 Poisson sampling draws places. Somebody who stands at two of them is drawn more often than the
 sample rate says, and into one batch with several rows that are clipped apart. That is seen where
@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-__all__ = ["repeated_places"]
+__all__ = ["repeated_places", "share_records"]
 
 _MOST = 20_000_000
 """Data sets with more places are not looked through."""
@@ -36,6 +36,38 @@ def repeated_places(dataset: Any) -> int:
         places.setdefault(id(source), []).append(taken)
     of_each = [torch.cat(parts) for parts in places.values()]
     return sum(len(taken) - len(taken.unique()) for taken in of_each)
+
+
+def share_records(one: Any, other: Any) -> bool:
+    """Whether two data sets have a record in common: parts of the same data, or the same tensors.
+
+    Example:
+        >>> data = torch.utils.data.TensorDataset(torch.zeros(3))
+        >>> share_records(data, Subset(data, [1]))
+        True
+        >>> share_records(Subset(data, [0]), Subset(data, [1]))
+        False
+    """
+    if one is other:
+        return True
+    if not all(hasattr(dataset, "__len__") and len(dataset) <= _MOST for dataset in (one, other)):
+        return False
+    theirs = list(_parts(other))
+    return any(
+        _have_same(source, its) and bool(torch.isin(taken, places).any())
+        for source, taken in _parts(one)
+        for its, places in theirs
+    )
+
+
+def _have_same(one: Any, other: Any) -> bool:
+    """Whether two data sets that are put together of no others have the same records in order."""
+    if one is other or not all(type(source) is TensorDataset for source in (one, other)):
+        return one is other
+    where = [
+        {(t.data_ptr(), t.shape) for t in source.tensors if t.numel()} for source in (one, other)
+    ]
+    return not where[0].isdisjoint(where[1])
 
 
 def _parts(dataset: Any, wanted: torch.Tensor | None = None) -> Iterator[tuple[Any, torch.Tensor]]:
