@@ -54,10 +54,10 @@ demo: $(STAMP)
 	$(BIN)/dpguard demo
 
 test: $(STAMP) $(OLDER)
-	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not long" $(PYTEST_ARGS)
 
 test-slow: $(STAMP) $(OLDER) $(LIGHTNING:%=$(VENV)/lightning-%/.complete)
-	$(PYTEST) -m slow $(PYTEST_ARGS)
+	$(PYTEST) -m "slow or long" $(PYTEST_ARGS)
 
 test-releases: $(RELEASES:%=test-release-%)
 

@@ -398,6 +398,7 @@ def in_half_precision(grads, _memory):
     return [g.bfloat16().float() for g in grads]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "change",

@@ -675,6 +675,7 @@ def test_a_sound_rule_of_the_users_own(rule, how, monkeypatch):
     assert all(map(torch.equal, *ends))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rule", SOUND, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("batch", [2, 3, 5, 37])
 def test_a_sound_rule_in_all_turns(rule, batch, monkeypatch):

@@ -613,6 +613,7 @@ class Kept:
         return iter(())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", OWN)
 def test_collate_functions_that_leave_each_person_alone(what):
     options, make = OWN[what]

@@ -832,6 +832,7 @@ class Halved(Training):
         ).backward()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not MIXED, reason="rows of another precision")
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("size", [1e-3, 1e-4, 1e-5, 1e-6, 1e-7])

@@ -103,6 +103,7 @@ def trained(name, mode, draw, *, steps=6, tamper=None, dtype=torch.float32, watc
 LEVELS = [(0.0, 1.0), (30.0, 1.0), (1e3, 1.0), (1e3, 1e-2), (7.0, 0.0), (1e5, 0.0), (1e5, 1e-4)]
 
 
+@pytest.mark.long
 @needs_modes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("mode", ["hooks", "functorch"])

@@ -129,6 +129,7 @@ def test_what_is_not_linear_is_refused_before_anything_moves(guard, between, red
     assert guard.internal_errors == ()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [1, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("between", HEALTHY.values(), ids=HEALTHY.keys())

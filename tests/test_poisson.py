@@ -141,6 +141,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["flat", "split"])
 @pytest.mark.parametrize("sampler", FAULTS)
 @pytest.mark.parametrize("mode", ["repair", "strict"])
