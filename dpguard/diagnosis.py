@@ -1457,7 +1457,8 @@ _DIAGNOSES = {
         "the last physical batch of a logical batch was never stepped, and this one is of another "
         "logical batch: both would be merged under one noise draw",
         "call optimizer.step() for each physical batch of BatchMemoryManager: leave samples out "
-        "in the data set or in the loss (a loss times zero), not with `continue` or `break`",
+        "in the data set or in the loss (a loss times zero), not with `continue` or `break`. What "
+        "was summed is dropped with a step that is refused, and the next one begins anew",
         Severity.CRITICAL,
     ),
     BATCH_IN_STEPS: Diagnosis(

@@ -101,12 +101,13 @@ class Reduced(Check):
 
     def after_noise(self, step: Step, optimizer: Any) -> Failures:
         """Keep some of the noise."""
-        state = self._states.of(optimizer)
-        sums = Samples.of(state.sums.unchanged())
-        noised = Samples.of([p.grad for p in step.parameters]) if sums is not None else None
+        state = self._states.get(optimizer) if self._states else None
+        sums = Samples.of(state.sums.unchanged()) if state is not None else None
+        if state is None or sums is None:
+            return ()
         state.clear()
-        divisor = divisor_of(step, optimizer)
-        if sums is None or noised is None or not noised.is_like(sums) or divisor is None:
+        noised, divisor = Samples.of([p.grad for p in step.parameters]), divisor_of(step, optimizer)
+        if noised is None or not noised.is_like(sums) or divisor is None:
             return ()
         bound = step.noise_std(optimizer) / optimizer.noise_multiplier
         _, world = _compat.place_in_group()
@@ -118,20 +119,17 @@ class Reduced(Check):
 
     def applied(self, step: Step, optimizer: Any) -> Failures:
         """The wrapped optimizer has stepped."""
-        state = self._states.of(optimizer)
-        if state.noise is not None:
+        state = self._states.get(optimizer) if self._states else None
+        if state is not None and state.noise is not None:
             self._look(step, state, state.noise)
-        state.clear()
-        return ()
-
-    def cleared(self, step: Step, optimizer: Any) -> Failures:
-        """Nothing is kept."""
-        self._states.of(optimizer).clear()
+            state.clear()
         return ()
 
     def forget(self, optimizer: Any) -> None:
         """The step was refused."""
-        self._states.of(optimizer).clear()
+        state = self._states.get(optimizer) if self._states else None
+        if state is not None:
+            state.clear()
 
     def _look(self, step: Step, state: _State, noise: Samples) -> None:
         applied = Samples.of([p.grad for p in state.parameters])

@@ -282,7 +282,7 @@ def _has_merged(iteration: Iteration, in_hand: Delivery) -> bool:
 
     It is known now by how many batches it was ahead all the time.
     """
-    return iteration.stepped or iteration.guesses[iteration.lag or 0] != {in_hand.batch}
+    return iteration.stepped or iteration.guesses.get(iteration.lag or 0) != {in_hand.batch}
 
 
 def _is_fetched(tag: Delivery) -> bool:
