@@ -1104,6 +1104,96 @@ def test_skipped_first_physical_batches_that_are_known_late(guard):
     assert all(stepped is not skip for _, stepped, skip in again)
 
 
+LOOKING_AHEAD = [
+    pytest.param(lambda x: x, id="same memory"),
+    pytest.param(torch.clone, id="copies"),
+]
+
+
+def endless(private):
+    """Passes of the private loader, one after another."""
+    with BatchMemoryManager(
+        data_loader=private.loader, max_physical_batch_size=4, optimizer=private.optimizer
+    ) as loader:
+        while True:
+            yield from loader
+
+
+def without_last(batches):
+    """One is fetched before the last one is used, and the last of all is used never."""
+    batches = iter(batches)
+    at_hand = next(batches)
+    for following in batches:
+        yield at_hand
+        at_hand = following
+
+
+def in_chunks(batches, size):
+    """As many are fetched at once, and then used one by one."""
+    while chunk := list(itertools.islice(batches, size)):
+        yield from chunk
+
+
+@pytest.mark.parametrize("moved", LOOKING_AHEAD)
+@pytest.mark.parametrize("kind", ["ahead", "chunks of 3", "chunks of 4"])
+def test_passes_that_are_fetched_ahead_of_their_end(guard, kind, moved):
+    """The last batches of a pass are in hand when the next one has begun; nobody is left out."""
+    private = Private(samples(128), batch=32)
+    batches = endless(private)
+    batches = ahead(batches) if kind == "ahead" else in_chunks(batches, int(kind[-1]))
+    for x, y in itertools.islice(batches, 60):
+        private.step(plain(private, moved(x), y))
+    assert violations(guard) == guard.interventions == ()
+
+
+@pytest.mark.parametrize("moved", LOOKING_AHEAD)
+@pytest.mark.parametrize("left_out", ["last", "broken off"])
+def test_passes_that_are_fetched_ahead_and_not_ended(guard, left_out, moved):
+    """A logical batch that is not finished is merged with none of the next pass."""
+    private = Private(samples(128), batch=32)
+
+    def run():
+        for _ in range(4):
+            with BatchMemoryManager(
+                data_loader=private.loader, max_physical_batch_size=4, optimizer=private.optimizer
+            ) as loader:
+                batches = without_last(loader) if left_out == "last" else ahead(loader)
+                for x, y in itertools.islice(batches, None if left_out == "last" else 9):
+                    private.step(plain(private, moved(x), y))
+
+    with pytest.raises(dpguard.PrivacyViolation, match="another logical batch"):
+        run()
+    assert set(causes(guard)) == {diagnosis.BATCHES_MERGED}
+
+
+@pytest.mark.parametrize("signal", [True, False])
+def test_a_signal_before_those_of_physical_batches_is_refused(guard, signal):
+    """From the first step on each batch would meet the signal of another."""
+    private = Private(samples(128), batch=32)
+    private.optimizer.signal_skip_step(do_skip=signal)
+    with pytest.raises(dpguard.PrivacyViolation, match="not BatchMemoryManager's"):
+        list(physical_batches(private, lambda *_: False))
+    assert causes(guard) == [diagnosis.SIGNAL_OF_OTHERS]
+
+
+def test_two_models_in_physical_batches_of_their_own(guard):
+    """Batches of one are as large as those of the other by chance."""
+    ones = [Private(samples(128, seed=seed), batch=32, poisson=False) for seed in (1, 2)]
+    with contextlib.ExitStack() as stack:
+        loaders = [
+            stack.enter_context(
+                BatchMemoryManager(
+                    data_loader=one.loader, max_physical_batch_size=4, optimizer=one.optimizer
+                )
+            )
+            for one in ones
+        ]
+        for batches in zip(*loaders, strict=True):
+            for one, (x, y) in zip(ones, batches, strict=True):
+                one.step(plain(one, x, y))
+    assert violations(guard) == ()
+
+
 @pytest.mark.parametrize("depth", [1, 3])
 def test_physical_batches_of_copies_that_are_fetched_ahead(guard, depth):
     """Nobody was left out, whatever the number of rows lets think."""

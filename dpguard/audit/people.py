@@ -307,7 +307,8 @@ class People(Check):
         splitter = last.iteration.splitter if last is not None and last.skip else None
         told = None if splitter is None else splitter()
         signals = [] if told is None else _compat.skip_signals(told)
-        if last is None or not signals or signals is own or not last.fits(rows):
+        # Whoever is given signals has a loader of its own, whose batches may be of that size.
+        if last is None or not signals or own or not last.fits(rows):
             logical.pieces = 0
             return
         logical.pieces += 1

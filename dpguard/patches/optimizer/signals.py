@@ -41,6 +41,8 @@ __all__ = ["BATCHES", "Signals"]
 
 BATCHES = "people.batches"
 _GROWN = 3
+_ANY = 1 << 30
+"""The lag where as many may be fetched ahead as the loop likes."""
 
 
 class Signals:
@@ -73,6 +75,8 @@ class Signals:
         """The logical batch of which each optimizer has summed parts, and made no step yet."""
         self._paired = IdentitySet()
         """Optimizers whose signals were all those of batches, in the step before."""
+        self._strange = IdentitySet()
+        """Those of which it was said that somebody else gives them signals."""
         self._taken = IdentitySet()
         """Optimizers whose last step has taken the signal of a batch."""
         self._piles: IdentityMap[tuple[int, int]] = IdentityMap()
@@ -105,33 +109,39 @@ class Signals:
         delivered = [tag for tag in tags if tag.serial is not None]
         if not delivered:
             return
-        iteration: Iteration = delivered[-1].iteration
-        mine = [tag for tag in delivered if tag.iteration is iteration]
+        newest: Iteration = delivered[-1].iteration
+        mine = [tag for tag in delivered if tag.iteration is newest]
         if self._has_several(optimizer, mine):
             return  # the audit refuses it, for it knows whose rows they are; nobody was left out
-        was_sure = iteration.sure
-        skipped = [tag for tag in tags if tag.iteration is not iteration]
-        skipped += mine[: self._left_out(optimizer, iteration, mine)]
-        if skipped:
-            self._drop(optimizer, tags, queue, skipped)
-        in_hand = next(tag for tag in mine if tag not in skipped)
-        if skipped and not was_sure and _has_merged(iteration, in_hand):
-            self._refuse_merged(optimizer)
+        were_sure = {tag.iteration: tag.iteration.sure for tag in delivered}
+        place = self._place(optimizer, delivered, mine)
+        in_hand, iteration = delivered[place], delivered[place].iteration
+        if place:
+            self._drop(optimizer, tags, queue, delivered[:place])
+            if not were_sure[iteration] and _has_merged(iteration, in_hand):
+                self._refuse_merged(optimizer)
         if not iteration.sure:
             _guess(iteration, mine, steps=not queue[0])
-        else:
+        self._take(optimizer, in_hand)
+
+    def _take(self, optimizer: Any, in_hand: Delivery) -> None:
+        """Its signal is the next one."""
+        if in_hand.iteration.sure:
             self._in_hand[optimizer] = in_hand
             self._keep_apart(optimizer, in_hand)
             self._keep_together(optimizer, in_hand)
+        elif self._summed.get(optimizer, in_hand.batch)[0] != in_hand.iteration.number:
+            self._keep_apart(optimizer, in_hand)  # of this pass, whichever it is
         self._summed[optimizer] = in_hand.batch
 
     def _refuse_strangers(
         self, optimizer: Any, tags: Sequence[Delivery], queue: Sequence[bool]
     ) -> None:
         """Somebody else has given signals, or has taken some."""
-        if len(queue) > len(tags) and optimizer in self._paired:
+        known = optimizer in self._paired or tags[0].iteration.from_start
+        if len(queue) > len(tags) and known and optimizer not in self._strange:
+            self._strange.add(optimizer)  # it goes on, and is said once
             self._refuse(optimizer, diagnosis.SIGNAL_OF_OTHERS)
-            self._paired.discard(optimizer)  # it goes on, and is said once
         if _was_robbed(tags, queue, int(optimizer in self._taken)):
             self._refuse(optimizer, diagnosis.SIGNALS_TAKEN)
         self._taken.discard(optimizer)
@@ -188,28 +198,53 @@ class Signals:
         rows = [tag.rows for tag in mine if tag.rows is not None]
         return len(rows) == len(mine) and sum(self._rows_of(optimizer)) > max(rows)
 
+    def _place(self, optimizer: Any, delivered: list[Delivery], mine: list[Delivery]) -> int:
+        """Which of the delivered batches is in hand; ``mine`` are those of the newest pass."""
+        origins = self._origins_of(optimizer) if len(delivered) > 1 else ()
+        known = [i for i, tag in enumerate(delivered) if tag.serial in origins]
+        if len(known) == 1:
+            iteration: Iteration = delivered[known[0]].iteration
+            iteration.lag, iteration.sure = len(delivered) - 1 - known[0], True
+            return known[0]
+        oldest: Iteration = delivered[0].iteration
+        if oldest is not delivered[-1].iteration and oldest.finished and oldest.sure and oldest.lag:
+            place = max(0, len(delivered) - 1 - oldest.lag)
+            if delivered[place].iteration is oldest:
+                mine[0].iteration.lag = oldest.lag  # the next pass is fetched ahead likewise
+                return place
+        return len(delivered) - len(mine) + self._left_out(optimizer, mine[0].iteration, mine)
+
     def _left_out(self, optimizer: Any, iteration: Iteration, mine: list[Delivery]) -> int:
         """How many of the delivered batches, from the first on, were left out."""
         ahead = len(mine) - 1
         if iteration.lag is None or not iteration.sure:
             self._learn_lag(optimizer, iteration, mine)
+        if not iteration.sure:
+            return 0
         left_out = max(0, ahead - (iteration.lag or 0))
         if left_out and mine[left_out].rows != mine[0].rows == sum(self._rows_of(optimizer)):
             iteration.lag, left_out = ahead, 0  # the loop has begun to fetch ahead
         return left_out
 
     def _learn_lag(self, optimizer: Any, iteration: Iteration, mine: list[Delivery]) -> None:
-        """By how many batches it is ahead: the most that it may be, as long as that is not sure."""
-        ahead = len(mine) - 1
-        in_hand = self._origins_of(optimizer) if ahead else ()
-        fits = {ahead - i for i, tag in enumerate(mine) if tag.serial in in_hand}
-        if len(fits) != 1:
-            rows = sum(self._rows_of(optimizer))
-            fits = {ahead - i for i, tag in enumerate(mine) if tag.rows == rows}
-        lags = set(range(ahead + 1)) if iteration.lag is None else iteration.lags
-        iteration.lags = lags & fits or lags
-        iteration.lag = max(iteration.lags)
-        iteration.sure = len(iteration.lags) == 1
+        """By how many batches the loop is ahead, if numbers of rows tell.
+
+        The oldest is in hand where none was left out, however many are fetched ahead from time to
+        time; else the one that is as many batches back as in each step since.
+        """
+        ahead, rows = len(mine) - 1, sum(self._rows_of(optimizer))
+        if iteration.lag is None:
+            iteration.lag, iteration.lags, iteration.sure = ahead, set(range(ahead)), not ahead
+        elif ahead < iteration.lag and not iteration.finished:
+            # Those that were left out would remain: several are fetched from time to time.
+            iteration.lags, iteration.sure, iteration.lag = set(), True, _ANY
+            return
+        fits = {ahead - i for i, tag in enumerate(mine) if tag.rows == rows}
+        lags = iteration.lags & fits
+        if ahead in fits:
+            iteration.lags, iteration.sure = lags, not lags
+        elif lags:
+            iteration.lags, iteration.sure, iteration.lag = lags, len(lags) == 1, max(lags)
 
     def _drop(
         self, optimizer: Any, tags: list[Delivery], queue: list[bool], skipped: list[Delivery]
