@@ -1119,15 +1119,6 @@ def endless(private):
             yield from loader
 
 
-def without_last(batches):
-    """One is fetched before the last one is used, and the last of all is used never."""
-    batches = iter(batches)
-    at_hand = next(batches)
-    for following in batches:
-        yield at_hand
-        at_hand = following
-
-
 def in_chunks(batches, size):
     """As many are fetched at once, and then used one by one."""
     while chunk := list(itertools.islice(batches, size)):
@@ -1157,7 +1148,7 @@ def test_passes_that_are_fetched_ahead_and_not_ended(guard, left_out, moved):
             with BatchMemoryManager(
                 data_loader=private.loader, max_physical_batch_size=4, optimizer=private.optimizer
             ) as loader:
-                batches = without_last(loader) if left_out == "last" else ahead(loader)
+                batches = ahead(loader, ends=left_out != "last")
                 for x, y in itertools.islice(batches, None if left_out == "last" else 9):
                     private.step(plain(private, moved(x), y))
 
@@ -1565,14 +1556,15 @@ def in_halves(private, x, y):
     private.optimizer.step()
 
 
-def ahead(batches):
-    """One batch is fetched before the last one is used."""
+def ahead(batches, *, ends=True):
+    """One batch is fetched before the last one is used, which the last of all may never be."""
     batches = iter(batches)
     at_hand = next(batches)
     for following in batches:
         yield at_hand
         at_hand = following
-    yield at_hand
+    if ends:
+        yield at_hand
 
 
 def in_threes(batches):
