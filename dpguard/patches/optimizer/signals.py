@@ -11,13 +11,13 @@ logical batch goes on with those of its physical batches that there are. When th
 logical batch is left out after others were summed, no step can finish it any more, and the next
 one would merge two logical batches: that is refused.
 
-Which of several delivered batches is in hand? A loop takes each as it is delivered. A loader that
-is wrapped to fetch ahead delivers a constant number before the one that is used; it is learned in
-the first step of each pass in which the memory that the model was called with, or else the number
-of rows, can tell. Until then nothing is dropped; if it turns out that batches were left out all the
-same, logical batches have been merged since, which is refused then. Nor is anything dropped of a
-pass of which a thread of its own fetches the batches: that is ahead by as much as it likes, and
-hands on all of them in their order.
+Which of several delivered batches is in hand? That in whose memory the inputs of the model lie. If
+these are copies, a loop takes each batch as it is delivered, or is wrapped to fetch ahead, a
+constant number, or several from time to time, maybe over the end of a pass. Which it is, is learned
+in the first steps of each pass in which the number of rows can tell. Until then nothing is dropped;
+if it turns out that batches were left out all the same, logical batches may have been merged since,
+which is refused then. Nor is anything dropped of a pass of which a thread of its own fetches the
+batches: that is ahead by as much as it likes, and hands on all of them in their order.
 
 A signal that somebody else gives (``signal_skip_step(True)`` for a batch whose loss is bad) is one
 too many for good, and one that somebody takes out of the queue is missing for good. It cannot be
