@@ -55,6 +55,7 @@ ROWS_REORDERED = "rows_reordered"
 PASSES_DIFFER = "passes_differ"
 NORM_OF_ANOTHER = "norm_of_another"
 NORM_INEXACT = "norm_inexact"
+NORM_CANCELS = "norm_cancels"
 NORM_OF_ROUNDING = "norm_of_rounding"
 NORMS_REORDERED = "norms_reordered"
 GRADIENT_HOOK = "gradient_hook"
@@ -564,6 +565,14 @@ _DIAGNOSES = {
         "check the norm sampler (or grad sampler) that is registered for the layer, and whether "
         "samples influence each other slightly on their way through the model (statistics over "
         "the batch)",
+    ),
+    NORM_CANCELS: Diagnosis(
+        "a person's gradient is longer than the norm by which it is clipped, so that person moves "
+        "the sum by more than the clip bound: the norm is made of products of the positions of a "
+        "sequence, of which nothing but rounding is left",
+        "use grad_sample_mode='hooks'; or centre and scale the inputs of the layer, or have it in "
+        "double precision",
+        Severity.CRITICAL,
     ),
     NORMS_REORDERED: Diagnosis(
         "losses and rows of layers are in different orders, so the norms of one person make the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import gc
 import json
@@ -275,6 +276,40 @@ def test_norms_that_cancel_are_no_fault(guard, mode):
         training.step()
         assert seen(guard) == (2, 0)
     assert found(guard) == []
+
+
+class Differences(nn.Module):
+    """Two positions of each person are compared, whose inputs are far from zero."""
+
+    inputs = staticmethod(
+        lambda b: Differences.offset * (1 + torch.rand(b, 1, 16)) + torch.randn(b, 2, 16)
+    )
+    offset = 1e4
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(16, 8, bias=False), nn.Linear(8, 3)
+        self.head.requires_grad_(False)
+
+    def forward(self, x):
+        h = self.layer(x)
+        return self.head(h[:, 0] - h[:, 1])
+
+
+@pytest.mark.parametrize("offset", [0.0, 10.0, 1e4])
+def test_norms_that_are_nothing_but_rounding_are_refused(guard, monkeypatch, offset):
+    """Where nothing is left of the true one, that person is not clipped; else it does not matter."""
+    monkeypatch.setattr(Differences, "offset", offset)
+    torch.manual_seed(0)
+    training = Training(Differences(), "ghost", bound=0.1)
+    if offset < 1e4:
+        for _ in range(20):
+            training.step()
+        assert found(guard) == []
+        return
+    with pytest.raises(dpguard.PrivacyViolation, match="longer than the norm"):
+        collections.deque((training.step() for _ in range(4)), maxlen=0)
+    assert {v.cause for v in found(guard)} == {diagnosis.NORM_CANCELS}
 
 
 @pytest.mark.parametrize("tiny", [1e-18, 1e-24, 0.0])

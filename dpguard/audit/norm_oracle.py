@@ -24,6 +24,10 @@ divided by the sum of both norms. What is too small for its square to be told fr
 difference; and one that is little more than the bound is none unless the norm of all parameters is
 off by more than its own rounding: where nearly everything cancels on the way to a parameter (the
 bias of attention keys), what is left of it is rounding, and bounds no contribution.
+
+A norm that is rounding and too small bounds none either: whose gradient is longer than the norm by
+which it is clipped, and than the clip bound, moves the sum by more than that. It is no fault of
+anybody's where Opacus's own product cancels, and cannot be clipped so.
 """
 
 from __future__ import annotations
@@ -47,6 +51,8 @@ if TYPE_CHECKING:
 
 __all__ = ["NormOracle"]
 
+_LONGER = 1.05
+
 
 class NormOracle(Check):
     """Compares the norms of one person with those of that person's own gradient.
@@ -67,7 +73,7 @@ class NormOracle(Check):
         with torch.no_grad():
             for draw in self._ledger.norm_draws.take(step.parameters):
                 self._looks.note(optimizer, draw.kinds)
-                self._compare(step, draw)
+                self._compare(step, draw, _compat.plain_number(optimizer.max_grad_norm))
         return ()
 
     def before_update(self, step: Step, optimizer: Any) -> Failures:
@@ -80,7 +86,7 @@ class NormOracle(Check):
         """The step will be repeated."""
         self._ledger.norm_draws.arm(optimizer.params)
 
-    def _compare(self, step: Step, draw: NormDraw) -> None:
+    def _compare(self, step: Step, draw: NormDraw, clip_bound: float | None) -> None:
         compared = [
             self._compared(p, part, draw)
             for part in draw.parts
@@ -93,7 +99,7 @@ class NormOracle(Check):
         if compared and draw.total is not None and draw.mixing is not None:
             step.run(ORACLE, count=len(compared))
             figures = [*(_figures(found.part) for found in compared), draw.total, draw.mixing]
-            receive = functools.partial(_verdict, step, draw.rows, compared)
+            receive = functools.partial(_verdict, step, draw.rows, compared, clip_bound)
             step.collect((ORACLE,), figures, receive)
 
     def _compared(self, parameter: torch.nn.Parameter, part: Part, draw: NormDraw) -> _Compared:
@@ -170,7 +176,11 @@ def _figures(part: Part) -> torch.Tensor:
 
 
 def _verdict(
-    step: Step, rows: int, compared: Sequence[_Compared], values: list[float]
+    step: Step,
+    rows: int,
+    compared: Sequence[_Compared],
+    clip_bound: float | None,
+    values: list[float],
 ) -> Sequence[Failure]:
     """What to make of the figures: those of each parameter, and four of all."""
     *by_parameter, totals, total, mixed, scattered = values
@@ -203,6 +213,8 @@ def _verdict(
         if wrong > bound and (matters or cause != diagnosis.NORM_INEXACT):
             found.setdefault(cause, []).append((compared[i].name, wrong, bound))
     found = found or _left_out(compared, per, bounds, total)
+    if not found and clip_bound is not None:
+        found = _cancelled([(compared[i], per[i]) for i in known], of_all, total, clip_bound)
     if not found and scattered > SCATTERED:
         # Norms differ by no more than low precision may; that other rows count it does not make.
         names = [compared[i].name for i in known]
@@ -215,7 +227,12 @@ def _bound(one: _Found, factors: _Factors, of_all: float) -> float:
     of_square, both = math.sqrt(one.square), one.mine + one.given
     if both:
         of_square = min(of_square, one.square / both)
-    return 2 * factors.alone * (one.own + of_all + one.scale) + factors.least + of_square
+    return _bound_of_rows(one, factors, of_all) + of_square
+
+
+def _bound_of_rows(one: _Found, factors: _Factors, of_all: float) -> float:
+    """By how much norms differ at most that are made of the gradient itself."""
+    return 2 * factors.alone * (one.own + of_all + one.scale) + factors.least
 
 
 def _cause(wrong: float, own: float, bound: float, *, mixed: float, scattered: float) -> str:
@@ -241,6 +258,23 @@ def _losses(draws: NormDraws, draw: NormDraw, values: list[float]) -> Sequence[F
     elif ignored > 0 or draws.are_divisors(pairing, counted):
         failures.append(Failure(LOSS, diagnosis.LOSS_IGNORES, modules=modules))
     return failures
+
+
+def _cancelled(
+    judged_ones: Sequence[tuple[_Compared, _Found]], of_all: float, total: float, clip_bound: float
+) -> dict[str, list[tuple[str, float, float]]]:
+    """Parameters of a person who is clipped by a norm that is too small, rounded as it may be."""
+    certain = math.hypot(
+        *(
+            max(0.0, one.mine - _bound_of_rows(one, compared.factors, of_all))
+            for compared, one in judged_ones
+        )
+    )
+    limit = _LONGER * max(total, clip_bound)
+    if certain <= limit:
+        return {}
+    short = [(c.name, certain, limit) for c, one in judged_ones if one.given < one.mine]
+    return {diagnosis.NORM_CANCELS: short}
 
 
 def _left_out(
