@@ -864,7 +864,7 @@ def test_what_little_differences_matter(given, said, size):
     small = (size, 0.0, size, 4 * size, given * size, 0.0, 0.0)
     values = [*small, *other, 4.0, 2.0, 0.0, 0.0]
     step = Step(0, audited=True, optimizer="")
-    failures = norm_oracle._verdict(step, 4, compared, values)
+    failures = norm_oracle._verdict(step, 4, compared, None, values)
     assert {(f.cause, f.parameters) for f in failures} == {(cause, ("small",)) for cause in said}
     assert abs(given - 1) * size > 2e-6 * (2 + size) or not given > 1
 
