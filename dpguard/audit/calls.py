@@ -46,6 +46,7 @@ class Note:
             integers.
         people: how its rows are declared to be arranged.
         mean_over: the number of rows by which the loss was divided.
+        computed: whether its rows are computed here, and summed as they are declared to be.
     """
 
     module: int
@@ -59,6 +60,7 @@ class Note:
     second: int | None
     people: Any
     mean_over: int
+    computed: bool
 
 
 class _Sight(NamedTuple):
@@ -123,6 +125,7 @@ class Calls:
                 sight.second,
                 record.people,
                 sight.rows if record.mean_over is None else record.mean_over,
+                record.activations is not None,
             )
         )
 

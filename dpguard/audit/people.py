@@ -571,7 +571,7 @@ def rows_at_hand(
 def _rows_per_person(notes: Sequence[Note]) -> float | None:
     """By how many rows the losses were divided, for each row of a step."""
     grouped = [note for note in notes if note.people is not None]
-    if not grouped or not any(note.rows for note in notes):
+    if not grouped or not any(note.computed for note in notes):
         return 1.0  # computed by Opacus, which sums nothing
     if any(note.people.joins or note.people.misfit(note.rows) for note in grouped):
         return None
