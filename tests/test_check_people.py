@@ -2019,6 +2019,33 @@ def test_weights_of_blocks(guard, name, backwards):
     assert violations(guard) == ()
 
 
+SOME_WEIGHTS = {
+    "two of three": lambda a, b, c, n: (a * n[0] + b * n[1]) / (n[0] + n[1]) + c,
+    "terms of fixed weights": lambda a, b, c, n: a + 0.5 * (a - 2) + b + 0.25 * (b - 2) + c,
+}
+
+
+@pytest.mark.parametrize("name", SOME_WEIGHTS)
+def test_weights_of_some_blocks(guard, name):
+    """Any two of them; several fixed weights of each may be as their sizes in more than one way."""
+    called, optimizer = by_hand(mlp().double())
+    x, y = samples(15).tensors
+    refused = []
+    for sizes in [(8, 2, 5), (4, 8, 3), (6, 3, 6), (2, 8, 5), (8, 4, 3)]:
+        optimizer.zero_grad()
+        losses = []
+        for inputs, labels in zip(x.double().split(sizes), y.split(sizes), strict=True):
+            with dpguard.rows("concat"):
+                losses.append(cross_entropy(called(inputs), labels))
+        SOME_WEIGHTS[name](*losses, sizes).backward()
+        try:
+            optimizer.step()
+        except dpguard.PerSampleGradientError:
+            refused.append(sizes)
+    assert refused == ([(4, 8, 3), (6, 3, 6), (2, 8, 5), (8, 4, 3)] if "two" in name else [])
+    assert set(causes(guard)) == ({diagnosis.MEAN_OF_BLOCKS} if refused else set())
+
+
 def mlp_state(called):
     """The state before training, under the names of the wrapped model."""
     prefix = next(iter(called.state_dict())).partition("0.weight")[0]

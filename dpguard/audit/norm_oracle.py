@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 __all__ = ["NormOracle"]
 
 _LONGER = 1.05
+"""A gradient that is longer by less than that is not said to be."""
 
 
 class NormOracle(Check):

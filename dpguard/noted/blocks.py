@@ -7,8 +7,9 @@ over all blocks divides by more, and means that are weighted with the sizes of t
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 __all__ = ["Blocks", "Mean"]
@@ -26,15 +27,16 @@ class Mean(NamedTuple):
 class Blocks:
     """Those of one model, with the weights of their means.
 
-    Weights may be as the sizes of the blocks by chance; they follow these where they were so with
-    other sizes as well. Of blocks of one size it is not known which mean is whose.
+    The weights of two blocks may be as their sizes by chance; they follow these where they were so
+    with other sizes as well, and are not any more what they were. Of blocks of one size it is not
+    known which mean is whose.
     """
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[int, list[float]]] = {}
         """Rows of each block of the batch at hand and weights of its means, by its segment."""
-        self._parts: tuple[float, ...] | None = None
-        """Of blocks which people were in when the weights were as these last."""
+        self._alike: dict[tuple[int, int], float] = {}
+        """By the places of two blocks, how their sizes were when their weights were so."""
 
     def are_coupled(
         self, sizes: Mapping[int, int], means: Collection[Mean], alive: Collection[int]
@@ -52,17 +54,23 @@ class Blocks:
         self._seen = {segment: kept for segment, kept in self._seen.items() if segment in alive}
         for segment, rows in sizes.items():
             self._seen[segment] = rows, [mean.weight for mean in means if rows in mean.shape]
-        people = sum(rows for rows, _ in self._seen.values())
-        parts = tuple(rows / max(1, people) for rows, _ in self._seen.values())
-        if len(parts) <= 1 or len(set(parts)) != len(parts) or not self._are_weighted():
-            return False
-        before, self._parts = self._parts, parts
-        return before is not None and before != parts
+        pairs = itertools.combinations(enumerate(self._seen.values()), 2)
+        return any(self._follow((i, j), one, other) for (i, one), (j, other) in pairs)
 
-    def _are_weighted(self) -> bool:
-        """Whether a mean of each block is multiplied by the same part of that block's size."""
-        per_row = [[one / rows for one in weights] for rows, weights in self._seen.values() if rows]
-        return any(
-            all(any(math.isclose(one, first, rel_tol=1e-6) for one in own) for own in per_row)
-            for first in (per_row[0] if per_row else ())
-        )
+    def _follow(
+        self, places: tuple[int, int], one: tuple[int, list[float]], other: tuple[int, list[float]]
+    ) -> bool:
+        """Whether the weights of two blocks follow how many people are in each."""
+        (rows, weights), (others, theirs) = one, other
+        if not rows or not others or rows == others:
+            return False
+        ratios = [mine / its for mine in weights for its in theirs if its]
+        now = rows / others
+        if not _is_among(ratios, now):
+            return False
+        before, self._alike[places] = self._alike.get(places, now), now
+        return not _is_among(ratios, before)
+
+
+def _is_among(ratios: Iterable[float], wanted: float) -> bool:
+    return any(math.isclose(ratio, wanted, rel_tol=1e-6) for ratio in ratios)

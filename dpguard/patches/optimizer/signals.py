@@ -109,19 +109,17 @@ class Signals:
         delivered = [tag for tag in tags if tag.serial is not None]
         if not delivered:
             return
-        newest: Iteration = delivered[-1].iteration
-        mine = [tag for tag in delivered if tag.iteration is newest]
-        if self._has_several(optimizer, mine):
+        if self._has_several(optimizer, delivered):
             return  # the audit refuses it, for it knows whose rows they are; nobody was left out
         were_sure = {tag.iteration: tag.iteration.sure for tag in delivered}
-        place = self._place(optimizer, delivered, mine)
+        place = self._place(optimizer, delivered)
         in_hand, iteration = delivered[place], delivered[place].iteration
         if place:
             self._drop(optimizer, tags, queue, delivered[:place])
             if not were_sure[iteration] and _has_merged(iteration, in_hand):
                 self._refuse_merged(optimizer)
         if not iteration.sure:
-            _guess(iteration, mine, steps=not queue[0])
+            _guess(iteration, delivered, steps=not queue[0])
         self._take(optimizer, in_hand)
 
     def _take(self, optimizer: Any, in_hand: Delivery) -> None:
@@ -198,8 +196,8 @@ class Signals:
         rows = [tag.rows for tag in mine if tag.rows is not None]
         return len(rows) == len(mine) and sum(self._rows_of(optimizer)) > max(rows)
 
-    def _place(self, optimizer: Any, delivered: list[Delivery], mine: list[Delivery]) -> int:
-        """Which of the delivered batches is in hand; ``mine`` are those of the newest pass."""
+    def _place(self, optimizer: Any, delivered: list[Delivery]) -> int:
+        """Which of the delivered batches is in hand."""
         origins = self._origins_of(optimizer) if len(delivered) > 1 else ()
         known = [i for i, tag in enumerate(delivered) if tag.serial in origins]
         if len(known) == 1:
@@ -207,12 +205,14 @@ class Signals:
             iteration.lag, iteration.sure = len(delivered) - 1 - known[0], True
             return known[0]
         oldest: Iteration = delivered[0].iteration
-        if oldest is not delivered[-1].iteration and oldest.finished and oldest.sure and oldest.lag:
+        newest: Iteration = delivered[-1].iteration
+        if oldest is not newest and oldest.finished and oldest.sure and oldest.lag:
             place = max(0, len(delivered) - 1 - oldest.lag)
             if delivered[place].iteration is oldest:
-                mine[0].iteration.lag = oldest.lag  # the next pass is fetched ahead likewise
+                newest.lag = oldest.lag  # the next pass is fetched ahead likewise
                 return place
-        return len(delivered) - len(mine) + self._left_out(optimizer, mine[0].iteration, mine)
+        mine = [tag for tag in delivered if tag.iteration is newest]
+        return len(delivered) - len(mine) + self._left_out(optimizer, newest, mine)
 
     def _left_out(self, optimizer: Any, iteration: Iteration, mine: list[Delivery]) -> int:
         """How many of the delivered batches, from the first on, were left out."""
@@ -303,8 +303,9 @@ class Signals:
         self._verdicts.refuse(BATCHES, cause, f"A step of {name} is not private: {statement}.")
 
 
-def _guess(iteration: Iteration, mine: Sequence[Delivery], *, steps: bool) -> None:
-    """One of these is in hand, and with the signal that is taken for it a step may be made."""
+def _guess(iteration: Iteration, delivered: Sequence[Delivery], *, steps: bool) -> None:
+    """One of its batches is in hand; with the signal that is taken for it a step may be made."""
+    mine = [tag for tag in delivered if tag.iteration is iteration]
     iteration.stepped = iteration.stepped or steps
     for lag in iteration.lags:
         batches = iteration.guesses.setdefault(lag, set())

@@ -144,9 +144,8 @@ class Wrappers:
             known.rates = applied
         elif known.rates == applied and "lr" not in known.told:
             known.told.add("lr")
-            i = next(
-                i for i, pair in enumerate(zip(applied, mine, strict=True)) if len({*pair}) > 1
-            )
+            pairs = zip(applied, mine, strict=True)
+            before, after = next((one, other) for one, other in pairs if one != other)
             outer, inner = type(wrapper).__name__, type(optimizer).__name__
             self._verdicts.alias(
                 f"The learning rate was changed in groups that {outer} has of its own; the one of "
@@ -155,8 +154,8 @@ class Wrappers:
                 action="observed",
                 attribute="lr",
                 owner=inner,
-                before=repr(applied[i]),
-                after=repr(mine[i]),
+                before=repr(before),
+                after=repr(after),
             )
 
     def _say(

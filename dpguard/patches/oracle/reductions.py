@@ -126,18 +126,21 @@ def means_of(seeds: Seeds, counts: Callable[[Any], bool]) -> frozenset[Mean]:
             if shapes == {()}:  # of one number: that
                 ways += [(above, divisors) for above, _ in node.next_functions]
             elif counts(node):
-                weight = math.prod(1 / divisor for divisor in divisors)
-                found |= {Mean(shape, weight) for shape in shapes}
+                found |= {Mean(shape, _weight(divisors)) for shape in shapes}
         elif summed:
             whole = [number for number in map(_whole, divisors) if number]
             if whole and counts(node):
-                weight = math.prod(1 / divisor for divisor in divisors)
-                found |= {Mean((number,), number * weight) for number in whole}
+                found |= {Mean((number,), number * _weight(divisors)) for number in whole}
         elif name in _SCALES | _SCALARS | _TERMS | _STACKS | _SAME and nodes.is_plain(node):
             divisor = _divisor(node) if name in _SCALES else _scalar_divisor(node)
             further = divisors if divisor is None else (*divisors, divisor)
             ways += [(above, further) for above, _ in node.next_functions]
     return frozenset(found)
+
+
+def _weight(divisors: Iterable[float]) -> float:
+    """By which a loss is multiplied that is divided by all these."""
+    return math.prod(1 / divisor for divisor in divisors)
 
 
 def _stacked(nodes: Any, node: Any) -> list[Any]:
