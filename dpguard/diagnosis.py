@@ -1499,8 +1499,8 @@ _DIAGNOSES = {
         "the optimizer was given a skip signal that is not BatchMemoryManager's, so from here on "
         "each physical batch meets the signal of another: parts of two logical batches are merged "
         "under one noise draw",
-        "leave optimizer.signal_skip_step() to BatchMemoryManager; a batch that shall not count is "
-        "stepped with a loss times zero",
+        "leave optimizer.signal_skip_step() to BatchMemoryManager, and have one of these only, not "
+        "one within another; a batch that shall not count is stepped with a loss times zero",
         Severity.CRITICAL,
     ),
     SIGNALS_TAKEN: Diagnosis(

@@ -148,8 +148,8 @@ class Wrappers:
             before, after = next((one, other) for one, other in pairs if one != other)
             outer, inner = type(wrapper).__name__, type(optimizer).__name__
             self._verdicts.alias(
-                f"The learning rate was changed in groups that {outer} has of its own; the one of "
-                f"{inner} is applied.",
+                f"The learning rate was changed to {after} in groups that {outer} has of its own; "
+                f"the one of {inner}, {before}, is applied.",
                 diagnosis.ALIAS_RATE,
                 action="observed",
                 attribute="lr",
